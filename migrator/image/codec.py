@@ -1,0 +1,216 @@
+"""Records as bytes, and back.
+
+Every record is `struct ckpt_hdr { __s32 type; __s32 len; }` followed by a payload; `len` counts both.
+A payload is the record's fixed part, laid out as the C compiler lays out the same struct on a 64-bit
+machine, followed by its tails: byte strings, texts and arrays of fixed structs, in the order of the
+fields, each padded with zeros to a multiple of eight. The fixed part holds one u32 for every tail: its
+length in bytes, or its number of items for an array.
+
+    @record(401)
+    class Mm:
+        objref: s32
+        map_count: u32
+        start_code: u64
+        auxv: bytes
+
+A record is a dataclass; `encode()` gives the whole record with its header, and `decode()` takes a
+payload that it does not trust: every length is checked against what is there, paddings must be zero,
+and nothing is allocated that the payload does not hold.
+"""
+
+from __future__ import annotations
+
+import struct as _struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from migrator.errors import ImageError
+
+u8 = Annotated[int, "B"]
+u16 = Annotated[int, "H"]
+u32 = Annotated[int, "I"]
+u64 = Annotated[int, "Q"]
+s32 = Annotated[int, "i"]
+s64 = Annotated[int, "q"]
+
+HEADER = _struct.Struct("<ii")
+MAX_RECORD = 32 << 20  # bytes; a longer record is hostile or broken
+
+_SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "i": 4, "q": 8}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of the fixed part: `code` is its struct code, `offset` in bytes from the payload's start."""
+
+    name: str
+    code: str
+    offset: int
+
+
+class Struct:
+    """Base of fixed structs: array items, and the fixed part of records."""
+
+    _members: ClassVar[tuple[Member, ...]]
+    _packer: ClassVar[_struct.Struct]
+    _plain: ClassVar[tuple[str, ...]]  # fields in the fixed part, in order
+    _tails: ClassVar[tuple[tuple[str, Any], ...]]  # (field, bytes | str | item class)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # replaced by the dataclass
+        raise NotImplementedError
+
+
+class Record(Struct):
+    """Base of all records."""
+
+    TYPE: ClassVar[int]
+
+    def encode(self) -> bytes:
+        """The whole record, header included. Raises ImageError if a value does not fit its field."""
+        payload = _encode_payload(self)
+        return HEADER.pack(self.TYPE, HEADER.size + len(payload)) + payload
+
+    @classmethod
+    def decode(cls: type[R], payload: bytes | memoryview) -> R:
+        """The record in `payload` (without header). Raises ImageError on anything out of place."""
+        return _decode_payload(cls, payload)
+
+
+R = TypeVar("R", bound=Record)
+
+REGISTRY: dict[int, type[Record]] = {}
+
+
+@dataclass_transform()
+def fixed(cls: type[T]) -> type[T]:
+    """Class decorator: a fixed struct used as an item of an array tail."""
+    made = dataclass(slots=True)(type(cls.__name__, (Struct,), dict(cls.__dict__)))
+    _lay_out(made)
+    if made._tails:
+        raise TypeError(f"{cls.__name__}: an array item has no tails")
+    return made  # type: ignore[return-value]
+
+
+@dataclass_transform()
+def record(number: int) -> Callable[[type[T]], type[T]]:
+    """Class decorator: a record of type `number`, registered for decoding."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        made = dataclass(slots=True)(type(cls.__name__, (Record,), namespace))
+        made.TYPE = number
+        _lay_out(made)
+        if number in REGISTRY:
+            raise TypeError(f"record type {number} is {REGISTRY[number].__name__} already")
+        REGISTRY[number] = made
+        return made  # type: ignore[return-value]
+
+    return decorate
+
+
+def _lay_out(cls: Any) -> None:
+    """Compute the C layout of the fixed part: natural alignment, size a multiple of eight."""
+    hints = get_type_hints(cls, include_extras=True)
+    members: list[Member] = []
+    tails: list[tuple[str, Any]] = []
+    plain: list[str] = []
+    offset = 0
+    form = "<"
+
+    def add(name: str, code: str) -> None:
+        nonlocal offset, form
+        size = _SIZES[code]
+        gap = -offset % size
+        form += f"{gap}x" if gap else ""
+        members.append(Member(name, code, offset + gap))
+        form += code
+        offset += gap + size
+
+    for f in fields(cls):
+        hint = hints[f.name]
+        if get_origin(hint) is Annotated:
+            add(f.name, get_args(hint)[1])
+            plain.append(f.name)
+        elif hint is bytes or hint is str:
+            tails.append((f.name, hint))
+        elif get_origin(hint) is list:
+            tails.append((f.name, get_args(hint)[0]))
+        else:
+            raise TypeError(f"{cls.__name__}.{f.name}: cannot lay out {hint}")
+    for name, kind in tails:
+        add(f"{name}_len" if kind is bytes or kind is str else f"nr_{name}", "I")
+    if -offset % 8:
+        form += f"{-offset % 8}x"
+    cls._members, cls._plain, cls._tails = tuple(members), tuple(plain), tuple(tails)
+    cls._packer = _struct.Struct(form)
+
+
+def _encode_payload(rec: Struct) -> bytes:
+    cls = type(rec)
+    values: list[int] = [getattr(rec, name) for name in cls._plain]
+    parts: list[bytes] = []
+    for name, kind in cls._tails:
+        value = getattr(rec, name)
+        if kind is str:
+            value = value.encode("utf-8", "surrogateescape")
+        if kind is bytes or kind is str:
+            values.append(len(value))
+        else:
+            values.append(len(value))
+            pack = kind._packer.pack
+            names = kind._plain
+            value = b"".join(pack(*[getattr(item, n) for n in names]) for item in value)
+        if value:
+            parts.append(value)
+            if len(value) % 8:
+                parts.append(bytes(-len(value) % 8))
+    try:
+        fixed_part = cls._packer.pack(*values)
+    except _struct.error as error:
+        raise ImageError(f"{cls.__name__}: {error} in {rec!r}") from error
+    if not parts:
+        return fixed_part
+    return fixed_part + b"".join(parts)
+
+
+def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
+    size = cls._packer.size
+    if len(payload) < size:
+        raise ImageError(f"{cls.__name__}: {len(payload)} bytes, its fixed part alone has {size}")
+    values = cls._packer.unpack_from(payload)
+    nr_plain = len(cls._plain)
+    out = dict(zip(cls._plain, values[:nr_plain], strict=True))
+    position = size
+    for (name, kind), count in zip(cls._tails, values[nr_plain:], strict=True):
+        length = count if kind is bytes or kind is str else count * kind._packer.size
+        end = position + length
+        padded = end + (-length % 8)
+        if padded > len(payload):
+            raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {len(payload) - position} are left")
+        raw = bytes(payload[position:end])
+        if any(payload[end:padded]):
+            raise ImageError(f"{cls.__name__}.{name}: padding is not zero")
+        if kind is bytes:
+            out[name] = raw
+        elif kind is str:
+            if b"\0" in raw:
+                raise ImageError(f"{cls.__name__}.{name}: a text holds a NUL")
+            try:
+                out[name] = raw.decode("utf-8", "surrogateescape")
+            except UnicodeDecodeError as error:  # pragma: no cover - surrogateescape takes every byte
+                raise ImageError(f"{cls.__name__}.{name}: {error}") from error
+        else:
+            out[name] = [kind(*item) for item in kind._packer.iter_unpack(raw)]
+        position = padded
+    if position != len(payload):
+        raise ImageError(f"{cls.__name__}: {len(payload) - position} bytes too many")
+    return cls(**out)
+
+
+def layouts() -> Iterator[tuple[str, int, tuple[Member, ...], int]]:
+    """(name, type, members, size of the fixed part) of every record: for checks against the C header."""
+    for number, cls in sorted(REGISTRY.items()):
+        yield cls.__name__, number, cls._members, cls._packer.size
