@@ -7,7 +7,7 @@ fields, each padded with zeros to a multiple of eight. The fixed part holds one 
 length in bytes, or its number of items for an array.
 
     @record(401)
-    class Mm:
+    class Mm(Record):
         objref: s32
         map_count: u32
         start_code: u64
@@ -23,7 +23,17 @@ from __future__ import annotations
 import struct as _struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Self,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from migrator.errors import ImageError
 
@@ -39,8 +49,6 @@ MAX_RECORD = 32 << 20  # bytes; a longer record is hostile or broken
 
 _SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "i": 4, "q": 8}
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Member:
@@ -54,19 +62,18 @@ class Member:
 class Struct:
     """Base of fixed structs: array items, and the fixed part of records."""
 
+    __slots__ = ()
     _members: ClassVar[tuple[Member, ...]]
     _packer: ClassVar[_struct.Struct]
     _plain: ClassVar[tuple[str, ...]]  # fields in the fixed part, in order
     _tails: ClassVar[tuple[tuple[str, Any], ...]]  # (field, bytes | str | item class)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # replaced by the dataclass
-        raise NotImplementedError
-
 
 class Record(Struct):
     """Base of all records."""
 
-    TYPE: ClassVar[int]
+    __slots__ = ()
+    TYPE: ClassVar[int] = 0
 
     def encode(self) -> bytes:
         """The whole record, header included. Raises ImageError if a value does not fit its field."""
@@ -74,39 +81,39 @@ class Record(Struct):
         return HEADER.pack(self.TYPE, HEADER.size + len(payload)) + payload
 
     @classmethod
-    def decode(cls: type[R], payload: bytes | memoryview) -> R:
+    def decode(cls, payload: bytes | memoryview) -> Self:
         """The record in `payload` (without header). Raises ImageError on anything out of place."""
         return _decode_payload(cls, payload)
 
 
 R = TypeVar("R", bound=Record)
+S = TypeVar("S", bound=Struct)
 
 REGISTRY: dict[int, type[Record]] = {}
 
 
 @dataclass_transform()
-def fixed(cls: type[T]) -> type[T]:
+def fixed(cls: type[S]) -> type[S]:
     """Class decorator: a fixed struct used as an item of an array tail."""
-    made = dataclass(slots=True)(type(cls.__name__, (Struct,), dict(cls.__dict__)))
+    made = dataclass(slots=True)(cls)
     _lay_out(made)
     if made._tails:
         raise TypeError(f"{cls.__name__}: an array item has no tails")
-    return made  # type: ignore[return-value]
+    return made
 
 
 @dataclass_transform()
-def record(number: int) -> Callable[[type[T]], type[T]]:
+def record(number: int) -> Callable[[type[R]], type[R]]:
     """Class decorator: a record of type `number`, registered for decoding."""
 
-    def decorate(cls: type[T]) -> type[T]:
-        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        made = dataclass(slots=True)(type(cls.__name__, (Record,), namespace))
+    def decorate(cls: type[R]) -> type[R]:
+        made = dataclass(slots=True)(cls)
         made.TYPE = number
         _lay_out(made)
         if number in REGISTRY:
             raise TypeError(f"record type {number} is {REGISTRY[number].__name__} already")
         REGISTRY[number] = made
-        return made  # type: ignore[return-value]
+        return made
 
     return decorate
 
@@ -213,4 +220,6 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
 def layouts() -> Iterator[tuple[str, int, tuple[Member, ...], int]]:
     """(name, type, members, size of the fixed part) of every record: for checks against the C header."""
     for number, cls in sorted(REGISTRY.items()):
+        if not cls._members:  # the error record is a bare text
+            continue
         yield cls.__name__, number, cls._members, cls._packer.size
