@@ -69,6 +69,7 @@ class HeaderX86(Record):
     cpu_vendor: str
     cpu_model: str
     cpu_flags: str
+    vdso_digest: str  # sha256 of the vdso's bytes, hex: code in flight may point into it
 
 
 @record(3)

@@ -1,0 +1,145 @@
+"""Which pages exist and which were written: PAGEMAP_SCAN and userfaultfd's asynchronous write protection.
+
+PAGEMAP_SCAN (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst) reports ranges of pages by category and
+can, in the same step, write-protect what it reports: an atomic get-and-clear of the dirty set. It needs
+the mappings registered with a userfaultfd that has UFFD_FEATURE_WP_ASYNC and belongs to the address space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+IS_WPALLOWED, IS_WRITTEN, IS_FILE, IS_PRESENT, IS_SWAPPED, IS_PFNZERO, IS_HUGE, IS_SOFT_DIRTY = (
+    1 << bit for bit in range(8)
+)
+WP_MATCHING, CHECK_WPASYNC = 1, 2
+
+UFFDIO_API = 0xC018AA3F
+UFFDIO_REGISTER = 0xC020AA00
+_PAGEMAP_SCAN = 0xC0606610
+_UFFD_API = 0xAA
+_FEATURE_WP_UNPOPULATED, _FEATURE_WP_ASYNC = 1 << 13, 1 << 15
+_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+_MODE_WP = 2
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_ioctl = _libc.ioctl
+_ioctl.restype = ctypes.c_int
+_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+
+_VECTOR = 32768
+
+
+class _ScanArg(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "size",
+            "flags",
+            "start",
+            "end",
+            "walk_end",
+            "vec",
+            "vec_len",
+            "max_pages",
+            "category_inverted",
+            "category_mask",
+            "category_anyof_mask",
+            "return_mask",
+        )
+    ]
+
+
+Region = tuple[int, int, int]  # start, end, categories
+
+
+class NotRegistered(Exception):
+    """The scan met a mapping that is not under write protection.
+
+    `regions` were reported, and re-protected, before it: losing them loses pages. `resume` is where the
+    scan must go on, once the mapping there is registered."""
+
+    def __init__(self, regions: list[Region], resume: int) -> None:
+        super().__init__(f"not registered at {resume:#x}")
+        self.regions = regions
+        self.resume = resume
+
+
+class Scanner:
+    """PAGEMAP_SCAN on one process. Keeps a vector of its own; not for several threads."""
+
+    def __init__(self, pid: int) -> None:
+        self.fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._vector = (ctypes.c_uint64 * (3 * _VECTOR))()
+        self._used = 0
+        self._arg = _ScanArg()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def scan(
+        self, start: int, end: int, *, mask: int = 0, anyof: int = 0, returned: int = 0, flags: int = 0
+    ) -> list[Region]:
+        """Ranges of [start, end) that have all categories of `mask` and any of `anyof`.
+
+        Raises NotRegistered (only with CHECK_WPASYNC) or OSError."""
+        out: list[Region] = []
+        arg = self._arg
+        while start < end:
+            if self._used:
+                ctypes.memset(self._vector, 0, 24 * self._used)
+                self._used = 0
+            arg.size, arg.flags, arg.start, arg.end, arg.walk_end = 96, flags, start, end, 0
+            arg.vec, arg.vec_len, arg.max_pages = ctypes.addressof(self._vector), _VECTOR, 0
+            arg.category_inverted, arg.category_mask, arg.category_anyof_mask = 0, mask, anyof
+            arg.return_mask = returned
+            count = _ioctl(self.fd, _PAGEMAP_SCAN, ctypes.addressof(arg))
+            if count < 0:
+                error = ctypes.get_errno()
+                if error != errno.EPERM:
+                    raise OSError(error, f"PAGEMAP_SCAN: {os.strerror(error)}", f"{start:#x}-{end:#x}")
+                # EPERM at the first unregistered mapping: what was reported before it is in the vector,
+                # but the count is not returned; the vector was zeroed, so its end can be seen
+                count = 0
+                while count < _VECTOR and self._vector[3 * count + 1]:
+                    count += 1
+                self._collect(out, count)
+                raise NotRegistered(out, out[-1][1] if out else start)
+            self._collect(out, count)
+            if arg.walk_end <= start:
+                break
+            start = arg.walk_end
+        return out
+
+    def _collect(self, out: list[Region], count: int) -> None:
+        self._used = count
+        if count:
+            flat = iter(self._vector[: 3 * count])
+            out.extend(zip(flat, flat, flat, strict=True))
+
+
+class WriteProtection:
+    """A userfaultfd of another process's address space, used only to track writes."""
+
+    def __init__(self, fd: int) -> None:
+        """`fd`: created inside the target by userfaultfd(2), fetched by pidfd_getfd(2). Owned from now on."""
+        self.fd = fd
+        features = _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_HUGETLBFS_SHMEM
+        self._ioctl(UFFDIO_API, (ctypes.c_uint64 * 3)(_UFFD_API, features, 0), "UFFDIO_API")
+
+    def register(self, start: int, end: int) -> None:
+        """Track writes to [start, end), which must lie in mappings of private anonymous, file or shmem memory."""
+        self._ioctl(
+            UFFDIO_REGISTER, (ctypes.c_uint64 * 4)(start, end - start, _MODE_WP, 0), f"{start:#x}-{end:#x}"
+        )
+
+    def _ioctl(self, code: int, arg: ctypes.Array[ctypes.c_uint64], about: str) -> None:
+        if _ioctl(self.fd, code, ctypes.addressof(arg)) < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"userfaultfd: {os.strerror(error)}", about)
+
+    def close(self) -> None:
+        """Ends the tracking: the kernel unregisters everything with the last close."""
+        os.close(self.fd)

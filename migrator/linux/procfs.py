@@ -1,0 +1,133 @@
+"""/proc/PID as Python values (proc(5)). Nothing is cached; a vanished process raises ProcessLookupError
+or FileNotFoundError, as the kernel says it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True)
+class Vma:
+    """One line of /proc/PID/maps. `offset` in bytes; `path` as shown, "" for anonymous memory."""
+
+    start: int
+    end: int
+    read: bool
+    write: bool
+    execute: bool
+    shared: bool
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+
+def read_text(path: str) -> str:
+    with open(path, "rb", buffering=0) as file:
+        parts = []
+        while part := file.read(65536):
+            parts.append(part)
+    return b"".join(parts).decode("utf-8", "surrogateescape")
+
+
+def maps(pid: int) -> list[Vma]:
+    """The mappings of a process, in order of address. Backslash-012 in names is undone."""
+    out = []
+    for line in read_text(f"/proc/{pid}/maps").split("\n"):
+        if not line:
+            continue
+        span, perms, offset, device, inode, *rest = line.split(None, 5)
+        start, _, end = span.partition("-")
+        out.append(
+            Vma(
+                int(start, 16),
+                int(end, 16),
+                perms[0] == "r",
+                perms[1] == "w",
+                perms[2] == "x",
+                perms[3] == "s",
+                int(offset, 16),
+                device,
+                int(inode),
+                rest[0].replace("\\012", "\n") if rest else "",
+            )
+        )
+    return out
+
+
+def vm_flags(pid: int) -> dict[int, frozenset[str]]:
+    """start address -> VmFlags of every mapping, from smaps: walks the page tables, so not for a frozen tree."""
+    out = {}
+    start = 0
+    for line in read_text(f"/proc/{pid}/smaps").split("\n"):
+        if line.startswith("VmFlags:"):
+            out[start] = frozenset(line[8:].split())
+        elif line[:1].isdigit() or line[:1] in "abcdef":
+            head = line.split("-", 1)
+            if len(head) == 2:
+                try:
+                    start = int(head[0], 16)
+                except ValueError:
+                    continue
+    return out
+
+
+def tids(pid: int) -> list[int]:
+    """The threads of a process, leader first."""
+    out = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    if pid in out:
+        out.remove(pid)
+        out.insert(0, pid)
+    return out
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process, of all its threads."""
+    out: list[int] = []
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        try:
+            out += [int(c) for c in read_text(f"/proc/{pid}/task/{tid}/children").split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return out
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and everything below it, parents before children."""
+    out = [pid]
+    for p in out:
+        try:
+            out += children(p)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return out
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
+    out = {}
+    for line in read_text(path).split("\n"):
+        key, colon, value = line.partition(":")
+        if colon:
+            out[key] = value.strip()
+    return out
+
+
+def stat(pid: int, tid: int | None = None) -> list[str]:
+    """Fields of /proc/PID/stat, counted as in proc(5): field N is at index N; index 0 is unused."""
+    path = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
+    text = read_text(path)
+    head, _, tail = text.rpartition(")")
+    number, _, comm = head.partition("(")
+    return ["", number.strip(), comm, *tail.split()]
+
+
+def ns_pid(state: dict[str, str], field: str = "NSpid") -> int:
+    """The innermost pid of a task, from its status."""
+    return int(state[field].split()[-1])
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks since boot at which the process began: with the pid, its identity."""
+    return int(stat(pid)[22])

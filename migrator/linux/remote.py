@@ -1,0 +1,211 @@
+"""Calling system calls inside another process.
+
+A stopped tracee can be made to run any system call. The first one goes through the `syscall` instruction
+that every process has in its vdso; it maps a scratch area, and from then on whole tables of calls run in
+one go, at about a microsecond a call.
+
+    remote = Remote(pid)                    # the tracee is in a ptrace stop
+    with remote.borrowed():                 # registers and signal mask are put back at the end
+        remote.map_scratch(65536)
+        results = remote.batch([(nr, a0, a1), ...])
+        remote.unmap_scratch()
+
+If the tracer dies inside the block, the tracee finishes its table and returns by itself to where it was
+(migrator.linux.x86_64.signal_context). All calls must come from the thread that seized the tracee.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from migrator.linux import memory, procfs, ptrace
+from migrator.linux import x86_64 as arch
+
+_PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
+_CODE_SIZE = 256
+_TABLE_SIZE = 16384
+_BATCH_SIGNALS = (23, 28)  # SIGURG, SIGWINCH: ignored by default
+_PR_SET_VMA = 0x53564D41
+
+Call = Sequence[int]
+
+
+class RemoteError(OSError):
+    """A system call inside a tracee failed. `errno` is the tracee's."""
+
+
+def find_syscall_instruction(pid: int) -> int:
+    """The address of a `syscall` instruction in the vdso of a process."""
+    for vma in procfs.maps(pid):
+        if vma.path == "[vdso]":
+            at = memory.read(pid, vma.start, vma.end - vma.start).find(arch.SYSCALL_INSTRUCTION)
+            if at >= 0:
+                return vma.start + at
+    raise RemoteError(2, "no syscall instruction in the vdso", f"pid {pid}")
+
+
+class Remote:
+    """System calls inside the process of tracee `tid`, which must be in a ptrace stop while they are made."""
+
+    def __init__(self, pid: int, tid: int | None = None) -> None:
+        self.pid = pid
+        self.tid = pid if tid is None else tid
+        self.scratch = 0
+        self.scratch_size = 0
+        self.instruction = 0
+        self.survivable = True
+        self._regs: arch.Regs | None = None
+        self._signal = _BATCH_SIGNALS[0]
+        self._context_written = False
+
+    @contextmanager
+    def borrowed(self, *, regs: arch.Regs | None = None, mask: int | None = None) -> Iterator[Remote]:
+        """Borrow the thread. `regs` and `mask`, where known already, save two requests."""
+        tid = self.tid
+        self._regs = regs if regs is not None else arch.get_regs(tid)
+        self._mask = mask if mask is not None else ptrace.get_sigmask(tid)
+        self._choose_signal()
+        ptrace.set_sigmask(tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)
+        self._context_written = False
+        try:
+            yield self
+        finally:
+            arch.set_regs(tid, self._regs)
+            ptrace.set_sigmask(tid, self._mask)
+            self._regs = None
+
+    def _choose_signal(self) -> None:
+        if not self.survivable:
+            return
+        pending = 0
+        state = procfs.status(self.pid, self.tid)
+        for key in ("SigPnd", "ShdPnd"):
+            pending |= int(state[key], 16)
+        for signal in _BATCH_SIGNALS:
+            if not pending >> (signal - 1) & 1:
+                self._signal = signal
+                return
+
+    def call(self, number: int, *args: int) -> int:
+        """One system call through the vdso; negative errno on error. Works without a scratch area."""
+        assert self._regs is not None, "not inside borrowed()"
+        if not self.instruction:
+            self.instruction = find_syscall_instruction(self.pid)
+        arch.start_call(self.tid, self._regs, self.instruction, number, args)
+        ptrace.singlestep(self.tid)
+        self._expect(5)  # SIGTRAP
+        return arch.result(arch.get_regs(self.tid))
+
+    def map_scratch(self, size: int, address: int = 0) -> int:
+        """Map the scratch area: code, context and table first, then memory for whoever asks."""
+        flags = _MAP_PRIVATE_ANONYMOUS | (_MAP_FIXED_NOREPLACE if address else 0)
+        got = self.call(arch.NR["mmap"], address, size, _PROT_RWX, flags, -1, 0)
+        if -4096 < got < 0:
+            raise RemoteError(-got, f"mmap of {size} bytes of scratch: {os.strerror(-got)}", f"pid {self.pid}")
+        self.adopt_scratch(got, size)
+        memory.write(self.pid, got, arch.BATCH_CODE)
+        return got
+
+    def adopt_scratch(self, address: int, size: int) -> None:
+        """Use a scratch area that is there already (after a fork, or from another thread)."""
+        self.scratch, self.scratch_size = address, size
+        self._context = address + _CODE_SIZE
+        self.table = address + _TABLE_SIZE
+        self.data = address + 2 * _TABLE_SIZE
+        self.data_size = size - 2 * _TABLE_SIZE
+        self.max_calls = _TABLE_SIZE // arch.BATCH_ENTRY
+
+    def unmap_scratch(self) -> None:
+        """Unmap it again: the last call inside the block."""
+        result = self.call(arch.NR["munmap"], self.scratch, self.scratch_size)
+        if result < 0:
+            raise RemoteError(-result, "munmap of the scratch area", f"pid {self.pid}")
+        self.scratch = 0
+
+    def put(self, data: bytes, offset: int = 0) -> int:
+        """Write `data` into the scratch area's free part; its address there."""
+        if offset + len(data) > self.data_size:
+            raise RemoteError(12, f"{len(data)} bytes do not fit the scratch area", f"pid {self.pid}")
+        if data:
+            memory.write(self.pid, self.data + offset, data)
+        return self.data + offset
+
+    def get(self, size: int, offset: int = 0) -> bytes:
+        return memory.read(self.pid, self.data + offset, size)
+
+    def batch(self, calls: Sequence[Call]) -> list[int]:
+        """Make all `calls` (number, arguments...) in order; their results, negative errno on error."""
+        out: list[int] = []
+        for first in range(0, len(calls), self.max_calls):
+            out += self._batch(calls[first : first + self.max_calls])
+        return out
+
+    def checked(self, calls: Sequence[Call]) -> list[int]:
+        """As batch(), but the first failed call raises RemoteError."""
+        results = self.batch(calls)
+        for call, result in zip(calls, results, strict=True):
+            if -4096 < result < 0:
+                raise RemoteError(-result, f"{name_of(call[0])}: {os.strerror(-result)}", describe(self.pid, call))
+        return results
+
+    def _batch(self, calls: Sequence[Call]) -> list[int]:
+        assert self._regs is not None, "not inside borrowed()"
+        memory.write(self.pid, self.table, pack_calls(calls))
+        self.start(len(calls))
+        self.finish()
+        raw = memory.read(self.pid, self.table, arch.BATCH_ENTRY * len(calls))
+        return list(struct.unpack(f"<{8 * len(calls)}q", raw)[7::8])
+
+    def start(self, count: int, table: int = 0) -> None:
+        """Let the thread run `count` prepared entries; finish() waits for their end."""
+        assert self._regs is not None, "not inside borrowed()"
+        context = 0
+        if self.survivable:
+            context = (self._context + 63) & ~63
+            if not self._context_written:
+                frame = arch.signal_context(self._regs, arch.get_xstate(self.tid), self._mask, context)
+                memory.write(self.pid, context, frame)
+                self._context_written = True
+        arch.start_batch(
+            self.tid, self._regs, self.scratch, table or self.table, count, self._signal, context
+        )
+        ptrace.cont(self.tid)
+
+    def finish(self) -> None:
+        self._expect(self._signal)
+
+    def _expect(self, signal: int) -> None:
+        while True:
+            status = ptrace.wait(self.tid)
+            if not ptrace.is_stop(status):
+                raise RemoteError(3, f"ended while borrowed (wait status {status:#x})", f"tid {self.tid}")
+            got, event = ptrace.stop_signal(status), ptrace.stop_event(status)
+            if event == ptrace.EVENT_STOP:  # a late PTRACE_INTERRUPT, or a group stop: go on
+                ptrace.cont(self.tid)
+                continue
+            if got == signal:
+                return
+            regs = arch.get_regs(self.tid)
+            raise RemoteError(4, f"stopped by signal {got} at {regs.rip:#x} while borrowed", f"tid {self.tid}")
+
+
+def pack_calls(calls: Sequence[Call]) -> bytes:
+    flat: list[int] = []
+    for call in calls:
+        flat.extend(value & arch.MINUS_ONE for value in call)
+        flat.extend((0,) * (8 - len(call)))
+    return struct.pack(f"<{len(flat)}Q", *flat)
+
+
+_NAMES = {number: name for name, number in arch.NR.items()}
+
+
+def name_of(number: int) -> str:
+    return _NAMES.get(number, f"system call {number}")
+
+
+def describe(pid: int, call: Call) -> str:
+    return f"in pid {pid}, arguments " + " ".join(hex(value & arch.MINUS_ONE) for value in call[1:])

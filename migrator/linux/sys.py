@@ -1,0 +1,65 @@
+"""System calls that Python has no name for, made through libc's syscall(2).
+
+One short function per call; each raises OSError with the name of the call and what it was about.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_held = ctypes.PyDLL(None, use_errno=True)  # keeps the GIL: cheaper for calls of a microsecond
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall_held = _held.syscall
+_syscall_held.restype = ctypes.c_long
+
+KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = 0, 1, 2, 3, 4
+
+_NR = {
+    "process_vm_readv": 310,
+    "process_vm_writev": 311,
+    "kcmp": 312,
+    "pidfd_getfd": 438,
+    "get_robust_list": 274,
+    "ioprio_get": 252,
+}
+
+
+def call(number: int, *args: int, name: str = "", about: str = "") -> int:
+    """Make system call `number`; raises OSError."""
+    result = int(_syscall(ctypes.c_long(number), *[ctypes.c_long(a) for a in args]))
+    if result == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name or f'syscall {number}'}: {os.strerror(error)}", about or None)
+    return result
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate, close-on-exec, of the descriptor `fd` of the process behind `pidfd` (pidfd_getfd(2))."""
+    return call(_NR["pidfd_getfd"], pidfd, fd, 0, name="pidfd_getfd", about=f"fd {fd}")
+
+
+def same(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> bool:
+    """Whether two tasks share a resource of `kind` (kcmp(2))."""
+    return call(_NR["kcmp"], pid_a, pid_b, kind, a, b, name="kcmp", about=f"pids {pid_a} and {pid_b}") == 0
+
+
+def get_robust_list(tid: int) -> tuple[int, int]:
+    """(head, length) of the robust futex list of a task (get_robust_list(2))."""
+    head, length = ctypes.c_uint64(), ctypes.c_uint64()
+    call(
+        _NR["get_robust_list"],
+        tid,
+        ctypes.addressof(head),
+        ctypes.addressof(length),
+        name="get_robust_list",
+        about=f"tid {tid}",
+    )
+    return head.value, length.value
+
+
+def ioprio_get(tid: int) -> int:
+    """The I/O priority of a task (ioprio_get(2))."""
+    return call(_NR["ioprio_get"], 1, tid, name="ioprio_get", about=f"tid {tid}")

@@ -1,0 +1,204 @@
+"""Everything that is true of x86-64 only: registers, system-call numbers, machine code, signal frames.
+
+Another architecture is another module with the same names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+from migrator.linux import ptrace
+
+ARCH_ID = 2
+USER_END = 0x7FFFFFFFF000
+SYSCALL_INSTRUCTION = b"\x0f\x05"
+SYSCALL_SIZE = 2
+MINUS_ONE = (1 << 64) - 1
+
+NR = {
+    "read": 0, "write": 1, "close": 3, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
+    "rt_sigaction": 13, "rt_sigreturn": 15, "ioctl": 16, "mremap": 25, "madvise": 28, "shmget": 29,
+    "shmat": 30, "dup2": 33, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "getpid": 39,
+    "recvmsg": 47, "exit": 60, "wait4": 61, "fcntl": 72, "chdir": 80, "fchdir": 81, "umask": 95,
+    "setuid": 105, "setgid": 106, "setpgid": 109, "setsid": 112, "setgroups": 116, "setresuid": 117,
+    "setresgid": 119, "setfsuid": 122, "setfsgid": 123, "capset": 126, "rt_sigqueueinfo": 129,
+    "sigaltstack": 131, "personality": 135, "setpriority": 141, "sched_setscheduler": 144, "mlock": 149,
+    "prctl": 157, "setrlimit": 160, "chroot": 161, "getsid": 124, "gettid": 186, "sched_setaffinity": 203,
+    "set_tid_address": 218, "restart_syscall": 219, "timer_create": 222, "timer_settime": 223,
+    "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "clock_nanosleep": 230,
+    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "ioprio_set": 251,
+    "openat": 257, "set_robust_list": 273, "epoll_pwait": 281, "dup3": 292, "rt_tgsigqueueinfo": 297,
+    "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334, "pidfd_open": 434,
+    "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "epoll_pwait2": 441, "poll": 7, "ppoll": 271,
+    "futex": 202, "select": 23, "pselect6": 270,
+}  # fmt: skip
+
+_REGISTERS = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss"
+    " fs_base gs_base ds es fs gs"
+).split()
+REGS_SIZE = 8 * len(_REGISTERS)
+
+
+class Regs(ctypes.Structure):
+    """struct user_regs_struct."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in _REGISTERS]
+    r15: int
+    r14: int
+    r13: int
+    r12: int
+    rbp: int
+    rbx: int
+    r11: int
+    r10: int
+    r9: int
+    r8: int
+    rax: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    eflags: int
+    rsp: int
+    ss: int
+
+    def copy(self) -> Regs:
+        return Regs.from_buffer_copy(self)
+
+
+def get_regs(tid: int) -> Regs:
+    return Regs.from_buffer_copy(ptrace.get_regset(tid, ptrace.NT_PRSTATUS))
+
+
+def set_regs(tid: int, regs: Regs) -> None:
+    ptrace.set_regset(tid, ptrace.NT_PRSTATUS, bytes(regs))
+
+
+def get_xstate(tid: int) -> bytes:
+    """The extended state (x87, SSE, AVX, ...) in the XSAVE format; as long as the processor needs."""
+    return ptrace.get_regset(tid, ptrace.NT_X86_XSTATE)
+
+
+def set_xstate(tid: int, xstate: bytes) -> None:
+    ptrace.set_regset(tid, ptrace.NT_X86_XSTATE, xstate)
+
+
+def xfeatures(xstate: bytes) -> int:
+    """The features that the kernel saves (XCR0), as PTRACE_GETREGSET puts them into the software bytes."""
+    return int(struct.unpack_from("<Q", xstate, 464)[0]) if len(xstate) >= 472 else 3
+
+
+# A table of system calls {nr, six arguments, result} at r15, r14 entries, made one after the other; then
+# the thread sends itself signal r12, whose delivery stops it for the tracer. A tracer that has died does
+# not stop it: the signal is one that is ignored by default, and the thread goes on with rt_sigreturn of
+# the context at r13, which is its own from before.
+#
+#   top:  test r14,r14; jz done
+#         mov rax,[r15]; mov rdi,[r15+8]; mov rsi,[r15+16]; mov rdx,[r15+24]
+#         mov r10,[r15+32]; mov r8,[r15+40]; mov r9,[r15+48]; syscall
+#         mov [r15+56],rax; add r15,64; dec r14; jmp top
+#   done: getpid; gettid; tgkill(pid, tid, r12); mov rsp,r13; rt_sigreturn; ud2
+BATCH_CODE = bytes.fromhex(
+    "4d85f6742a498b07498b7f08498b7710498b57184d8b57204d8b47284d8b"
+    "4f300f05498947384983c74049ffceebd1b8270000000f0589c7b8ba0000"
+    "000f0589c64489e2b8ea0000000f054c89ecb80f0000000f050f0b"
+)
+BATCH_ENTRY = 64
+
+# prctl(PR_SET_PDEATHSIG, SIGKILL); again: pause(); jmp again
+STUB_CODE = bytes.fromhex("bf01000000be09000000b89d0000000f05b8220000000f05ebf7")
+
+# clone3(rdi, rsi); in the child execveat(rdx, r9, rcx, r8, AT_EMPTY_PATH); _exit(99)
+SPAWN_CODE = bytes.fromhex(
+    "415441554156534989d44989cd4d89c64c89cbb8b30100000f054885c075"
+    "264c89e74889de4c89ea4d89f249c7c000100000b8420100000f05bf6300"
+    "0000b8e70000000f055b415e415d415cc3"
+)
+
+
+def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal: int, context: int) -> None:
+    """Point a stopped thread at the batch code; `regs` are its own, for the segments."""
+    new = regs.copy()
+    new.orig_rax = MINUS_ONE
+    new.rip, new.r15, new.r14, new.r13, new.r12 = code, table, count, context, signal
+    set_regs(tid, new)
+
+
+def start_call(tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...]) -> None:
+    """Point a stopped thread at one `syscall` instruction, arguments in place."""
+    new = regs.copy()
+    new.orig_rax = MINUS_ONE
+    new.rip, new.rax = instruction, number
+    padded = [a & MINUS_ONE for a in (*args, 0, 0, 0, 0, 0, 0)]
+    new.rdi, new.rsi, new.rdx, new.r10, new.r8, new.r9 = padded[:6]
+    set_regs(tid, new)
+
+
+def result(regs: Regs) -> int:
+    """The result of a system call: negative errno on error."""
+    return ctypes.c_int64(regs.rax).value
+
+
+def interrupted_call(regs: Regs) -> tuple[int, int]:
+    """(number of the interrupted system call, the kernel's restart code) or (-1, 0) if none was."""
+    number = ctypes.c_int64(regs.orig_rax).value
+    code = ctypes.c_int64(regs.rax).value
+    if number < 0 or code not in (-512, -513, -514, -516):
+        return -1, 0
+    return number, code
+
+
+def call_again(regs: Regs) -> Regs:
+    """Registers with which an interrupted system call is made again from its beginning."""
+    new = regs.copy()
+    new.rip -= SYSCALL_SIZE
+    new.rax = regs.orig_rax
+    new.orig_rax = MINUS_ONE
+    return new
+
+
+CONTEXT_SIZE = 320  # struct ucontext up to and with its signal mask, rounded up
+_FP_MAGIC1, _FP_MAGIC2 = 0x46505853, 0x46505845
+
+
+def signal_context(regs: Regs, xstate: bytes, mask: int, address: int) -> bytes:
+    """A struct ucontext for rt_sigreturn(2), to be put at `address` (a multiple of 64).
+
+    A thread that returns to it goes on as it was; an interrupted system call is made again. The
+    alternate stack in it is invalid on purpose: the kernel then leaves the thread's own in place."""
+    number, code = interrupted_call(regs)
+    if number >= 0:
+        regs = call_again(regs)
+        if code == -516:
+            regs.rax = NR["restart_syscall"]
+    fpstate = address + CONTEXT_SIZE
+    head = struct.pack("<QQQIIQ", 1 | 2 | 4, 0, 0, 0xDEAD, 0, 0)
+    r = regs
+    context = struct.pack(
+        "<18Q4H4QQ8Q",
+        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
+        r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp, r.rip, r.eflags,
+        r.cs & 0xFFFF, 0, 0, r.ss & 0xFFFF,
+        0, 0, 0, 0,
+        fpstate,
+        *(0,) * 8,
+    )  # fmt: skip
+    frame = (head + context + struct.pack("<Q", mask)).ljust(CONTEXT_SIZE, b"\0")
+    state = bytearray(xstate)
+    struct.pack_into("<IIQI", state, 464, _FP_MAGIC1, len(state) + 4, xfeatures(xstate), len(state))
+    state[484:512] = bytes(28)
+    return frame + bytes(state) + struct.pack("<I", _FP_MAGIC2)
+
+
+def stub_elf(address: int) -> bytes:
+    """A static executable of one page that waits for ever: the seed of a restored process."""
+    size = 0x78 + len(STUB_CODE)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, address + 0x78, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, address, address, size, size, 4096)
+    return header + segment + STUB_CODE
