@@ -1,0 +1,122 @@
+"""The workloads themselves: each runs undisturbed and ends well, and each check can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from migrator.testing.workloads import Workload, WorkloadFailed, build, build_all, names
+
+CASES: dict[str, tuple[object, ...]] = {
+    "counter": (2,),
+    "memory": (8, 20),
+    "threads": (6,),
+    "tree": (10, "churn"),
+    "signals": (),
+    "fds": (),
+    "fp": (),
+    "creds": (),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_every_workload_compiles_without_a_warning_and_only_once() -> None:
+    programs = build_all()
+    assert set(CASES) < set(programs) == set(names())
+    assert programs == build_all()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", CASES)
+def test_an_undisturbed_workload_keeps_its_state_and_ends_well(name: str, tmp_path: Path) -> None:
+    with Workload(name, tmp_path, *CASES[name]) as workload:
+        workload.check_alive_and_progressing(ticks=1)
+        assert workload.finish()[0].startswith("ready pid=")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", CASES)
+def test_stopping_and_continuing_a_workload_is_not_taken_for_damage(name: str, tmp_path: Path) -> None:
+    with Workload(name, tmp_path, *CASES[name]) as workload:
+        os.kill(workload.pid, signal.SIGSTOP)
+        os.kill(workload.pid, signal.SIGCONT)
+        workload.check_alive_and_progressing(ticks=1)
+        workload.finish()
+
+
+def test_a_damaged_page_is_found(tmp_path: Path) -> None:
+    with Workload("memory", tmp_path, 1, 0, "plain") as memory:
+        maps = Path(f"/proc/{memory.pid}/maps").read_text().splitlines()
+        spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+        low, high = next(span for span in spans if span[1] - span[0] >= 1 << 20 and span[0] > 1 << 46)
+        with Path(f"/proc/{memory.pid}/mem").open("r+b", buffering=0) as mem:
+            for page in range(low, high, 4096):
+                mem.seek(page + 1234)
+                try:
+                    mem.write(b"\xff")
+                except OSError:
+                    continue
+        with pytest.raises(WorkloadFailed, match="page"):
+            memory.wait_for(lambda lines: "ok" in lines)
+
+
+def test_a_damaged_count_is_found(tmp_path: Path) -> None:
+    """A workload that cannot fail proves nothing: one changed file offset must be noticed."""
+    with Workload("fds", tmp_path, "append") as fds:
+        fds.check_alive_and_progressing(ticks=1)
+        with (tmp_path / "fds.out.append").open("ab") as file:
+            file.write(b"stray")
+        with pytest.raises(WorkloadFailed, match="size"):
+            fds.wait_for(lambda lines: "ok" in lines)
+
+
+def test_nothing_is_left_after_the_block(tmp_path: Path) -> None:
+    with Workload("tree", tmp_path, 12) as tree:
+        pids = [int(pid) for pid in subprocess.check_output(["pgrep", "-f", str(tree.out)]).split()]
+        assert len(pids) >= 12
+    left = [pid for pid in pids if Path(f"/proc/{pid}").exists() and tree.alive(pid)]
+    assert not left
+
+
+def test_a_client_sees_every_reply_and_measures_the_gap(tmp_path: Path) -> None:
+    port = free_port()
+    with (
+        Workload("tcpserver", tmp_path, "127.0.0.1", port) as server,
+        Workload("tcpclient", tmp_path, "127.0.0.1", port, 0, 500, 1000) as client,
+    ):
+        client.check_alive_and_progressing()
+        os.kill(server.pid, signal.SIGSTOP)
+        subprocess.run(["sleep", "0.1"], check=True)
+        os.kill(server.pid, signal.SIGCONT)
+        client.check_alive_and_progressing()
+        client.finish()
+        report = json.loads(client.stdout.read_text())
+        assert report["errors"] == 0
+        assert report["longest_gap_ms"] >= 90
+        assert report["gaps"]
+        samples = (tmp_path / "tcpclient.out.samples").read_text().splitlines()
+        assert len(samples) == report["requests"]
+        server.finish()
+
+
+def test_a_workload_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    with Workload("counter", tmp_path) as counter:
+        os.kill(counter.pid, signal.SIGKILL)
+        with pytest.raises(WorkloadFailed, match="gone"):
+            counter.check_alive_and_progressing()
+
+
+def test_an_unknown_workload_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError):
+        build("nonesuch")
