@@ -1,0 +1,146 @@
+"""How much may be sent, and how fast that goes: credit, rate and cap, without I/O.
+
+All times are seconds of one monotonic clock given by the caller; all sizes are bytes of
+STREAM payload as they go over the wire.
+"""
+
+from __future__ import annotations
+
+from migrator.errors import TransportError
+
+FLOOR = 256 << 10
+QUEUE_SECONDS = 0.04
+_SAMPLE_SECONDS = 0.02
+_SAMPLE_BYTES = 1 << 20
+_WEIGHT = 0.3
+
+
+class SendWindow:
+    """What one side of a link may still send of the stream.
+
+    The receiver's window bounds its memory. We stay below it on purpose: what is in flight is
+    kept to the measured rate times the round trip and `QUEUE_SECONDS`, because a control
+    message waits behind everything that is already in flight.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.in_flight = 0
+        self.rate = 0.0  # bytes/s the receiver takes when we press; 0.0 until measured
+        self._pressed = False
+        self._since = 0.0
+        self._acked = 0
+
+    def limit(self, round_trip: float) -> int:
+        """Bytes that may be in flight, for a `round_trip` in seconds."""
+        if not self.rate:
+            return min(self.window, 2 << 20)
+        wanted = int(self.rate * (round_trip + QUEUE_SECONDS))
+        return max(min(wanted, self.window), FLOOR)
+
+    def has_room(self, size: int, round_trip: float) -> bool:
+        if self.in_flight == 0:
+            return True
+        room = self.limit(round_trip) - self.in_flight >= size
+        self._pressed = self._pressed or not room
+        return room
+
+    def sent(self, size: int, now: float) -> None:
+        if self.in_flight == 0 and not self._acked:
+            self._since = now
+        self.in_flight += size
+
+    def granted(self, size: int, now: float) -> None:
+        """The receiver is done with `size` bytes. Raises `TransportError` if it never had them."""
+        if size > self.in_flight:
+            raise TransportError(f"the other end acknowledges {size} bytes, {self.in_flight} are in flight")
+        self.in_flight -= size
+        self._acked += size
+        elapsed = now - self._since
+        if elapsed >= _SAMPLE_SECONDS or (self._acked >= _SAMPLE_BYTES and elapsed > 0.001):
+            self._sample(self._acked / elapsed)
+            self._acked = 0
+            self._since = now
+            self._pressed = False
+        elif self.in_flight == 0 and not self._pressed:
+            self._acked = 0  # too little to tell anything
+
+    def _sample(self, rate: float) -> None:
+        # Without pressure the link was idle part of the time: the sample is only a lower bound.
+        if not self._pressed:
+            self.rate = max(self.rate, rate)
+        elif not self.rate:
+            self.rate = rate
+        else:
+            self.rate += _WEIGHT * (rate - self.rate)
+
+
+class ReceiveWindow:
+    """What the other side may still send; the mirror of `SendWindow`.
+
+    Grants are given in lumps, so that small blocks do not cost a frame each.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.outstanding = 0
+        self._owed = 0
+
+    def received(self, size: int) -> None:
+        """Raises `TransportError` when the peer sends more than it was allowed to."""
+        self.outstanding += size
+        if self.outstanding > self.window:
+            raise TransportError(f"the other end sent more than the {self.window} bytes it may")
+
+    def consumed(self, size: int, *, idle: bool) -> int:
+        """Bytes to grant now, 0 to wait for more. `idle` says that nothing else is queued."""
+        self._owed += size
+        if not idle and self._owed < self.window // 32:
+            return 0
+        grant, self._owed = self._owed, 0
+        self.outstanding -= grant
+        return grant
+
+
+class TokenBucket:
+    """A cap of `rate` bytes/s, over any time longer than that of one `burst`."""
+
+    def __init__(self, rate: float, burst: float | None = None) -> None:
+        if rate <= 0:
+            raise ValueError(f"a cap of {rate} bytes/s")
+        self.rate = rate
+        self.burst = burst if burst is not None else rate * 0.05
+        self._tokens = self.burst
+        self._at: float | None = None
+
+    def delay(self, now: float) -> float:
+        """Seconds until something may be sent. A block may overdraw; the next one pays for it."""
+        if self._at is not None:
+            self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
+        self._at = now
+        return max(0.0, -self._tokens / self.rate)
+
+    def take(self, size: int) -> None:
+        self._tokens -= size
+
+
+class RoundTrip:
+    """The round trip in seconds: the least of the last `keep` samples.
+
+    The least, because a ping that waited behind stream blocks measures our own queue.
+    """
+
+    def __init__(self, keep: int = 16) -> None:
+        self._keep = keep
+        self._samples: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self._samples = [*self._samples[1 - self._keep :], max(seconds, 0.0)]
+
+    @property
+    def least(self) -> float:
+        return min(self._samples, default=0.0)
+
+    @property
+    def last(self) -> float:
+        return self._samples[-1] if self._samples else 0.0
