@@ -1,0 +1,122 @@
+"""The direction of imports: cli, agent -> session -> engine -> linux, image; session -> transport."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("migrator", "transport", "policies")
+
+# What each layer may import of ours. Errors are everybody's: they say where the workload is now.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "migrator.errors": (),
+    "migrator.image": ("migrator.image", "migrator.errors"),
+    "migrator.linux": ("migrator.linux", "migrator.errors"),
+    "migrator.container": ("migrator.container", "migrator.linux", "migrator.errors"),
+    "migrator.engine": (
+        "migrator.engine",
+        "migrator.container",
+        "migrator.image",
+        "migrator.linux",
+        "migrator.errors",
+    ),
+    "transport": ("transport", "migrator.errors"),
+    "policies": ("policies", "migrator.errors"),
+}
+# Pure layers: bytes and values in, bytes and values out.
+NO_IO = ("migrator.image",)
+IO_MODULES = {"asyncio", "socket", "subprocess", "threading", "mmap", "ctypes", "fcntl", "select"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, name: str) -> Iterator[str]:
+    """The full names of all that a module imports, wherever in it, relative ones made absolute.
+
+    What only a type checker sees counts too: a layer that needs to know the names of a higher one
+    knows too much.
+    """
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*up, base] if base else up)
+            yield base if base not in PACKAGES else f"{base}.{node.names[0].name}"
+
+
+def below(name: str, layers: tuple[str, ...] | dict[str, tuple[str, ...]]) -> str | None:
+    """The layer that a module belongs to."""
+    return next((layer for layer in layers if name == layer or name.startswith(f"{layer}.")), None)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_only_its_own_layer_and_those_below(name: str) -> None:
+    layer = below(name, ALLOWED)
+    if layer is None:
+        return  # session, agent, command line, testing: may know everything
+    ours = [imported for imported in imports(modules()[name], name) if imported.split(".")[0] in PACKAGES]
+    wrong = [imported for imported in ours if below(imported, ALLOWED[layer]) is None]
+    assert not wrong, f"{name} must not import {', '.join(wrong)}: {layer} knows {ALLOWED[layer]}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if below(name, NO_IO)))
+def test_a_pure_module_does_no_input_or_output(name: str) -> None:
+    wrong = IO_MODULES.intersection(imported.split(".")[0] for imported in imports(modules()[name], name))
+    assert not wrong, f"{name} imports {', '.join(sorted(wrong))}"
+
+
+def test_the_session_does_not_know_who_drives_it() -> None:
+    drivers = ("migrator.cli", "migrator.agent", "migrator.testing")
+    for name, path in modules().items():
+        if not name.startswith("migrator.session"):
+            continue
+        wrong = [imported for imported in imports(path, name) if below(imported, drivers)]
+        assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
+def test_only_tests_import_the_test_kit() -> None:
+    for name, path in modules().items():
+        if name.startswith("migrator.testing"):
+            continue
+        wrong = [imported for imported in imports(path, name) if imported.startswith("migrator.testing")]
+        assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        name
+        for name, path in modules().items()
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not silent
+
+
+def test_nothing_needs_a_package_that_is_not_declared() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {
+        requirement.split(">")[0].split("[")[0].replace("-", "_").lower()
+        for group in (project["dependencies"], *project["optional-dependencies"].values())
+        for requirement in group
+    }
+    known = declared | set(sys.stdlib_module_names) | set(PACKAGES)
+    for name, path in modules().items():
+        wrong = {imported.split(".")[0] for imported in imports(path, name)} - known
+        assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which pyproject.toml does not name"
