@@ -20,6 +20,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +70,8 @@ def build_all() -> dict[str, Path]:
 class Workload:
     """A running workload; a context manager.
 
-    name:       a C workload, or the path of a Python one (`*.py`) in tests/workloads
+    name:       a C workload, a Python one (`*.py`) in tests/workloads, or a module of ours that
+                behaves like one ("migrator.testing.redisclient")
     directory:  for its output and the files that are part of its state
     arguments:  after the output file
     netns:      name of the network namespace (ip-netns(8)) it starts in, "" for the caller's
@@ -93,13 +95,12 @@ class Workload:
     ) -> None:
         self.name = name
         self.directory = Path(directory)
-        base = self.directory / (label or Path(name).stem)
-        self.out = base.with_suffix(".out")
-        self.stdout = base.with_suffix(".stdout")
-        self.stderr = base.with_suffix(".stderr")
-        program = _interpreted(name) if name.endswith(".py") else [str(build(name))]
+        label = label or name.removesuffix(".py").rpartition(".")[2]
+        self.out = self.directory / f"{label}.out"
+        self.stdout = self.directory / f"{label}.stdout"
+        self.stderr = self.directory / f"{label}.stderr"
         enter = ["ip", "netns", "exec", netns] if netns else []
-        self.command = [*enter, *prefix, *program, str(self.out), *map(str, arguments)]
+        self.command = [*enter, *prefix, *_program(name), str(self.out), *map(str, arguments)]
         self._wait_ready = ready
         self._process: subprocess.Popen[bytes] | None = None
         self._roots: list[int] = []
@@ -230,8 +231,13 @@ class Workload:
         return f"last lines {lines[-2:]} stderr {stderr!r}"
 
 
-def _interpreted(name: str) -> list[str]:
-    return ["python3", str(SOURCES / name)]
+def _program(name: str) -> list[str]:
+    if name.endswith(".py"):
+        # The real interpreter, not a launcher in front of it: what runs is what will be moved.
+        return [os.path.realpath(sys.executable), str(SOURCES / name)]
+    if "." in name:
+        return [sys.executable, "-m", name]
+    return [str(build(name))]
 
 
 def _descendants(root: int) -> list[int]:
