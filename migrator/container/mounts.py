@@ -1,0 +1,145 @@
+"""The file systems that a container sees, set up from outside.
+
+Everything here runs in a child process that has entered the container's mount and pid namespaces
+(`migrator.linux.namespaces.run_in`): the container's own processes take no part, so the same code serves
+a fresh container and one that is being restored around a process 1 that cannot run yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import stat
+from dataclasses import dataclass
+
+from migrator.container.spec import ContainerSpec, Tmpfs
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
+_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+SHM = Tmpfs("/dev/shm", "mode=1777")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_DEVICES = {
+    "null": (1, 3),
+    "zero": (1, 5),
+    "full": (1, 7),
+    "random": (1, 8),
+    "urandom": (1, 9),
+    "tty": (5, 0),
+}
+_LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
+    )
+    if result == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mount {kind or source}: {os.strerror(error)}", target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags) == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"umount: {os.strerror(error)}", target)
+
+
+def pivot_root(root: str) -> None:
+    """Make `root` the root of the mount namespace; every process whose root or working directory was the
+    old one moves along (pivot_root(2))."""
+    number = _NR_PIVOT_ROOT[os.uname().machine]
+    os.chdir(root)
+    # Putting the old root under the new one at the same place needs no directory for it: it comes to lie
+    # on top of the new root, and is taken away from there.
+    if _libc.syscall(ctypes.c_long(number), b".", b".") == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"pivot_root: {os.strerror(error)}", root)
+    umount(".", MNT_DETACH)
+    os.chdir("/")
+
+
+def set_up(spec: ContainerSpec) -> None:
+    """Build the container's view. Runs inside its mount and pid namespaces. Raises OSError."""
+    # Before anything else: until then a mount made here would show up on the host.
+    mount("", "/", flags=MS_REC | MS_PRIVATE)
+    if spec.root:
+        mount(spec.root, spec.root, flags=MS_BIND | MS_REC)
+        pivot_root(spec.root)
+        _small_dev()
+    os.makedirs("/proc", exist_ok=True)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for fs in (SHM, *spec.tmpfs):
+        if fs is not SHM or not any(m.path == SHM.path for m in spec.tmpfs):
+            os.makedirs(fs.path, exist_ok=True)
+            mount("tmpfs", fs.path, "tmpfs", MS_NOSUID | MS_NODEV, fs.options)
+    _touch_log(spec.effective_log)
+
+
+def _small_dev() -> None:
+    """/dev of a container with a root of its own."""
+    os.makedirs("/dev", exist_ok=True)
+    mount("tmpfs", "/dev", "tmpfs", MS_NOSUID, "mode=755,size=64k")
+    before = os.umask(0)
+    try:
+        for name, (major, minor) in _DEVICES.items():
+            os.mknod(f"/dev/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor))
+    finally:
+        os.umask(before)
+    for name, target in _LINKS.items():
+        os.symlink(target, f"/dev/{name}")
+    os.mkdir("/dev/pts")
+    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620")
+    os.mkdir("/dev/shm")
+
+
+def _touch_log(path: str) -> None:
+    """The log exists on every host that the container comes to, so that it can be opened again there."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640))
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo, as far as it matters here."""
+
+    path: str
+    kind: str
+    options: str  # of the file system
+    device: str
+
+
+def mounts(pid: int) -> list[Mount]:
+    """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
+    with open(f"/proc/{pid}/mountinfo") as file:
+        found = []
+        for line in file:
+            head, _, tail = line.partition(" - ")
+            words, rest = head.split(), tail.split()
+            path = words[4].encode().decode("unicode_escape") if "\\" in words[4] else words[4]
+            found.append(Mount(path, rest[0], rest[2], words[2]))
+        return found
+
+
+def own_tmpfs(pid: int, host_pid: int | str = "self") -> list[Tmpfs]:
+    """The tmpfs mounts that `pid` has and the host does not: they exist in the container only, so they
+    must be built again, and their contents carried, where it goes. /dev/shm is among them."""
+    with open(f"/proc/{host_pid}/mountinfo") as file:
+        host = {line.split()[2] for line in file}
+    found = []
+    for m in mounts(pid):
+        if m.kind == "tmpfs" and m.device not in host and m.path != "/dev":
+            kept = [
+                o
+                for o in m.options.split(",")
+                if o.split("=")[0] in ("size", "mode", "nr_inodes", "uid", "gid")
+            ]
+            found.append(Tmpfs(m.path, ",".join(kept) or "mode=1777"))
+    return found

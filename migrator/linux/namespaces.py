@@ -1,0 +1,163 @@
+"""Entering and leaving namespaces (namespaces(7), setns(2), unshare(2)).
+
+A thread can enter a network namespace for a while and come back; everything else is done by a child
+process that enters, acts, and answers through a pipe:
+
+    with entered(f"/proc/{pid}/ns/net"):
+        sock = socket.socket()         # belongs to that network for good
+
+    addresses = run_in(pid, {"net", "mnt"}, read_addresses)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import signal
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar, cast
+
+from migrator.errors import MigratorError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x2000000, 0x4000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
+
+# Names as in /proc/PID/ns. The mount namespace is entered last: after that /proc is another one.
+KINDS = {
+    "user": CLONE_NEWUSER,
+    "cgroup": CLONE_NEWCGROUP,
+    "ipc": CLONE_NEWIPC,
+    "uts": CLONE_NEWUTS,
+    "net": CLONE_NEWNET,
+    "pid": CLONE_NEWPID,
+    "time": CLONE_NEWTIME,
+    "mnt": CLONE_NEWNS,
+}
+
+T = TypeVar("T")
+
+
+class NamespaceError(MigratorError):
+    """What a child process in another namespace was asked to do failed there."""
+
+
+def setns(fd: int, flags: int = 0) -> None:
+    """Move the calling thread into the namespace behind `fd`, or into those of a pidfd (setns(2))."""
+    if _libc.setns(fd, flags) == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"setns: {os.strerror(error)}", f"flags {flags:#x}")
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread namespaces of its own (unshare(2))."""
+    if _libc.unshare(flags) == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"unshare: {os.strerror(error)}", f"flags {flags:#x}")
+
+
+def identity(pid: int, kind: str) -> int:
+    """The inode number that tells a namespace of a process from all others."""
+    return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
+
+
+@contextlib.contextmanager
+def entered(where: int | str, kinds: Collection[str] = ("net",)) -> Iterator[None]:
+    """The calling thread is in the namespace inside the block, and back in its own after it.
+
+    `where` is a pidfd or a path such as /proc/PID/ns/net. Only "net" may be entered by a thread of a
+    process that has others; the rest of the process does not move.
+    """
+    if set(kinds) != {"net"}:
+        raise ValueError("a thread can enter only a network namespace and come back: use run_in()")
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if isinstance(where, int):
+            setns(where, CLONE_NEWNET)
+        else:
+            there = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                setns(there, CLONE_NEWNET)
+            finally:
+                os.close(there)
+        try:
+            yield
+        finally:
+            setns(home, CLONE_NEWNET)
+    finally:
+        os.close(home)
+
+
+def enter(pid: int, kinds: Collection[str]) -> None:
+    """Move this process into namespaces of `pid`, for good. Needs a process with a single thread.
+
+    Entering "pid" affects only children born later (pid_namespaces(7)).
+    """
+    unknown = set(kinds) - KINDS.keys()
+    if unknown:
+        raise ValueError(f"no such kind of namespace: {', '.join(sorted(unknown))}")
+    fds = {
+        kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in KINDS if kind in kinds
+    }
+    for kind, fd in fds.items():
+        setns(fd, KINDS[kind])
+        os.close(fd)
+
+
+def run_in(pid: int, kinds: Collection[str], function: Callable[[], T]) -> T:
+    """Run `function` in a child process that has entered namespaces of `pid`, and return its result.
+
+    The result travels by pickle. What the function raises is raised here: the same object where pickle
+    can carry it, otherwise a NamespaceError with its text. The child has no threads but the one that
+    runs `function`, so the function must not wait for any.
+    """
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _answer_and_exit(send, pid, kinds, function)
+    os.close(send)
+    try:
+        with open(receive, "rb") as pipe:
+            data = pipe.read()
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(child, 0)
+    if not data:
+        raise NamespaceError(f"a helper in the namespaces of pid {pid} died: wait status {status:#x}")
+    good, value = pickle.loads(data)
+    if good:
+        return cast(T, value)
+    raise value
+
+
+def _answer_and_exit(send: int, pid: int, kinds: Collection[str], function: Callable[[], T]) -> None:
+    """The child's whole life. Never returns."""
+    try:
+        try:
+            enter(pid, kinds)
+            if "pid" in kinds and (inner := os.fork()) != 0:
+                # The grandchild is the one that is in the pid namespace, and answers.
+                os.waitpid(inner, 0)
+                os._exit(0)
+            answer = pickle.dumps((True, function()))
+        except BaseException as error:
+            answer = _pickled(error)
+        with open(send, "wb") as pipe:
+            pipe.write(answer)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _pickled(error: BaseException) -> bytes:
+    try:
+        blob = pickle.dumps((False, error))
+        pickle.loads(blob)  # some exceptions pickle but do not come back
+        return blob
+    except Exception:
+        return pickle.dumps((False, NamespaceError(f"{type(error).__name__}: {error}")))

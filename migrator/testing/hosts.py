@@ -1,0 +1,186 @@
+"""Two hosts on one machine, for tests and demonstrations.
+
+    with TwoHosts() as hosts:
+        hosts.a.run(["migrator", "run", "--name", "web", "--bridge", "br0", "--ip", "10.77.0.50/24", …])
+        hosts.client.run(["ping", "-c1", "10.77.0.50"])
+
+A host is a network namespace with a bridge `br0`, whose uplink leads to a switch that is a bridge in a
+namespace of its own; the client hangs on the same switch. Hosts share pids and file systems with the
+machine, but have state directories of their own (`MIGRATOR_STATE_DIR`). Needs root.
+
+        client .100 ── switch ──┬── uplink ─ br0 (host a, 10.77.0.1)
+                                └── uplink ─ br0 (host b, 10.77.0.2)
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pyroute2 import IPRoute, netns
+
+from migrator.linux.namespaces import entered
+
+NETWORK = "10.77.0"
+PREFIX = 24
+
+_serial = itertools.count()
+
+_END_CONTAINERS = """
+from migrator.container import list_containers, stop
+for container in list_containers():
+    stop(container.name, timeout=1)
+"""
+
+
+class Host:
+    """One network namespace with what belongs to it. `address` is its IPv4 address on the LAN."""
+
+    def __init__(self, label: str, namespace: str, address: str, folder: Path, log_dir: Path) -> None:
+        self.label = label
+        self.namespace = namespace
+        self.address = address
+        self.folder = folder
+        self.state_dir = folder / "run"
+        self.state_dir.mkdir(parents=True)
+        self.env = {
+            "MIGRATOR_STATE_DIR": str(self.state_dir),
+            "MIGRATOR_JOURNAL_DIR": str(folder / "journal"),
+            "MIGRATOR_LOG_DIR": str(log_dir),  # shared: a path must mean the same file on both hosts
+            "MIGRATOR_HOST": label,
+        }
+        self._children: list[subprocess.Popen[Any]] = []
+
+    @property
+    def netns_path(self) -> str:
+        return f"/run/netns/{self.namespace}"
+
+    def _argv(self, argv: Sequence[str]) -> list[str]:
+        # nsenter executes the command without forking: the pid is the command's own.
+        return ["nsenter", f"--net={self.netns_path}", *argv]
+
+    def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
+        here = str(Path(sys.executable).parent)
+        path = f"{here}:{os.environ.get('PATH', '/usr/bin:/bin')}"
+        return {**os.environ, "PATH": path, **self.env, **(extra or {})}
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, check: bool = True, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on this host to its end. Output is captured as text unless told otherwise.
+        Raises subprocess.CalledProcessError with the output in its notes."""
+        options = {"text": True, "timeout": 60, **more}
+        if not {"stdout", "stderr", "capture_output"} & options.keys():
+            options["capture_output"] = True
+        result = subprocess.run(self._argv(argv), env=self._environment(env), **options)
+        if check and result.returncode:
+            error = subprocess.CalledProcessError(result.returncode, list(argv), result.stdout, result.stderr)
+            error.add_note(f"stdout: {result.stdout}\nstderr: {result.stderr}")
+            raise error
+        return result
+
+    def popen(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any
+    ) -> subprocess.Popen[Any]:
+        """Start a command on this host. It is killed when the hosts go away."""
+        child = subprocess.Popen(self._argv(argv), env=self._environment(env), **more)
+        self._children.append(child)
+        return child
+
+    def python(self, code: str, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run Python code on this host, with this project importable."""
+        return self.run([sys.executable, "-c", code, *arguments], **more)
+
+    def close(self) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream is not None:
+                    stream.close()
+        if any((self.state_dir / "containers").glob("*.json")):
+            self.python(_END_CONTAINERS, check=False)
+
+
+class TwoHosts:
+    """Context manager: hosts `a` and `b`, and `client`. Everything is removed on leaving."""
+
+    def __init__(self, *, tag: str = "mv") -> None:
+        self.tag = f"{tag}-{os.getpid()}-{next(_serial)}"
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{self.tag}-"))
+        self.lan = f"{self.tag}-lan"
+        log_dir = self.folder / "log"
+        log_dir.mkdir()
+
+        def host(label: str, last: int) -> Host:
+            return Host(label, f"{self.tag}-{label}", f"{NETWORK}.{last}", self.folder / label, log_dir)
+
+        self.a, self.b, self.client = host("a", 1), host("b", 2), host("client", 100)
+
+    @property
+    def hosts(self) -> tuple[Host, Host, Host]:
+        return self.a, self.b, self.client
+
+    def __enter__(self) -> TwoHosts:
+        try:
+            netns.create(self.lan)
+            _build_switch(self.lan)
+            for number, host in enumerate(self.hosts):
+                netns.create(host.namespace)
+                _plug_in(self.lan, host, number)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.close()
+        for namespace in (*(host.namespace for host in self.hosts), self.lan):
+            if os.path.exists(f"/run/netns/{namespace}"):
+                netns.remove(namespace)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _bridge(ip: IPRoute, name: str) -> int:
+    ip.link("add", ifname=name, kind="bridge", br_forward_delay=0, br_stp_state=0)
+    index = int(ip.link_lookup(ifname=name)[0])
+    ip.link("set", index=index, state="up")
+    return index
+
+
+def _build_switch(namespace: str) -> None:
+    with entered(f"/run/netns/{namespace}"), IPRoute() as ip:
+        _bridge(ip, "switch")
+
+
+def _plug_in(lan: str, host: Host, number: int) -> None:
+    """A cable from the host to the switch. Hosts get a bridge with the uplink in it, the client does not."""
+    with entered(host.netns_path), IPRoute() as ip:
+        ip.link("set", index=ip.link_lookup(ifname="lo")[0], state="up")
+        peer = {"ifname": f"port{number}", "net_ns_fd": lan}
+        ip.link("add", ifname="uplink", kind="veth", peer=peer)
+        uplink = carrier = int(ip.link_lookup(ifname="uplink")[0])
+        if host.label != "client":
+            carrier = _bridge(ip, "br0")
+            ip.link("set", index=uplink, master=carrier)
+        ip.link("set", index=uplink, state="up")
+        ip.addr("add", index=carrier, address=host.address, prefixlen=PREFIX)
+    with entered(f"/run/netns/{lan}"), IPRoute() as ip:
+        port = int(ip.link_lookup(ifname=f"port{number}")[0])
+        ip.link("set", index=port, master=ip.link_lookup(ifname="switch")[0])
+        ip.link("set", index=port, state="up")
