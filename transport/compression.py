@@ -25,7 +25,9 @@ TINY = 256  # bytes below which compression never pays
 OFF = 0
 LEVELS: Sequence[int] = (OFF, -5, -1, 1, 3, 6, 9)
 START = -1
-WORKERS = max(1, min(2, os.cpu_count() or 1))
+WORKERS = max(1, min(2, (os.cpu_count() or 1) - 1))  # one core is for the rest of us
+PROBE = 16
+FAST = 500e6  # bytes/s to assume of a link not yet measured
 _USELESS = 0.97  # of its size: a block that shrinks less than this goes raw
 
 
@@ -61,31 +63,27 @@ class _Record:
 
 
 class LevelChooser:
-    """Which level sends the most bytes per second, from what the last blocks did.
+    """Which level sends a byte in the least time, from what the last blocks did.
 
-    A level's throughput is the lesser of what the workers compress and what the link carries
-    of the result. Levels never tried are guessed from the nearest one that was, so that the
-    choice moves step by step and corrects itself. Pure: it is told all it knows.
+    Compressing and sending go on side by side, so the slower one counts in full; the faster one
+    still counts in part, because both share the cores. Levels never tried are guessed from the
+    nearest one that was, so that the choice moves step by step and corrects itself. While the
+    choice is "off", every `PROBE`th block is compressed all the same: data changes.
+    Pure: it is told all it knows.
     """
 
     def __init__(self, levels: Sequence[int] = LEVELS, workers: int = WORKERS, start: int = START) -> None:
         self._levels = list(levels)
         self._workers = workers
+        self._start = start
         self._known: dict[int, _Record] = {}
-        self._useless = 0
-        self._skip = 0
+        self._off = 0  # blocks since the last one that was compressed
         self.level = start
 
     def record(self, packed: Packed) -> None:
         if packed.level == OFF or packed.raw_size < 4096:
             return
         ratio = len(packed.data) / packed.raw_size
-        if not packed.compressed:
-            # Incompressible: look again after 1, 2, 4 .. 16 blocks.
-            self._useless = min(self._useless + 1, 5)
-            self._skip = 1 << (self._useless - 1)
-            return
-        self._useless = 0
         speed = packed.raw_size / max(packed.seconds, 1e-6)
         known = self._known.get(packed.level)
         if known is None:
@@ -96,30 +94,34 @@ class LevelChooser:
 
     def choose(self, link_rate: float) -> int:
         """The level for the next block. `link_rate` is in wire bytes/s, 0.0 if not known."""
-        if self._skip:
-            self._skip -= 1
-            return OFF
-        if link_rate and self._known:
-            best = max(self._levels, key=lambda level: self._predict(level, link_rate))
+        if self._known:
+            link_rate = link_rate or FAST
+            best = min(self._levels, key=lambda level: self._cost(level, link_rate))
             # Ten percent of hysteresis: guesses are not worth moving for less.
-            if self._predict(best, link_rate) > 1.1 * self._predict(self.level, link_rate):
+            if self._cost(best, link_rate) < 0.9 * self._cost(self.level, link_rate):
                 self.level = self._towards(best)
-        return self.level
+        self._off = self._off + 1 if self.level == OFF else 0
+        return self._start if self._off and self._off % PROBE == 0 else self.level
 
-    def _predict(self, level: int, link_rate: float) -> float:
+    def _cost(self, level: int, link_rate: float) -> float:
+        """Seconds per raw byte."""
         if level == OFF:
-            return link_rate
+            return 1 / link_rate
         record = self._known.get(level) or self._guess(level)
-        return min(record.speed * self._workers, link_rate / max(record.ratio, 1e-3))
+        compressing = 1 / (record.speed * self._workers)
+        sending = record.ratio / link_rate
+        return max(compressing, sending) + 0.3 * min(compressing, sending)
 
     def _guess(self, level: int) -> _Record:
         at = self._levels.index(level)
         near = min(self._known, key=lambda known: abs(self._levels.index(known) - at))
         steps = at - self._levels.index(near)
         known = self._known[near]
-        return _Record(known.speed * 0.6**steps, known.ratio * 0.93**steps)
+        return _Record(known.speed * 0.6**steps, known.ratio ** (1.1**steps))
 
     def _towards(self, best: int) -> int:
+        if best == OFF:
+            return OFF
         at, to = self._levels.index(self.level), self._levels.index(best)
         return self._levels[at + (to > at) - (to < at)]
 

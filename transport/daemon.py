@@ -23,7 +23,7 @@ import asyncssh
 from migrator.errors import MigratorError
 from transport import keys
 from transport.link import Link
-from transport.ssh import CHANNEL, TUNING, _SessionCallbacks
+from transport.ssh import CHANNEL, TUNING, _SessionCallbacks, quieten
 
 log = logging.getLogger("migrator.transport")
 
@@ -143,6 +143,7 @@ class _Server(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
+        quieten(conn)
         self._addr = (conn.get_extra_info("peername") or ("",))[0]
 
     def begin_auth(self, username: str) -> bool:

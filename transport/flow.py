@@ -11,7 +11,6 @@ from migrator.errors import TransportError
 FLOOR = 256 << 10
 QUEUE_SECONDS = 0.04
 _SAMPLE_SECONDS = 0.02
-_SAMPLE_BYTES = 1 << 20
 _WEIGHT = 0.3
 
 
@@ -27,16 +26,23 @@ class SendWindow:
         self.window = window
         self.in_flight = 0
         self.rate = 0.0  # bytes/s the receiver takes when we press; 0.0 until measured
-        self._pressed = False
-        self._since = 0.0
+        self._measured = False  # else `rate` is only a lower bound
+        self._pressed = False  # somebody waits for room
+        self._since = 0.0  # the last grant, or the first block after nothing was in flight
         self._acked = 0
+        self._elapsed = 0.0
 
     def limit(self, round_trip: float) -> int:
         """Bytes that may be in flight, for a `round_trip` in seconds."""
-        if not self.rate:
+        if not self._measured:
             return min(self.window, 2 << 20)
         wanted = int(self.rate * (round_trip + QUEUE_SECONDS))
         return max(min(wanted, self.window), FLOOR)
+
+    @property
+    def capacity(self) -> float:
+        """Bytes/s of the link, 0.0 as long as it was never the bottleneck."""
+        return self.rate if self._measured else 0.0
 
     def has_room(self, size: int, round_trip: float) -> bool:
         if self.in_flight == 0:
@@ -46,7 +52,7 @@ class SendWindow:
         return room
 
     def sent(self, size: int, now: float) -> None:
-        if self.in_flight == 0 and not self._acked:
+        if self.in_flight == 0:
             self._since = now
         self.in_flight += size
 
@@ -56,23 +62,24 @@ class SendWindow:
             raise TransportError(f"the other end acknowledges {size} bytes, {self.in_flight} are in flight")
         self.in_flight -= size
         self._acked += size
-        elapsed = now - self._since
-        if elapsed >= _SAMPLE_SECONDS or (self._acked >= _SAMPLE_BYTES and elapsed > 0.001):
-            self._sample(self._acked / elapsed)
-            self._acked = 0
-            self._since = now
-            self._pressed = False
-        elif self.in_flight == 0 and not self._pressed:
-            self._acked = 0  # too little to tell anything
+        self._elapsed += now - self._since
+        if self._pressed:
+            if self._elapsed >= _SAMPLE_SECONDS:
+                sample = self._acked / self._elapsed
+                self.rate += (_WEIGHT if self._measured else 1.0) * (sample - self.rate)
+                self._measured = True
+                self._restart()
+        elif self.in_flight == 0:
+            # The link was idle part of the time: a lower bound, and only if it was worth measuring.
+            if not self._measured and self._acked >= FLOOR and self._elapsed > 0:
+                self.rate = max(self.rate, self._acked / self._elapsed)
+            self._restart()
+        self._since = now
+        self._pressed = False
 
-    def _sample(self, rate: float) -> None:
-        # Without pressure the link was idle part of the time: the sample is only a lower bound.
-        if not self._pressed:
-            self.rate = max(self.rate, rate)
-        elif not self.rate:
-            self.rate = rate
-        else:
-            self.rate += _WEIGHT * (rate - self.rate)
+    def _restart(self) -> None:
+        self._acked = 0
+        self._elapsed = 0.0
 
 
 class ReceiveWindow:

@@ -195,8 +195,14 @@ class Link:
 
     @property
     def throughput(self) -> float:
-        """Wire bytes/s the peer took of the stream when we pressed; 0.0 before the first sample."""
+        """Wire bytes/s the peer takes of the stream; a lower bound as long as the link was never
+        the bottleneck, and 0.0 before the first sample."""
         return self._send_window.rate
+
+    @property
+    def capacity(self) -> float:
+        """Wire bytes/s of the link as measured when it was the bottleneck; 0.0 if it never was."""
+        return self._send_window.capacity
 
     @property
     def compression(self) -> CompressionStats:
