@@ -65,6 +65,7 @@ class Struct:
     __slots__ = ()
     _members: ClassVar[tuple[Member, ...]]
     _packer: ClassVar[_struct.Struct]
+    _gaps: ClassVar[tuple[tuple[int, int], ...]]  # (start, end) of the compiler's paddings in the fixed part
     _plain: ClassVar[tuple[str, ...]]  # fields in the fixed part, in order
     _tails: ClassVar[tuple[tuple[str, Any], ...]]  # (field, bytes | str | item class)
 
@@ -78,6 +79,8 @@ class Record(Struct):
     def encode(self) -> bytes:
         """The whole record, header included. Raises ImageError if a value does not fit its field."""
         payload = _encode_payload(self)
+        if HEADER.size + len(payload) > MAX_RECORD:
+            raise ImageError(f"{type(self).__name__}: {len(payload)} bytes are more than a record may have")
         return HEADER.pack(self.TYPE, HEADER.size + len(payload)) + payload
 
     @classmethod
@@ -99,6 +102,8 @@ def fixed(cls: type[S]) -> type[S]:
     _lay_out(made)
     if made._tails:
         raise TypeError(f"{cls.__name__}: an array item has no tails")
+    if made._gaps:  # an item has no place where its paddings are checked
+        raise TypeError(f"{cls.__name__}: an array item has gaps at {made._gaps}; name them `reserved`")
     return made
 
 
@@ -124,6 +129,7 @@ def _lay_out(cls: Any) -> None:
     members: list[Member] = []
     tails: list[tuple[str, Any]] = []
     plain: list[str] = []
+    gaps: list[tuple[int, int]] = []
     offset = 0
     form = "<"
 
@@ -131,7 +137,9 @@ def _lay_out(cls: Any) -> None:
         nonlocal offset, form
         size = _SIZES[code]
         gap = -offset % size
-        form += f"{gap}x" if gap else ""
+        if gap:
+            form += f"{gap}x"
+            gaps.append((offset, offset + gap))
         members.append(Member(name, code, offset + gap))
         form += code
         offset += gap + size
@@ -151,7 +159,8 @@ def _lay_out(cls: Any) -> None:
         add(f"{name}_len" if kind is bytes or kind is str else f"nr_{name}", "I")
     if -offset % 8:
         form += f"{-offset % 8}x"
-    cls._members, cls._plain, cls._tails = tuple(members), tuple(plain), tuple(tails)
+        gaps.append((offset, offset + -offset % 8))
+    cls._members, cls._plain, cls._tails, cls._gaps = tuple(members), tuple(plain), tuple(tails), tuple(gaps)
     cls._packer = _struct.Struct(form)
 
 
@@ -162,6 +171,8 @@ def _encode_payload(rec: Struct) -> bytes:
     for name, kind in cls._tails:
         value = getattr(rec, name)
         if kind is str:
+            if "\0" in value:
+                raise ImageError(f"{cls.__name__}.{name}: a text holds a NUL")
             value = value.encode("utf-8", "surrogateescape")
         if kind is bytes or kind is str:
             values.append(len(value))
@@ -188,6 +199,9 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
     if len(payload) < size:
         raise ImageError(f"{cls.__name__}: {len(payload)} bytes, its fixed part alone has {size}")
     values = cls._packer.unpack_from(payload)
+    for start, end in cls._gaps:
+        if any(payload[start:end]):
+            raise ImageError(f"{cls.__name__}: padding is not zero")
     nr_plain = len(cls._plain)
     out = dict(zip(cls._plain, values[:nr_plain], strict=True))
     position = size
@@ -196,7 +210,8 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
         end = position + length
         padded = end + (-length % 8)
         if padded > len(payload):
-            raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {len(payload) - position} are left")
+            left = len(payload) - position
+            raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {left} are left")
         raw = bytes(payload[position:end])
         if any(payload[end:padded]):
             raise ImageError(f"{cls.__name__}.{name}: padding is not zero")
@@ -223,3 +238,13 @@ def layouts() -> Iterator[tuple[str, int, tuple[Member, ...], int]]:
         if not cls._members:  # the error record is a bare text
             continue
         yield cls.__name__, number, cls._members, cls._packer.size
+
+
+def items() -> Iterator[type[Struct]]:
+    """The fixed structs that the arrays of the records are made of, each once."""
+    seen: set[type[Struct]] = set()
+    for _, cls in sorted(REGISTRY.items()):
+        for _, kind in cls._tails if cls._members else ():
+            if kind is not bytes and kind is not str and kind not in seen:
+                seen.add(kind)
+                yield kind

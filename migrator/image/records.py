@@ -38,7 +38,9 @@ class Arch(enum.IntEnum):
 
 @record(1)
 class Header(Record):
-    """First record. `monotonic` and `boottime` are what the tasks themselves saw at `time` (CLOCK_REALTIME)."""
+    """First record.
+
+    `monotonic` and `boottime` are what the tasks themselves saw at `time` (CLOCK_REALTIME)."""
 
     magic: u64
     arch_id: u16
@@ -171,7 +173,9 @@ class RestartBlock(Record):
 
 @record(108)
 class Cpu(Record):
-    """Registers of one task: `regs` as PTRACE_GETREGSET(NT_PRSTATUS) gives them, `xstate` as NT_X86_XSTATE."""
+    """Registers of one task.
+
+    `regs` as PTRACE_GETREGSET(NT_PRSTATUS) gives them, `xstate` as NT_X86_XSTATE."""
 
     pid: s32
     arch_id: u32
@@ -304,7 +308,9 @@ class Pages(Record):
 
 @record(404)
 class Shm(Record):
-    """Memory shared by several mappings or descriptors: anonymous, memfd, System V or a deleted tmpfs file."""
+    """Memory shared by several mappings or descriptors.
+
+    Anonymous, memfd, System V or a deleted tmpfs file."""
 
     objref: s32
     kind: u32  # enum ShmKind
@@ -403,7 +409,9 @@ class Signal(Record):
 
 @record(604)
 class SigPending(Record):
-    """Signals that wait: `infos` is an array of siginfo_t (128 bytes each). `shared`: of the whole process."""
+    """Signals that wait.
+
+    `infos` is an array of siginfo_t (128 bytes each). `shared`: of the whole process."""
 
     pid: s32
     shared: u32

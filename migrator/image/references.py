@@ -1,0 +1,124 @@
+"""Objrefs: each defined once, before it is used, and used only as what it is.
+
+What a record defines and uses is read off its fields: `objref` defines (in a record) or uses (in an
+item of an array), `<what>_objref` uses. 0 is "none" and never defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import NoReturn
+
+from migrator.image.codec import Record
+
+MAX_OBJECTS = 1 << 20
+
+# Objects that come again in later rounds, because they change while the tasks still run.
+RESENT = frozenset({"Mm", "Shm"})
+
+# The kind of object that a field wants. A field that is not here takes any kind.
+WANTED = {
+    "mm_objref": "Mm",
+    "fs_objref": "Fs",
+    "sighand_objref": "Sighand",
+    "signal_objref": "Signal",
+    "cred_objref": "Cred",
+    "exe_objref": "MappedFile",
+    "name_objref": "Name",
+    "shm_objref": "Shm",
+}
+
+# Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.
+FORWARD = frozenset({"peer_objref"})
+
+# Checked with the rest of the mapping, where its kind is known.
+_CHECKED_ELSEWHERE = frozenset({"Vmas"})
+
+
+class _Plan:
+    """What the fields of one kind of record define and use."""
+
+    __slots__ = ("defines", "items", "reserved", "uses")
+
+    def __init__(self, cls: type[Record]) -> None:
+        names = [f.name for f in fields(cls)] if cls._members else []  # type: ignore[arg-type]
+        self.defines = "objref" in names
+        self.reserved = "reserved" in names
+        self.uses = [name for name in names if name.endswith("_objref")]
+        self.items: list[tuple[str, list[str]]] = []
+        if cls.__name__ in _CHECKED_ELSEWHERE:
+            return
+        for tail, kind in cls._tails if cls._members else ():
+            if kind is not bytes and kind is not str:
+                used = [name for name in kind._plain if name == "objref" or name.endswith("_objref")]
+                if used:
+                    self.items.append((tail, used))
+
+
+class References:
+    """The objects of one stream. `fail` is called with a message, and raises."""
+
+    def __init__(self, fail: Callable[[str], NoReturn]) -> None:
+        self._fail = fail
+        self._kinds: dict[int, str] = {}
+        self._forward: dict[int, str] = {}
+        self._plans: dict[type[Record], _Plan] = {}
+
+    def check(self, record: Record) -> None:
+        cls = type(record)
+        plan = self._plans.get(cls)
+        if plan is None:
+            plan = self._plans[cls] = _Plan(cls)
+        if plan.reserved and getattr(record, "reserved"):  # noqa: B009 - not a field of every record
+            self._fail("a reserved field is not zero")
+        for name in plan.uses:
+            self._use_field(name, getattr(record, name))
+        for tail, names in plan.items:
+            for item in getattr(record, tail):
+                for name in names:
+                    self._use_field(name, getattr(item, name))
+        if plan.defines:
+            self._define(record.objref, cls.__name__)  # type: ignore[attr-defined]
+
+    def use(self, objref: int, kind: str, what: str) -> None:
+        """`what` refers to an object that must be there and of this kind."""
+        have = self._kinds.get(objref)
+        if have is None:
+            self._fail(f"{what}: objref {objref} is not defined")
+        if have != kind:
+            self._fail(f"{what}: objref {objref} is a {have}, not a {kind}")
+
+    def finish(self) -> None:
+        """At the trailer: what was referred to in advance must have come."""
+        for objref, name in self._forward.items():
+            if objref not in self._kinds:
+                self._fail(f"{name} {objref} never came")
+
+    def _define(self, objref: int, kind: str) -> None:
+        if objref <= 0:
+            self._fail(f"objref {objref} is not positive")
+        have = self._kinds.get(objref)
+        if have is None:
+            if len(self._kinds) >= MAX_OBJECTS:
+                self._fail(f"more than {MAX_OBJECTS} objects")
+            self._kinds[objref] = kind
+        elif have != kind:
+            self._fail(f"objref {objref} is a {have} already")
+        elif kind not in RESENT:
+            self._fail(f"objref {objref} comes twice")
+
+    def _use_field(self, name: str, objref: int) -> None:
+        if not objref:
+            return
+        have = self._kinds.get(objref)
+        if have is None:
+            if name in FORWARD and objref > 0:
+                if len(self._forward) >= MAX_OBJECTS:
+                    self._fail(f"more than {MAX_OBJECTS} objects")
+                self._forward[objref] = name
+                return
+            self._fail(f"{name} {objref} is not defined")
+        wanted = WANTED.get(name)
+        if wanted is not None and have != wanted:
+            self._fail(f"{name} {objref} is a {have}, not a {wanted}")

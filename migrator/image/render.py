@@ -1,0 +1,158 @@
+"""An `ImageInfo` as text and as JSON.
+
+Paths and names come from a stream that nobody vouches for: whatever could drive a terminal is shown
+escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from migrator.image.info import ImageInfo, MemoryInfo, TaskInfo
+
+
+def to_json(info: ImageInfo) -> str:
+    """All of it, as one JSON object whose keys are the fields of `ImageInfo`."""
+    return json.dumps(asdict(info), indent=2)
+
+
+def render_text(info: ImageInfo, *, errors: bool = False, tree: bool = False, verbose: bool = False) -> str:
+    """Lines for people. `errors` or `tree` alone show just those; `verbose` adds mappings and all fields."""
+    lines: list[str] = []
+    if errors:
+        lines += [f"error: {text(message)}" for message in info.errors]
+    if tree:
+        lines += _tree(info)
+    if not errors and not tree:
+        lines += _head(info)
+        lines += ["", "tasks", *_tree(info)]
+        lines += ["", "memory", *_memory(info, verbose)]
+        if info.rounds:
+            lines += ["", "rounds", *_rounds(info)]
+        if info.descriptors:
+            lines += ["", "descriptors", *_descriptors(info, verbose)]
+        if info.errors:
+            lines += ["", *(f"error: {text(message)}" for message in info.errors)]
+        if verbose:
+            lines += ["", "records", *(f"  {name:<16} {count}" for name, count in info.counts.items())]
+        lines.append("")
+    if not tree or not info.whole:
+        lines.append(_verdict(info))
+    return "\n".join(lines) + "\n"
+
+
+def text(value: str) -> str:
+    """`value` with everything that is not printable escaped, as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+
+
+def size(nr_bytes: int) -> str:
+    """A number of bytes in binary units: "3.2 MiB"."""
+    value = float(nr_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError  # the last unit takes all
+
+
+def _verdict(info: ImageInfo) -> str:
+    read = f"{info.records} records, {info.bytes} bytes"
+    return f"whole: {read}" if info.whole else f"BROKEN after {read}: {text(info.cause)}"
+
+
+def _head(info: ImageInfo) -> Iterator[str]:
+    head = info.header
+    if not head:
+        yield "no header"
+        return
+    kernel = f"{text(head['sysname'])} {text(head['release'])} {text(head['machine'])}"
+    yield (
+        f"image revision {head['rev']} by {text(head['engine']) or 'an unnamed engine'}, "
+        f"flags {head['uflags']:#x}"
+    )
+    yield f"host {text(head['nodename'])}, {kernel}"
+    if info.arch:
+        yield f"cpu {text(info.arch['cpu_model'])}, xstate of {info.arch['xstate_size']} bytes"
+    if info.container:
+        yield f"container {text(info.container['name'])}, init {info.container['init_pid']}"
+
+
+def _tree(info: ImageInfo) -> Iterator[str]:
+    """Processes indented below their parents, threads below their leaders."""
+    depth: dict[int, int] = {}
+    for task in info.tasks:
+        above = task.tgid if task.thread else task.ppid
+        # a stream that is broken may name any parent: one that was not shown yet counts as none
+        depth[task.pid] = 0 if task.orphan else depth.get(above, -1) + 1
+        yield "  " * (depth[task.pid] + 1) + _task(task)
+
+
+def _task(task: TaskInfo) -> str:
+    state = task.state or ("zombie" if task.zombie else "state missing")
+    parts = [f"{task.pid}", text(task.comm) or "?", state]
+    if task.thread:
+        parts.append("thread")
+    else:
+        parts.append(f"group {task.pgid} session {task.sid}")
+    if task.orphan:
+        parts.append(f"parent {task.ppid} outside")
+    if task.mm_objref and not task.thread:
+        parts.append(f"mm {task.mm_objref} files {task.files_objref}")
+    if task.pending_signals:
+        parts.append(f"{task.pending_signals} signals pending")
+    return "  ".join(parts)
+
+
+def _memory(info: ImageInfo, verbose: bool) -> Iterator[str]:
+    for memory in info.memory:
+        yield f"  {memory.kind} {memory.objref}  {text(memory.what)}  {_amount(memory)}"
+        if verbose:
+            for number, part in sorted(memory.rounds.items()):
+                yield f"      round {number}: {part.data} data  {part.zero} zero  {part.absent} absent"
+            for vma in memory.mappings:
+                yield f"      {vma.start:012x}-{vma.end:012x} {vma.perms} {vma.offset:08x} {text(vma.what)}"
+
+
+def _amount(memory: MemoryInfo) -> str:
+    mapped = (
+        f"{size(memory.size)} in {len(memory.mappings)} mappings"
+        if memory.kind == "mm"
+        else size(memory.size)
+    )
+    return f"{mapped}; sent {memory.data} pages with data, {memory.zero} zero, {memory.absent} absent"
+
+
+def _rounds(info: ImageInfo) -> Iterator[str]:
+    for part in info.rounds:
+        mark = "  last, tasks stopped" if part.last else ""
+        yield (
+            f"  {part.number:>3}  {part.data} pages with data ({size(part.bytes)}), "
+            f"{part.zero} zero, {part.absent} absent{mark}"
+        )
+
+
+def _descriptors(info: ImageInfo, verbose: bool) -> Iterator[str]:
+    for thing in info.descriptors:
+        shown = " ".join(
+            f"{name}={_value(value, verbose)}" for name, value in thing.fields.items() if value or verbose
+        )
+        yield f"  {thing.record}  {shown}"
+
+
+def _value(value: object, verbose: bool) -> str:
+    match value:
+        case str():
+            return text(value)
+        case {"length": int(length), "hex": str(shown), **rest} if not rest:
+            return f"<{length} bytes{': ' + shown if verbose and shown else ''}>"
+        case dict():
+            return "(" + " ".join(f"{k}={_value(v, verbose)}" for k, v in value.items()) + ")"
+        case list():
+            if not verbose and len(value) > 8:
+                return f"<{len(value)} items>"
+            return "[" + ", ".join(_value(item, verbose) for item in value) + "]"
+        case _:
+            return str(value)

@@ -1,0 +1,51 @@
+"""Reading any stream to see what is in it: a file, or standard input."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from migrator.errors import ImageError, UsageError
+from migrator.image.decoder import Decoder
+from migrator.image.info import ImageInfo, Summary
+
+_CHUNK = 1 << 20
+
+
+def summarise(fd: int) -> ImageInfo:
+    """What the stream on `fd` holds, read to its end or to where it breaks. Never raises on what is in it.
+
+    Memory does not grow with the contents of pages: they are checked, counted and let go. OSError
+    from read(2) other than at the end is told as the cause as well."""
+    decoder = Decoder(keep_pages=False)
+    summary = Summary()
+    try:
+        while chunk := os.read(fd, _CHUNK):
+            for record in decoder.feed(chunk):
+                summary.add(record)
+        decoder.close()
+    except ImageError as error:
+        summary.broken(error.message)
+    except OSError as error:
+        summary.broken(f"reading failed at byte {decoder.offset}: {error.strerror}")
+    return summary.finish(decoder.offset)
+
+
+def read_info(path: str) -> ImageInfo:
+    """What the stream in file `path` holds; "-" is standard input.
+
+    Raises UsageError if there is no such file."""
+    if path == "-":
+        return summarise(0)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}", hint="an image is a file, or - for standard input"
+        ) from error
+    try:
+        if Path(path).is_dir():
+            raise UsageError(f"{path} is a directory")
+        return summarise(fd)
+    finally:
+        os.close(fd)
