@@ -97,8 +97,8 @@ class LevelChooser:
         if self._known:
             link_rate = link_rate or FAST
             best = min(self._levels, key=lambda level: self._cost(level, link_rate))
-            # Ten percent of hysteresis: guesses are not worth moving for less.
-            if self._cost(best, link_rate) < 0.9 * self._cost(self.level, link_rate):
+            # Ten percent of hysteresis: guesses are not worth moving for less. Off is no guess.
+            if best == OFF or self._cost(best, link_rate) < 0.9 * self._cost(self.level, link_rate):
                 self.level = self._towards(best)
         self._off = self._off + 1 if self.level == OFF else 0
         return self._start if self._off and self._off % PROBE == 0 else self.level

@@ -12,6 +12,7 @@ from typing import Any, cast
 from migrator.errors import TransportError
 from transport.link import Link, Wire
 
+GRACE = 0.5  # seconds
 WRITE_BUFFER = 2 << 20  # bytes unsent at which `Link.send` begins to wait
 
 
@@ -60,14 +61,17 @@ class _Reading(asyncio.Protocol):
 
 
 class _Writing(asyncio.BaseProtocol):
-    """The writing half. That it closes is told by the reading half, except when it breaks."""
+    """The writing half. That it closes is told by the reading half, after what is still to be read.
+
+    Only where the reading half says nothing is the loss of this one the end of the link.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
-            self._link.connection_lost(exc)
+            asyncio.get_running_loop().call_later(GRACE, self._link.connection_lost, exc)
 
     def pause_writing(self) -> None:
         self._link.pause_writing()
@@ -91,7 +95,8 @@ class _PipePair:
         self._reader.close()
 
     def abort(self) -> None:
-        self._writer.abort()
+        if not self._writer.is_closing() or self._writer.get_write_buffer_size():
+            self._writer.abort()
         self._reader.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -85,7 +86,7 @@ def test_frames_come_out_the_same_wherever_the_bytes_are_cut(cuts: list[int]) ->
     parser = FrameParser()
     frames: list[Frame] = []
     edges = [0, *sorted(cuts), len(ALL)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         frames += parser.feed(ALL[begin:end])
     assert frames == ALL_FRAMES
     assert parser.pending == 0
