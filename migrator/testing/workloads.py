@@ -70,8 +70,8 @@ def build_all() -> dict[str, Path]:
 class Workload:
     """A running workload; a context manager.
 
-    name:       a C workload, a Python one (`*.py`) in tests/workloads, or a module of ours that
-                behaves like one ("migrator.testing.redisclient")
+    name:       a C workload, a script (`*.py`, `*.sh`) in tests/workloads, or a module of ours
+                that behaves like one ("migrator.testing.redisclient")
     directory:  for its output and the files that are part of its state
     arguments:  after the output file
     netns:      name of the network namespace (ip-netns(8)) it starts in, "" for the caller's
@@ -95,7 +95,7 @@ class Workload:
     ) -> None:
         self.name = name
         self.directory = Path(directory)
-        label = label or name.removesuffix(".py").rpartition(".")[2]
+        label = label or name.removesuffix(".py").removesuffix(".sh").rpartition(".")[2]
         self.out = self.directory / f"{label}.out"
         self.stdout = self.directory / f"{label}.stdout"
         self.stderr = self.directory / f"{label}.stderr"
@@ -235,6 +235,8 @@ def _program(name: str) -> list[str]:
     if name.endswith(".py"):
         # The real interpreter, not a launcher in front of it: what runs is what will be moved.
         return [os.path.realpath(sys.executable), str(SOURCES / name)]
+    if name.endswith(".sh"):
+        return [os.path.realpath("/bin/bash"), str(SOURCES / name)]
     if "." in name:
         return [sys.executable, "-m", name]
     return [str(build(name))]

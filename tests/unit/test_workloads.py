@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.testing.workloads import Workload, WorkloadFailed, build, build_all, names
+from migrator.testing.workloads import SOURCES, Workload, WorkloadFailed, build, build_all, names
 
 CASES: dict[str, tuple[object, ...]] = {
     "counter": (2,),
@@ -22,6 +22,9 @@ CASES: dict[str, tuple[object, ...]] = {
     "fds": (),
     "fp": (),
     "creds": (),
+    "selfcheckpoint": ("true",),
+    "heap.py": (8,),
+    "pipeline.sh": (),
 }
 
 
@@ -33,7 +36,7 @@ def free_port() -> int:
 
 def test_every_workload_compiles_without_a_warning_and_only_once() -> None:
     programs = build_all()
-    assert set(CASES) < set(programs) == set(names())
+    assert {name for name in CASES if "." not in name} < set(programs) == set(names())
     assert programs == build_all()
 
 
@@ -120,3 +123,24 @@ def test_a_workload_that_dies_is_reported_with_its_last_words(tmp_path: Path) ->
 def test_an_unknown_workload_is_an_error() -> None:
     with pytest.raises(FileNotFoundError):
         build("nonesuch")
+
+
+def test_every_program_has_a_case_here() -> None:
+    both_ends = {"tcpserver", "tcpclient"}
+    scripts = {path.name for path in (*SOURCES.glob("*.py"), *SOURCES.glob("*.sh"))}
+    assert set(CASES) | both_ends == set(names()) | scripts
+
+
+def test_a_pipeline_counts_every_line_once(tmp_path: Path) -> None:
+    with Workload("pipeline.sh", tmp_path) as pipeline:
+        pipeline.check_alive_and_progressing(ticks=20)
+        counts = [int(line.split()[1]) for line in pipeline.finish() if line.startswith("tick")]
+        assert counts == list(range(1, len(counts) + 1))
+
+
+def test_a_command_that_fails_to_save_is_reported(tmp_path: Path) -> None:
+    with (
+        Workload("selfcheckpoint", tmp_path, "exit 3") as program,
+        pytest.raises(WorkloadFailed, match="with 3"),
+    ):
+        program.check_alive_and_progressing(ticks=30)
