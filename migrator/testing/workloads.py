@@ -204,15 +204,17 @@ class Workload:
         return lines
 
     def kill(self) -> None:
-        """Kills the tree, original or restored. Nothing happens where it has ended."""
+        """Kills the tree, original or restored; returns when it is gone (5 s at most, where it is frozen)."""
+        killed: list[int] = []
         for root in self._roots:
             for pid in [*reversed(_descendants(root)), root]:
                 if self._ours(pid):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)  # a frozen task does not die before it thaws
+                        killed.append(pid)
+        deadline = time.monotonic() + 5
+        while any(self.alive(pid) for pid in killed) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def _ours(self, pid: int) -> bool:
         # A pid may have been given to somebody else since; our output file is in every command line.
