@@ -1,0 +1,6 @@
+"""The image: records, their codec, their order. Pure: no I/O, no other part of the project but errors.
+
+Importing this package registers every record.
+"""
+
+from migrator.image import records as records
