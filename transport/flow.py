@@ -11,6 +11,7 @@ from migrator.errors import TransportError
 FLOOR = 256 << 10
 QUEUE_SECONDS = 0.04
 _SAMPLE_SECONDS = 0.02
+_SAMPLE_BYTES = 1 << 20
 _WEIGHT = 0.3
 
 
@@ -29,8 +30,8 @@ class SendWindow:
         self._measured = False  # else `rate` is only a lower bound
         self._pressed = False  # somebody waits for room
         self._since = 0.0  # the last grant, or the first block after nothing was in flight
-        self._acked = 0
-        self._elapsed = 0.0
+        self._under_pressure = _Tally()
+        self._at_ease = _Tally()
 
     def limit(self, round_trip: float) -> int:
         """Bytes that may be in flight, for a `round_trip` in seconds."""
@@ -61,25 +62,41 @@ class SendWindow:
         if size > self.in_flight:
             raise TransportError(f"the other end acknowledges {size} bytes, {self.in_flight} are in flight")
         self.in_flight -= size
-        self._acked += size
-        self._elapsed += now - self._since
-        if self._pressed:
-            if self._elapsed >= _SAMPLE_SECONDS:
-                sample = self._acked / self._elapsed
-                self.rate += (_WEIGHT if self._measured else 1.0) * (sample - self.rate)
-                self._measured = True
-                self._restart()
-        elif self.in_flight == 0:
-            # The link was idle part of the time: a lower bound, and only if it was worth measuring.
-            if not self._measured and self._acked >= FLOOR and self._elapsed > 0:
-                self.rate = max(self.rate, self._acked / self._elapsed)
-            self._restart()
+        tally = self._under_pressure if self._pressed else self._at_ease
+        tally.add(size, now - self._since)
+        if self._pressed and tally.enough:
+            sample = tally.rate()
+            self.rate += (_WEIGHT if self._measured else 1.0) * (sample - self.rate)
+            self._measured = True
+        elif not self._pressed and self.in_flight == 0 and tally.size >= FLOOR and tally.seconds > 0:
+            # The link was idle part of the time: a lower bound.
+            sample = tally.rate()
+            if not self._measured:
+                self.rate = max(self.rate, sample)
         self._since = now
         self._pressed = False
 
-    def _restart(self) -> None:
-        self._acked = 0
-        self._elapsed = 0.0
+
+class _Tally:
+    """Bytes acknowledged over a time in which something was in flight throughout."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.seconds = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        self.size += size
+        self.seconds += seconds
+
+    @property
+    def enough(self) -> bool:
+        return self.seconds >= _SAMPLE_SECONDS or (self.size >= _SAMPLE_BYTES and self.seconds >= 0.002)
+
+    def rate(self) -> float:
+        """Bytes/s; begins anew."""
+        rate = self.size / self.seconds
+        self.size, self.seconds = 0, 0.0
+        return rate
 
 
 class ReceiveWindow:

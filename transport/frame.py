@@ -224,7 +224,10 @@ class FrameParser:
     def _take_preface(self, source: bytes | bytearray) -> int:
         have = bytes(source[: len(MAGIC)])
         if have != MAGIC[: len(have)]:
-            raise TransportError("the other end does not speak the migrator protocol")
+            raise TransportError(
+                "the other end does not speak the migrator protocol",
+                hint="the command must run migrator, and the login shell there must print nothing before it",
+            )
         if len(source) < PREFACE.size:
             return 0
         _, version, _, window = PREFACE.unpack_from(source)

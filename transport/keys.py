@@ -63,11 +63,12 @@ def load_key(path: str | os.PathLike[str]) -> asyncssh.SSHKey:
         return asyncssh.read_private_key(str(path))
     except OSError as error:
         raise TransportError(f"cannot read the key {path}: {error.strerror}") from None
-    except asyncssh.KeyEncryptionError:
-        raise TransportError(
-            f"the key {path} is protected by a passphrase", hint=f"load it into an agent: ssh-add {path}"
-        ) from None
-    except asyncssh.KeyImportError as error:
+    except (asyncssh.KeyEncryptionError, asyncssh.KeyImportError) as error:
+        if "passphrase" in str(error).lower() or isinstance(error, asyncssh.KeyEncryptionError):
+            raise TransportError(
+                f"the key {path} is protected by a passphrase",
+                hint=f"load it into an agent (ssh-add {path}) and give no --identity",
+            ) from None
         raise TransportError(f"{path} is not a private key: {error}") from None
 
 

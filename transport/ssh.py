@@ -166,7 +166,8 @@ async def _start(
         await link.established(timeout)
     except TransportError as error:
         await session.ended(0.5)
-        failure = session.failure(where, command) or error
+        # What came instead of a preface says more than the exit status does.
+        failure = error if link.counters.bytes_received else session.failure(where, command) or error
         await link.close()
         raise failure from None
     return link
@@ -307,15 +308,18 @@ class _HostKeyCheck:
         if self._accepted and self.offered is not None:
             keys.pin(self.files[0], self.host, self._port, self.offered)
 
-    def refusal(self) -> TransportError:
+    def refusal(self, reason: str) -> TransportError:
         """Why the key was not accepted, and what to do."""
         if self.error is not None:
             return self.error
         name = keys.host_pattern(self.host, self._port)
         file = self.files[0]
-        seen = keys.fingerprint(self.offered) if self.offered else "of another type"
-        if self.found is not None and self.offered in self.found.revoked:
-            return TransportError(f"the host key of {name}, {seen}, is revoked")
+        seen = keys.fingerprint(self.offered) if self.offered else "a key of another type"
+        if "revoked" in reason:
+            return TransportError(
+                f"the host key of {name} is marked as revoked",
+                hint="do not trust this host; ask its operator",
+            )
         if self.found is not None and (self.found.trusted or self.found.authorities):
             expected = ", ".join(keys.fingerprint(key) for key in self.found.trusted)
             return TransportError(
@@ -361,9 +365,9 @@ def _explained(
     """One sentence about what went wrong, and one about what to do."""
     name = keys.host_pattern(where.host, port)
     if isinstance(error, asyncssh.HostKeyNotVerifiable) or check.error is not None:
-        return check.refusal()
+        return check.refusal(str(error))
     if isinstance(error, asyncssh.KeyExchangeFailed) and check.found is not None and check.found.trusted:
-        return check.refusal()  # it has no key of a type that we know of it
+        return check.refusal(str(error))  # it has no key of a type that we know of it
     if isinstance(error, asyncssh.PermissionDenied):
         used = f"the key {identity}" if identity else "any key of ssh's defaults and its agent"
         public = f"{identity}.pub" if identity else "your public key (ssh-keygen makes one)"
