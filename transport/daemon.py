@@ -31,18 +31,30 @@ RIGHTS = frozenset({"receive", "send", "observe"})
 """receive: bring workloads here; send: have workloads sent away from here; observe: look only."""
 OPTION = "migrator-rights"
 SUBSYSTEM = "migrator"
-LOGIN_SECONDS = 10
+LOGIN_SECONDS = 10  # to log in, and then again to open the link
+MAX_CONNECTIONS = 64  # at a time; more are turned away, before they could cost anything
 
 Handler = Callable[[Link, str, frozenset[str]], Awaitable[None]]
 """Given the link, the peer's name and its rights; the link is closed when it returns."""
 
 
+class _Sessions:
+    """What a daemon has open."""
+
+    def __init__(self, authorized_keys: Path, handler: Handler, link_options: dict[str, Any]) -> None:
+        self.authorized_keys = authorized_keys
+        self.handler = handler
+        self.link_options = link_options
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.connections: set[asyncssh.SSHServerConnection] = set()
+
+
 class Daemon:
     """A listening server. Leaving the block stops listening and ends all links."""
 
-    def __init__(self, acceptor: asyncssh.SSHAcceptor, tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, acceptor: asyncssh.SSHAcceptor, sessions: _Sessions) -> None:
         self._acceptor = acceptor
-        self._tasks = tasks
+        self._sessions = sessions
 
     @property
     def port(self) -> int:
@@ -51,9 +63,12 @@ class Daemon:
     async def close(self) -> None:
         """Stop listening, cancel the handlers and wait for them."""
         self._acceptor.close()
-        for task in list(self._tasks):
+        tasks = list(self._sessions.tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in list(self._sessions.connections):
+            connection.abort()
         await self._acceptor.wait_closed()
 
     async def __aenter__(self) -> Daemon:
@@ -79,10 +94,10 @@ async def serve(
 
     Raises OSError if the address cannot be bound, `TransportError` for unusable keys.
     """
-    tasks: set[asyncio.Task[None]] = set()
+    sessions = _Sessions(Path(authorized_keys), handler, link_options)
     loaded = [keys.ensure_key(path) for path in host_keys]
     acceptor = await asyncssh.create_server(
-        lambda: _Server(Path(authorized_keys), handler, tasks, link_options),
+        lambda: _Server(sessions),
         host,
         port,
         server_host_keys=loaded,
@@ -93,7 +108,7 @@ async def serve(
         **TUNING,
         **CHANNEL,
     )
-    return Daemon(acceptor, tasks)
+    return Daemon(acceptor, sessions)
 
 
 def rights_of(options: Mapping[str, object]) -> frozenset[str]:
@@ -124,17 +139,8 @@ def authorize(file: Path, key: asyncssh.SSHKey, addr: str) -> frozenset[str]:
 class _Server(asyncssh.SSHServer):
     """One connection: logs in by key, may open one link."""
 
-    def __init__(
-        self,
-        authorized_keys: Path,
-        handler: Handler,
-        tasks: set[asyncio.Task[None]],
-        link_options: dict[str, Any],
-    ) -> None:
-        self._authorized_keys = authorized_keys
-        self._handler = handler
-        self._tasks = tasks
-        self._link_options = link_options
+    def __init__(self, sessions: _Sessions) -> None:
+        self._sessions = sessions
         self._connection: asyncssh.SSHServerConnection | None = None
         self._rights: frozenset[str] = frozenset()
         self._user = ""
@@ -143,8 +149,20 @@ class _Server(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        quieten(conn)
         self._addr = (conn.get_extra_info("peername") or ("",))[0]
+        if len(self._sessions.connections) >= MAX_CONNECTIONS:
+            log.warning("%s is turned away: %d connections are open", self._addr, MAX_CONNECTIONS)
+            conn.abort()
+            return
+        self._sessions.connections.add(conn)
+        quieten(conn)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._connection is not None:
+            self._sessions.connections.discard(self._connection)
+
+    def auth_completed(self) -> None:
+        asyncio.get_running_loop().call_later(LOGIN_SECONDS, self._end_if_idle)
 
     def begin_auth(self, username: str) -> bool:
         self._user = username
@@ -154,7 +172,7 @@ class _Server(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        self._rights = authorize(self._authorized_keys, key, self._addr)
+        self._rights = authorize(self._sessions.authorized_keys, key, self._addr)
         if not self._rights:
             log.warning("%s: key %s of %s is not authorized", self._addr, keys.fingerprint(key), username)
         return bool(self._rights)
@@ -163,17 +181,21 @@ class _Server(asyncssh.SSHServer):
         if self._linked:
             return False
         self._linked = True
-        return _ServerSession(Link(self._addr, **self._link_options), self._run)
+        return _ServerSession(Link(self._addr, **self._sessions.link_options), self._run)
+
+    def _end_if_idle(self) -> None:
+        if not self._linked and self._connection is not None:
+            self._connection.close()
 
     def _run(self, link: Link) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(link), name=f"link {self._addr}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._sessions.tasks.add(task)
+        task.add_done_callback(self._sessions.tasks.discard)
 
     async def _serve(self, link: Link) -> None:
         try:
             await link.established()
-            await self._handler(link, f"{self._user}@{self._addr}", self._rights)
+            await self._sessions.handler(link, f"{self._user}@{self._addr}", self._rights)
         except MigratorError as error:
             log.info("%s: %s", self._addr, error)
         except Exception:

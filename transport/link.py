@@ -158,7 +158,7 @@ class Link:
         """The packets of the next frame. Raises as `receive` does."""
         await self._wait_for(self._packets, self._packets_there, timeout)
         packets = self._packets.popleft()
-        self._take_from_inbox(sum(map(len, packets)))
+        self._take_from_inbox(_weight(packets))
         return packets
 
     # The stream
@@ -252,7 +252,7 @@ class Link:
     async def close(self) -> None:
         """Send what is unsent and close. Never raises for the peer's sake, never takes long."""
         self._closing = True
-        if self._wire is not None and not self._lost.is_set():
+        if self._wire is not None and self._error is None:
             self._wire.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
@@ -456,7 +456,7 @@ class Link:
             self._packets.append(packets)
             self.counters.packets_received += len(packets)
             self._packets_there.set()
-            self._put_into_inbox(sum(map(len, packets)))
+            self._put_into_inbox(_weight(packets))
         elif frame.flags & PingFlags.PONG:
             elapsed = (time.monotonic_ns() - decode_u64(frame.payload)) / 1e9
             if not 0 <= elapsed < 3600:
@@ -466,7 +466,7 @@ class Link:
                 pong = self._pongs.popleft()
                 if not pong.done():
                     pong.set_result(elapsed)
-        else:
+        elif self._writable.is_set():  # else the peer asks without reading what we answer
             self._write(encode_frame(Channel.PING, frame.payload, PingFlags.PONG))
 
     def _put_into_inbox(self, size: int) -> None:
@@ -498,3 +498,7 @@ class Link:
                 self.fail(TransportError(f"no sign of life from {self.peer} for {self._dead_after:g} s"))
                 return
             self._send_ping()
+
+
+def _weight(packets: list[bytes]) -> int:
+    return sum(map(len, packets)) + CHARGE * len(packets)

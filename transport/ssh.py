@@ -254,9 +254,10 @@ class ClientSession(_SessionCallbacks, asyncssh.SSHClientSession[bytes]):
                 await self._over.wait()
 
     def last_words(self) -> str:
-        """The last lines of standard error, in one."""
+        """The last lines of standard error, in one, without what would steer a terminal."""
         lines = self._stderr.decode("utf-8", "replace").splitlines()
-        return " / ".join(line.strip() for line in lines[-5:] if line.strip())
+        text = " / ".join(line.strip() for line in lines[-5:] if line.strip())
+        return "".join(char if char.isprintable() else "?" for char in text)
 
     def failure(self, where: Target, command: str) -> TransportError | None:
         """What a command that ended before it introduced itself died of."""

@@ -221,6 +221,33 @@ async def test_nothing_but_a_link_is_to_be_had(host: Host) -> None:
     assert host.seen == []
 
 
+async def test_a_login_without_a_link_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transport.daemon.LOGIN_SECONDS", 0.05)
+    async with asyncssh.connect(
+        "127.0.0.1",
+        host.daemon.port,
+        username="root",
+        client_keys=[str(host.directory / "id")],
+        known_hosts=str(host.known_hosts),
+        config=None,
+        agent_path=None,
+    ) as connection:
+        await asyncio.wait_for(connection.wait_closed(), 10)
+
+
+async def test_more_connections_than_allowed_are_turned_away(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with await host.connect() as link:
+        monkeypatch.setattr("transport.daemon.MAX_CONNECTIONS", 1)
+        with pytest.raises(TransportError):
+            await host.connect()
+        await link.send(b"undisturbed")
+        assert await link.receive(10) == b"undisturbed"
+    monkeypatch.undo()
+    await (await host.connect()).close()
+
+
 async def test_a_command_that_is_no_agent_is_refused_by_name(host: Host) -> None:
     with pytest.raises(TransportError, match="refuses to run 'rm -rf /'"):
         await host.connect(command="rm -rf /")

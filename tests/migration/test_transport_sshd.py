@@ -142,6 +142,13 @@ async def test_an_agent_that_cannot_start_is_quoted(sshd: Sshd) -> None:
         await sshd.connect("echo 'no room' >&2; exit 3")
 
 
+async def test_what_an_agent_says_cannot_steer_the_terminal(sshd: Sshd) -> None:
+    with pytest.raises(TransportError) as caught:
+        await sshd.connect(r"printf '\033]0;evil\007\033[2J' >&2; exit 1")
+    assert caught.value.message.isprintable()
+    assert "evil" in caught.value.message
+
+
 async def test_a_shell_that_prints_at_login_is_quoted(sshd: Sshd) -> None:
     with pytest.raises(TransportError, match=r"does not speak.*Last login: never"):
         await sshd.connect(f"echo Last login: never; {sshd.agent}")

@@ -272,6 +272,40 @@ async def test_the_inbox_stops_the_peer_instead_of_growing(pair: Pair) -> None:
     await flood
 
 
+async def test_packets_of_nothing_fill_the_inbox_too(pair: Pair) -> None:
+    here, there = pair
+    empty = [b""] * 100_000
+    flood = asyncio.create_task(_send_packets(here, empty, 30))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert there.counters.packets_received <= 5 * len(empty)
+    for _ in range(30):
+        assert await there.receive_packets(10) == empty
+    await flood
+
+
+async def test_a_peer_that_pings_and_does_not_read_costs_no_memory() -> None:
+    left, right = socket.socketpair()
+    link = await link_socket(left, "peer")
+    right.sendall(PREFACE)
+    pings = encode_u64(Channel.PING, 1) * 100_000
+
+    def flood() -> None:
+        for _ in range(3):
+            right.sendall(pings)
+
+    await asyncio.to_thread(flood)
+    assert link.counters.bytes_sent < 4 << 20
+    assert link.alive
+    right.close()
+    await link.close()
+
+
+async def _send_packets(link: Link, packets: list[bytes], count: int) -> None:
+    for _ in range(count):
+        await link.send_packets(packets)
+
+
 async def _send_many(link: Link, message: bytes, count: int) -> None:
     for _ in range(count):
         await link.send(message)
