@@ -1,6 +1,6 @@
 """Objects that are shared, saved once: the first to meet one saves it, the others refer to it.
 
-    objref, first = objhash.add(("mm", identity))
+    objref, first = objhash.get(("mm", identity))
     if first:
         writer.write(Mm(objref=objref, ...))
 
@@ -18,7 +18,7 @@ class ObjHash:
     def __init__(self) -> None:
         self._objrefs: dict[Hashable, int] = {}
 
-    def add(self, key: Hashable) -> tuple[int, bool]:
+    def get(self, key: Hashable) -> tuple[int, bool]:
         """(objref, first): `first` is true for the call that gave it out, which must save the object."""
         objref = self._objrefs.get(key)
         if objref is not None:
@@ -27,7 +27,7 @@ class ObjHash:
         self._objrefs[key] = objref
         return objref, True
 
-    def get(self, key: Hashable) -> int:
+    def find(self, key: Hashable) -> int:
         """The objref of an object that was met before, or 0."""
         return self._objrefs.get(key, 0)
 

@@ -39,6 +39,9 @@ _TASK_FLAGS = sum(r.TaskFlag)
 _TASK_BITS = sum(r.TaskBits)
 _VMA_FLAGS = sum(r.VmaFlag)
 _VMA_KINDS = frozenset(int(kind) for kind in r.VmaKind)
+# What every task but a zombie refers to, and what CLONE_THREAD makes its threads share.
+_NEEDED = ("mm_objref", "fs_objref", "sighand_objref", "signal_objref", "cred_objref")
+_SHARED_BY_THREADS = ("mm_objref", "sighand_objref", "signal_objref")
 _SPECIAL_KINDS = (r.VmaKind.FILE, r.VmaKind.SHM)
 _DATA = int(r.PageKind.DATA)
 _LAST_PAGE_KIND = max(r.PageKind)
@@ -185,6 +188,11 @@ class Order:
             self._fail(f"pid {pid} is not in the tree")
         return task
 
+    def _of_task(self, pid: int) -> None:
+        self._in_tree(pid)
+        if pid not in self._tasks:
+            self._fail(f"pid {pid}: comes ahead of its task")
+
     # -- tasks --------------------------------------------------------------------------------------
 
     def _task(self, task: r.Task) -> None:
@@ -200,13 +208,22 @@ class Order:
             self._fail(f"pid {task.pid}: unknown flags {task.flags:#x}")
         if not 0 <= task.pdeath_signal <= NSIG or not -1 <= task.exit_signal <= NSIG:
             self._fail(f"pid {task.pid}: impossible signal")
-        if not zombie and not task.mm_objref and not entry.flags & r.TaskFlag.THREAD:
-            self._fail(f"pid {task.pid} has no address space")
+        if not zombie:
+            for name in _NEEDED:
+                if not getattr(task, name):
+                    self._fail(f"pid {task.pid} lives, and has no {name}")
+        if entry.flags & r.TaskFlag.THREAD:
+            leader = self._tasks.get(entry.tgid)
+            if leader is None:
+                self._fail(f"thread {task.pid} comes ahead of its leader {entry.tgid}")
+            for name in _SHARED_BY_THREADS:
+                if getattr(task, name) != getattr(leader, name):
+                    self._fail(f"thread {task.pid} has another {name} than its leader {entry.tgid}")
         self._tasks[task.pid] = task
 
     def _cpu(self, cpu: r.Cpu) -> None:
         assert self.header is not None
-        self._in_tree(cpu.pid)
+        self._of_task(cpu.pid)
         if cpu.pid in self._cpus:
             self._fail(f"pid {cpu.pid} comes twice")
         if cpu.arch_id != self.header.arch_id:
@@ -216,13 +233,13 @@ class Order:
         self._cpus.add(cpu.pid)
 
     def _restart_block(self, block: r.RestartBlock) -> None:
-        self._in_tree(block.pid)
+        self._of_task(block.pid)
         self._only_once(block.pid, 0)
         if block.remaining < -1:
             self._fail(f"pid {block.pid}: {block.remaining} ns remain")
 
     def _sig_pending(self, pending: r.SigPending) -> None:
-        self._in_tree(pending.pid)
+        self._of_task(pending.pid)
         if pending.shared > 1:
             self._fail(f"pid {pending.pid}: shared is {pending.shared}")
         self._only_once(pending.pid, pending.shared)
@@ -246,6 +263,8 @@ class Order:
     # -- memory -------------------------------------------------------------------------------------
 
     def _mm(self, mm: r.Mm) -> None:
+        if self._in_tree(mm.pid).flags & (r.TaskFlag.THREAD | r.TaskFlag.ZOMBIE):
+            self._fail(f"pid {mm.pid} is no process that lives")
         self._limits[mm.objref] = TASK_SIZE
 
     def _shm(self, shm: r.Shm) -> None:

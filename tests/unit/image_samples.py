@@ -138,7 +138,7 @@ def mm() -> r.Mm:
         env_start=3,
         env_end=4,
         exe_objref=1,
-        flags=0,
+        pid=1,
         auxv=bytes(range(32)),
     )
 

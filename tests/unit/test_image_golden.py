@@ -16,7 +16,7 @@ from migrator.image.decoder import Decoder
 from migrator.image.order import Order
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DIGESTS = {"rev1.img": "c50d4d7ed1517ce4092210d9999e9786579236fa7db40044eeb9b8354b0a34eb"}
+DIGESTS = {"rev1.img": "ad18c2508937e9fb56fe0abe20855d9743281625a1e8006a543f9e91c7768736"}
 
 
 def test_the_golden_images_are_the_files_that_were_released() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -85,6 +86,18 @@ def tasks(*entries: r.TaskPids) -> Callable[[Stream], None]:
     return put(r.Tree, tasks=list(entries))
 
 
+def other_handlers(stream: Stream) -> None:
+    sighand = copy.deepcopy(find(stream, r.Sighand))
+    sighand.objref = 77
+    stream.insert(index(stream, r.Task), sighand)
+    find(stream, r.Task, 2).sighand_objref = 77
+
+
+def thread_first(stream: Stream) -> None:
+    leader, thread = index(stream, r.Task, 1), index(stream, r.Task, 2)
+    stream[leader], stream[thread] = stream[thread], stream[leader]
+
+
 THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
@@ -148,6 +161,8 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("more pages than contents", item(r.Pages, "ranges", 0, nr_pages=3), "3 pages announced, 8192 bytes"),
     ("contents of zero pages", item(r.Pages, "ranges", 0, kind=ZERO), "0 pages announced, 8192 bytes"),
     ("an unknown kind of page", item(r.Pages, "ranges", 1, kind=3), "unknown kind 3"),
+    ("memory of a thread", put(r.Mm, pid=3), "pid 3 is no process that lives"),
+    ("memory of a stranger", put(r.Mm, pid=77), "pid 77 is not in the tree"),
     ("an unknown kind of shm", put(r.Shm, kind=9), "unknown kind 9"),
     ("an impossible shm", put(r.Shm, size=1 << 63), "impossible size"),
     ("rounds backwards", put(r.RoundMark, 1, number=1), "round 1 after round 1"),
@@ -161,7 +176,11 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("a zombie unknown to the tree", put(r.Task, 1, state=2), "differ on whether it is a zombie"),
     ("unknown task bits", put(r.Task, flags=1 << 20), "unknown flags"),
     ("an impossible signal", put(r.Task, pdeath_signal=65), "impossible signal"),
-    ("a process without memory", put(r.Task, mm_objref=0), "pid 1 has no address space"),
+    ("a process without memory", put(r.Task, mm_objref=0), "pid 1 lives, and has no mm_objref"),
+    ("a task without rights", put(r.Task, 2, cred_objref=0), "pid 3 lives, and has no cred_objref"),
+    ("a thread with other handlers", other_handlers, "thread 3 has another sighand_objref"),
+    ("a thread's state first", thread_first, "thread 3 comes ahead of its leader 2"),
+    ("registers ahead of the task", swap(r.Task, r.Cpu), "pid 1: comes ahead of its task"),
     ("registers of a stranger", put(r.Cpu, pid=9), "pid 9 is not in the tree"),
     ("registers twice", again(r.Cpu), "pid 1 comes twice"),
     ("registers of another cpu", put(r.Cpu, arch_id=5), "registers of architecture 5"),
@@ -176,7 +195,7 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("too many timers", put(r.Signal, itimers=[r.Itimer(value=0, interval=0)] * 4), "4 interval timers"),
     ("another trailer", put(r.Trailer, magic=r.MAGIC), "Trailer"),
     ("a record lost", put(r.Trailer, nr_records=9), "counts 9 records"),
-    ("a task missing", lambda s: [drop(r.Task)(s), count(s)], "pid 1 is in the tree, its state never came"),
+    ("a task missing", lambda s: [drop(r.Task)(s), drop(r.Cpu)(s), count(s)], "pid 1 is in the tree, its state never"),
     ("registers missing", lambda s: [drop(r.Cpu)(s), count(s)], "pid 1: its registers never came"),
     ("mappings missing", lambda s: [drop(r.Vmas)(s), count(s)], "mappings of its address space 3 never came"),
     ("something behind the trailer", lambda s: s.append(cpu(1)), r"\(Cpu\) follows the trailer"),

@@ -336,7 +336,7 @@ struct ckpt_hdr_mm {
 	__u64 env_start;
 	__u64 env_end;
 	__s32 exe_objref; /* a MappedFile */
-	__u32 flags;
+	__s32 pid; /* of the process whose address space it is */
 	__u32 auxv_len;
 } __attribute__((aligned(8)));
 
