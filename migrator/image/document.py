@@ -177,7 +177,11 @@ def _introduction(heading: str) -> str:
 def _kernel_comment(name: str) -> str:
     for cls in record_classes():
         if name == f"struct {c_name(cls)}":
-            lines = _introduction(cls.__name__).splitlines()
+            lines = [
+                part
+                for line in _introduction(cls.__name__).splitlines()
+                for part in textwrap.wrap(line, 76) or [""]
+            ]
             return "/*\n" + "".join(f" * {line}".rstrip() + "\n" for line in lines) + " */\n" if lines else ""
     return ""
 

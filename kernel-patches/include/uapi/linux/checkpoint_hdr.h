@@ -22,14 +22,6 @@
 #define CKPT_OBJREF_NONE	0
 
 /*
- * @type: enum ckpt_hdr_type
- * @len: of the whole record in bytes, this header included
- */
-struct ckpt_hdr {
-	__s32 type;
-	__s32 len;
-} __attribute__((aligned(8)));
-
 enum ckpt_hdr_type {
 	CKPT_HDR_HEADER = 1,
 	CKPT_HDR_HEADER_X86 = 2,
@@ -176,7 +168,8 @@ struct ckpt_posix_timer {
 /*
  * First record.
  *
- * `monotonic` and `boottime` are what the tasks themselves saw at `time` (CLOCK_REALTIME).
+ * `monotonic` and `boottime` are what the tasks themselves saw at `time`
+ * (CLOCK_REALTIME).
  */
 struct ckpt_hdr_header {
 	struct ckpt_hdr h;
@@ -201,7 +194,8 @@ struct ckpt_hdr_header {
 } __attribute__((aligned(8)));
 
 /*
- * Second record on x86-64: what the registers below need of the destination's processor.
+ * Second record on x86-64: what the registers below need of the destination's
+ * processor.
  */
 struct ckpt_hdr_header_x86 {
 	struct ckpt_hdr h;
@@ -214,7 +208,8 @@ struct ckpt_hdr_header_x86 {
 } __attribute__((aligned(8)));
 
 /*
- * The container that the tree lives in, if any. `spec` is the JSON text of its specification.
+ * The container that the tree lives in, if any. `spec` is the JSON text of its
+ * specification.
  */
 struct ckpt_hdr_container {
 	struct ckpt_hdr h;
@@ -226,7 +221,8 @@ struct ckpt_hdr_container {
 /*
  * The task hierarchy, parents before children, leaders before their threads.
  *
- * May come again (tasks are born and die during pre-copy): the last one is the authority.
+ * May come again (tasks are born and die during pre-copy): the last one is the
+ * authority.
  */
 struct ckpt_hdr_tree {
 	struct ckpt_hdr h;
@@ -235,7 +231,8 @@ struct ckpt_hdr_tree {
 } __attribute__((aligned(8)));
 
 /*
- * One task: a thread, or the leader of a process. Follows everything that it refers to.
+ * One task: a thread, or the leader of a process. Follows everything that it
+ * refers to.
  */
 struct ckpt_hdr_task {
 	struct ckpt_hdr h;
@@ -287,7 +284,8 @@ struct ckpt_hdr_restart_block {
 /*
  * Registers of one task.
  *
- * `regs` as PTRACE_GETREGSET(NT_PRSTATUS) gives them, `xstate` as NT_X86_XSTATE.
+ * `regs` as PTRACE_GETREGSET(NT_PRSTATUS) gives them, `xstate` as
+ * NT_X86_XSTATE.
  */
 struct ckpt_hdr_cpu {
 	struct ckpt_hdr h;
@@ -318,7 +316,8 @@ struct ckpt_hdr_cred {
 } __attribute__((aligned(8)));
 
 /*
- * An address space. Its mappings follow in `Vmas`, its contents in `Pages`; both may come again.
+ * An address space. Its mappings follow in `Vmas`, its contents in `Pages`;
+ * both may come again.
  */
 struct ckpt_hdr_mm {
 	struct ckpt_hdr h;
@@ -341,7 +340,8 @@ struct ckpt_hdr_mm {
 } __attribute__((aligned(8)));
 
 /*
- * All mappings of one address space, sorted. The last one in the stream is the authority.
+ * All mappings of one address space, sorted. The last one in the stream is the
+ * authority.
  */
 struct ckpt_hdr_vmas {
 	struct ckpt_hdr h;
@@ -351,7 +351,8 @@ struct ckpt_hdr_vmas {
 } __attribute__((aligned(8)));
 
 /*
- * A chunk of contents: ranges, then the contents of the DATA ranges, one after the other.
+ * A chunk of contents: ranges, then the contents of the DATA ranges, one after
+ * the other.
  *
  * The last chunk of an object in a round has no ranges.
  */
@@ -379,7 +380,8 @@ struct ckpt_hdr_shm {
 } __attribute__((aligned(8)));
 
 /*
- * A file that is mapped or executed. Its content is not in the stream: the same path is verified.
+ * A file that is mapped or executed. Its content is not in the stream: the
+ * same path is verified.
  */
 struct ckpt_hdr_mapped_file {
 	struct ckpt_hdr h;
@@ -392,7 +394,8 @@ struct ckpt_hdr_mapped_file {
 } __attribute__((aligned(8)));
 
 /*
- * The pages that follow belong to round `number`; `flags` 1: the tasks are stopped, this is the last.
+ * The pages that follow belong to round `number`; `flags` 1: the tasks are
+ * stopped, this is the last.
  */
 struct ckpt_hdr_round_mark {
 	struct ckpt_hdr h;
@@ -417,7 +420,8 @@ struct ckpt_hdr_fs {
 } __attribute__((aligned(8)));
 
 /*
- * `actions`: 64 times struct sigaction of the kernel (handler, flags, restorer, mask), signal 1 first.
+ * `actions`: 64 times struct sigaction of the kernel (handler, flags,
+ * restorer, mask), signal 1 first.
  */
 struct ckpt_hdr_sighand {
 	struct ckpt_hdr h;
@@ -441,7 +445,8 @@ struct ckpt_hdr_signal {
 /*
  * Signals that wait.
  *
- * `infos` is an array of siginfo_t (128 bytes each). `shared`: of the whole process.
+ * `infos` is an array of siginfo_t (128 bytes each). `shared`: of the whole
+ * process.
  */
 struct ckpt_hdr_sig_pending {
 	struct ckpt_hdr h;
@@ -459,4 +464,4 @@ struct ckpt_hdr_trailer {
 	__u64 nr_records;
 } __attribute__((aligned(8)));
 
-#endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */
+ * @type: #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */
