@@ -149,22 +149,16 @@ class TokenBucket:
 
 
 class RoundTrip:
-    """The round trip in seconds: the least of the last `keep` samples.
+    """The round trip in seconds: the least ever seen, and the last.
 
-    The least, because a ping that waited behind stream blocks measures our own queue.
+    The least, because a ping that waited behind stream blocks measures our own queue; and ever,
+    because under constant load there is no other kind, and a queue sized by it would grow on.
     """
 
-    def __init__(self, keep: int = 16) -> None:
-        self._keep = keep
-        self._samples: list[float] = []
+    def __init__(self) -> None:
+        self.least = 0.0  # 0.0 before the first sample
+        self.last = 0.0
 
     def add(self, seconds: float) -> None:
-        self._samples = [*self._samples[1 - self._keep :], max(seconds, 0.0)]
-
-    @property
-    def least(self) -> float:
-        return min(self._samples, default=0.0)
-
-    @property
-    def last(self) -> float:
-        return self._samples[-1] if self._samples else 0.0
+        self.last = max(seconds, 1e-9)
+        self.least = min(self.least or self.last, self.last)

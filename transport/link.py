@@ -190,7 +190,7 @@ class Link:
 
     @property
     def rtt(self) -> float:
-        """The round trip in seconds, the least of the last samples; 0.0 before the first."""
+        """The round trip in seconds, the least ever seen; 0.0 before the first sample."""
         return self._round_trip.least
 
     @property
@@ -203,6 +203,11 @@ class Link:
     def capacity(self) -> float:
         """Wire bytes/s of the link as measured when it was the bottleneck; 0.0 if it never was."""
         return self._send_window.capacity
+
+    @property
+    def raw_throughput(self) -> float:
+        """Bytes/s of the stream before compression, at `throughput` and the ratio so far."""
+        return self.throughput * self.compression.ratio
 
     @property
     def compression(self) -> CompressionStats:

@@ -164,6 +164,7 @@ async def _start(
     link.on_close(disconnect)
     try:
         await link.established(timeout)
+        await link.ping(timeout)  # the round trip is known before there is any load
     except TransportError as error:
         await session.ended(0.5)
         # What came instead of a preface says more than the exit status does.
