@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -133,6 +133,8 @@ class FileFact:
 class SourceOptions:
     subtree: bool = True
     container: str = ""  # name of the container, "" for a plain subtree
+    container_spec: str = ""  # JSON of its specification, carried in the image
+    container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
     after: AfterCheckpoint = AfterCheckpoint.KILL
     tcp_established: bool = True
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
@@ -145,9 +147,7 @@ class DestinationOptions:
     root: str = ""  # a directory to use as root of the file system; "" for the host's
     cgroup_name: str = ""
     detach: bool = True
-    namespaces: object | None = None  # a prepared migrator.container sandbox, or None
-    on_ready: Callable[[], None] | None = None
-    path_map: dict[str, str] = field(default_factory=dict)
+    bridge: str = ""  # the bridge of this host for a container, if it is called otherwise than on the source
 
 
 class Source(Protocol):

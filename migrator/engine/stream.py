@@ -31,20 +31,24 @@ class RecordWriter:
         self._put(rec.encode())
         self.records += 1
 
-    def pages(self, objref: int, ranges: Sequence[PageRange], data: memoryview | bytes = b"", crc: int = 0) -> None:
+    def pages(
+        self, objref: int, ranges: Sequence[PageRange], data: Sequence[memoryview | bytes] = (), crc: int = 0
+    ) -> None:
         """Write a `Pages` record whose contents are `data`: sent from where they are, then free for reuse."""
+        size_of_data = sum(len(part) for part in data)
         head = Pages(objref=objref, crc=crc, ranges=list(ranges), data=b"").encode()[HEADER.size :]
         # the last u32 of the fixed part is the length of `data`
         fixed = bytearray(head)
         size = Pages._packer.size
-        fixed[size - 4 : size] = len(data).to_bytes(4, "little")
-        length = HEADER.size + len(fixed) + len(data)
+        fixed[size - 4 : size] = size_of_data.to_bytes(4, "little")
+        length = HEADER.size + len(fixed) + size_of_data
         if length > MAX_RECORD:
-            raise ImageError(f"a chunk of {len(data)} bytes of pages is longer than a record may be")
+            raise ImageError(f"a chunk of {size_of_data} bytes of pages is longer than a record may be")
         self._put(HEADER.pack(Pages.TYPE, length) + fixed)
         self.records += 1
         if data:
-            self._put(data)
+            for part in data:
+                self._put(part)
             self.flush()
 
     def trailer(self) -> None:

@@ -227,7 +227,7 @@ class Mm(Record):
     env_start: u64
     env_end: u64
     exe_objref: s32  # a MappedFile
-    flags: u32
+    pid: s32  # of the process whose address space it is
     auxv: bytes
 
 

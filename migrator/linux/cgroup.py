@@ -114,6 +114,14 @@ def path_in(cgroup_file: str, version: int) -> str:
     raise LookupError(f"no cgroup of version {version}")
 
 
+def directory_of(pid: int) -> str:
+    """The directory of the cgroup that a process is in now, the root cgroup included; "" if out of sight."""
+    chosen = hierarchy()
+    inside = path_in(Path(f"/proc/{pid}/cgroup").read_text(), chosen.version)
+    below = os.path.relpath(inside, chosen.root)
+    return "" if below.startswith("..") else str(chosen.mountpoint / below)
+
+
 class Cgroup:
     """One cgroup with a freezer. Closing it forgets it; `remove()` removes it."""
 

@@ -31,7 +31,7 @@ NR = {
     "openat": 257, "set_robust_list": 273, "epoll_pwait": 281, "dup3": 292, "rt_tgsigqueueinfo": 297,
     "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334, "pidfd_open": 434,
     "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "epoll_pwait2": 441, "poll": 7, "ppoll": 271,
-    "futex": 202, "select": 23, "pselect6": 270,
+    "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
 }  # fmt: skip
 
 _REGISTERS = (
@@ -110,8 +110,8 @@ BATCH_CODE = bytes.fromhex(
 )
 BATCH_ENTRY = 64
 
-# prctl(PR_SET_PDEATHSIG, SIGKILL); again: pause(); jmp again
-STUB_CODE = bytes.fromhex("bf01000000be09000000b89d0000000f05b8220000000f05ebf7")
+# again: pause(); jmp again
+STUB_CODE = bytes.fromhex("b8220000000f05ebf7")
 
 # clone3(rdi, rsi); in the child execveat(rdx, r9, rcx, r8, AT_EMPTY_PATH); _exit(99)
 SPAWN_CODE = bytes.fromhex(

@@ -22,6 +22,14 @@
 #define CKPT_OBJREF_NONE	0
 
 /*
+ * @type: enum ckpt_hdr_type
+ * @len: of the whole record in bytes, this header included
+ */
+struct ckpt_hdr {
+	__s32 type;
+	__s32 len;
+} __attribute__((aligned(8)));
+
 enum ckpt_hdr_type {
 	CKPT_HDR_HEADER = 1,
 	CKPT_HDR_HEADER_X86 = 2,
@@ -464,4 +472,4 @@ struct ckpt_hdr_trailer {
 	__u64 nr_records;
 } __attribute__((aligned(8)));
 
- * @type: #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */
+#endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

@@ -1,0 +1,194 @@
+"""The mappings of an address space, as records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from migrator.engine.stream import RecordWriter
+from migrator.engine.user.shm import SharedMemory, device_key, is_shm
+from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
+from migrator.linux import elf, procfs
+from migrator.linux.procfs import Vma
+
+_KINDS = {
+    "": VmaKind.ANON,
+    "[heap]": VmaKind.HEAP,
+    "[stack]": VmaKind.STACK,
+    "[vdso]": VmaKind.VDSO,
+    "[vvar]": VmaKind.VVAR,
+    "[vvar_vclock]": VmaKind.VVAR_VCLOCK,
+}
+_FLAGS = {
+    "gd": VmaFlag.GROWSDOWN,
+    "lo": VmaFlag.LOCKED,
+    "nr": VmaFlag.NORESERVE,
+    "dc": VmaFlag.DONTFORK,
+    "dd": VmaFlag.DONTDUMP,
+    "wf": VmaFlag.WIPEONFORK,
+    "hg": VmaFlag.HUGEPAGE,
+    "nh": VmaFlag.NOHUGEPAGE,
+    "mg": VmaFlag.MERGEABLE,
+    "rr": VmaFlag.RANDOM,
+    "sr": VmaFlag.SEQUENTIAL,
+    "dp": VmaFlag.DROPPABLE,
+}
+_UNCARRIED = {
+    "io": "device memory",
+    "pf": "raw page frames",
+    "ht": "huge pages of hugetlbfs",
+    "um": "watched by a userfaultfd of its own",
+    "uw": "write-protected by a userfaultfd",
+    "ui": "watched by a userfaultfd of its own",
+    "ss": "a shadow stack",
+    "sl": "sealed by mseal(2)",
+}
+
+
+class Objrefs(Protocol):
+    def get(self, key: object) -> tuple[int, bool]: ...
+
+
+def obstacle(vma: Vma, flags: frozenset[str]) -> str:
+    """Why a mapping cannot be carried, or ""."""
+    if vma.path in ("[vsyscall]",) or vma.path in _KINDS and not flags & _UNCARRIED.keys():
+        return ""
+    for flag, reason in _UNCARRIED.items():
+        if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
+            return reason
+    if vma.path.startswith("[anon:") or is_shm(vma) or vma.path in _KINDS:
+        return ""
+    if vma.path.startswith("/SYSV"):
+        return "System V shared memory"
+    if not vma.path.startswith("/"):
+        return f"a mapping of {vma.path}"
+    if vma.path.endswith(" (deleted)"):
+        return f"a mapping of the deleted file {vma.path.removesuffix(' (deleted)')}"
+    if vma.path.startswith("/dev/") and not vma.path.startswith("/dev/shm/"):
+        return f"a mapping of the device {vma.path}"
+    return ""
+
+
+class LayoutDump:
+    """Writes `Mm`, `Vmas` and what they refer to; only what changed since the last time."""
+
+    def __init__(self, writer: RecordWriter, objrefs: Objrefs, shared: SharedMemory) -> None:
+        self._writer = writer
+        self._objrefs = objrefs
+        self._shared = shared
+        self._last: dict[int, tuple[object, ...]] = {}
+        self._flags: dict[int, dict[tuple[int, int, str], int]] = {}
+
+    def knows(self, objref: int) -> bool:
+        return objref in self._flags
+
+    def write(
+        self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
+    ) -> None:
+        """Write the address space of `pid`. `refresh_flags` reads smaps, which takes time on a big one."""
+        flags = self._flags_of(pid, objref, vmas, refresh_flags)
+        items = []
+        for vma in vmas:
+            if vma.path == "[vsyscall]":
+                continue
+            items.append(self._item(pid, vma, flags.get((vma.start, vma.end, vma.path), 0)))
+        mm = self._mm(pid, vpid, objref, brk)
+        state = (tuple(_astuple(i) for i in items), mm.encode())
+        if self._last.get(objref) == state:
+            return
+        self._last[objref] = state
+        self._writer.write(mm)
+        self._writer.write(Vmas(objref, 0, items))
+
+    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
+        known = self._flags.get(objref)
+        if known is not None and not refresh:
+            for vma in vmas:  # a new or grown mapping takes the flags of what it grew from
+                key = (vma.start, vma.end, vma.path)
+                if key not in known:
+                    near = [f for (s, e, p), f in known.items() if p == vma.path and s < vma.end and vma.start < e]
+                    known[key] = near[0] if near else 0
+            return known
+        raw = procfs.vm_flags(pid)
+        fresh = {}
+        for vma in vmas:
+            bits = 0
+            for name in raw.get(vma.start, frozenset()):
+                bits |= _FLAGS.get(name, 0)
+            fresh[(vma.start, vma.end, vma.path)] = bits
+        self._flags[objref] = fresh
+        return fresh
+
+    def _item(self, pid: int, vma: Vma, flags: int) -> VmaItem:
+        flags |= (
+            (VmaFlag.READ if vma.read else 0)
+            | (VmaFlag.WRITE if vma.write else 0)
+            | (VmaFlag.EXEC if vma.execute else 0)
+            | (VmaFlag.SHARED if vma.shared else 0)
+        )
+        kind = _KINDS.get(vma.path, VmaKind.ANON)
+        objref = name = 0
+        offset = 0
+        if kind == VmaKind.STACK:
+            flags |= VmaFlag.GROWSDOWN
+        if is_shm(vma):
+            kind = VmaKind.SHM
+            objref, _ = self._objrefs.get(("shm", *device_key(vma)))
+            self._shared.of_mapping(pid, vma, objref)
+            offset = vma.offset
+        elif vma.path.startswith("/"):
+            kind = VmaKind.FILE
+            objref = self.mapped_file(pid, vma.path, f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
+            offset = vma.offset
+        elif vma.path.startswith("[anon:"):
+            text = vma.path[6:-1]
+            name, first = self._objrefs.get(("name", text))
+            if first:
+                self._writer.write(Name(name, 0, text))
+        return VmaItem(vma.start, vma.end, offset, int(flags), kind, objref, name)
+
+    def mapped_file(self, pid: int, path: str, link: str) -> int:
+        """The objref of a mapped or executed file; `link` leads to the very file, whatever `path` names now."""
+        objref, first = self._objrefs.get(("mapped", path))
+        if first:
+            status = os.stat(link)
+            self._writer.write(
+                MappedFile(objref, status.st_mode, status.st_size, status.st_mtime_ns, path, elf.build_id(link))
+            )
+        return objref
+
+    def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:
+        stat = procfs.stat(pid)
+        path = os.readlink(f"/proc/{pid}/exe")
+        with open(f"/proc/{pid}/auxv", "rb") as file:
+            auxv = file.read()
+        return Mm(
+            objref=objref,
+            oom_score_adj=int(procfs.read_text(f"/proc/{pid}/oom_score_adj")),
+            start_code=int(stat[26]),
+            end_code=int(stat[27]),
+            start_data=int(stat[45]),
+            end_data=int(stat[46]),
+            start_brk=int(stat[47]),
+            brk=brk or int(stat[47]),
+            start_stack=int(stat[28]),
+            arg_start=int(stat[48]),
+            arg_end=int(stat[49]),
+            env_start=int(stat[50]),
+            env_end=int(stat[51]),
+            exe_objref=self.mapped_file(pid, path, f"/proc/{pid}/exe"),
+            pid=vpid,
+            auxv=auxv,
+        )
+
+
+def _astuple(item: VmaItem) -> tuple[int, ...]:
+    return (item.start, item.end, item.offset, item.flags, item.kind, item.objref, item.name_objref)
+
+
+def brk_from_maps(vmas: list[Vma]) -> int:
+    """The program break as far as mappings tell: the end of the heap, 0 if there is none."""
+    return next((v.end for v in reversed(vmas) if v.path == "[heap]"), 0)
+
+

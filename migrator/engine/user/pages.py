@@ -1,0 +1,168 @@
+"""Contents of memory: from a tracee into the stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from migrator.engine.stream import RecordWriter
+from migrator.image.records import PAGE_SIZE, PageKind, PageRange
+from migrator.linux import memory
+from migrator.linux.procfs import Vma
+
+Span = tuple[int, int]
+
+CHUNK = 1 << 20  # bytes of contents in one record: big enough for throughput, small enough to pipeline
+_ZERO_WORD = bytes(8)
+
+
+class PageSender:
+    """Reads page ranges and writes `Pages` records. Counts pages sent with contents and without."""
+
+    def __init__(self, writer: RecordWriter) -> None:
+        self._writer = writer
+        self._buffer = memory.Buffer(CHUNK)
+        self.pages = 0
+        self.zero_pages = 0
+
+    def send(
+        self, pid: int, objref: int, data: Sequence[Span], absent: Sequence[Span], vmas: Sequence[Vma], mem: memory.MemFile
+    ) -> None:
+        """Send the pages of an address space: `absent` first, then `data`, then the chunk that ends them.
+
+        A range that vanishes while it is read (the tasks may run) is left out: whatever is there in the
+        end is met by a later sweep."""
+        self._announce(objref, absent, PageKind.ABSENT)
+        readable, hidden = split_readable(data, vmas)
+        for ranges, total in chunks(readable):
+            got = memory.read_into(pid, self._buffer.address, ranges, total)
+            if got == total:
+                self._emit(objref, ranges)
+            else:
+                self._one_by_one(objref, ranges, mem)
+        for ranges, _ in chunks(hidden):
+            self._one_by_one(objref, ranges, mem)
+        self._writer.pages(objref, [])
+
+    def send_file(self, objref: int, spans: Iterable[Span], read: Callable[[memoryview, int], int]) -> None:
+        """Send ranges of a shared object; `read` fills a view from an offset and gives the bytes it got."""
+        for ranges, _ in chunks(spans):
+            position = 0
+            for start, length in ranges:
+                view = self._buffer.view[position : position + length]
+                got = read(view, start)
+                if got < length:
+                    view[got:] = bytes(length - got)
+                position += length
+            self._emit(objref, ranges)
+        self._writer.pages(objref, [])
+
+    def _one_by_one(self, objref: int, ranges: Sequence[Span], mem: memory.MemFile) -> None:
+        position = 0
+        got: list[Span] = []
+        for start, length in ranges:
+            for page in range(start, start + length, PAGE_SIZE):
+                view = self._buffer.view[position : position + PAGE_SIZE]
+                try:
+                    if os.preadv(mem.fd, [view], page) != PAGE_SIZE:
+                        continue
+                except OSError:
+                    continue
+                got.append((page, PAGE_SIZE))
+                position += PAGE_SIZE
+        if got:
+            self._emit(objref, got)
+
+    def _emit(self, objref: int, ranges: Sequence[Span]) -> None:
+        view = self._buffer.view
+        address = self._buffer.address
+        out: list[PageRange] = []
+        parts: list[memoryview] = []
+        position = 0
+        for start, length in ranges:
+            run = position  # where the current run of data pages began in the buffer
+            for at in range(position, position + length, PAGE_SIZE):
+                if view[at : at + 8] == _ZERO_WORD and memory.is_zero(address + at, PAGE_SIZE):
+                    _extend(out, parts, view, start, run, at)
+                    start += at - run
+                    out.append(PageRange(start, 1, PageKind.ZERO))
+                    self.zero_pages += 1
+                    start += PAGE_SIZE
+                    run = at + PAGE_SIZE
+            position += length
+            _extend(out, parts, view, start, run, position)
+        self.pages += sum(len(part) for part in parts) // PAGE_SIZE
+        self._writer.pages(objref, _join_zeros(out), parts)
+
+    def _announce(self, objref: int, spans: Sequence[Span], kind: PageKind) -> None:
+        ranges: list[PageRange] = []
+        for start, end in spans:
+            while start < end:
+                count = min((end - start) // PAGE_SIZE, 1 << 30)
+                ranges.append(PageRange(start, count, kind))
+                start += count * PAGE_SIZE
+                if len(ranges) == 8192:
+                    self._writer.pages(objref, ranges)
+                    ranges = []
+        if ranges:
+            self._writer.pages(objref, ranges)
+
+
+def _extend(
+    out: list[PageRange], parts: list[memoryview], view: memoryview, start: int, run: int, end: int
+) -> None:
+    if end > run:
+        out.append(PageRange(start, (end - run) // PAGE_SIZE, PageKind.DATA))
+        parts.append(view[run:end])
+
+
+def _join_zeros(ranges: list[PageRange]) -> list[PageRange]:
+    out: list[PageRange] = []
+    for item in ranges:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and item.kind == last.kind == PageKind.ZERO
+            and last.start + last.nr_pages * PAGE_SIZE == item.start
+        ):
+            last.nr_pages += item.nr_pages
+        else:
+            out.append(item)
+    return out
+
+
+def chunks(spans: Iterable[Span]) -> Iterator[tuple[list[Span], int]]:
+    """Cut (start, end) spans into lists of (start, length) of at most CHUNK bytes and IOV_MAX items."""
+    ranges: list[Span] = []
+    total = 0
+    for start, end in spans:
+        while start < end:
+            length = min(end - start, CHUNK - total)
+            ranges.append((start, length))
+            total += length
+            start += length
+            if total == CHUNK or len(ranges) == memory.IOV_MAX:
+                yield ranges, total
+                ranges, total = [], 0
+    if ranges:
+        yield ranges, total
+
+
+def split_readable(spans: Sequence[Span], vmas: Sequence[Vma]) -> tuple[list[Span], list[Span]]:
+    """Split spans at the borders of mappings, into those that the program itself could read and the rest."""
+    readable: list[Span] = []
+    hidden: list[Span] = []
+    i = 0
+    for start, end in spans:
+        while start < end and i < len(vmas):
+            vma = vmas[i]
+            if vma.end <= start:
+                i += 1
+                continue
+            if vma.start >= end:
+                break
+            start = max(start, vma.start)
+            stop = min(end, vma.end)
+            (readable if vma.read else hidden).append((start, stop))
+            start = stop
+    return readable, hidden

@@ -1,0 +1,423 @@
+"""The source side of the user engine: see migrator.engine.base for the life of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from migrator.engine.base import Phase, Round, SourceOptions, Survey
+from migrator.engine.stream import RecordWriter
+from migrator.engine.user import header, surveying
+from migrator.engine.user.descriptors import DescriptorDump
+from migrator.engine.user.descriptors import Process as DescriptorOwner
+from migrator.engine.user.layout_dump import LayoutDump, brk_from_maps
+from migrator.engine.user.pages import PageSender
+from migrator.engine.user.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.tasks_dump import SCRATCH, TaskDump
+from migrator.engine.user.tracker import WpAsyncTracker
+from migrator.engine.user.tree import Process, ProcessTree, stop_one
+from migrator.errors import CheckpointFailed, MigratorError, Refused
+from migrator.image.objhash import ObjHash
+from migrator.image.records import Container, RoundMark
+from migrator.linux import memory, procfs, ptrace, sys
+from migrator.linux import x86_64 as arch
+from migrator.linux.cgroup import Cgroup, directory_of
+from migrator.linux.pagemap import Scanner, WriteProtection
+from migrator.linux.procfs import Vma
+from migrator.linux.remote import Remote
+
+_UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
+_PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
+_SCRATCH_NAME = b"migrator\0"
+
+
+class UserSource:
+    """Saves the tree below `pid` to the stream `fd`, stopping it only for the end of it."""
+
+    def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
+        self.pid = pid
+        self.options = options
+        self._writer = RecordWriter(fd)
+        self._objhash = ObjHash()
+        self._cgroup: Cgroup | None = None
+        self._came_from: dict[int, str] = {}
+        self._own_cgroup = True
+        if options.container_cgroup:
+            self._cgroup = Cgroup.at(options.container_cgroup)
+            self._own_cgroup = False
+        self.tree = ProcessTree(pid, self._list_pids)
+        self._shared = SharedMemory()
+        self._layout = LayoutDump(self._writer, self._objhash, self._shared)
+        self._sender = PageSender(self._writer)
+        self._tasks = TaskDump(self._writer, self._objhash)
+        self._descriptors: DescriptorDump | None = None
+        self._trackers: dict[int, WpAsyncTracker] = {}
+        self._generation = 0
+        self._rounds: list[Round] = []
+        self._phases: list[Phase] = []
+        self._armed = self._held = self._done = False
+
+    # ------------------------------------------------------------------ what others may know
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self._phases
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self.tree.processes)
+
+    @property
+    def cgroup(self) -> str:
+        return str(self._cgroup.path) if self._cgroup is not None else ""
+
+    def __enter__(self) -> UserSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._held and not self._done:
+            if value is not None:
+                text = value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
+                self._writer.error(text)
+            self.thaw()
+
+    # ------------------------------------------------------------------ while the workload runs
+
+    def survey(self) -> Survey:
+        """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
+        self.tree.refresh()
+        survey, reasons = surveying.survey(self.tree, self.options)
+        if reasons:
+            raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
+        return survey
+
+    def arm(self) -> None:
+        """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
+        with self._phase("arm"):
+            if self._cgroup is None:
+                self._adopt()
+            self.tree.refresh()
+            header.write(self._writer, self.pid, self.options)
+            if self.options.container:
+                self._writer.write(Container(1, self.options.container, self.options.container_spec))
+            self._write_tree()
+            for process in self.tree.living:
+                self._arm_process(process)
+            self._armed = True
+            self._writer.flush()
+
+    def round(self) -> Round:
+        """Send what was written since the last round (everything, the first time). The workload runs on."""
+        start = time.monotonic_ns()
+        before = self._sender.pages, self._sender.zero_pages, self._writer.bytes
+        number = len(self._rounds) + 1
+        born, gone = self.tree.refresh()
+        for process in born:
+            if not process.zombie:
+                try:
+                    self._arm_process(process)
+                except (OSError, ProcessLookupError):
+                    pass  # ended again; or the next round meets it
+        for process in gone:
+            self._trackers.pop(process.pid, None)
+        if born or gone:
+            self._write_tree()
+        self._writer.write(RoundMark(number, 0, time.time_ns()))
+        for process in self.tree.living:
+            if process.pid in self._trackers:
+                try:
+                    self._send_memory(process, refresh=number <= 2)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        self._shared.send(self._writer, self._sender, final=False)
+        self._tasks.warm(self.tree.living)
+        self._writer.flush()
+        end = time.monotonic_ns()
+        pages = self._sender.pages - before[0]
+        previous = self._rounds[-1] if self._rounds else None
+        rate = pages / max(1e-9, (start - previous.start) / 1e9) if previous is not None else 0.0
+        made = Round(
+            number, pages, self._sender.zero_pages - before[1], self._writer.bytes - before[2], start, end, rate
+        )
+        self._rounds.append(made)
+        return made
+
+    # ------------------------------------------------------------------ stopped
+
+    def freeze(self) -> None:
+        """Stop every task. On failure the workload runs on."""
+        with self._phase("seize"):
+            self.tree.seize()
+        with self._phase("freeze"):
+            self.tree.stop()
+
+    def final(self) -> None:
+        """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
+        if not self._armed:
+            raise CheckpointFailed("final() before arm()")
+        with self._phase("ask"):
+            said = {}
+            for process in self.tree.living:
+                self._prepare_scratch(process)
+                said[process.pid] = self._tasks.collect(process)
+        with self._phase("memory"):
+            self._write_tree()
+            self._writer.write(RoundMark(len(self._rounds) + 1, 1, time.time_ns()))
+            for process in self.tree.living:
+                self._send_memory(process, brk=said[process.pid].brk)
+        with self._phase("descriptors"):
+            owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
+            self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
+            self._descriptors.collect()
+            for memfd in self._descriptors.memfds:
+                key = (memfd.dev, memfd.ino)
+                objref, _ = self._objhash.get(("shm", *key))
+                self._shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+            self._shared.send(self._writer, self._sender, final=True)
+            tables = self._descriptors.write()
+        with self._phase("tasks"):
+            for process in self.tree.processes.values():
+                if process.zombie:
+                    self._tasks.write_zombie(process)
+                else:
+                    self._tasks.write(process, said[process.pid], tables[process.pid])
+            self._writer.trailer()
+
+    def hold(self) -> None:
+        """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
+        with self._phase("hold"):
+            self._drop_scratch()
+            assert self._cgroup is not None
+            self._cgroup.freeze(wait=False)
+            self.tree.detach()
+            self._held = True
+
+    def release(self) -> None:
+        """Kill the frozen copy: the destination's runs. Its sockets end without a word."""
+        if self._descriptors is not None:
+            self._descriptors.release()
+        assert self._cgroup is not None
+        pidfds = [p.pidfd for p in self.tree.living]
+        self._cgroup.kill()
+        if not self._held:
+            self.tree.detach()
+        _await_end(pidfds)
+        self._reap()
+        self._done = True
+        self._close()
+        if self._own_cgroup:
+            self._cgroup.remove()
+
+    def thaw(self) -> None:
+        """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
+        if self._done:
+            return
+        self._done = True
+        if self._held:
+            if self._descriptors is not None:
+                self._descriptors.undo()
+            assert self._cgroup is not None
+            self._cgroup.thaw()
+        else:
+            if self._descriptors is not None:
+                self._descriptors.undo()
+            if self.tree.stopped:
+                self._drop_scratch()
+                self.tree.detach()
+            elif self._armed:
+                self.tree.detach()
+        self._unscratch_running()
+        self._close()
+        self._send_home()
+
+    # ------------------------------------------------------------------ inside
+
+    def _list_pids(self) -> list[int]:
+        below = procfs.descendants(self.pid)
+        if self._cgroup is not None and (self._armed or not self._own_cgroup):
+            known = set(below)
+            below += [p for p in self._cgroup.pids() if p not in known]
+        if os.getpid() in below:
+            raise CheckpointFailed(
+                f"pid {self.pid} is an ancestor of this very program", hint="run migrator from another session"
+            )
+        return below
+
+    def _adopt(self) -> None:
+        """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
+        self._cgroup = Cgroup.create(self.options.cgroup_name or f"migrate-{self.pid}")
+        while True:
+            new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
+            if not new:
+                return
+            for pid in new:
+                try:
+                    self._came_from[pid] = directory_of(pid)
+                    self._cgroup.attach(pid)
+                except (FileNotFoundError, ProcessLookupError, OSError) as error:
+                    if os.path.exists(f"/proc/{pid}") and procfs.stat(pid)[3] != "Z":
+                        raise CheckpointFailed(
+                            f"pid {pid} cannot be moved to a cgroup of its own: {error}",
+                            hint="the workload runs on; is cgroup2 or the freezer hierarchy mounted?",
+                        ) from error
+                    self._came_from.setdefault(pid, "")
+
+    def _send_home(self) -> None:
+        if not self._own_cgroup or self._cgroup is None:
+            return
+        home = self._came_from.get(self.pid)
+        for pid in self._cgroup.pids():
+            target = self._came_from.get(pid, home)
+            if target:
+                try:
+                    with open(f"{target}/cgroup.procs", "w") as procs:
+                        procs.write(str(pid))
+                except OSError:
+                    pass  # ended, or its old cgroup is gone: it runs on where it is
+        self._cgroup.remove()
+
+    def _write_tree(self) -> None:
+        self._generation += 1
+        self._writer.write(surveying.hierarchy(self.tree, self._generation))
+
+    def _arm_process(self, process: Process) -> None:
+        pid = process.pid
+        process.mm_objref, _ = self._objhash.get(("mm", pid, process.start_time))
+        stop_one(pid)
+        try:
+            remote = Remote(pid)
+            process.remote = remote
+            with remote.borrowed():
+                fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
+                if fd < 0:
+                    raise CheckpointFailed(
+                        f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-fd)}",
+                        hint="the workload runs on; its descriptor limit or a seccomp filter may forbid it",
+                    )
+                try:
+                    process.protection = WriteProtection(sys.pidfd_getfd(process.pidfd, fd))
+                finally:
+                    remote.call(arch.NR["close"], fd)
+                self._map_scratch(remote)
+        finally:
+            ptrace.detach(pid)
+        process.scanner = Scanner(pid)
+        process.mem = memory.MemFile(pid)
+        self._trackers[pid] = WpAsyncTracker(process.scanner, process.protection)
+
+    @staticmethod
+    def _map_scratch(remote: Remote) -> None:
+        remote.map_scratch(SCRATCH)
+        name = remote.put(_SCRATCH_NAME)
+        remote.batch(
+            [
+                (arch.NR["madvise"], remote.scratch, SCRATCH, _MADV_DONTFORK),
+                (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
+            ]
+        )
+
+    def _prepare_scratch(self, process: Process) -> None:
+        """A process born since the last round has no scratch area, and nothing of its memory was sent."""
+        if process.remote is not None and process.remote.scratch:
+            return
+        process.mm_objref, _ = self._objhash.get(("mm", process.pid, process.start_time))
+        remote = process.remote = Remote(process.pid)
+        with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
+            self._map_scratch(remote)
+
+    def _vmas(self, process: Process) -> list[Vma]:
+        scratch = process.remote.scratch if process.remote is not None else 0
+        return [v for v in procfs.maps(process.pid) if v.start != scratch or not scratch]
+
+    def _send_memory(self, process: Process, *, brk: int = 0, refresh: bool = False) -> None:
+        """Send what is new of a process's memory; `brk`, the program break, is known when it is stopped."""
+        final = brk != 0
+        vmas = self._vmas(process)
+        refresh = refresh or not self._layout.knows(process.mm_objref)
+        brk = brk or brk_from_maps(vmas)
+        self._layout.write(
+            process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
+        )
+        tracker = self._trackers.get(process.pid)
+        if tracker is not None:
+            try:
+                sweep = tracker.sweep(vmas, strict=final)
+            except OSError as error:
+                raise CheckpointFailed(f"pid {process.pid}: {error}") from error
+        else:
+            process.scanner = process.scanner or Scanner(process.pid)
+            sweep = WpAsyncTracker.everything(process.scanner, vmas)
+        process.mem = process.mem or memory.MemFile(process.pid)
+        self._sender.send(process.pid, process.mm_objref, sweep.data, sweep.absent, vmas, process.mem)
+        for vma in vmas:
+            if is_shm(vma):
+                shared = self._shared.objects[device_key(vma)]
+                spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
+                shift = vma.offset - vma.start
+                shared.dirty += [(a + shift, b + shift) for a, b in spans]
+
+    def _drop_scratch(self) -> None:
+        for process in self.tree.living:
+            remote = process.remote
+            if remote is None or not remote.scratch or not process.threads:
+                continue
+            try:
+                with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
+                    remote.unmap_scratch()
+            except OSError:
+                pass  # it was killed meanwhile
+
+    def _unscratch_running(self) -> None:
+        """Take the scratch areas out of tasks that run: each stops for a moment."""
+        for process in self.tree.living:
+            remote = process.remote
+            if remote is None or not remote.scratch:
+                continue
+            try:
+                stop_one(process.pid)
+                try:
+                    with remote.borrowed():
+                        remote.unmap_scratch()
+                finally:
+                    ptrace.detach(process.pid)
+            except OSError:
+                pass  # it ended by itself
+
+    def _reap(self) -> None:
+        for pid in self.tree.processes:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+    def _close(self) -> None:
+        self.tree.close()
+        self._shared.close()
+        self._trackers.clear()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start, size, pages = time.monotonic_ns(), self._writer.bytes, self._sender.pages
+        try:
+            yield
+        finally:
+            self._phases.append(
+                Phase(
+                    name, start, time.monotonic_ns(), self._writer.bytes - size, self._sender.pages - pages
+                )
+            )
+
+
+def _await_end(pidfds: list[int]) -> None:
+    import select
+
+    for pidfd in pidfds:
+        if pidfd >= 0:
+            select.select([pidfd], [], [], 5.0)
+
+

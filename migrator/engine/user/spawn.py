@@ -1,0 +1,104 @@
+"""The seed of a restored process: a child that does nothing, has nothing, and bears the wanted pid."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+
+from migrator.errors import RestartFailed
+from migrator.linux import ptrace
+from migrator.linux import x86_64 as arch
+
+STUB_ADDRESS = 0x10000
+SCRATCH_ADDRESS = 0x20000
+SCRATCH_SIZE = 0x200000
+PARKING = 0x300000  # where the vdso waits while it is moved
+LOW_END = 0x400000  # a restored program must not use what lies below
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x4000000, 0x8000000, 0x20000000, 0x40000000
+_CLONE_VM, _CLONE_VFORK, _CLONE_PIDFD = 0x100, 0x4000, 0x1000
+CLONE_ARGS_SIZE = 88
+SIGCHLD = 17
+
+
+def clone_args(
+    flags: int, *, pidfd: int = 0, exit_signal: int = 0, set_tid: int = 0, set_tid_size: int = 0
+) -> bytes:
+    """struct clone_args (clone3(2)); `pidfd` and `set_tid` are addresses."""
+    return struct.pack("<11Q", flags, pidfd, 0, 0, exit_signal, 0, 0, 0, set_tid, set_tid_size, 0)
+
+
+def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
+    """A stub child of this thread with pids `set_tid` (innermost namespace first), in new `namespaces`.
+
+    Returns (pid in our namespace, pidfd). Raises RestartFailed if a pid is taken."""
+    elf = os.memfd_create("migrator-stub", os.MFD_CLOEXEC)
+    try:
+        os.write(elf, arch.stub_elf(STUB_ADDRESS))
+        code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        code.write(arch.SPAWN_CODE)
+        anchor = ctypes.c_char.from_buffer(code)
+        function = ctypes.CFUNCTYPE(
+            ctypes.c_long,
+            ctypes.c_void_p,
+            ctypes.c_ulong,
+            ctypes.c_long,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        )(ctypes.addressof(anchor))
+        pidfd = ctypes.c_int(-1)
+        tids = (ctypes.c_int32 * max(1, len(set_tid)))(*set_tid)
+        flags = namespaces | _CLONE_VM | _CLONE_VFORK | _CLONE_PIDFD
+        args = ctypes.create_string_buffer(
+            clone_args(
+                flags,
+                pidfd=ctypes.addressof(pidfd),
+                exit_signal=SIGCHLD,
+                set_tid=ctypes.addressof(tids) if set_tid else 0,
+                set_tid_size=len(set_tid),
+            )
+        )
+        empty = ctypes.create_string_buffer(b"", 8)
+        argv = (ctypes.c_void_p * 2)(ctypes.addressof(empty), 0)
+        envp = (ctypes.c_void_p * 1)(0)
+        result = function(
+            ctypes.addressof(args),
+            CLONE_ARGS_SIZE,
+            elf,
+            ctypes.addressof(argv),
+            ctypes.addressof(envp),
+            ctypes.addressof(empty),
+        )
+        del anchor
+    finally:
+        os.close(elf)
+    if result < 0:
+        raise spawn_error(-result, set_tid)
+    return int(result), pidfd.value
+
+
+def spawn_error(error: int, set_tid: list[int]) -> RestartFailed:
+    if error == 17:
+        return RestartFailed(
+            f"pid {set_tid[0]} is taken on this host",
+            hint="end that process, or run the workload in a container (`migrator run`), which has its own pids",
+        )
+    return RestartFailed(f"clone3(2) with pid {set_tid}: {os.strerror(error)}", hint="root is needed")
+
+
+def probe_xstate() -> bytes:
+    """The extended state of a fresh task: shows which features and how many bytes this processor has."""
+    pid, pidfd = spawn([])
+    try:
+        ptrace.seize(pid, ptrace.O_EXITKILL)
+        ptrace.interrupt(pid)
+        ptrace.wait(pid)
+        return arch.get_xstate(pid)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(pidfd)

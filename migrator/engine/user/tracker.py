@@ -1,0 +1,214 @@
+"""Which pages of an address space must be sent: dirty tracking without stopping anybody.
+
+A sweep gives page ranges in three lists: `data` (contents to be read and sent), `absent` (dropped, or
+never there: the destination drops its own) and keeps the write protection armed for the next sweep.
+The tracker knows only private memory; shared memory is migrator.engine.user.shm.
+
+What the kernel does that one must know:
+- a mapping made, moved or inherited by fork after arming is not tracked: the scan stops there with EPERM,
+  the ranges before it are already re-protected and must not be lost; it is registered and sent whole;
+- a page dropped by madvise(MADV_DONTNEED) is reported as written and not present;
+- a page of a private file mapping that was never written is FILE: the destination has it in its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from migrator.linux.pagemap import (
+    CHECK_WPASYNC,
+    IS_FILE,
+    IS_PFNZERO,
+    IS_PRESENT,
+    IS_SWAPPED,
+    IS_WRITTEN,
+    WP_MATCHING,
+    NotRegistered,
+    Region,
+    Scanner,
+    WriteProtection,
+)
+from migrator.linux.procfs import Vma, read_text
+
+_RETURN = IS_WRITTEN | IS_PRESENT | IS_SWAPPED | IS_FILE | IS_PFNZERO
+_SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
+
+Span = tuple[int, int]
+
+
+def is_special(vma: Vma) -> bool:
+    """Mappings that the kernel makes for every process and that are not saved by content."""
+    return vma.path in _SPECIAL
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Page ranges (start, end), sorted: `data` to be sent, `absent` to be dropped."""
+
+    data: list[Span] = field(default_factory=list)
+    absent: list[Span] = field(default_factory=list)
+
+    @property
+    def pages(self) -> int:
+        return sum(end - start for start, end in self.data) >> 12
+
+
+class WpAsyncTracker:
+    """Tracking by userfaultfd's asynchronous write protection and PAGEMAP_SCAN (Linux 6.7)."""
+
+    name = "wp-async"
+
+    def __init__(self, scanner: Scanner, protection: WriteProtection) -> None:
+        self._scanner = scanner
+        self._protection = protection
+        self._there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
+        self._present: list[Span] = []
+        self._first = True
+        self._strict = False
+
+    def sweep(self, vmas: Sequence[Vma], *, strict: bool = False) -> Sweep:
+        """What was written since the last sweep in the private mappings of `vmas`; all of it, the first time.
+
+        `strict`: the tasks are stopped, so a mapping that cannot be tracked is an error (OSError) and not
+        one that has just changed."""
+        self._strict = strict
+        out = Sweep()
+        groups = _adjacent([v for v in vmas if not v.shared and not is_special(v)])
+        for group in groups:
+            self._sweep_group(group, out)
+        # What was there and is not any more was dropped. A page that comes and goes between the two scans
+        # is written as well, and met again by the next sweep.
+        present = _merge([s for g in groups for s in self._present_in(g[0].start, g[-1].end)])
+        if not self._first:
+            mapped = _merge([(g[0].start, g[-1].end) for g in groups])
+            out.absent += _intersect(_subtract(self._present, present), mapped)
+        self._present = present
+        self._first = False
+        out.data = _merge(out.data)
+        return out
+
+    @staticmethod
+    def everything(scanner: Scanner, vmas: Sequence[Vma]) -> Sweep:
+        """All that is in the private mappings of a stopped process that was never tracked."""
+        there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
+        out = Sweep()
+        for group in _adjacent([v for v in vmas if not v.shared and not is_special(v)]):
+            for start, end, categories in scanner.scan(group[0].start, group[-1].end, anyof=there, returned=_RETURN):
+                if not categories & (IS_FILE | IS_PFNZERO):
+                    out.data.append((start, end))
+        out.data = _merge(out.data)
+        return out
+
+    def sweep_shared(self, vma: Vma) -> list[Span]:
+        """Addresses of a shared mapping that were written through it since the last sweep."""
+        try:
+            regions = self._scan(vma.start, vma.end)
+        except NotRegistered:
+            try:
+                self._protection.register(vma.start, vma.end)
+                regions = self._scan(vma.start, vma.end)
+            except (OSError, NotRegistered):
+                return [(vma.start, vma.end)]
+        return [(a, b) for a, b, _ in regions]
+
+    def _sweep_group(self, group: list[Vma], out: Sweep) -> None:
+        start, end = group[0].start, group[-1].end
+        try:
+            self._classify(self._scan(start, end), out)
+            return
+        except NotRegistered as stop:
+            self._classify(stop.regions, out)
+            start = stop.resume
+        for vma in group:  # somewhere among these is at least one that is not tracked yet
+            if vma.end <= start:
+                continue
+            try:
+                self._classify(self._scan(max(vma.start, start), vma.end), out)
+            except NotRegistered as stop:
+                self._classify(stop.regions, out)
+                self._take_whole(vma, out)
+
+    def _scan(self, start: int, end: int) -> list[Region]:
+        # without `anyof`, memory that was never touched counts as written, and protecting it costs page tables
+        return self._scanner.scan(
+            start,
+            end,
+            mask=IS_WRITTEN,
+            anyof=IS_PRESENT | IS_SWAPPED,
+            returned=_RETURN,
+            flags=WP_MATCHING | CHECK_WPASYNC,
+        )
+
+    def _present_in(self, start: int, end: int) -> list[Span]:
+        regions = self._scanner.scan(start, end, anyof=self._there, returned=self._there)
+        return [(a, b) for a, b, _ in regions]
+
+    def _take_whole(self, vma: Vma, out: Sweep) -> None:
+        """A mapping met for the first time: register it, and send everything that is in it."""
+        try:
+            self._protection.register(vma.start, vma.end)
+        except OSError:
+            if self._strict:
+                raise
+            return  # it changed since it was listed; the next sweep meets what is there now
+        if not self._first:
+            out.absent.append((vma.start, vma.end))
+        try:
+            regions = self._scan(vma.start, vma.end)
+        except NotRegistered as stop:
+            regions = stop.regions
+        out.data += [(a, b) for a, b, categories in regions if self._has_content(categories)]
+
+    def _classify(self, regions: Sequence[Region], out: Sweep) -> None:
+        for start, end, categories in regions:
+            (out.data if self._has_content(categories) else out.absent).append((start, end))
+
+    def _has_content(self, categories: int) -> bool:
+        return bool(categories & self._there) and not categories & (IS_FILE | IS_PFNZERO)
+
+
+def _has_swap() -> bool:
+    return len(read_text("/proc/swaps").strip().split("\n")) > 1
+
+
+def _subtract(old: list[Span], new: list[Span]) -> list[Span]:
+    """Parts of `old` that are not in `new`; both sorted and merged."""
+    out = []
+    i = 0
+    for start, end in old:
+        while i < len(new) and new[i][1] <= start:
+            i += 1
+        j = i
+        while j < len(new) and new[j][0] < end:
+            if new[j][0] > start:
+                out.append((start, new[j][0]))
+            start = max(start, new[j][1])
+            j += 1
+        if start < end:
+            out.append((start, end))
+    return out
+
+
+def _intersect(a: list[Span], b: list[Span]) -> list[Span]:
+    return _subtract(a, _subtract(a, b))
+
+
+def _adjacent(vmas: Sequence[Vma]) -> list[list[Vma]]:
+    groups: list[list[Vma]] = []
+    for vma in vmas:
+        if groups and groups[-1][-1].end == vma.start:
+            groups[-1].append(vma)
+        else:
+            groups.append([vma])
+    return groups
+
+
+def _merge(spans: list[Span]) -> list[Span]:
+    out: list[Span] = []
+    for start, end in sorted(spans):
+        if out and out[-1][1] >= start:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
