@@ -197,6 +197,12 @@ class UserSource:
             self.tree.detach()
             self._held = True
 
+    def leave_stopped(self) -> None:
+        """Instead of thaw(): the tasks are left stopped, as by SIGSTOP; SIGCONT lets them run on."""
+        for pid in [p.pid for p in self.tree.living]:
+            os.kill(pid, 19)
+        self.thaw()
+
     def release(self) -> None:
         """Kill the frozen copy: the destination's runs. Its sockets end without a word."""
         if self._descriptors is not None:

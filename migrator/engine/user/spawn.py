@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
+import time
 
 from migrator.errors import RestartFailed
 from migrator.linux import ptrace
@@ -22,6 +24,7 @@ CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x4000000, 0x8000000, 0
 _CLONE_VM, _CLONE_VFORK, _CLONE_PIDFD = 0x100, 0x4000, 0x1000
 CLONE_ARGS_SIZE = 88
 SIGCHLD = 17
+_PID_PATIENCE = 2.0  # seconds
 
 
 def clone_args(
@@ -65,14 +68,20 @@ def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
         empty = ctypes.create_string_buffer(b"", 8)
         argv = (ctypes.c_void_p * 2)(ctypes.addressof(empty), 0)
         envp = (ctypes.c_void_p * 1)(0)
-        result = function(
-            ctypes.addressof(args),
-            CLONE_ARGS_SIZE,
-            elf,
-            ctypes.addressof(argv),
-            ctypes.addressof(envp),
-            ctypes.addressof(empty),
-        )
+        deadline = time.monotonic() + _PID_PATIENCE
+        while True:
+            result = function(
+                ctypes.addressof(args),
+                CLONE_ARGS_SIZE,
+                elf,
+                ctypes.addressof(argv),
+                ctypes.addressof(envp),
+                ctypes.addressof(empty),
+            )
+            # a pid stays taken for as long as a zombie bears it, or is in its group or session
+            if result != -errno.EEXIST or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
         del anchor
     finally:
         os.close(elf)
@@ -82,7 +91,7 @@ def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
 
 
 def spawn_error(error: int, set_tid: list[int]) -> RestartFailed:
-    if error == 17:
+    if error == errno.EEXIST:
         return RestartFailed(
             f"pid {set_tid[0]} is taken on this host",
             hint="end that process, or run the workload in a container (`migrator run`), which has its own pids",
