@@ -10,7 +10,7 @@ hierarchy is a tree, every objref is defined before it is used and of the right 
 overlap, pages add up, nothing is missing at the trailer. A reader that feeds every record through
 here may index by pid and objref without checking again.
 
-State is bounded by `MAX_TASKS` and `MAX_OBJECTS`, whatever the stream holds.
+State is bounded by `hierarchy.MAX_TASKS` and `references.MAX_OBJECTS`, whatever the stream holds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any, NoReturn
 from migrator.errors import ImageError
 from migrator.image import records as r
 from migrator.image.codec import Record
+from migrator.image.hierarchy import MAX_PID, check_tasks
 from migrator.image.references import References
 
-MAX_TASKS = 1 << 17
-MAX_PID = 1 << 22  # PID_MAX_LIMIT on 64-bit machines, include/linux/threads.h
 TASK_SIZE = (1 << 47) - r.PAGE_SIZE  # x86-64, four levels of page tables
 MAX_ROUNDS = 1 << 16
 MAX_SHM = 1 << 62  # bytes
@@ -35,7 +34,6 @@ REGS_SIZE = {r.Arch.X86_64: 27 * 8}  # struct user_regs_struct
 MAX_XSTATE = 1 << 16
 
 _PAGE_MASK = r.PAGE_SIZE - 1
-_TASK_FLAGS = sum(r.TaskFlag)
 _TASK_BITS = sum(r.TaskBits)
 _VMA_FLAGS = sum(r.VmaFlag)
 _VMA_KINDS = frozenset(int(kind) for kind in r.VmaKind)
@@ -71,6 +69,8 @@ class Order:
         self._once: set[tuple[type[Record], int, int]] = set()
         self._limits: dict[int, int] = {}  # objref of an Mm or a Shm: end of its pages, in bytes
         self._mapped: set[int] = set()  # Mms whose Vmas came
+        self._owners: dict[int, int] = {}  # objref of an Mm of the present tree: pid
+        self._spaces: dict[int, int] = {}  # and back
         self._checks: dict[type[Record], Callable[[Any], None]] = {
             r.Pages: self._pages,
             r.Vmas: self._vmas,
@@ -156,31 +156,16 @@ class Order:
             self._fail("the tree changes after the state of its tasks began")
         if self._tree_seen and tree.generation < self._generation:
             self._fail(f"generation {tree.generation} after {self._generation}")
-        if not 0 < len(tree.tasks) <= MAX_TASKS:
-            self._fail(f"{len(tree.tasks)} tasks (1 to {MAX_TASKS} can be)")
-        known: dict[int, r.TaskPids] = {}
-        for task in tree.tasks:
-            pid = task.pid
-            if not 0 < pid <= MAX_PID:
-                self._fail(f"impossible pid {pid}")
-            if pid in known:
-                self._fail(f"pid {pid} comes twice")
-            if task.flags & ~_TASK_FLAGS:
-                self._fail(f"pid {pid}: unknown flags {task.flags:#x}")
-            if min(task.ppid, task.pgid, task.sid) < 0 or max(task.ppid, task.pgid, task.sid) > MAX_PID:
-                self._fail(f"pid {pid}: impossible parent, group or session")
-            if task.flags & r.TaskFlag.THREAD:
-                leader = known.get(task.tgid)
-                if leader is None or leader.flags & r.TaskFlag.THREAD:
-                    self._fail(f"thread {pid} comes ahead of its leader {task.tgid}")
-            elif task.tgid != pid:
-                self._fail(f"pid {pid} belongs to {task.tgid}, but is not marked as a thread")
-            elif known and not task.flags & r.TaskFlag.ORPHAN:
-                parent = known.get(task.ppid)
-                if parent is None or parent.flags & r.TaskFlag.THREAD:
-                    self._fail(f"pid {pid} comes ahead of its parent {task.ppid}")
-            known[pid] = task
+        known = check_tasks(tree.tasks, self._fail)
         self._tree, self._tree_seen, self._generation = known, True, tree.generation
+        for pid, objref in list(self._spaces.items()):
+            if pid not in known or known[pid].flags & (r.TaskFlag.THREAD | r.TaskFlag.ZOMBIE):
+                self._forget(pid, objref)
+
+    def _forget(self, pid: int, objref: int) -> None:
+        """The address space of a process that ended: nothing may be said about it any more."""
+        del self._spaces[pid], self._owners[objref], self._limits[objref]
+        self._mapped.discard(objref)
 
     def _in_tree(self, pid: int) -> r.TaskPids:
         task = self._tree.get(pid)
@@ -212,6 +197,8 @@ class Order:
             for name in _NEEDED:
                 if not getattr(task, name):
                     self._fail(f"pid {task.pid} lives, and has no {name}")
+            if self._owners.get(task.mm_objref) != entry.tgid:
+                self._fail(f"address space {task.mm_objref} is not that of pid {entry.tgid}")
         if entry.flags & r.TaskFlag.THREAD:
             leader = self._tasks.get(entry.tgid)
             if leader is None:
@@ -265,6 +252,12 @@ class Order:
     def _mm(self, mm: r.Mm) -> None:
         if self._in_tree(mm.pid).flags & (r.TaskFlag.THREAD | r.TaskFlag.ZOMBIE):
             self._fail(f"pid {mm.pid} is no process that lives")
+        if self._owners.get(mm.objref, mm.pid) != mm.pid:
+            self._fail(f"was that of pid {self._owners[mm.objref]}, now of pid {mm.pid}")
+        former = self._spaces.get(mm.pid, mm.objref)
+        if former != mm.objref:  # its pid was given out again, between two trees
+            self._forget(mm.pid, former)
+        self._owners[mm.objref], self._spaces[mm.pid] = mm.pid, mm.objref
         self._limits[mm.objref] = TASK_SIZE
 
     def _shm(self, shm: r.Shm) -> None:
@@ -275,6 +268,8 @@ class Order:
         self._limits[shm.objref] = (shm.size + _PAGE_MASK) & ~_PAGE_MASK
 
     def _vmas(self, vmas: r.Vmas) -> None:
+        if vmas.mm_objref not in self._owners:
+            self._fail(f"address space {vmas.mm_objref} is of a process that ended, or of none")
         end = 0
         for vma in vmas.vmas:
             if (vma.start | vma.end | vma.offset) & _PAGE_MASK:
@@ -302,7 +297,7 @@ class Order:
     def _pages(self, pages: r.Pages) -> None:
         limit = self._limits.get(pages.objref)
         if limit is None:
-            self._fail(f"objref {pages.objref} is neither an Mm nor a Shm")
+            self._fail(f"objref {pages.objref} is neither an Mm nor a Shm, or of a process that ended")
         nr_data = 0
         for item in pages.ranges:
             start, nr_pages, kind = item.start, item.nr_pages, item.kind

@@ -122,9 +122,9 @@ def tree() -> r.Tree:
     return r.Tree(generation=1, tasks=tasks)
 
 
-def mm() -> r.Mm:
+def mm(objref: int = 3, pid: int = 1) -> r.Mm:
     return r.Mm(
-        objref=3,
+        objref=objref,
         oom_score_adj=-17,
         start_code=TEXT,
         end_code=TEXT + 0x1000,
@@ -138,23 +138,24 @@ def mm() -> r.Mm:
         env_start=3,
         env_end=4,
         exe_objref=1,
-        pid=1,
+        pid=pid,
         auxv=bytes(range(32)),
     )
 
 
-def vmas() -> r.Vmas:
+def vmas(mm_objref: int = 3) -> r.Vmas:
     items = [
         vma(TEXT, 1, flags=r.VmaFlag.READ | r.VmaFlag.EXEC, kind=r.VmaKind.FILE, objref=1),
         vma(HEAP, 3, kind=r.VmaKind.HEAP, name_objref=2),
         vma(SHARED, 2, flags=r.VmaFlag.READ | r.VmaFlag.SHARED, kind=r.VmaKind.SHM, objref=4, offset=4096),
     ]
-    return r.Vmas(mm_objref=3, reserved=0, vmas=items)
+    return r.Vmas(mm_objref=mm_objref, reserved=0, vmas=items)
 
 
 def body() -> list[Record]:
-    """Everything but the trailer. Objrefs 1, 2, 3, 4, 7, 8, 9, 10 are MappedFile, Name, Mm, Shm, Cred, Fs,
-    Sighand and Signal."""
+    """Everything but the trailer.
+
+    Objrefs 1, 2, 4, 7, 8, 9, 10 are MappedFile, Name, Shm, Cred, Fs, Sighand and Signal; 3, 5 and 6 are the Mms of pids 1, 2 and 5."""
     data, zero, absent = r.PageKind.DATA, r.PageKind.ZERO, r.PageKind.ABSENT
     return [
         header(),
@@ -166,6 +167,10 @@ def body() -> list[Record]:
         mm(),
         r.Shm(objref=4, kind=r.ShmKind.MEMFD, size=3 * 4096 - 5, seals=1, mode=0o600, name="ring"),
         vmas(),
+        mm(5, pid=2),
+        vmas(5),
+        mm(6, pid=5),
+        vmas(6),
         r.RoundMark(number=1, flags=0, time=1_700_000_000_000_000_001),
         pages(3, (HEAP, 2, data), (HEAP + 2 * 4096, 1, zero)),
         pages(4, (0, 1, data), (4096, 2, absent)),
@@ -204,10 +209,10 @@ def body() -> list[Record]:
             ],
         ),
         task(1, comm="init"),
-        task(2),
-        task(3),
+        task(2, mm=5),
+        task(3, mm=5),
         task(4, state=r.TaskState.ZOMBIE, comm="gone"),
-        task(5, state=r.TaskState.STOPPED),
+        task(5, mm=6, state=r.TaskState.STOPPED),
         r.RestartBlock(pid=2, syscall=230, remaining=1_500_000_000, args=bytes(48)),
         r.SigPending(pid=3, shared=0, infos=bytes(128)),
         r.SigPending(pid=2, shared=1, infos=b""),

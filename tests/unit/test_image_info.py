@@ -52,7 +52,8 @@ def test_a_whole_stream_is_summarised(tmp_path: Path) -> None:
         (4, "gone", "zombie"),
         (5, "worker", "stopped"),
     ]
-    mm, shm = info.memory
+    mm, shm, *others = info.memory
+    assert [other.kind for other in others] == ["mm", "mm"]
     assert (mm.kind, mm.what, mm.size, mm.data, mm.zero) == ("mm", "/usr/bin/worker", 6 * 4096, 3, 1)
     assert (shm.kind, shm.what, shm.data, shm.absent) == ("shm", "memfd ring", 1, 2)
     assert [(part.number, part.data, part.bytes, part.last) for part in info.rounds] == [
@@ -65,10 +66,10 @@ def test_a_whole_stream_is_summarised(tmp_path: Path) -> None:
 def test_the_text_shows_the_tree_with_children_below_their_parents() -> None:
     assert render_text(info_of(STREAM), tree=True).splitlines() == [
         "  1  init  running  group 1 session 1  mm 3 files 0",
-        "    2  worker  running  group 1 session 1  mm 3 files 0",
+        "    2  worker  running  group 1 session 1  mm 5 files 0",
         "      3  worker  running  thread  1 signals pending",
         "      4  gone  zombie  group 1 session 1",
-        "  5  worker  stopped  group 1 session 1  parent 99 outside  mm 3 files 0",
+        "  5  worker  stopped  group 1 session 1  parent 99 outside  mm 6 files 0",
     ]
 
 
@@ -77,7 +78,7 @@ def test_the_text_shows_memory_and_rounds() -> None:
     assert "container shop, init 1" in shown
     assert "000001000000-000001003000 rw-p 00000000 arena" in shown
     assert "  2  1 pages with data (4.0 KiB), 0 zero, 0 absent  last, tasks stopped" in shown
-    assert shown.endswith(f"whole: 32 records, {len(STREAM)} bytes\n")
+    assert shown.endswith(f"whole: 36 records, {len(STREAM)} bytes\n")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 500, 9000, len(STREAM) - 1])
@@ -102,7 +103,7 @@ def test_the_first_thing_out_of_place_is_the_cause_and_the_rest_is_shown() -> No
     records = closed(body())
     records.remove(next(record for record in records if isinstance(record, r.Fs)))
     info = info_of(stream(records))
-    assert info.cause == "record 19 (Task): fs_objref 8 is not defined"
+    assert info.cause == "record 23 (Task): fs_objref 8 is not defined"
     assert len(info.tasks) == 5
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_samples import HEAP, body, closed, cpu, pages, pids, task, tree, vma
+from image_samples import HEAP, body, closed, cpu, mm, pages, pids, task, tree, vma, vmas
 
 from migrator.errors import ImageError
 from migrator.image import records as r
@@ -168,6 +168,8 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("contents of zero pages", item(r.Pages, "ranges", 0, kind=ZERO), "0 pages announced, 8192 bytes"),
     ("an unknown kind of page", item(r.Pages, "ranges", 1, kind=3), "unknown kind 3"),
     ("memory of a thread", put(r.Mm, pid=3), "pid 3 is no process that lives"),
+    ("memory that changes hands", put(r.Mm, 1, objref=3), "was that of pid 1, now of pid 2"),
+    ("memory of another process", put(r.Task, mm_objref=5), "address space 5 is not that of pid 1"),
     ("memory of a stranger", put(r.Mm, pid=77), "pid 77 is not in the tree"),
     ("an unknown kind of shm", put(r.Shm, kind=9), "unknown kind 9"),
     ("an impossible shm", put(r.Shm, size=1 << 63), "impossible size"),
@@ -249,12 +251,38 @@ def test_a_later_tree_replaces_the_earlier_one() -> None:
     grown = tree()
     grown.generation = 2
     grown.tasks = [*grown.tasks[:4], pids(6, ppid=2)]
-    stream.insert(index(stream, r.RoundMark, 1), grown)
+    at = index(stream, r.RoundMark, 1)
+    stream[at:at] = [grown, mm(11, pid=6), vmas(11)]
     with pytest.raises(ImageError, match="pid 5 is not in the tree"):
         run(closed(stream))
     stream.remove(find(stream, r.Task, 4))
     stream.remove(find(stream, r.Cpu, 3))
-    stream += [task(6), cpu(6)]
+    stream += [task(6, mm=11), cpu(6)]
+    assert run(closed(stream)).done
+
+
+def without(pid: int) -> r.Tree:
+    smaller = tree()
+    smaller.tasks = [entry for entry in smaller.tasks if entry.pid != pid]
+    return smaller
+
+
+@pytest.mark.parametrize("late", [vmas(6), pages(6)], ids=["Vmas", "Pages"])
+def test_nothing_is_said_about_the_memory_of_a_process_that_ended(late: Record) -> None:
+    stream = body()
+    at = index(stream, r.RoundMark, 1)
+    stream[at:at] = [without(5), late]
+    with pytest.raises(ImageError, match="of a process that ended"):
+        run(stream)
+
+
+def test_a_pid_that_is_given_out_again_has_memory_of_its_own() -> None:
+    stream = body()
+    at = index(stream, r.RoundMark, 1)
+    stream[at:at] = [without(5), tree(), mm(12, pid=5), vmas(12)]
+    with pytest.raises(ImageError, match="address space 6 is not that of pid 5"):
+        run(closed(stream))
+    find(stream, r.Task, 4).mm_objref = 12
     assert run(closed(stream)).done
 
 
