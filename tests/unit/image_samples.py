@@ -155,7 +155,8 @@ def vmas(mm_objref: int = 3) -> r.Vmas:
 def body() -> list[Record]:
     """Everything but the trailer.
 
-    Objrefs 1, 2, 4, 7, 8, 9, 10 are MappedFile, Name, Shm, Cred, Fs, Sighand and Signal; 3, 5 and 6 are the Mms of pids 1, 2 and 5."""
+    Objrefs 1, 2, 4, 7, 8, 9, 10 are MappedFile, Name, Shm, Cred, Fs, Sighand and Signal;
+    3, 5 and 6 are the Mms of pids 1, 2 and 5."""
     data, zero, absent = r.PageKind.DATA, r.PageKind.ZERO, r.PageKind.ABSENT
     return [
         header(),
