@@ -47,11 +47,7 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup
 
 _CONTAINER_NAMESPACES = (
-    spawn.CLONE_NEWNS
-    | spawn.CLONE_NEWUTS
-    | spawn.CLONE_NEWIPC
-    | spawn.CLONE_NEWPID
-    | spawn.CLONE_NEWNET
+    spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
 
@@ -125,7 +121,9 @@ class UserDestination:
                 self._take(rec)
             self._complete()
         except OSError as error:
-            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
+            raise RestartFailed(
+                f"{error.strerror or error} ({error.filename or 'no object named'})"
+            ) from error
         return self.root_pid
 
     def hold(self) -> None:
@@ -210,7 +208,9 @@ class UserDestination:
             case RoundMark():
                 pass
             case Error():
-                raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
+                raise ImageError(
+                    f"saving failed: {rec.text}", hint="this is the first cause, from the source"
+                )
             case _:
                 if not self._tasks.record(rec):
                     assert self._descriptors is not None
@@ -271,7 +271,9 @@ class UserDestination:
             assert self._forest is not None
             shell = self._forest.shells.get(mm.pid)
             if shell is None:
-                raise ImageError(f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree")
+                raise ImageError(
+                    f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree"
+                )
             self._spaces[mm.objref] = AddressSpace(shell, self._open_backing, self._names.__getitem__)
 
     # ------------------------------------------------------------------ the end of the stream
@@ -395,5 +397,3 @@ class _Context:
 
     def shm_fd(self, objref: int) -> int:
         return self._owner._shared.fd(objref)
-
-

@@ -23,7 +23,6 @@ from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
 
-
 class UserEngine:
     """checkpoint() and restart() on a stock kernel, and the objects of a live migration."""
 
@@ -122,7 +121,9 @@ def _probe_stub() -> list[Capability]:
         ptrace.wait(pid)
         out.append(Capability("ptrace", True, "seized and stopped"))
         xstate = arch.get_xstate(pid)
-        out.append(Capability("xsave", len(xstate) > 0, f"{len(xstate)} bytes, features {arch.xfeatures(xstate):#x}"))
+        out.append(
+            Capability("xsave", len(xstate) > 0, f"{len(xstate)} bytes, features {arch.xfeatures(xstate):#x}")
+        )
         out.append(_attempt("kcmp", lambda: str(sys.same(pid, pid, sys.KCMP_VM))))
         out.append(_attempt("dirty tracking", lambda: _probe_tracking(pid, pidfd)))
     except OSError as error:

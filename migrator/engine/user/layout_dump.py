@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
@@ -52,7 +51,7 @@ class Objrefs(Protocol):
 
 def obstacle(vma: Vma, flags: frozenset[str]) -> str:
     """Why a mapping cannot be carried, or ""."""
-    if vma.path in ("[vsyscall]",) or vma.path in _KINDS and not flags & _UNCARRIED.keys():
+    if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & _UNCARRIED.keys()):
         return ""
     for flag, reason in _UNCARRIED.items():
         if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
@@ -101,13 +100,17 @@ class LayoutDump:
         self._writer.write(mm)
         self._writer.write(Vmas(objref, 0, items))
 
-    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
+    def _flags_of(
+        self, pid: int, objref: int, vmas: list[Vma], refresh: bool
+    ) -> dict[tuple[int, int, str], int]:
         known = self._flags.get(objref)
         if known is not None and not refresh:
             for vma in vmas:  # a new or grown mapping takes the flags of what it grew from
                 key = (vma.start, vma.end, vma.path)
                 if key not in known:
-                    near = [f for (s, e, p), f in known.items() if p == vma.path and s < vma.end and vma.start < e]
+                    near = [
+                        f for (s, e, p), f in known.items() if p == vma.path and s < vma.end and vma.start < e
+                    ]
                     known[key] = near[0] if near else 0
             return known
         raw = procfs.vm_flags(pid)
@@ -154,7 +157,9 @@ class LayoutDump:
         if first:
             status = os.stat(link)
             self._writer.write(
-                MappedFile(objref, status.st_mode, status.st_size, status.st_mtime_ns, path, elf.build_id(link))
+                MappedFile(
+                    objref, status.st_mode, status.st_size, status.st_mtime_ns, path, elf.build_id(link)
+                )
             )
         return objref
 
@@ -190,5 +195,3 @@ def _astuple(item: VmaItem) -> tuple[int, ...]:
 def brk_from_maps(vmas: list[Vma]) -> int:
     """The program break as far as mappings tell: the end of the heap, 0 if there is none."""
     return next((v.end for v in reversed(vmas) if v.path == "[heap]"), 0)
-
-

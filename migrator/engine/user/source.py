@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -21,7 +21,7 @@ from migrator.engine.user.tracker import WpAsyncTracker
 from migrator.engine.user.tree import Process, ProcessTree, stop_one
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
-from migrator.image.records import Container, RoundMark
+from migrator.image.records import PAGE_SIZE, Container, RoundMark
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, directory_of
@@ -82,7 +82,9 @@ class UserSource:
     ) -> None:
         if not self._held and not self._done:
             if value is not None:
-                text = value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
+                text = (
+                    value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
+                )
                 self._writer.error(text)
             self.thaw()
 
@@ -142,10 +144,32 @@ class UserSource:
         previous = self._rounds[-1] if self._rounds else None
         rate = pages / max(1e-9, (start - previous.start) / 1e9) if previous is not None else 0.0
         made = Round(
-            number, pages, self._sender.zero_pages - before[1], self._writer.bytes - before[2], start, end, rate
+            number,
+            pages,
+            self._sender.zero_pages - before[1],
+            self._writer.bytes - before[2],
+            start,
+            end,
+            rate,
         )
         self._rounds.append(made)
         return made
+
+    def dirty_rate(self, seconds: float) -> float:
+        """Bytes per second that the tree writes to its private memory, over `seconds`. Sends nothing."""
+        self.arm()
+        self._sweep_only()
+        start = time.monotonic()
+        time.sleep(seconds)
+        return self._sweep_only() * PAGE_SIZE / (time.monotonic() - start)
+
+    def _sweep_only(self) -> int:
+        pages = 0
+        for process in self.tree.living:
+            tracker = self._trackers.get(process.pid)
+            if tracker is not None:
+                pages += tracker.sweep(self._vmas(process)).pages
+        return pages
 
     # ------------------------------------------------------------------ stopped
 
@@ -250,7 +274,8 @@ class UserSource:
             below += [p for p in self._cgroup.pids() if p not in known]
         if os.getpid() in below:
             raise CheckpointFailed(
-                f"pid {self.pid} is an ancestor of this very program", hint="run migrator from another session"
+                f"pid {self.pid} is an ancestor of this very program",
+                hint="run migrator from another session",
             )
         return below
 
@@ -346,9 +371,7 @@ class UserSource:
         vmas = self._vmas(process)
         refresh = refresh or not self._layout.knows(process.mm_objref)
         brk = brk or brk_from_maps(vmas)
-        self._layout.write(
-            process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
-        )
+        self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
         tracker = self._trackers.get(process.pid)
         if tracker is not None:
             try:
@@ -413,9 +436,7 @@ class UserSource:
             yield
         finally:
             self._phases.append(
-                Phase(
-                    name, start, time.monotonic_ns(), self._writer.bytes - size, self._sender.pages - pages
-                )
+                Phase(name, start, time.monotonic_ns(), self._writer.bytes - size, self._sender.pages - pages)
             )
 
 
@@ -425,5 +446,3 @@ def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
             select.select([pidfd], [], [], 5.0)
-
-

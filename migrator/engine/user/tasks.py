@@ -27,8 +27,8 @@ from migrator.image.records import (
 )
 from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Call, pack_calls
 from migrator.linux.procfs import read_text, stat
+from migrator.linux.remote import Call, pack_calls
 
 NR = arch.NR
 _NSIG = 64
@@ -301,9 +301,7 @@ class TaskRestore:
         for timer in sorted(signal.timers, key=lambda t: t.timer_id):
             # struct sigevent: value, signo, notify, tid
             event = struct.pack("<QiiI", timer.sigval, timer.signo, timer.notify, timer.tid & 0xFFFFFFFF)
-            spec = struct.pack(
-                "<4q", *divmod(timer.interval, 10**9), *divmod(timer.value, 10**9)
-            )
+            spec = struct.pack("<4q", *divmod(timer.interval, 10**9), *divmod(timer.value, 10**9))
             shell.put(event.ljust(64, b"\0") + spec + bytes(8))
             made = -1
             while following <= timer.timer_id:
@@ -374,7 +372,11 @@ class TaskRestore:
         """Begin an interrupted sleep anew for its remaining time and interrupt it: then the kernel here holds
         what it needs to go on with it, and the registers are those of the interruption again."""
         block = state.restart_block
-        if block is None or block.remaining < 0 or block.syscall not in (NR["nanosleep"], NR["clock_nanosleep"]):
+        if (
+            block is None
+            or block.remaining < 0
+            or block.syscall not in (NR["nanosleep"], NR["clock_nanosleep"])
+        ):
             return False
         at = shell.put(struct.pack("<qq", *divmod(max(block.remaining, 1), 10**9)))
         call = regs.copy()
@@ -429,9 +431,9 @@ def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
     high = struct.pack("<3I", *[s >> 32 & 0xFFFFFFFF for s in sets])
     blob = groups + header + low + high
     capabilities = at + len(groups)
-    plain_root = (
-        (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (0,) * 8
-    )
+    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (
+        0,
+    ) * 8
     calls: list[Call] = [(NR["setgroups"], len(cred.groups), at)]
     calls += inside
     if not plain_root:

@@ -124,7 +124,9 @@ class TaskDump:
         cred = self._cred(process, state)
         fs = self._fs(process, state)
         for index, thread in enumerate(process.threads.values()):
-            self._thread(process, thread, answers[index], (files_objref, fs, sighand, signal, cred), state, bits)
+            self._thread(
+                process, thread, answers[index], (files_objref, fs, sighand, signal, cred), state, bits
+            )
         shared = ptrace.peek_siginfo(process.pid, shared=True)
         if shared:
             self._writer.write(SigPending(process.vpid, 1, shared))
@@ -149,7 +151,10 @@ class TaskDump:
         base = _THREAD_OUT  # the leader's own answers come first
         calls: list[tuple[int, ...]] = _thread_calls(out)
         actions_at = base
-        calls += [(_NR["rt_sigaction"], n, 0, out + actions_at + i * _SIGACTION_SIZE, 8) for i, n in enumerate(asked)]
+        calls += [
+            (_NR["rt_sigaction"], n, 0, out + actions_at + i * _SIGACTION_SIZE, 8)
+            for i, n in enumerate(asked)
+        ]
         itimers_at = actions_at + len(asked) * _SIGACTION_SIZE
         calls += [(_NR["getitimer"], which, out + itimers_at + 32 * which) for which in range(3)]
         timers_at = itimers_at + 96
@@ -211,7 +216,9 @@ class TaskDump:
             group = threads[first : first + _GROUP]
             at = remote.data + _GROUP * _THREAD_OUT  # tables after the answers, contexts after the tables
             context = (at + _GROUP * per_thread + 63) & ~63
-            tables = b"".join(pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group)))
+            tables = b"".join(
+                pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group))
+            )
             memory.write(process.pid, at, tables)
             for i, thread in enumerate(group):
                 assert thread.regs is not None
@@ -219,7 +226,13 @@ class TaskDump:
                 memory.write(process.pid, context, frame)
                 ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
                 arch.start_batch(
-                    thread.tid, thread.regs, remote.scratch, at + i * per_thread, _THREAD_CALLS, _SIGURG, context
+                    thread.tid,
+                    thread.regs,
+                    remote.scratch,
+                    at + i * per_thread,
+                    _THREAD_CALLS,
+                    _SIGURG,
+                    context,
                 )
                 ptrace.cont(thread.tid)
                 context += (len(frame) + 63) & ~63
@@ -386,9 +399,7 @@ def _list_timers(process: Process) -> list[PosixTimer]:
         number, signo, value, notify, kind, target, clock = m.groups()
         tid = by_tid.get(int(target), 0) if kind == "tid" else 0
         code = _NOTIFY[notify] | (4 if kind == "tid" else 0)
-        out.append(
-            PosixTimer(int(number), int(clock), code, int(signo), tid, 0, int(value, 16), 0, 0)
-        )
+        out.append(PosixTimer(int(number), int(clock), code, int(signo), tid, 0, int(value, 16), 0, 0))
     return out
 
 

@@ -1,0 +1,67 @@
+"""What a user names: a pid or a container."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from migrator import container
+from migrator.container.state import of_pid
+from migrator.engine.base import SourceOptions
+from migrator.errors import UsageError
+from migrator.linux import procfs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A process tree by its root's pid, and the container that it is, if it is one."""
+
+    pid: int
+    container: container.Container | None
+
+    @property
+    def name(self) -> str:
+        return self.container.name if self.container is not None else str(self.pid)
+
+    def source_options(self) -> SourceOptions:
+        if self.container is None:
+            return SourceOptions()
+        return SourceOptions(
+            container=self.container.name,
+            container_spec=container.describe(self.container).to_json(),
+            container_cgroup=self.container.cgroup,
+        )
+
+    def kill(self) -> None:
+        if self.container is not None:
+            container.remove(self.container.name)
+            return
+        for pid in reversed(procfs.descendants(self.pid)):
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+
+
+def find_workload(target: str) -> Workload:
+    """The workload that `target` names: a container's name first, then a pid. Raises UsageError."""
+    found = container.find(target)
+    if found is not None:
+        if not found.alive:
+            raise UsageError(f"container {target!r} has ended", hint="`migrator ps` lists those that run")
+        return Workload(found.init_pid, found)
+    if not target.isdigit():
+        raise UsageError(
+            f"there is no container {target!r} on this host", hint="`migrator ps` lists them; a pid works too"
+        )
+    pid = int(target)
+    if pid <= 0 or not os.path.exists(f"/proc/{pid}"):
+        raise UsageError(f"there is no process {pid} on this host")
+    inside = of_pid(pid)
+    if inside is not None and inside.init_pid == pid:
+        return Workload(pid, inside)
+    if inside is not None:
+        raise UsageError(
+            f"pid {pid} lives in container {inside.name!r}", hint=f"move the whole container: {inside.name}"
+        )
+    return Workload(pid, None)

@@ -1,0 +1,123 @@
+"""System calls about descriptors that Python has no name for (x86-64 numbers).
+
+Each raises OSError with the name of the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import struct
+
+from migrator.linux import sys
+
+_OPENAT2, _TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 437, 283, 286, 287, 289, 276
+_KCMP, _PIDFD_OPEN, _UNSHARE = 312, 434, 272
+_KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
+
+RESOLVE_IN_ROOT = 0x10
+O_PATH = 0o10000000
+O_LARGEFILE = 0o100000
+O_TMPFILE_BIT = 0o20000000  # O_TMPFILE without O_DIRECTORY
+CLONE_FS = 0x200
+
+F_SETSIG, F_GETSIG, F_SETOWN_EX, F_GETOWN_EX = 10, 11, 15, 16
+TFD_IOC_SET_TICKS = 0x40085400  # _IOW('T', 0, u64), linux/timerfd.h
+FIONREAD = 0x541B
+
+_PID = os.getpid
+
+
+def openat2(directory: int, path: str, flags: int, resolve: int = 0) -> int:
+    """openat2(2); with RESOLVE_IN_ROOT, `directory` is the root of every link and `..` on the way."""
+    raw = ctypes.create_string_buffer(os.fsencode(path))
+    how = ctypes.create_string_buffer(struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
+    return sys.call(
+        _OPENAT2,
+        directory,
+        ctypes.addressof(raw),
+        ctypes.addressof(how),
+        24,
+        name="openat2",
+        about=path,
+    )
+
+
+def reopen(fd: int, flags: int) -> int:
+    """A new description of what `fd` is open on, with these flags; O_LARGEFILE is always set."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def order_files(a: int, b: int) -> int:
+    """0 if two of our descriptors are one description, otherwise -1 or 1: an order of descriptions."""
+    pid = _PID()
+    result = sys.call(_KCMP, pid, pid, _KCMP_FILE, a, b, name="kcmp")
+    return (0, -1, 1, 1)[result]
+
+
+def is_epoll_target(target: int, epoll: int, number: int, nth: int) -> bool:
+    """Whether the `nth` entry of our `epoll` that was added as `number` is the description of our `target`."""
+    slot = ctypes.create_string_buffer(struct.pack("<III", epoll, number, nth), 12)
+    pid = _PID()
+    return (
+        sys.call(_KCMP, pid, pid, _KCMP_EPOLL_TFD, target, ctypes.addressof(slot), name="kcmp epoll") == 0
+    )
+
+
+def tee(source: int, target: int, count: int) -> int:
+    """Bytes duplicated from one pipe to another without taking them out; -1 if there was nothing (tee(2))."""
+    try:
+        return sys.call(_TEE, source, target, count, 2, name="tee")  # SPLICE_F_NONBLOCK
+    except BlockingIOError:
+        return -1
+
+
+def timerfd_create(clock: int) -> int:
+    return sys.call(_TIMERFD_CREATE, clock, os.O_CLOEXEC, name="timerfd_create", about=f"clock {clock}")
+
+
+def timerfd_settime(fd: int, flags: int, value: int, interval: int) -> None:
+    """Arm a timer; times in ns."""
+    spec = struct.pack("<qqqq", *divmod(interval, 10**9), *divmod(value, 10**9))
+    buffer = ctypes.create_string_buffer(spec, 32)
+    sys.call(_TIMERFD_SETTIME, fd, flags, ctypes.addressof(buffer), 0, name="timerfd_settime")
+
+
+def timerfd_gettime(fd: int) -> tuple[int, int]:
+    """(remaining, interval) in ns. An expired periodic timer goes on from here, as on a read."""
+    buffer = ctypes.create_string_buffer(32)
+    sys.call(_TIMERFD_GETTIME, fd, ctypes.addressof(buffer), name="timerfd_gettime")
+    isec, insec, vsec, vnsec = struct.unpack("<qqqq", buffer.raw)
+    return vsec * 10**9 + vnsec, isec * 10**9 + insec
+
+
+def signalfd(mask: int) -> int:
+    buffer = ctypes.create_string_buffer(struct.pack("<Q", mask), 8)
+    return sys.call(_SIGNALFD4, -1, ctypes.addressof(buffer), 8, os.O_CLOEXEC, name="signalfd4")
+
+
+def pidfd_open(pid: int, flags: int = 0) -> int:
+    return sys.call(_PIDFD_OPEN, pid, flags, name="pidfd_open", about=f"pid {pid}")
+
+
+def unshare_fs() -> None:
+    """Give the calling thread a root and a working directory of its own."""
+    sys.call(_UNSHARE, CLONE_FS, name="unshare")
+
+
+def owner(fd: int) -> tuple[int, int, int]:
+    """(type as in enum OwnerType, pid as we see it, signal) of F_GETOWN_EX and F_GETSIG; type 0: none."""
+    raw = fcntl.fcntl(fd, F_GETOWN_EX, bytes(8))
+    kind, pid = struct.unpack("<ii", raw)
+    if not pid:
+        return 0, 0, 0
+    return kind + 1, pid, fcntl.fcntl(fd, F_GETSIG)
+
+
+def allow_many_files() -> None:
+    """Raise our soft limit of open files to the hard one: a tree's descriptors are all held at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
