@@ -12,6 +12,7 @@ FLOOR = 256 << 10
 QUEUE_SECONDS = 0.04
 _SAMPLE_SECONDS = 0.02
 _SAMPLE_BYTES = 1 << 20
+_LONG_SECONDS = 0.2
 _WEIGHT = 0.3
 
 
@@ -26,30 +27,37 @@ class SendWindow:
     def __init__(self, window: int) -> None:
         self.window = window
         self.in_flight = 0
-        self.rate = 0.0  # bytes/s the receiver takes when we press; 0.0 until measured
-        self._measured = False  # else `rate` is only a lower bound
-        self._pressed = False  # somebody waits for room
+        self.rate = 0.0  # bytes/s the receiver takes; 0.0 until measured
+        self.measured = False  # else `rate` is only a lower bound
+        self._backlog = 0.0  # share of the grants under pressure that came from a receiver with a queue
+        self._pressed_at: float | None = None  # since when somebody waits for room
         self._since = 0.0  # the last grant, or the first block after nothing was in flight
         self._under_pressure = _Tally()
         self._at_ease = _Tally()
+        self._ease_whole = True  # it began with nothing in flight
 
     def limit(self, round_trip: float) -> int:
         """Bytes that may be in flight, for a `round_trip` in seconds."""
-        if not self._measured:
+        if not self.measured:
             return min(self.window, 2 << 20)
         wanted = int(self.rate * (round_trip + QUEUE_SECONDS))
         return max(min(wanted, self.window), FLOOR)
 
     @property
     def capacity(self) -> float:
-        """Bytes/s of the link, 0.0 as long as it was never the bottleneck."""
-        return self.rate if self._measured else 0.0
+        """Bytes/s of the link, 0.0 while it is not the bottleneck as far as we know.
 
-    def has_room(self, size: int, round_trip: float) -> bool:
+        Where the receiver has a queue it is the receiver that is slow, and to compress more would
+        not help it.
+        """
+        return self.rate if self.measured and self._backlog < 0.5 else 0.0
+
+    def has_room(self, size: int, round_trip: float, now: float) -> bool:
         if self.in_flight == 0:
             return True
         room = self.limit(round_trip) - self.in_flight >= size
-        self._pressed = self._pressed or not room
+        if not room and self._pressed_at is None:
+            self._pressed_at = now
         return room
 
     def sent(self, size: int, now: float) -> None:
@@ -57,24 +65,37 @@ class SendWindow:
             self._since = now
         self.in_flight += size
 
-    def granted(self, size: int, now: float) -> None:
-        """The receiver is done with `size` bytes. Raises `TransportError` if it never had them."""
+    def granted(self, size: int, now: float, *, backlog: bool = False) -> None:
+        """The receiver is done with `size` bytes; `backlog` if it has more.
+
+        Raises `TransportError` if it never had them.
+        """
         if size > self.in_flight:
             raise TransportError(f"the other end acknowledges {size} bytes, {self.in_flight} are in flight")
         self.in_flight -= size
-        tally = self._under_pressure if self._pressed else self._at_ease
-        tally.add(size, now - self._since)
-        if self._pressed and tally.enough:
-            sample = tally.rate()
-            self.rate += (_WEIGHT if self._measured else 1.0) * (sample - self.rate)
-            self._measured = True
-        elif not self._pressed and self.in_flight == 0 and tally.size >= FLOOR and tally.seconds > 0:
-            # The link was idle part of the time: a lower bound.
-            sample = tally.rate()
-            if not self._measured:
-                self.rate = max(self.rate, sample)
+        elapsed = now - self._since
+        # Pressure counts if it was there from the start: else we were busy with something else.
+        if self._pressed_at is not None and self._pressed_at - self._since <= 0.25 * elapsed:
+            self._backlog += 0.1 * (backlog - self._backlog)
+            self._under_pressure.add(size, elapsed)
+            if self._under_pressure.enough:
+                sample = self._under_pressure.rate()
+                self.rate += (_WEIGHT if self.measured else 1.0) * (sample - self.rate)
+                self.measured = True
+        else:
+            # The link was idle part of the time: a lower bound. Grants come in lumps, so it takes a
+            # long time, or one from nothing in flight to nothing in flight.
+            ease = self._at_ease
+            ease.add(size, elapsed)
+            whole = self.in_flight == 0 and self._ease_whole and ease.seconds >= 0.001
+            if ease.size >= FLOOR and (whole or ease.seconds >= _LONG_SECONDS):
+                self.rate = max(self.rate, ease.rate())
+                self._ease_whole = self.in_flight == 0
+            elif self.in_flight == 0 and not self._ease_whole:
+                ease.clear()
+                self._ease_whole = True
         self._since = now
-        self._pressed = False
+        self._pressed_at = None
 
 
 class _Tally:
@@ -94,9 +115,12 @@ class _Tally:
 
     def rate(self) -> float:
         """Bytes/s; begins anew."""
-        rate = self.size / self.seconds
-        self.size, self.seconds = 0, 0.0
+        rate = self.size / max(self.seconds, 1e-6)
+        self.clear()
         return rate
+
+    def clear(self) -> None:
+        self.size, self.seconds = 0, 0.0
 
 
 class ReceiveWindow:

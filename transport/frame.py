@@ -50,6 +50,10 @@ class StreamFlags(enum.IntFlag):
     END = 2  # end of the stream; the block is empty
 
 
+class CreditFlags(enum.IntFlag):
+    BACKLOG = 1  # the receiver has more of the stream than it could pass on yet
+
+
 class PingFlags(enum.IntFlag):
     PONG = 1
 
@@ -58,7 +62,7 @@ class PingFlags(enum.IntFlag):
 _RULES: dict[int, tuple[int, int, int]] = {
     Channel.CONTROL: (0, MAX_CONTROL, 0),
     Channel.STREAM: (BLOCK_HEADER.size, BLOCK_HEADER.size + MAX_BLOCK, 3),
-    Channel.CREDIT: (8, 8, 0),
+    Channel.CREDIT: (8, 8, 1),
     Channel.PING: (8, 8, 1),
     Channel.PACKETS: (0, MAX_PACKETS, 0),
 }

@@ -29,6 +29,7 @@ from transport.frame import (
     MIN_WINDOW,
     Block,
     Channel,
+    CreditFlags,
     Frame,
     FrameParser,
     PingFlags,
@@ -201,8 +202,14 @@ class Link:
 
     @property
     def capacity(self) -> float:
-        """Wire bytes/s of the link as measured when it was the bottleneck; 0.0 if it never was."""
+        """Wire bytes/s of the link while it is the bottleneck; 0.0 while it is not known to be."""
         return self._send_window.capacity
+
+    @property
+    def pace(self) -> float:
+        """Wire bytes/s that are to be had under pressure, the cap included; 0.0 if not known."""
+        rate = self.throughput if self._send_window.measured else 0.0
+        return min(filter(None, (rate, self.cap)), default=0.0)
 
     @property
     def raw_throughput(self) -> float:
@@ -355,7 +362,7 @@ class Link:
             return False
         if self._bucket is not None and self._bucket.delay(now) > 0:
             return False
-        if not self._send_window.has_room(size, self.rtt):
+        if not self._send_window.has_room(size, self.rtt, now):
             return False
         if self._bucket is not None:
             self._bucket.take(size)
@@ -376,7 +383,7 @@ class Link:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await self._uncapped.wait()
-            elif not self._send_window.has_room(size, self.rtt):
+            elif not self._send_window.has_room(size, self.rtt, time.monotonic()):
                 self._room.clear()
                 await self._room.wait()
 
@@ -393,9 +400,10 @@ class Link:
         return block
 
     def consumed(self, block: Block) -> None:
-        grant = self._receive_window.consumed(stream.charge(len(block.data)), idle=not len(self._blocks))
+        idle = not len(self._blocks)
+        grant = self._receive_window.consumed(stream.charge(len(block.data)), idle=idle)
         if grant and self._error is None:
-            self._write(encode_u64(Channel.CREDIT, grant))
+            self._write(encode_u64(Channel.CREDIT, grant, 0 if idle else CreditFlags.BACKLOG))
 
     # Inside
 
@@ -454,7 +462,8 @@ class Link:
             self._message_there.set()
             self._put_into_inbox(len(frame.payload))
         elif frame.channel == Channel.CREDIT:
-            self._send_window.granted(decode_u64(frame.payload), time.monotonic())
+            backlog = bool(frame.flags & CreditFlags.BACKLOG)
+            self._send_window.granted(decode_u64(frame.payload), time.monotonic(), backlog=backlog)
             self._room.set()
         elif frame.channel == Channel.PACKETS:
             packets = decode_packets(frame.payload)

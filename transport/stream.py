@@ -37,15 +37,9 @@ def charge(size: int) -> int:
 
 def block_size(link: Link) -> int:
     """Bytes to cut at, so that one block takes about `BLOCK_SECONDS` of the link."""
-    rate = _rate(link)
-    if not rate:
+    if not link.pace:
         return LARGEST // 4
-    return max(SMALLEST, min(LARGEST, int(rate * BLOCK_SECONDS)))
-
-
-def _rate(link: Link) -> float:
-    """Wire bytes/s that are to be had, 0.0 if not known."""
-    return min(filter(None, (link.capacity, link.cap)), default=0.0)
+    return max(SMALLEST, min(LARGEST, int(link.pace * BLOCK_SECONDS)))
 
 
 async def pump_in(link: Link, fd: int, compressor: BlockCompressor) -> int:
@@ -104,7 +98,7 @@ class _Pipeline:
 
     async def put(self, raw: bytes) -> None:
         """Take one block; waits while enough of them are under way."""
-        started = self._compressor.start(raw, _rate(self._link))
+        started = self._compressor.start(raw, self._link.cap or self._link.capacity)
         # The short way: nothing before it, room for it, done already. No task switch.
         if isinstance(started, Packed) and not self._queue and self._link.try_send_block(started):
             self._compressor.finish(started)

@@ -12,18 +12,20 @@ from transport.flow import FLOOR, QUEUE_SECONDS, ReceiveWindow, RoundTrip, SendW
 MIB = 1 << 20
 
 
-def run(window: SendWindow, *, rate: float, round_trip: float, seconds: float, pressed: bool = True) -> float:
+def run(
+    window: SendWindow, *, rate: float, round_trip: float, seconds: float, backlog: bool = False
+) -> float:
     """Let a link of `rate` bytes/s take what the window lets out; returns bytes/s achieved."""
     now = done = 0.0
     queue: list[float] = []  # when each block of 64 KiB will have been granted
     free = 0.0
     while now < seconds:
-        while window.has_room(65536, round_trip) if pressed else not queue:
+        while window.has_room(65536, round_trip, now):
             window.sent(65536, now)
             free = max(free, now) + 65536 / rate
             queue.append(free + round_trip)
         now = queue.pop(0)
-        window.granted(65536, now)
+        window.granted(65536, now, backlog=backlog)
         done += 65536
     return done / now
 
@@ -52,9 +54,9 @@ def test_one_block_may_always_be_sent_when_nothing_is_in_flight() -> None:
     run(window, rate=1e6, round_trip=0.0, seconds=2.0)
     window.granted(window.in_flight, 3.0)
     assert window.limit(0.0) == FLOOR
-    assert window.has_room(4 * MIB, 0.0)
+    assert window.has_room(4 * MIB, 0.0, 3.0)
     window.sent(4 * MIB, 0.0)
-    assert not window.has_room(1, 0.0)
+    assert not window.has_room(1, 0.0, 3.0)
 
 
 def test_a_link_that_idles_is_not_taken_for_a_slow_one() -> None:
@@ -83,6 +85,29 @@ def test_grants_in_lumps_do_not_make_the_link_look_faster() -> None:
     window.granted(512 << 10, 0.1)
     window.granted(512 << 10, 0.1001)
     assert window.rate == pytest.approx(MIB / 0.1, rel=0.01)
+
+
+def test_a_slow_sender_is_not_taken_for_a_slow_link() -> None:
+    window = SendWindow(8 * MIB)
+    run(window, rate=200e6, round_trip=0.001, seconds=2.0)
+    window.granted(window.in_flight, 2.1)
+    now, before = 3.0, window.rate
+    for _ in range(100):  # sends until there is no room, and then is busy for a long time
+        while window.has_room(MIB, 0.001, now):
+            window.sent(MIB, now)
+        window.granted(MIB, now + 0.005)
+        now += 0.1
+        window.granted(window.in_flight, now)
+        now += 0.1
+    assert window.rate > 0.9 * before
+
+
+def test_a_slow_receiver_is_not_taken_for_a_slow_link() -> None:
+    for backlog, capacity in ((False, pytest.approx(50e6, rel=0.15)), (True, 0.0)):
+        window = SendWindow(8 * MIB)
+        run(window, rate=50e6, round_trip=0.001, seconds=2.0, backlog=backlog)
+        assert window.rate == pytest.approx(50e6, rel=0.15)
+        assert window.capacity == capacity
 
 
 def test_credit_for_what_was_never_sent_is_refused() -> None:
