@@ -1,0 +1,282 @@
+"""The messages of the control channel: typed, bounded, and nothing else is understood.
+
+Each is one msgpack map with its name under "type" (msgspec tagged structs). The peer is hostile until
+proven otherwise: an unknown type, an unknown or missing field, a wrong type, a number or a text beyond its
+bounds is a `MessageError`, and none of it is acted upon. `docs/protocol.md` lists them with their order.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from migrator.engine.base import FileFact, Phase, Round, Survey
+from migrator.errors import TransportError
+
+VERSION = 1
+MAX_MESSAGE = 1 << 20  # bytes, as the transport allows
+FILE_CHUNK = 512 << 10  # bytes of a file in one message
+
+Id = Annotated[str, Meta(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Nanoseconds = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class MessageError(TransportError):
+    """The peer said something that is not in the protocol."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one host has to say about itself before a migration.
+
+    cpu_features:  flags of /proc/cpuinfo
+    xstate_size:   bytes of the extended processor state as ptrace shows it
+    capabilities:  what the engine here can do, and what it lacks with the reason
+    """
+
+    host: Name
+    kernel: Name
+    machine: Name
+    cpu_vendor: Name
+    cpu_model: Name
+    cpu_features: frozenset[str]
+    xstate_size: Count
+    engine: Name
+    abilities: dict[str, bool] = {}
+    memory_available: Count = 0  # bytes
+    pid_max: Count = 0
+    boot_id: Name = ""
+
+
+class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a workload cannot be moved there (or what to know if it is): the object, the problem, the remedy."""
+
+    object: Text
+    problem: Text
+    remedy: Text = ""
+    blocking: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.object}: {self.problem}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """First message of both sides on every link. The greatest common version is spoken."""
+
+    versions: list[Annotated[int, Meta(ge=1, le=1000)]]
+    software: Name = ""
+    host: Name = ""
+
+
+class Propose(Message, tag="propose", frozen=True):
+    """source: may this workload come to you? `dry_run`: nothing will follow."""
+
+    migration: Id
+    source: HostFacts
+    survey: Survey
+    container: Name = ""
+    container_spec: Annotated[str, Meta(max_length=1 << 16)] = ""
+    copy_files: bool = False
+    dry_run: bool = False
+
+
+class Verdict(Message, tag="verdict", frozen=True):
+    """destination: what stands in the way, if anything, and which files it wants (with `copy_files`)."""
+
+    destination: HostFacts
+    reasons: list[Reason] = []
+    wanted: list[Path] = []
+
+
+class Begin(Message, tag="begin", frozen=True):
+    """source: the stream begins."""
+
+    migration: Id
+
+
+class FileBegin(Message, tag="file-begin", frozen=True):
+    """source: a file that the destination wanted. `in_place`: it was sent before, and only changes follow."""
+
+    file: FileFact
+    uid: Count = 0
+    gid: Count = 0
+    in_place: bool = False
+
+
+class FileData(Message, tag="file-data", frozen=True):
+    offset: Count
+    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)]
+
+
+class FileEnd(Message, tag="file-end", frozen=True):
+    """source: the file is complete; `digest` is the sha256 of it, "" after changes in place."""
+
+    size: Count
+    digest: Annotated[str, Meta(max_length=64)] = ""
+
+
+class FilesSync(Message, tag="files-sync", frozen=True):
+    """source: say when all files sent so far are in place. The destination sends it back."""
+
+    number: Count
+
+
+class Ready(Message, tag="ready", frozen=True):
+    """destination: the copy is built and frozen."""
+
+    migration: Id
+    built_at: Nanoseconds  # CLOCK_MONOTONIC of the destination
+
+
+class Commit(Message, tag="commit", frozen=True):
+    """source: run it. From here on the destination decides."""
+
+    migration: Id
+
+
+class Running(Message, tag="running", frozen=True):
+    """destination: decided, the copy runs."""
+
+    migration: Id
+    resumed_at: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination; 0 if that is not known any more
+
+
+class Discarded(Message, tag="discarded", frozen=True):
+    """destination: decided, the copy will never run."""
+
+    migration: Id
+    reason: Text = ""
+
+
+class Abort(Message, tag="abort", frozen=True):
+    """source: it is over; COMMIT was not and will not be sent."""
+
+    migration: Id
+    reason: Text = ""
+
+
+class Ask(Message, tag="ask", frozen=True):
+    """source: RUNNING or DISCARDED? Whoever is asked decides, if that is not yet done."""
+
+    migration: Id
+
+
+class Done(Message, tag="done", frozen=True):
+    """source: RUNNING was heard, the source copy is gone. Nobody will ask again."""
+
+    migration: Id
+
+
+class Report(Message, tag="report", frozen=True):
+    """destination: its phases, once it runs."""
+
+    migration: Id
+    phases: list[Phase]
+    pid: Count = 0
+
+
+class Progress(Message, tag="progress", frozen=True):
+    """destination: how far it is, for those who watch there."""
+
+    phase: Name
+    bytes: Count = 0
+    pages: Count = 0
+    round: Round | None = None
+
+
+class Clock(Message, tag="clock", frozen=True):
+    """source: what time is it there? The destination sends it back with `answered`."""
+
+    asked: Nanoseconds
+    answered: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination
+
+
+class Failure(Message, tag="failure", frozen=True):
+    """Either: I cannot go on with this link, and why."""
+
+    reason: Text
+    hint: Text = ""
+
+
+class Query(Message, tag="query", frozen=True):
+    """A question outside any migration, as `migrator ps` asks; `what` names it."""
+
+    what: Name
+    argument: Annotated[str, Meta(max_length=1 << 16)] = ""
+
+
+class Result(Message, tag="result", frozen=True):
+    """The answer to a query: JSON."""
+
+    json: str
+
+
+AnyMessage = (
+    Hello
+    | Propose
+    | Verdict
+    | Begin
+    | FileBegin
+    | FileData
+    | FileEnd
+    | FilesSync
+    | Ready
+    | Commit
+    | Running
+    | Discarded
+    | Abort
+    | Ask
+    | Done
+    | Report
+    | Progress
+    | Clock
+    | Failure
+    | Query
+    | Result
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Raises MessageError for one that no peer would take."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE:
+        kind = type(message).__name__
+        raise MessageError(f"a {kind} message of {len(data)} bytes is too long", hint="fewer files, maybe")
+    return data
+
+
+def decode(data: bytes) -> AnyMessage:
+    """Raises MessageError, with what is wrong with it."""
+    if len(data) > MAX_MESSAGE:
+        raise MessageError(f"a message of {len(data)} bytes")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"not a message of this protocol: {error}") from error
+
+
+def common_version(theirs: list[int]) -> int:
+    """The version to speak. Raises MessageError where there is none."""
+    if VERSION in theirs:
+        return VERSION
+    raise MessageError(
+        f"the peer speaks versions {theirs[:8]} of the protocol, we speak {VERSION}",
+        hint="install the same release of migrator on both hosts",
+    )
+
+
+def text(value: object) -> str:
+    """`str(value)`, cut to what a message may carry."""
+    return str(value)[:4000]
