@@ -116,7 +116,7 @@ class Mount:
     device: str
 
 
-def mounts(pid: int) -> list[Mount]:
+def mounts(pid: int | str = "self") -> list[Mount]:
     """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
     with open(f"/proc/{pid}/mountinfo") as file:
         found = []

@@ -82,9 +82,13 @@ def set_up(spec: ContainerSpec, init_pid: int) -> int:
             ip.link("set", index=index, master=bridge)
             _quiet(spec.veth)
             ip.link("set", index=index, state="up")
-            run_in(init_pid, {"net"}, lambda: _set_up_inside(spec))
+            # Until the port is shut nothing may leave: the first frame from this MAC address would make
+            # switches send here what is for the source. So eth0 comes up without IPv6, which is what
+            # speaks by itself.
+            run_in(init_pid, {"net"}, _bring_up_silently)
             settle(ip, index)
             set_port(ip, index, BR_STATE_DISABLED)
+            run_in(init_pid, {"net"}, lambda: _set_up_inside(spec))
         except BaseException:
             remove(spec.veth)
             raise
@@ -150,6 +154,21 @@ def _sysctl(key: str, value: str) -> None:
         file.write(value)
 
 
+def _host_default() -> str:
+    """Whether new devices here are without IPv6: "1" or "0"."""
+    try:
+        with open("/proc/sys/net/ipv6/conf/default/disable_ipv6") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return "1"
+
+
+def _bring_up_silently() -> None:
+    _sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
+    with IPRoute() as ip:
+        ip.link("set", index=ip.link_lookup(ifname="eth0")[0], state="up")
+
+
 def _set_up_inside(spec: ContainerSpec) -> None:
     """Runs in the container's network namespace, with the host's file systems."""
     with IPRoute() as ip:
@@ -164,7 +183,8 @@ def _set_up_inside(spec: ContainerSpec) -> None:
         # free would hear the source's copy and wait a second for it.
         for device in ("all", "eth0"):
             _sysctl(f"net/ipv6/conf/{device}/accept_dad", "0")
-        ip.link("set", index=eth, state="up")
+        wanted = any(ipaddress.ip_interface(a).version == 6 for a in spec.addresses)
+        _sysctl("net/ipv6/conf/eth0/disable_ipv6", "0" if wanted else _host_default())
         for address in spec.addresses:
             _add_address(ip, eth, address)
         for route in spec.routes:

@@ -14,13 +14,14 @@ machine, but have state directories of their own (`MIGRATOR_STATE_DIR`). Needs r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,6 +99,21 @@ class Host:
     def python(self, code: str, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run Python code on this host, with this project importable."""
         return self.run([sys.executable, "-c", code, *arguments], **more)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The calling thread is on this host inside the block: its network, its state directories."""
+        before = {key: os.environ.get(key) for key in self.env}
+        os.environ.update(self.env)
+        try:
+            with entered(self.netns_path):
+                yield
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    os.environ.pop(key, None)
+                else:
+                    os.environ[key] = value
 
     def close(self) -> None:
         for child in self._children:

@@ -1,0 +1,128 @@
+"""What a container is now, whatever it was started with; and what about it cannot be built again."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, replace
+
+from migrator.container import mounts, network, state
+from migrator.container.spec import ContainerSpec
+from migrator.container.state import Container, host_name, list_containers, now
+from migrator.errors import UsageError
+from migrator.linux import procfs
+from migrator.linux.cgroup import Cgroup
+from migrator.linux.namespaces import run_in
+
+
+def describe(container: Container | int) -> ContainerSpec:
+    """The specification with the addresses, routes, host name and tmpfs mounts of this moment.
+
+    Takes a container, or the pid of any process in one. Nothing is stopped or changed. Takes some
+    milliseconds, so not for the time of the freeze. Raises UsageError for a pid that is in no container.
+    """
+    container = _container(container)
+    net = network.read(container.init_pid)
+    # /dev/shm and the like that prepare() mounts by itself need not be told, unless their options differ.
+    own = tuple(fs for fs in mounts.own_tmpfs(container.init_pid) if fs != mounts.SHM)
+    spec = replace(
+        container.spec,
+        hostname=run_in(container.init_pid, {"uts"}, socket.gethostname),
+        loopback=net.loopback,
+        tmpfs=own,
+    )
+    if not spec.bridge:
+        return spec
+    return replace(spec, mac=net.mac, mtu=net.mtu, addresses=net.addresses, routes=net.routes)
+
+
+def obstacles(container: Container | int) -> list[str]:
+    """Why the surroundings of a container cannot be built again elsewhere: one sentence each, empty if
+    they can. To be asked before anything is stopped."""
+    container = _container(container)
+    pid = container.init_pid
+    net = network.read(pid)
+    found = [
+        f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links
+    ]
+    known = {"/", "/proc", *(fs.path for fs in mounts.own_tmpfs(pid)), mounts.SHM.path}
+    below = ("/dev/", "/proc/", "/sys/")
+    host = {(m.path, m.device) for m in mounts.mounts()}
+    for m in mounts.mounts(pid):
+        own_dev = container.spec.root and m.path.startswith("/dev")
+        inherited = container.spec.root and m.path.startswith(below)
+        if m.path in known or own_dev or inherited or (m.path, m.device) in host:
+            continue
+        if container.spec.root and _from_host(m, container.spec.root, host):
+            continue
+        found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
+    return found
+
+
+def _from_host(m: mounts.Mount, root: str, host: set[tuple[str, str]]) -> bool:
+    """Mounts below a container's root directory were bound along with it."""
+    return (root + m.path, m.device) in host
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One container as listings show it. `memory` in bytes resident, `age` in seconds.
+
+    state: "running", "frozen", "arriving" (being restored here) or "exited"
+    """
+
+    name: str
+    host: str
+    state: str
+    init_pid: int
+    pids: int
+    memory: int
+    age: float
+    addresses: tuple[str, ...]
+    command: tuple[str, ...]
+
+
+def rows() -> list[Row]:
+    """All containers of this host, by name."""
+    return [_row(container) for container in list_containers()]
+
+
+def _row(container: Container) -> Row:
+    pids: list[int] = []
+    condition = "exited"
+    try:
+        with Cgroup.at(container.cgroup) as group:
+            pids = group.pids()
+            if container.alive:
+                condition = "frozen" if group.frozen else "running"
+    except FileNotFoundError:
+        pass
+    if container.arriving and container.alive:
+        condition = "arriving"
+    return Row(
+        name=container.name,
+        host=host_name(),
+        state=condition,
+        init_pid=container.init_pid if container.alive else 0,
+        pids=len(pids),
+        memory=sum(_resident(pid) for pid in pids),
+        age=max(0.0, now() - container.created),
+        addresses=container.spec.addresses,
+        command=container.spec.argv,
+    )
+
+
+def _resident(pid: int) -> int:
+    try:
+        words = procfs.status(pid).get("VmRSS", "0 kB").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(words[0]) * 1024
+
+
+def _container(given: Container | int) -> Container:
+    if isinstance(given, Container):
+        return given
+    found = state.of_pid(given)
+    if found is None:
+        raise UsageError(f"pid {given} is in no container of this host")
+    return found

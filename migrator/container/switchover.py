@@ -1,0 +1,228 @@
+"""Moving a container's network from one host to another without losing a frame.
+
+While a container is frozen its kernel sockets would go on answering: an acknowledgement sent after the
+sockets were saved would promise data that the copy does not have. So its port is shut. But what a client
+sends in that time must not be lost either, or the client waits 200 ms before it sends it again. So what the
+bridge would have passed to the port is captured, shipped, and delivered to the copy:
+
+    1. source        lock()      capture begins, then the port shuts
+    2. source        captured()  what has come so far; again and again until the source is released
+    3. destination   unlock()    the port opens; nobody sends there yet
+    4. destination   inject()    into eth0 of the copy, whose sockets stand: their answers get out
+    5. destination   announce()  switches and neighbours send to the new place from now on
+    6. source        release()
+
+Until 3 the source may `unlock()` instead: what was captured is delivered there, and nothing has happened.
+
+When the announcement comes by, the source stops capturing: from that frame on, the network delivers to the
+new place by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+
+from migrator.container import neighbours
+from migrator.container.packet import MAX_FRAME, VNET_HDR, PacketSocket, concerning
+from migrator.container.state import Container
+from migrator.container.valve import Valve
+from migrator.errors import ImageError
+from migrator.linux.namespaces import entered
+
+CAPTURE_LIMIT = 64 << 20  # bytes; beyond it the clients' own retransmissions have to do
+
+
+class NetworkLock:
+    """The source's side. All methods belong to one thread, the one that calls `prepare()`."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self.moved = False  # the announcement of the new place has been seen
+        self._mac = neighbours.mac_bytes(container.spec.effective_mac)
+        self._filter = concerning(self._mac)
+        self._stack = contextlib.ExitStack()
+        self._valve: Valve | None = None
+        self._bridge: PacketSocket | None = None
+        self._port: PacketSocket | None = None
+        self._locked = False
+        self._early: list[bytes] = []
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self._passed: Counter[bytes] = Counter()
+
+    def prepare(self) -> None:
+        """Open everything, while the container still runs. Nothing is captured yet. Raises OSError.
+
+        A container without a network needs nothing, and all methods do nothing.
+        """
+        if not self.container.ifindex or self._valve is not None:
+            return
+        with contextlib.ExitStack() as stack:
+            valve = stack.enter_context(Valve(self.container.ifindex))
+            # The bridge itself sees what it would pass on, whether or not the port takes it.
+            bridge = PacketSocket(self.container.spec.bridge, promiscuous=True)
+            stack.callback(bridge.close)
+            port = PacketSocket(self.container.spec.veth)
+            stack.callback(port.close)
+            self._stack = stack.pop_all()
+        self._valve, self._bridge, self._port = valve, bridge, port
+
+    def lock(self) -> None:
+        """Capture from here on and shut the port: four system calls. The container is cut off afterwards."""
+        if self._valve is None:
+            self.prepare()
+        if self._valve is None or self._bridge is None or self._port is None:
+            return
+        # Capturing must begin before the port shuts. What passed the port in between is seen by the
+        # socket there, and taken off again in captured(): every frame counts once.
+        self._port.admit(self._filter)
+        self._bridge.admit(self._filter)
+        self._valve.shut()
+        # The container's own frames of that time are no sign that it speaks elsewhere.
+        self._early = self._fresh()
+        self._locked = True
+
+    def captured(self) -> list[bytes]:
+        """The frames that came for the container since the last call, in order. Opaque: for `inject()`."""
+        fresh = self._early + self._fresh()
+        self._early = []
+        self._kept += fresh
+        return fresh
+
+    def unlock(self) -> None:
+        """The abort: deliver here what was captured, and open the port. As if nothing had been asked."""
+        if self._valve is None or self._port is None or not self._locked:
+            return
+        # Open first: what the container answers at once to what is delivered must get out.
+        self._valve.open()
+        self.captured()
+        _deliver(self._port, self._kept)
+        self._locked = False
+        self.close()
+
+    def release(self) -> None:
+        """The container runs elsewhere: stop capturing. The port stays shut and goes with the container."""
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open. The port stays as it is."""
+        self._stack.close()
+        self._valve = self._bridge = self._port = None
+        self._kept = []
+        self._early = []
+
+    def __enter__(self) -> NetworkLock:
+        self.prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Left without `release()` the container gets its network back."""
+        try:
+            self.unlock()
+        finally:
+            self.close()
+
+    def _fresh(self) -> list[bytes]:
+        if self._bridge is None or self._port is None:
+            return []
+        seen = self._bridge.take()
+        self._passed.update(frame[VNET_HDR:] for frame in self._port.take())
+        fresh = []
+        for frame in seen:
+            plain = frame[VNET_HDR:]
+            if plain[:6] != self._mac:
+                # Multicast from the container's own address, while its port is shut: it speaks elsewhere.
+                self.moved = self.moved or self._locked
+            elif self._passed[plain] > 0:
+                self._passed[plain] -= 1
+            elif not self.moved and self._kept_bytes + len(frame) <= CAPTURE_LIMIT:
+                self._kept_bytes += len(frame)
+                fresh.append(frame)
+        return fresh
+
+
+class NetworkArrival:
+    """The destination's side, for a container whose sandbox stands with its port shut."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self._stack = contextlib.ExitStack()
+        self._valve: Valve | None = None
+        self._port: PacketSocket | None = None
+        self._inside: PacketSocket | None = None
+        self._announcement: list[bytes] = []
+
+    def prepare(self) -> None:
+        """Open everything, before the source freezes. Raises OSError."""
+        if not self.container.ifindex or self._valve is not None:
+            return
+        spec = self.container.spec
+        self._announcement = neighbours.announcement(spec.effective_mac, spec.addresses)
+        with contextlib.ExitStack() as stack:
+            valve = stack.enter_context(Valve(self.container.ifindex))
+            port = PacketSocket(spec.veth)
+            stack.callback(port.close)
+            # Sent from inside, so that our own bridge learns the address on the container's port.
+            with entered(f"/proc/{self.container.init_pid}/ns/net"):
+                inside = PacketSocket("eth0")
+            stack.callback(inside.close)
+            self._stack = stack.pop_all()
+        self._valve, self._port, self._inside = valve, port, inside
+
+    def inject(self, frames: Iterable[bytes]) -> None:
+        """Deliver captured frames to eth0 as if they had just come. The copy's sockets must stand.
+
+        The port should be open, or what the copy answers at once is lost.
+
+        Frames are from the peer and checked: ImageError for what `captured()` cannot have returned.
+        """
+        if self._valve is None:
+            self.prepare()
+        if self._port is not None:
+            _deliver(self._port, _checked(frames, neighbours.mac_bytes(self.container.spec.effective_mac)))
+
+    def unlock(self) -> None:
+        """Open the port."""
+        if self._valve is None:
+            self.prepare()
+        if self._valve is not None:
+            self._valve.open()
+
+    def announce(self) -> None:
+        """Tell switches and neighbours the new place, once. To be repeated (after 50, 200, 1000 ms), as
+        such frames get lost. The port must be open."""
+        if self._inside is None:
+            self.prepare()
+        if self._inside is not None:
+            for frame in self._announcement:
+                self._inside.give_plain(frame)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._valve = self._port = self._inside = None
+
+    def __enter__(self) -> NetworkArrival:
+        self.prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _checked(frames: Iterable[bytes], mac: bytes) -> list[bytes]:
+    good = []
+    for frame in frames:
+        if not VNET_HDR + 14 <= len(frame) <= MAX_FRAME or frame[VNET_HDR : VNET_HDR + 6] != mac:
+            raise ImageError("a captured frame is not for this container")
+        good.append(frame)
+    return good
+
+
+def _deliver(port: PacketSocket, frames: Iterable[bytes]) -> None:
+    for frame in frames:
+        # A frame that the device refuses is one lost frame, which every network may lose; it is no reason
+        # to give up a migration whose point of no return has passed.
+        with contextlib.suppress(OSError):
+            port.give(frame)
