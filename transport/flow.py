@@ -34,6 +34,7 @@ class SendWindow:
         self._since = 0.0  # the last grant, or the first block after nothing was in flight
         self._under_pressure = _Tally()
         self._at_ease = _Tally()
+        self._ever = _Tally()
         self._ease_whole = True  # it began with nothing in flight
 
     def limit(self, round_trip: float) -> int:
@@ -42,6 +43,13 @@ class SendWindow:
             return min(self.window, 2 << 20)
         wanted = int(self.rate * (round_trip + QUEUE_SECONDS))
         return max(min(wanted, self.window), FLOOR)
+
+    @property
+    def estimate(self) -> float:
+        """Bytes/s the receiver takes, from what there is; 0.0 after less than `FLOOR` bytes."""
+        if self.rate or self._ever.size < FLOOR:
+            return self.rate
+        return self._ever.size / max(self._ever.seconds, 1e-6)
 
     @property
     def capacity(self) -> float:
@@ -74,6 +82,7 @@ class SendWindow:
             raise TransportError(f"the other end acknowledges {size} bytes, {self.in_flight} are in flight")
         self.in_flight -= size
         elapsed = now - self._since
+        self._ever.add(size, elapsed)
         # Pressure counts if it was there from the start: else we were busy with something else.
         if self._pressed_at is not None and self._pressed_at - self._since <= 0.25 * elapsed:
             self._backlog += 0.1 * (backlog - self._backlog)

@@ -198,7 +198,7 @@ class Link:
     def throughput(self) -> float:
         """Wire bytes/s the peer takes of the stream; a lower bound as long as the link was never
         the bottleneck, and 0.0 before the first sample."""
-        return self._send_window.rate
+        return self._send_window.estimate
 
     @property
     def capacity(self) -> float:

@@ -78,6 +78,14 @@ def test_before_the_link_was_pressed_the_rate_is_a_lower_bound() -> None:
     assert window.rate == pytest.approx(MIB / 0.1)
 
 
+def test_little_data_gives_an_estimate_too() -> None:
+    window = SendWindow(8 * MIB)
+    assert window.estimate == 0.0
+    window.sent(MIB, 0.0)
+    window.granted(MIB // 2, 0.01)
+    assert window.estimate == pytest.approx(MIB / 2 / 0.01)
+
+
 def test_grants_in_lumps_do_not_make_the_link_look_faster() -> None:
     window = SendWindow(8 * MIB)
     for _ in range(16):
