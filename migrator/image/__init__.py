@@ -4,3 +4,4 @@ Importing this package registers every record.
 """
 
 from migrator.image import records as records
+from migrator.image import records_files as records_files

@@ -12,11 +12,13 @@ noted as the cause, and the rest is shown as far as it goes.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from migrator.errors import ImageError
 from migrator.image import records as r
+from migrator.image import records_files as f
+from migrator.image.addresses import socket_text
 from migrator.image.codec import Record, Struct
 from migrator.image.order import Order
 
@@ -89,8 +91,21 @@ class TaskInfo:
 
 
 @dataclass
+class DescriptorInfo:
+    """One descriptor of a table: `kind` of its file, `what` is its path or the object it is opened on."""
+
+    fd: int
+    cloexec: bool
+    file_objref: int
+    kind: str
+    what: str
+    pos: int
+    flags: int  # as fcntl(F_GETFL) gives them
+
+
+@dataclass
 class ObjectInfo:
-    """Any other record, by its fields: descriptors, files, sockets."""
+    """A record about files, pipes or sockets, by its fields."""
 
     record: str
     number: int  # of the record in the stream, from 1
@@ -113,7 +128,8 @@ class ImageInfo:
     tasks: list[TaskInfo] = field(default_factory=list)
     memory: list[MemoryInfo] = field(default_factory=list)
     rounds: list[RoundInfo] = field(default_factory=list)
-    descriptors: list[ObjectInfo] = field(default_factory=list)
+    tables: dict[int, list[DescriptorInfo]] = field(default_factory=dict)  # by objref
+    objects: list[ObjectInfo] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -128,6 +144,7 @@ class Summary:
         self._tasks: dict[int, TaskInfo] = {}
         self._memory: dict[int, MemoryInfo] = {}
         self._named: dict[int, str] = {}  # objref: path or name
+        self._files: dict[int, DescriptorInfo] = {}
         self._round = RoundInfo(0)
         self._beyond = 0  # records that came after the first cause
 
@@ -196,6 +213,7 @@ class Summary:
                 shm = self._of(record.objref, "shm")
                 shm.what = f"{_name(r.ShmKind, record.kind)} {record.name}".strip()
                 shm.size = record.size
+                self._named[record.objref] = shm.what
             case r.Vmas():
                 memory = self._of(record.mm_objref, "mm")
                 memory.mappings = [self._mapping(item) for item in record.vmas]
@@ -205,10 +223,8 @@ class Summary:
             case r.Name():
                 self._named[record.objref] = record.text
             case _:
-                # told by number, so that the records of descriptors are shown whichever they are
-                if 300 <= record.TYPE < 400 or 700 <= record.TYPE < 800:
-                    shown = record_fields(record)
-                    info.descriptors.append(ObjectInfo(type(record).__name__, info.records, shown))
+                if type(record).__module__ == f.__name__:
+                    self._take_file(record)
 
     def _task(self, pid: int) -> TaskInfo:
         task = self._tasks.get(pid)
@@ -237,11 +253,38 @@ class Summary:
         if self._round.number == 0 and not self.info.rounds:
             self.info.rounds.append(self._round)
 
+    def _take_file(self, record: Record) -> None:
+        shown = record_fields(record)
+        self.info.objects.append(ObjectInfo(type(record).__name__, self.info.records, shown))
+        match record:
+            case f.File():
+                kind = _name(f.FileKind, record.kind)
+                what = record.path or self._named.get(record.inode_objref, "")
+                made = DescriptorInfo(-1, False, record.objref, kind, what, record.pos, record.flags)
+                self._files[record.objref] = made
+            case f.FileTable():
+                unknown = DescriptorInfo(-1, False, 0, "?", "", 0, 0)
+                self.info.tables[record.objref] = [
+                    replace(
+                        self._files.get(item.file_objref, unknown),
+                        fd=item.fd,
+                        cloexec=bool(item.cloexec),
+                        file_objref=item.file_objref,
+                    )
+                    for item in record.descriptors
+                ]
+            case f.Socket():
+                self._named[record.objref] = socket_text(record)
+            case f.DeletedFile():
+                self._named[record.objref] = f"{record.path} (deleted)"
+            case f.Pipe() | f.EventFd() | f.TimerFd() | f.SignalFd():
+                self._named[record.objref] = f"{type(record).__name__} {record.objref}"
+            case f.PidFd():
+                self._named[record.objref] = f"pid {record.pid}"
+
     def _mapping(self, vma: r.VmaItem) -> MappingInfo:
         kind = _name(r.VmaKind, vma.kind)
         what = self._named.get(vma.objref) or self._named.get(vma.name_objref, "")
-        if not what and vma.objref in self._memory:
-            what = self._memory[vma.objref].what
         return MappingInfo(vma.start, vma.end, perms(vma.flags), kind, vma.offset, what or f"[{kind}]")
 
 

@@ -22,6 +22,7 @@ from migrator.errors import ImageError
 from migrator.image import records as r
 from migrator.image.codec import Record
 from migrator.image.hierarchy import MAX_PID, check_tasks
+from migrator.image.order_files import FilesOrder
 from migrator.image.references import References
 
 TASK_SIZE = (1 << 47) - r.PAGE_SIZE  # x86-64, four levels of page tables
@@ -38,7 +39,7 @@ _TASK_BITS = sum(r.TaskBits)
 _VMA_FLAGS = sum(r.VmaFlag)
 _VMA_KINDS = frozenset(int(kind) for kind in r.VmaKind)
 # What every task but a zombie refers to, and what CLONE_THREAD makes its threads share.
-_NEEDED = ("mm_objref", "fs_objref", "sighand_objref", "signal_objref", "cred_objref")
+_NEEDED = ("mm_objref", "files_objref", "fs_objref", "sighand_objref", "signal_objref", "cred_objref")
 _SHARED_BY_THREADS = ("mm_objref", "sighand_objref", "signal_objref")
 _SPECIAL_KINDS = (r.VmaKind.FILE, r.VmaKind.SHM)
 _DATA = int(r.PageKind.DATA)
@@ -85,6 +86,7 @@ class Order:
             r.Sighand: self._sighand,
             r.Signal: self._signal,
             r.Trailer: self._trailer,
+            **FilesOrder(self._references, self._fail, self._in_tree).checks,
         }
 
     def check(self, record: Record) -> None:

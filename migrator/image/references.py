@@ -20,13 +20,18 @@ RESENT = frozenset({"Mm", "Shm"})
 # The kind of object that a field wants. A field that is not here takes any kind.
 WANTED = {
     "mm_objref": "Mm",
+    "files_objref": "FileTable",
     "fs_objref": "Fs",
     "sighand_objref": "Sighand",
     "signal_objref": "Signal",
     "cred_objref": "Cred",
     "exe_objref": "MappedFile",
     "name_objref": "Name",
-    "shm_objref": "Shm",
+    "file_objref": "File",
+    "epoll_objref": "File",
+    "pipe_objref": "Pipe",
+    "socket_objref": "Socket",
+    "peer_objref": "Socket",
 }
 
 # Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.
@@ -94,6 +99,8 @@ class References:
         for objref, name in self._forward.items():
             if objref not in self._kinds:
                 self._fail(f"{name} {objref} never came")
+            if self._kinds[objref] != WANTED[name]:
+                self._fail(f"{name} {objref} is a {self._kinds[objref]}, not a {WANTED[name]}")
 
     def _define(self, objref: int, kind: str) -> None:
         if objref <= 0:

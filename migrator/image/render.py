@@ -31,8 +31,10 @@ def render_text(info: ImageInfo, *, errors: bool = False, tree: bool = False, ve
         lines += ["", "memory", *_memory(info, verbose)]
         if info.rounds:
             lines += ["", "rounds", *_rounds(info)]
-        if info.descriptors:
-            lines += ["", "descriptors", *_descriptors(info, verbose)]
+        if info.tables:
+            lines += ["", "descriptors", *_descriptors(info)]
+        if info.objects and (verbose or not info.tables):
+            lines += ["", "files, pipes and sockets", *_objects(info, verbose)]
         if info.errors:
             lines += ["", *(f"error: {text(message)}" for message in info.errors)]
         if verbose:
@@ -134,8 +136,18 @@ def _rounds(info: ImageInfo) -> Iterator[str]:
         )
 
 
-def _descriptors(info: ImageInfo, verbose: bool) -> Iterator[str]:
-    for thing in info.descriptors:
+def _descriptors(info: ImageInfo) -> Iterator[str]:
+    for objref, table in info.tables.items():
+        users = [str(task.pid) for task in info.tasks if task.files_objref == objref and not task.thread]
+        yield f"  files {objref}  of pid {', '.join(users) or '?'}"
+        for fd in table:
+            cloexec = "  cloexec" if fd.cloexec else ""
+            at = f"  at {fd.pos}" if fd.pos else ""
+            yield f"    {fd.fd:>4}  {fd.kind:<9}  {text(fd.what)}{at}  flags {fd.flags:#o}{cloexec}"
+
+
+def _objects(info: ImageInfo, verbose: bool) -> Iterator[str]:
+    for thing in info.objects:
         shown = " ".join(
             f"{name}={_value(value, verbose)}" for name, value in thing.fields.items() if value or verbose
         )

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable
 
 from migrator.image import records as r
+from migrator.image import records_files as f
 from migrator.image.codec import Record
 
 PAGE = bytes(range(256)) * 16
@@ -22,7 +23,7 @@ def task(pid: int, *, mm: int = 3, state: int = r.TaskState.RUNNING, comm: str =
         exit_signal=17,
         pdeath_signal=0,
         mm_objref=mm if living else 0,
-        files_objref=0,
+        files_objref=33 if living else 0,
         fs_objref=8 if living else 0,
         sighand_objref=9 if living else 0,
         signal_objref=10 if living else 0,
@@ -152,11 +153,121 @@ def vmas(mm_objref: int = 3) -> r.Vmas:
     return r.Vmas(mm_objref=mm_objref, reserved=0, vmas=items)
 
 
+def file(objref: int, kind: int, *, inode: int = 0, path: str = "", **over: int) -> f.File:
+    values = {
+        "flags": 0o2,
+        "mode": 0o100644,
+        "pos": 0,
+        "size": 0,
+        "mtime": 1_700_000_000_000_000_000,
+        "dev": 0x801,
+        "ino": 4711,
+        "rdev": 0,
+        "owner_type": f.OwnerType.NONE,
+        "owner_pid": 0,
+        "owner_signal": 0,
+        "lock": 0,
+        "reserved": 0,
+    }
+    return f.File(objref=objref, kind=kind, inode_objref=inode, path=path, **{**values, **over})
+
+
+def socket(objref: int, *, state: int = f.SocketState.CONNECTED, family: int = 1, peer: int = 0) -> f.Socket:
+    return f.Socket(
+        objref=objref,
+        family=family,
+        type=1,
+        protocol=0,
+        state=state,
+        shutdown=0,
+        backlog=0,
+        peer_objref=peer,
+        sndbuf=212992,
+        rcvbuf=212992,
+        buf_lock=0,
+        mode=0,
+        uid=0,
+        gid=0,
+        local=b"\x02\x00\x18\xeb\x0a\x00\x00\x02" + bytes(8) if family == 2 else b"",
+        peer=b"\x02\x00\xc0\x01\x0a\x00\x00\x01" + bytes(8) if family == 2 else b"",
+        path="",
+        device="",
+        congestion="cubic" if family == 2 else "",
+        options=[f.SocketOption(level=1, name=9, value=1)],
+    )
+
+
+def socket_tcp() -> f.SocketTcp:
+    return f.SocketTcp(
+        socket_objref=19,
+        state=1,
+        rcv_seq=1000,
+        snd_seq=2000,
+        unsent=2,
+        options=7,
+        snd_wscale=7,
+        rcv_wscale=7,
+        mss_clamp=1460,
+        timestamp=99,
+        snd_wl1=998,
+        snd_wnd=65535,
+        max_window=65535,
+        rcv_wnd=65535,
+        rcv_wup=1000,
+        received=b"GET k",
+        sent=b"+OK\r\n",
+    )
+
+
+def files() -> list[Record]:
+    """Inode objects 12 to 20, Files 21 to 32, table 33."""
+    kind = f.FileKind
+    return [
+        f.Pipe(objref=12, capacity=65536),
+        f.PipeBuffer(pipe_objref=12, flags=0, data=b"in flight"),
+        f.EventFd(objref=13, semaphore=1, count=3),
+        f.TimerFd(objref=14, clock=1, flags=0, reserved=0, ticks=0, value=5_000_000, interval=0),
+        f.SignalFd(objref=15, reserved=0, mask=1 << 9),
+        f.DeletedFile(objref=16, mode=0o100600, size=4099, uid=0, gid=0, path="/tmp/gone"),
+        f.FileData(inode_objref=16, reserved=0, offset=4096, data=b"end"),
+        socket(17, peer=18),
+        socket(18, peer=17),
+        f.SocketBuffer(socket_objref=18, flags=0, data=b"hello", address=b""),
+        socket(19, family=2),
+        socket_tcp(),
+        f.PidFd(objref=20, pid=2),
+        file(21, kind.REGULAR, path="/var/log/shop", pos=17, size=100, lock=2),
+        file(22, kind.PIPE, inode=12, flags=0o1),
+        file(23, kind.EVENTFD, inode=13),
+        file(24, kind.TIMERFD, inode=14),
+        file(25, kind.SIGNALFD, inode=15),
+        file(26, kind.DELETED, inode=16, path="/tmp/gone"),
+        file(27, kind.SOCKET, inode=17),
+        file(28, kind.SOCKET, inode=18),
+        file(29, kind.SOCKET, inode=19, owner_type=f.OwnerType.PROCESS, owner_pid=1, owner_signal=29),
+        file(30, kind.PIDFD, inode=20),
+        file(31, kind.EPOLL),
+        file(32, kind.MEMFD, inode=4),
+        f.FileTable(
+            objref=33,
+            reserved=0,
+            descriptors=[
+                f.Descriptor(fd=fd, file_objref=21 + fd, cloexec=fd & 1, reserved=0) for fd in range(12)
+            ],
+        ),
+        f.EpollItems(
+            epoll_objref=31,
+            pid=2,
+            items=[f.EpollItem(data=7, events=1, fd=2, file_objref=23, reserved=0)],
+        ),
+    ]
+
+
 def body() -> list[Record]:
     """Everything but the trailer.
 
     Objrefs 1, 2, 4, 7, 8, 9, 10 are MappedFile, Name, Shm, Cred, Fs, Sighand and Signal;
-    3, 5 and 6 are the Mms of pids 1, 2 and 5."""
+    3, 5 and 6 are the Mms of pids 1, 2 and 5; from 12 on there are files."""
     data, zero, absent = r.PageKind.DATA, r.PageKind.ZERO, r.PageKind.ABSENT
     return [
         header(),
@@ -209,6 +320,7 @@ def body() -> list[Record]:
                 )
             ],
         ),
+        *files(),
         task(1, comm="init"),
         task(2, mm=5),
         task(3, mm=5),

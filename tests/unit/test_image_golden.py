@@ -16,7 +16,7 @@ from migrator.image.decoder import Decoder
 from migrator.image.order import Order
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DIGESTS = {"rev1.img": "bf03b1cbc4b9f29b679fe6a090a979dd6776df19a5ca2029e7fc56564cf32581"}
+DIGESTS = {"rev1.img": "9ac73188278deeeddd496bde07fa3a03f7e32577dda0ab8de45bf5af453ca5b0"}
 
 
 def test_the_golden_images_are_the_files_that_were_released() -> None:

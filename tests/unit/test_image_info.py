@@ -14,6 +14,7 @@ from image_samples import body, closed, stream
 
 from migrator.errors import UsageError
 from migrator.image import records as r
+from migrator.image.addresses import address_text
 from migrator.image.info import ImageInfo, Summary
 from migrator.image.render import render_text, size, text, to_json
 from migrator.imageinfo import read_info, summarise
@@ -65,11 +66,11 @@ def test_a_whole_stream_is_summarised(tmp_path: Path) -> None:
 
 def test_the_text_shows_the_tree_with_children_below_their_parents() -> None:
     assert render_text(info_of(STREAM), tree=True).splitlines() == [
-        "  1  init  running  group 1 session 1  mm 3 files 0",
-        "    2  worker  running  group 1 session 1  mm 5 files 0",
+        "  1  init  running  group 1 session 1  mm 3 files 33",
+        "    2  worker  running  group 1 session 1  mm 5 files 33",
         "      3  worker  running  thread  1 signals pending",
         "      4  gone  zombie  group 1 session 1",
-        "  5  worker  stopped  group 1 session 1  parent 99 outside  mm 6 files 0",
+        "  5  worker  stopped  group 1 session 1  parent 99 outside  mm 6 files 33",
     ]
 
 
@@ -78,7 +79,7 @@ def test_the_text_shows_memory_and_rounds() -> None:
     assert "container shop, init 1" in shown
     assert "000001000000-000001003000 rw-p 00000000 arena" in shown
     assert "  2  1 pages with data (4.0 KiB), 0 zero, 0 absent  last, tasks stopped" in shown
-    assert shown.endswith(f"whole: 36 records, {len(STREAM)} bytes\n")
+    assert shown.endswith(f"whole: 63 records, {len(STREAM)} bytes\n")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 500, 9000, len(STREAM) - 1])
@@ -103,8 +104,31 @@ def test_the_first_thing_out_of_place_is_the_cause_and_the_rest_is_shown() -> No
     records = closed(body())
     records.remove(next(record for record in records if isinstance(record, r.Fs)))
     info = info_of(stream(records))
-    assert info.cause == "record 23 (Task): fs_objref 8 is not defined"
+    assert info.cause == "record 50 (Task): fs_objref 8 is not defined"
     assert len(info.tasks) == 5
+
+
+def test_descriptors_are_shown_with_what_they_are_opened_on() -> None:
+    shown = [line.strip() for line in render_text(info_of(STREAM)).splitlines()]
+    table = shown.index("files 33  of pid 1, 2, 5")
+    assert shown[table + 1] == "0  regular    /var/log/shop  at 17  flags 0o2"
+    assert shown[table + 2] == "1  pipe       Pipe 12  flags 0o1  cloexec"
+    assert shown[table + 9] == "8  socket     inet stream connected 10.0.0.2:6379 - 10.0.0.1:49153  flags 0o2"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (b"", ""),
+        (b"\x02\x00\x00\x50\x7f\x00\x00\x01" + bytes(8), "127.0.0.1:80"),
+        (b"\x0a\x00\x00\x50" + bytes(4) + bytes(15) + b"\x01" + bytes(4), "[::1]:80"),
+        (b"\x01\x00/run/x\0", "/run/x"),
+        (b"\x01\x00\0abstract", "@abstract"),
+        (b"\x02\x00\x00", "020000"),
+    ],
+)
+def test_addresses_are_shown_as_people_write_them(address: bytes, shown: str) -> None:
+    assert address_text(address) == shown
 
 
 def test_the_json_holds_every_part() -> None:

@@ -13,6 +13,7 @@ from image_samples import HEAP, body, closed, cpu, mm, pages, pids, task, tree, 
 
 from migrator.errors import ImageError
 from migrator.image import records as r
+from migrator.image import records_files as f
 from migrator.image.codec import Record
 from migrator.image.order import MAX_PID, TASK_SIZE, Order
 
@@ -88,9 +89,9 @@ def tasks(*entries: r.TaskPids) -> Callable[[Stream], None]:
 
 def other_handlers(stream: Stream) -> None:
     sighand = copy.deepcopy(find(stream, r.Sighand))
-    sighand.objref = 77
+    sighand.objref = 777
     stream.insert(index(stream, r.Task), sighand)
-    find(stream, r.Task, 2).sighand_objref = 77
+    find(stream, r.Task, 2).sighand_objref = 777
 
 
 def thread_first(stream: Stream) -> None:
@@ -206,6 +207,42 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("a task missing", task_missing, "pid 1 is in the tree, its state never"),
     ("registers missing", lambda s: [drop(r.Cpu)(s), count(s)], "pid 1: its registers never came"),
     ("mappings missing", lambda s: [drop(r.Vmas)(s), count(s)], "mappings of its address space 3 never came"),
+    ("descriptors not sorted", item(f.FileTable, "descriptors", 3, fd=1), "fd 1 after fd 2"),
+    ("a negative descriptor", item(f.FileTable, "descriptors", 0, fd=-1), "fd -1 after fd -1"),
+    ("a huge descriptor", item(f.FileTable, "descriptors", 11, fd=(1 << 30) + 1), "after fd 10"),
+    ("a descriptor of nothing", item(f.FileTable, "descriptors", 0, file_objref=0), "fd 0: objref 0 is not"),
+    ("a descriptor of no file", item(f.FileTable, "descriptors", 0, file_objref=12), "a Pipe, not a File"),
+    ("unknown descriptor flags", item(f.FileTable, "descriptors", 0, cloexec=2), "fd 0: unknown flags"),
+    ("an unknown kind of file", put(f.File, kind=99), "unknown kind 99"),
+    ("a pipe that is an eventfd", put(f.File, 1, inode_objref=13), "13 is a EventFd, not a Pipe"),
+    ("a file on an object", put(f.File, inode_objref=13), "REGULAR has no object of its own"),
+    ("a relative path", put(f.File, path="etc/passwd"), "'etc/passwd' is not absolute"),
+    ("a negative offset", put(f.File, pos=-1), "impossible offset -1"),
+    ("an impossible lock", put(f.File, lock=3), "unknown lock 3"),
+    ("an impossible owner", put(f.File, owner_type=4), "owner of type 4"),
+    ("an owner without a pid", put(f.File, owner_pid=-1), "impossible pid -1"),
+    ("contents of no pipe", put(f.PipeBuffer, pipe_objref=3), "pipe_objref 3 is a Mm, not a Pipe"),
+    ("contents of nothing", put(f.PipeBuffer, pipe_objref=0), "objref 0 is not defined"),
+    ("unknown contents", put(f.PipeBuffer, flags=2), "unknown flags 0x2"),
+    ("contents in one piece", put(f.PipeBuffer, data=bytes(2 << 20)), "2097152 bytes in one piece"),
+    ("unknown timer flags", put(f.TimerFd, flags=4), "unknown flags 0x4"),
+    ("contents beyond the end", put(f.FileData, offset=4097), "beyond the end of the file"),
+    ("an endless deleted file", put(f.DeletedFile, size=1 << 63), "impossible size"),
+    ("a pidfd of a stranger", put(f.PidFd, pid=77), "pid 77 is not in the tree"),
+    ("an unknown socket state", put(f.Socket, state=0), "unknown state 0"),
+    ("a socket shut too much", put(f.Socket, shutdown=4), "shutdown 4"),
+    ("a long address", put(f.Socket, local=bytes(200)), "addresses of 200"),
+    ("a long sender", put(f.SocketBuffer, address=bytes(200)), "an address of 200"),
+    ("a peer that never comes", put(f.Socket, peer_objref=777), "peer_objref 777 never came"),
+    ("a peer that is a file", put(f.Socket, peer_objref=21), "peer_objref 21 is a File, not a Socket"),
+    ("a connection twice", again(f.SocketTcp), "socket 19 comes twice"),
+    ("more unsent than there is", put(f.SocketTcp, unsent=9), "9 bytes not sent, of 5"),
+    ("a window scaled away", put(f.SocketTcp, snd_wscale=15), "scaled by 15"),
+    ("epoll of a stranger", put(f.EpollItems, pid=77), "pid 77 is not in the tree"),
+    ("epoll of nothing", put(f.EpollItems, epoll_objref=0), "the epoll instance: objref 0"),
+    ("epoll on nothing", item(f.EpollItems, "items", 0, file_objref=0), "item of fd 2: objref 0"),
+    ("epoll with a negative fd", item(f.EpollItems, "items", 0, fd=-2), "item of fd -2"),
+    ("a task without descriptors", put(r.Task, files_objref=0), "pid 1 lives, and has no files_objref"),
     ("something behind the trailer", lambda s: s.append(cpu(1)), r"\(Cpu\) follows the trailer"),
     ("a trailer twice", again(r.Trailer), r"\(Trailer\) follows the trailer"),
     ("an error", add(r.Error("pid 3: a tty"), r.Cpu), "gave up: pid 3: a tty"),
@@ -252,12 +289,12 @@ def test_a_later_tree_replaces_the_earlier_one() -> None:
     grown.generation = 2
     grown.tasks = [*grown.tasks[:4], pids(6, ppid=2)]
     at = index(stream, r.RoundMark, 1)
-    stream[at:at] = [grown, mm(11, pid=6), vmas(11)]
+    stream[at:at] = [grown, mm(40, pid=6), vmas(40)]
     with pytest.raises(ImageError, match="pid 5 is not in the tree"):
         run(closed(stream))
     stream.remove(find(stream, r.Task, 4))
     stream.remove(find(stream, r.Cpu, 3))
-    stream += [task(6, mm=11), cpu(6)]
+    stream += [task(6, mm=40), cpu(6)]
     assert run(closed(stream)).done
 
 
@@ -279,10 +316,10 @@ def test_nothing_is_said_about_the_memory_of_a_process_that_ended(late: Record) 
 def test_a_pid_that_is_given_out_again_has_memory_of_its_own() -> None:
     stream = body()
     at = index(stream, r.RoundMark, 1)
-    stream[at:at] = [without(5), tree(), mm(12, pid=5), vmas(12)]
+    stream[at:at] = [without(5), tree(), mm(41, pid=5), vmas(41)]
     with pytest.raises(ImageError, match="address space 6 is not that of pid 5"):
         run(closed(stream))
-    find(stream, r.Task, 4).mm_objref = 12
+    find(stream, r.Task, 4).mm_objref = 41
     assert run(closed(stream)).done
 
 

@@ -39,6 +39,17 @@ enum ckpt_hdr_type {
 	CKPT_HDR_RESTART_BLOCK = 106,
 	CKPT_HDR_CPU = 108,
 	CKPT_HDR_CRED = 115,
+	CKPT_HDR_FILE_TABLE = 301,
+	CKPT_HDR_FILE = 304,
+	CKPT_HDR_PIPE_BUFFER = 305,
+	CKPT_HDR_EPOLL_ITEMS = 308,
+	CKPT_HDR_PIPE = 309,
+	CKPT_HDR_EVENT_FD = 310,
+	CKPT_HDR_TIMER_FD = 311,
+	CKPT_HDR_SIGNAL_FD = 312,
+	CKPT_HDR_DELETED_FILE = 313,
+	CKPT_HDR_FILE_DATA = 314,
+	CKPT_HDR_PID_FD = 315,
 	CKPT_HDR_MM = 401,
 	CKPT_HDR_VMAS = 402,
 	CKPT_HDR_PAGES = 403,
@@ -50,6 +61,9 @@ enum ckpt_hdr_type {
 	CKPT_HDR_SIGHAND = 601,
 	CKPT_HDR_SIGNAL = 602,
 	CKPT_HDR_SIG_PENDING = 604,
+	CKPT_HDR_SOCKET = 701,
+	CKPT_HDR_SOCKET_BUFFER = 702,
+	CKPT_HDR_SOCKET_TCP = 703,
 	CKPT_HDR_TRAILER = 9001,
 	CKPT_HDR_ERROR = 9999,
 };
@@ -470,6 +484,259 @@ struct ckpt_hdr_trailer {
 	struct ckpt_hdr h;
 	__u64 magic;
 	__u64 nr_records;
+} __attribute__((aligned(8)));
+
+enum ckpt_file_kind {
+	CKPT_FILE_KIND_REGULAR = 1, /* path */
+	CKPT_FILE_KIND_DIRECTORY = 2, /* path */
+	CKPT_FILE_KIND_PATH = 3, /* path; opened with O_PATH */
+	CKPT_FILE_KIND_DEVICE = 4, /* path; `rdev` must be the same */
+	CKPT_FILE_KIND_DELETED = 5, /* a DeletedFile */
+	CKPT_FILE_KIND_PIPE = 6, /* a Pipe */
+	CKPT_FILE_KIND_FIFO = 7, /* path, and a Pipe with what is in it */
+	CKPT_FILE_KIND_EVENTFD = 8, /* an EventFd */
+	CKPT_FILE_KIND_TIMERFD = 9, /* a TimerFd */
+	CKPT_FILE_KIND_SIGNALFD = 10, /* a SignalFd */
+	CKPT_FILE_KIND_EPOLL = 11, /* nothing; its EpollItems follow */
+	CKPT_FILE_KIND_MEMFD = 12, /* a Shm */
+	CKPT_FILE_KIND_SOCKET = 13, /* a Socket */
+	CKPT_FILE_KIND_PIDFD = 14, /* a PidFd */
+};
+
+enum ckpt_owner_type {
+	CKPT_OWNER_TYPE_NONE = 0,
+	CKPT_OWNER_TYPE_THREAD = 1,
+	CKPT_OWNER_TYPE_PROCESS = 2,
+	CKPT_OWNER_TYPE_GROUP = 3,
+};
+
+enum ckpt_socket_state {
+	CKPT_SOCKET_STATE_UNCONNECTED = 1, /* bound, if `local` says so */
+	CKPT_SOCKET_STATE_LISTENING = 2,
+	CKPT_SOCKET_STATE_CONNECTED = 3, /* TCP: any state that has a peer, see SocketTcp */
+	CKPT_SOCKET_STATE_PEER_GONE = 4, /* unix: what is queued can still be read */
+	CKPT_SOCKET_STATE_CONNECTING = 5, /* TCP: the SYN is on its way; sent anew */
+};
+
+struct ckpt_descriptor {
+	__s32 fd; /* its number */
+	__s32 file_objref; /* a File */
+	__u32 cloexec; /* 1: FD_CLOEXEC */
+	__u32 reserved;
+} __attribute__((aligned(8)));
+
+struct ckpt_epoll_item {
+	__u64 data;
+	__u32 events; /* 0 except for EPOLLONESHOT and EPOLLET: an event that has been delivered and not renewed */
+	__s32 fd; /* the number under which it was added */
+	__s32 file_objref; /* the File it is about */
+	__u32 reserved;
+} __attribute__((aligned(8)));
+
+struct ckpt_socket_option {
+	__s32 level;
+	__s32 name;
+	__s64 value;
+} __attribute__((aligned(8)));
+
+/*
+ * The open descriptors of a process, sorted by number.
+ */
+struct ckpt_hdr_file_table {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 reserved;
+	__u32 nr_descriptors;
+} __attribute__((aligned(8)));
+
+/*
+ * An open file description.
+ *
+ * `size` and `mtime` (ns since the epoch) are those of the file when it was
+ * saved; `dev`,
+ * `ino` and `rdev` as stat(2) has them, as information except `rdev` of a
+ * device.
+ * `owner_signal` is F_GETSIG.
+ */
+struct ckpt_hdr_file {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 kind; /* enum FileKind */
+	__u32 flags; /* F_GETFL */
+	__u32 mode; /* st_mode */
+	__s64 pos;
+	__u64 size;
+	__u64 mtime;
+	__u64 dev;
+	__u64 ino;
+	__u64 rdev;
+	__s32 inode_objref;
+	__u32 owner_type; /* enum OwnerType */
+	__s32 owner_pid;
+	__s32 owner_signal;
+	__u32 lock; /* 0 none, 1 shared, 2 exclusive: flock(2) */
+	__u32 reserved;
+	__u32 path_len;
+} __attribute__((aligned(8)));
+
+/*
+ * What waits in a pipe: the next bytes, in order.
+ */
+struct ckpt_hdr_pipe_buffer {
+	struct ckpt_hdr h;
+	__s32 pipe_objref;
+	__u32 flags; /* 1: one packet (O_DIRECT), otherwise a part of a stream of bytes */
+	__u32 data_len;
+} __attribute__((aligned(8)));
+
+/*
+ * What an epoll instance waits for. `pid` is the process that has both
+ * descriptors.
+ */
+struct ckpt_hdr_epoll_items {
+	struct ckpt_hdr h;
+	__s32 epoll_objref; /* a File of kind EPOLL */
+	__s32 pid;
+	__u32 nr_items;
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_pipe {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 capacity; /* F_GETPIPE_SZ */
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_event_fd {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 semaphore; /* 1: EFD_SEMAPHORE */
+	__u64 count;
+} __attribute__((aligned(8)));
+
+/*
+ * A timer. `value` is what remains until the next expiration, 0 if it is not
+ * armed; if `flags` has 1
+ * (TFD_TIMER_ABSTIME) and the clock is CLOCK_REALTIME, it is the date instead.
+ * In ns.
+ */
+struct ckpt_hdr_timer_fd {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__s32 clock;
+	__u32 flags;
+	__u32 reserved;
+	__u64 ticks; /* expirations not read yet */
+	__u64 value;
+	__u64 interval;
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_signal_fd {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 reserved;
+	__u64 mask;
+} __attribute__((aligned(8)));
+
+/*
+ * A regular file that has no name any more. Its contents follow as FileData,
+ * holes left out.
+ */
+struct ckpt_hdr_deleted_file {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 mode;
+	__u64 size;
+	__u32 uid;
+	__u32 gid;
+	__u32 path_len;
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_file_data {
+	struct ckpt_hdr h;
+	__s32 inode_objref; /* a DeletedFile */
+	__u32 reserved;
+	__u64 offset;
+	__u32 data_len;
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_pid_fd {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__s32 pid;
+} __attribute__((aligned(8)));
+
+/*
+ * A socket. `local` and `peer` are struct sockaddr as the kernel gives them,
+ * empty if there is none.
+ *
+ * Options are those that differ from a new socket's. The ends of a connection
+ * between two unix sockets
+ * name each other by `peer_objref`.
+ */
+struct ckpt_hdr_socket {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 family;
+	__u32 type; /* SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET */
+	__u32 protocol;
+	__u32 state; /* enum SocketState */
+	__u32 shutdown; /* 1: reading, 2: writing, 3: both */
+	__u32 backlog; /* of listen(2) */
+	__s32 peer_objref; /* a Socket, or 0 */
+	__u32 sndbuf; /* bytes, as getsockopt gives them */
+	__u32 rcvbuf;
+	__u32 buf_lock; /* SO_BUF_LOCK: 1 sndbuf, 2 rcvbuf set by the program */
+	__u32 mode; /* unix: st_mode of the socket's file */
+	__u32 uid;
+	__u32 gid;
+	__u32 local_len;
+	__u32 peer_len;
+	__u32 path_len;
+	__u32 device_len;
+	__u32 congestion_len;
+	__u32 nr_options;
+} __attribute__((aligned(8)));
+
+/*
+ * What waits to be received from a socket, in order. `address` is the
+ * sender's, if it has one.
+ */
+struct ckpt_hdr_socket_buffer {
+	struct ckpt_hdr h;
+	__s32 socket_objref;
+	__u32 flags; /* 1: one whole message, otherwise a part of a stream of bytes */
+	__u32 data_len;
+	__u32 address_len;
+} __attribute__((aligned(8)));
+
+/*
+ * The state of a TCP connection (TCP_REPAIR in tcp(7); kernel:
+ * net/ipv4/tcp.c).
+ *
+ * `rcv_seq` and `snd_seq` are TCP_QUEUE_SEQ of the two queues: the sequence
+ * numbers after the last byte
+ * of `received` and of `sent`. The last `unsent` bytes of `sent` were never
+ * sent.
+ */
+struct ckpt_hdr_socket_tcp {
+	struct ckpt_hdr h;
+	__s32 socket_objref;
+	__u32 state; /* TCP_ESTABLISHED 1, FIN_WAIT1 4, FIN_WAIT2 5, CLOSE_WAIT 8, LAST_ACK 9, CLOSING 11 */
+	__u32 rcv_seq;
+	__u32 snd_seq;
+	__u32 unsent;
+	__u32 options; /* tcpi_options: 1 timestamps, 2 SACK, 4 window scaling */
+	__u32 snd_wscale;
+	__u32 rcv_wscale;
+	__u32 mss_clamp;
+	__u32 timestamp; /* TCP_TIMESTAMP */
+	__u32 snd_wl1; /* struct tcp_repair_window */
+	__u32 snd_wnd;
+	__u32 max_window;
+	__u32 rcv_wnd;
+	__u32 rcv_wup;
+	__u32 received_len;
+	__u32 sent_len;
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

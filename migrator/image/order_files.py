@@ -1,0 +1,151 @@
+"""What records about descriptors must say, beyond referring to objects that are there.
+
+A part of `migrator.image.order`, which calls it for every such record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from migrator.image import records_files as f
+from migrator.image.codec import Record
+from migrator.image.hierarchy import MAX_PID
+from migrator.image.references import References
+
+MAX_FD = 1 << 30  # the kernel's ceiling of fs.nr_open
+MAX_OFFSET = (1 << 63) - 1  # loff_t
+MAX_SOCKADDR = 128  # struct sockaddr_storage
+NSIG = 64
+
+_Kind = f.FileKind
+# The object that a File of each kind is opened on; the others are opened on their path.
+_INODES = {
+    _Kind.DELETED: "DeletedFile",
+    _Kind.PIPE: "Pipe",
+    _Kind.FIFO: "Pipe",
+    _Kind.EVENTFD: "EventFd",
+    _Kind.TIMERFD: "TimerFd",
+    _Kind.SIGNALFD: "SignalFd",
+    _Kind.MEMFD: "Shm",
+    _Kind.SOCKET: "Socket",
+    _Kind.PIDFD: "PidFd",
+}
+_BY_PATH = (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE, _Kind.FIFO)
+
+
+class FilesOrder:
+    """The records of descriptors in one stream.
+
+    fail:    called with a message; raises
+    in_tree: called with a pid; fails if the present tree does not have it"""
+
+    def __init__(
+        self, references: References, fail: Callable[[str], NoReturn], in_tree: Callable[[int], object]
+    ) -> None:
+        self._references = references
+        self._fail = fail
+        self._in_tree = in_tree
+        self._sizes: dict[int, int] = {}  # of DeletedFiles, by objref
+        self._connections: set[int] = set()  # Sockets whose SocketTcp came
+        self.checks: dict[type[Record], Callable[[Any], None]] = {
+            f.FileTable: self._table,
+            f.File: self._file,
+            f.PipeBuffer: self._pipe_buffer,
+            f.EpollItems: self._epoll_items,
+            f.TimerFd: self._timer,
+            f.DeletedFile: self._deleted_file,
+            f.FileData: self._file_data,
+            f.PidFd: self._pidfd,
+            f.Socket: self._socket,
+            f.SocketBuffer: self._socket_buffer,
+            f.SocketTcp: self._socket_tcp,
+        }
+
+    def _table(self, table: f.FileTable) -> None:
+        last = -1
+        for item in table.descriptors:
+            if not last < item.fd <= MAX_FD:
+                self._fail(f"fd {item.fd} after fd {last}")
+            if item.cloexec > 1 or item.reserved:
+                self._fail(f"fd {item.fd}: unknown flags")
+            self._references.use(item.file_objref, "File", f"fd {item.fd}")
+            last = item.fd
+
+    def _file(self, file: f.File) -> None:
+        if file.kind not in _Kind._value2member_map_:
+            self._fail(f"unknown kind {file.kind}")
+        kind = _Kind(file.kind)
+        wanted = _INODES.get(kind)
+        if wanted is not None:
+            self._references.use(file.inode_objref, wanted, f"a file of kind {kind.name}")
+        elif file.inode_objref:
+            self._fail(f"a file of kind {kind.name} has no object of its own")
+        if kind in _BY_PATH and not file.path.startswith("/"):
+            self._fail(f"path {file.path!r} is not absolute")
+        if file.pos < 0 or file.size > MAX_OFFSET:
+            self._fail(f"impossible offset {file.pos} or size {file.size}")
+        if file.lock > 2:
+            self._fail(f"unknown lock {file.lock}")
+        if file.owner_type > max(f.OwnerType) or not 0 <= file.owner_signal <= NSIG:
+            self._fail(f"owner of type {file.owner_type} with signal {file.owner_signal}")
+        if not 0 <= file.owner_pid <= MAX_PID:
+            self._fail(f"owned by impossible pid {file.owner_pid}")
+
+    def _pipe_buffer(self, buffer: f.PipeBuffer) -> None:
+        self._chunk(buffer.pipe_objref, "Pipe", buffer.flags, buffer.data)
+
+    def _epoll_items(self, items: f.EpollItems) -> None:
+        self._in_tree(items.pid)
+        self._references.use(items.epoll_objref, "File", "the epoll instance")
+        for item in items.items:
+            if item.reserved or item.fd < 0:
+                self._fail(f"item of fd {item.fd}")
+            self._references.use(item.file_objref, "File", f"item of fd {item.fd}")
+
+    def _timer(self, timer: f.TimerFd) -> None:
+        if timer.flags > 3:  # TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET
+            self._fail(f"unknown flags {timer.flags:#x}")
+
+    def _deleted_file(self, file: f.DeletedFile) -> None:
+        if file.size > MAX_OFFSET:
+            self._fail(f"impossible size {file.size}")
+        self._sizes[file.objref] = file.size
+
+    def _file_data(self, data: f.FileData) -> None:
+        self._chunk(data.inode_objref, "DeletedFile", 0, data.data)
+        if data.offset + len(data.data) > self._sizes[data.inode_objref]:
+            self._fail(f"{len(data.data)} bytes at {data.offset} are beyond the end of the file")
+
+    def _pidfd(self, pidfd: f.PidFd) -> None:
+        self._in_tree(pidfd.pid)
+
+    def _socket(self, socket: f.Socket) -> None:
+        if socket.state not in f.SocketState._value2member_map_:
+            self._fail(f"unknown state {socket.state}")
+        if socket.shutdown > 3 or socket.buf_lock > 3:
+            self._fail(f"unknown flags: shutdown {socket.shutdown}, buf_lock {socket.buf_lock}")
+        if max(len(socket.local), len(socket.peer)) > MAX_SOCKADDR:
+            self._fail(f"addresses of {len(socket.local)} and {len(socket.peer)} bytes")
+
+    def _socket_buffer(self, buffer: f.SocketBuffer) -> None:
+        self._chunk(buffer.socket_objref, "Socket", buffer.flags, buffer.data)
+        if len(buffer.address) > MAX_SOCKADDR:
+            self._fail(f"an address of {len(buffer.address)} bytes")
+
+    def _socket_tcp(self, tcp: f.SocketTcp) -> None:
+        self._references.use(tcp.socket_objref, "Socket", "a connection")
+        if tcp.socket_objref in self._connections:
+            self._fail(f"the connection of socket {tcp.socket_objref} comes twice")
+        self._connections.add(tcp.socket_objref)
+        if tcp.unsent > len(tcp.sent):
+            self._fail(f"{tcp.unsent} bytes not sent, of {len(tcp.sent)}")
+        if max(tcp.snd_wscale, tcp.rcv_wscale) > 14:
+            self._fail(f"windows scaled by {tcp.snd_wscale} and {tcp.rcv_wscale} (RFC 7323 has at most 14)")
+
+    def _chunk(self, objref: int, kind: str, flags: int, data: bytes) -> None:
+        self._references.use(objref, kind, "contents")
+        if flags > 1:
+            self._fail(f"unknown flags {flags:#x}")
+        if len(data) > f.MAX_CHUNK:
+            self._fail(f"{len(data)} bytes in one piece, {f.MAX_CHUNK} are allowed")
