@@ -58,7 +58,7 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why a workload cannot be moved there (or what to know if it is): the object, the problem, the remedy."""
+    """Why a workload cannot be moved there (or what to know if it is): object, problem, remedy."""
 
     object: Text
     problem: Text
