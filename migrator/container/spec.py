@@ -116,11 +116,14 @@ class ContainerSpec:
     @classmethod
     def from_dict(cls, value: Any) -> ContainerSpec:
         given = _fields_of(cls, value, "container specification")
-        given["routes"] = tuple(Route(**_fields_of(Route, r, "route")) for r in _list(given, "routes"))
-        given["tmpfs"] = tuple(Tmpfs(**_fields_of(Tmpfs, t, "tmpfs")) for t in _list(given, "tmpfs"))
-        for key in ("argv", "addresses", "loopback"):
-            given[key] = tuple(_list(given, key))
-        return cls(**given)
+        try:
+            given["routes"] = tuple(Route(**_fields_of(Route, r, "route")) for r in _list(given, "routes"))
+            given["tmpfs"] = tuple(Tmpfs(**_fields_of(Tmpfs, t, "tmpfs")) for t in _list(given, "tmpfs"))
+            for key in ("argv", "addresses", "loopback"):
+                given[key] = tuple(_list(given, key))
+            return cls(**given)
+        except TypeError as error:  # a field that has no default is missing
+            raise UsageError(f"container specification: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -206,6 +209,7 @@ def _need(condition: bool, what: str, value: object) -> None:
 
 
 def _check(spec: ContainerSpec) -> None:
+    _need(isinstance(spec.env, dict), "environment", spec.env)
     texts = [spec.name, spec.cwd, spec.hostname, spec.root, spec.bridge, spec.mac, spec.log]
     texts += [*spec.argv, *spec.addresses, *spec.loopback, *spec.env.keys(), *spec.env.values()]
     texts += [t for r in spec.routes for t in (r.destination, r.gateway, r.source)]

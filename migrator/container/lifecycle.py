@@ -9,6 +9,7 @@ command that needs an init brings its own (`migrator run … -- tini -- CMD`).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -122,7 +123,7 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
         ns.unshare(ns.CLONE_NEWCGROUP)
         os.chdir(spec.cwd)
         os.umask(0o022)
-        _wire(spec, report)
+        report = _wire(spec, report)
         _reset_signals()
         env = {**DEFAULT_ENV, **spec.env}
         os.environ["PATH"] = env["PATH"]
@@ -133,16 +134,18 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
     os._exit(127)
 
 
-def _wire(spec: ContainerSpec, keep: int) -> None:
-    """Descriptors 0 to 2, and no other: nothing inherited may tie the container to this host."""
+def _wire(spec: ContainerSpec, keep: int) -> int:
+    """Descriptors 0 to 2, and no other: nothing inherited may tie the container to this host. Returns the
+    new number of `keep`, which is closed by execve(2)."""
     null = os.open("/dev/null", os.O_RDONLY)
     log = os.open(spec.effective_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-    saved = os.dup2(keep, 1000, inheritable=False)
+    saved = fcntl.fcntl(keep, fcntl.F_DUPFD_CLOEXEC, 10)
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.closerange(3, saved)
     os.closerange(saved + 1, os.sysconf("SC_OPEN_MAX"))
+    return saved
 
 
 def _reset_signals() -> None:
