@@ -32,7 +32,14 @@ def describe(container: Container | int) -> ContainerSpec:
     )
     if not spec.bridge:
         return spec
-    return replace(spec, mac=net.mac, mtu=net.mtu, addresses=net.addresses, routes=net.routes)
+    return replace(
+        spec,
+        mac=net.mac,
+        mtu=net.mtu,
+        addresses=net.addresses,
+        routes=net.routes,
+        neighbours=net.neighbours,
+    )
 
 
 def obstacles(container: Container | int) -> list[str]:

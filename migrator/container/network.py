@@ -16,12 +16,13 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from migrator.container.spec import DEFAULT_BRIDGE, ContainerSpec, Route
+from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
 from migrator.container.valve import BR_STATE_DISABLED, Valve
 from migrator.errors import MigratorError, UsageError
 from migrator.linux.namespaces import run_in
 
 IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80  # linux/if_addr.h
+NUD_STALE, NUD_KNOWN = 0x04, 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # linux/neighbour.h
 RTPROT_BOOT, RTPROT_STATIC, RT_TABLE_MAIN, RTN_UNICAST = 3, 4, 254, 1  # linux/rtnetlink.h
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 
@@ -41,6 +42,7 @@ class NetworkState:
     addresses: tuple[str, ...]
     loopback: tuple[str, ...]
     routes: tuple[Route, ...]
+    neighbours: tuple[Neighbour, ...]
     other_links: tuple[str, ...]
 
 
@@ -189,6 +191,9 @@ def _set_up_inside(spec: ContainerSpec) -> None:
             _add_address(ip, eth, address)
         for route in spec.routes:
             _add_route(ip, eth, route)
+        for neighbour in spec.neighbours:
+            # Stale: used at once, and verified by the kernel when it is.
+            ip.neigh("replace", ifindex=eth, dst=neighbour.address, lladdr=neighbour.mac, state=NUD_STALE)
 
 
 def _add_address(ip: IPRoute, index: int, address: str) -> None:
@@ -264,12 +269,21 @@ def _read_inside() -> NetworkState:
             addresses=tuple(addresses["eth0"]),
             loopback=tuple(addresses["lo"]),
             routes=tuple(routes),
+            neighbours=_neighbours(ip, int(eth["index"])) if eth else (),
             other_links=tuple(
                 sorted(
                     n for i, n in names.items() if n not in ("lo", "eth0") and _kind(links[i]) != "fallback"
                 )
             ),
         )
+
+
+def _neighbours(ip: IPRoute, index: int) -> tuple[Neighbour, ...]:
+    return tuple(
+        Neighbour(n.get("dst"), n.get("lladdr"))
+        for n in ip.get_neighbours(ifindex=index)
+        if n["state"] & NUD_KNOWN and n.get("dst") and n.get("lladdr")
+    )[:NEIGHBOURS]
 
 
 def _kind(link: Any) -> str:

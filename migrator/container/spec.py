@@ -17,6 +17,7 @@ from typing import Any
 from migrator.errors import UsageError
 
 DEFAULT_BRIDGE = "migrator0"
+NEIGHBOURS = 1024
 IFNAMSIZ = 15  # characters, without the NUL
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -42,6 +43,14 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A peer on the link whose hardware address is known, so that the copy need not ask for it first."""
+
+    address: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tmpfs:
     """A tmpfs of the container's own. `options` as in mount(8), such as "size=64m,mode=1777"."""
 
@@ -62,6 +71,7 @@ class ContainerSpec:
     mac:       of eth0; "" for the one derived from the name
     addresses: ADDRESS/LENGTH on eth0, IPv4 and IPv6
     loopback:  more addresses on lo, beside 127.0.0.1 and ::1
+    neighbours: what eth0 knows about its link, at most NEIGHBOURS entries
     mtu:       of eth0, bytes; 0 for the bridge's
     log:       the regular file that gets stdout and stderr, a path inside the container
     """
@@ -77,6 +87,7 @@ class ContainerSpec:
     addresses: tuple[str, ...] = ()
     loopback: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
     mtu: int = 0
     tmpfs: tuple[Tmpfs, ...] = ()
     log: str = ""
@@ -118,6 +129,9 @@ class ContainerSpec:
         given = _fields_of(cls, value, "container specification")
         try:
             given["routes"] = tuple(Route(**_fields_of(Route, r, "route")) for r in _list(given, "routes"))
+            given["neighbours"] = tuple(
+                Neighbour(**_fields_of(Neighbour, n, "neighbour")) for n in _list(given, "neighbours")
+            )
             given["tmpfs"] = tuple(Tmpfs(**_fields_of(Tmpfs, t, "tmpfs")) for t in _list(given, "tmpfs"))
             for key in ("argv", "addresses", "loopback"):
                 given[key] = tuple(_list(given, key))
@@ -214,6 +228,7 @@ def _check(spec: ContainerSpec) -> None:
     texts += [*spec.argv, *spec.addresses, *spec.loopback, *spec.env.keys(), *spec.env.values()]
     texts += [t for r in spec.routes for t in (r.destination, r.gateway, r.source)]
     texts += [t for m in spec.tmpfs for t in (m.path, m.options)]
+    texts += [t for n in spec.neighbours for t in (n.address, n.mac)]
     for text in texts:
         _need(isinstance(text, str) and "\0" not in text, "text", text)
     _need(_NAME.fullmatch(spec.name) is not None, "name", spec.name)
@@ -238,6 +253,10 @@ def _check(spec: ContainerSpec) -> None:
         _need(not route.gateway or _parses(ipaddress.ip_address, route.gateway), "gateway", route.gateway)
         _need(not route.source or _parses(ipaddress.ip_address, route.source), "source", route.source)
         _need(isinstance(route.metric, int) and 0 <= route.metric < 2**32, "metric", route.metric)
+    _need(len(spec.neighbours) <= NEIGHBOURS, "number of neighbours", len(spec.neighbours))
+    for neighbour in spec.neighbours:
+        _need(_parses(ipaddress.ip_address, neighbour.address), "neighbour", neighbour.address)
+        _need(_MAC.fullmatch(neighbour.mac) is not None, "neighbour's MAC address", neighbour.mac)
 
 
 def _is_absolute(path: str) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,7 @@ def test_the_same_spec_gives_the_same_addresses_everywhere(two_hosts: object) ->
             assert len(container.spec.veth) <= 15
             seen.append((network.read(container.init_pid), ct.describe(container)))
     (one, described), (two, _) = seen
-    assert one == two
+    assert replace(one, neighbours=()) == replace(two, neighbours=())
     assert set(one.addresses) == set(spec.addresses)
     assert set(one.routes) == set(spec.routes)
     assert described.hostname == "the-name"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator.container import Container, ContainerSpec, Sandbox, run, stop
+from migrator.container import Container, ContainerSpec, Sandbox, describe, run, stop
 from migrator.container.state import state_dir
-from migrator.container.switchover import NetworkArrival, NetworkLock
+from migrator.container.switchover import NetworkArrival, NetworkLock, reopen
 from migrator.errors import ImageError
 from migrator.linux.namespaces import entered
 from migrator.testing.hosts import Host, TwoHosts
@@ -264,6 +264,32 @@ def test_ipv6_neighbours_follow_the_announcement_too(two_hosts: TwoHosts, client
         six.sendto(b"2", ("fd77::50", PORT))
         assert six.recv(100) == b"b 2"
         lock.release()
+
+
+def test_a_copy_knows_its_neighbours_without_asking(two_hosts: TwoHosts, client: socket.socket) -> None:
+    source = start(two_hosts.a, ECHO, "a")
+    wait_for_echo(client)
+    with two_hosts.a.inside():
+        now = describe(source)
+    assert "10.77.0.100" in {n.address for n in now.neighbours}
+    with pytest.MonkeyPatch.context() as patch, two_hosts.b.inside():
+        patch.setattr(Sandbox, "open_port", lambda self: None)
+        copy = run(now)
+        assert "10.77.0.100" in {n.address for n in describe(copy).neighbours}
+
+
+def test_a_port_left_shut_by_a_crash_can_be_opened_again(two_hosts: TwoHosts, client: socket.socket) -> None:
+    container = start(two_hosts.a, ECHO, "a")
+    wait_for_echo(client)
+    with two_hosts.a.inside():
+        lock = NetworkLock(container)
+        lock.lock()
+        lock.close()  # as when the agent dies
+        send(client, range(3))
+        assert drain(client) == []
+        reopen(container)
+    send(client, range(3))
+    assert drain(client) == [b"a 0", b"a 1", b"a 2"]
 
 
 def test_a_frame_for_somebody_else_is_not_injected(two_hosts: TwoHosts) -> None:

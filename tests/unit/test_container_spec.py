@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from migrator.container.neighbours import announcement, checksum, mac_bytes
 from migrator.container.packet import concerning
-from migrator.container.spec import ContainerSpec, Route, Tmpfs, mac_of, spec_for, veth_of
+from migrator.container.spec import ContainerSpec, Neighbour, Route, Tmpfs, mac_of, spec_for, veth_of
 from migrator.container.valve import message
 from migrator.errors import UsageError
 
@@ -26,6 +26,7 @@ FULL = ContainerSpec(
     addresses=("10.0.0.2/24", "fd00::2/64"),
     loopback=("10.9.9.9/32",),
     routes=(Route("default", "10.0.0.1", 5, "10.0.0.2"), Route("10.1.0.0/16")),
+    neighbours=(Neighbour("10.0.0.1", "02:00:00:00:00:02"),),
     mtu=1400,
     tmpfs=(Tmpfs("/run", "size=1m,mode=755"),),
     log="/var/log/web.log",
@@ -79,6 +80,7 @@ def test_any_value_in_any_field_is_taken_whole_or_refused(field: str, value: obj
         {"routes": [{"destination": "default", "device": "eth9"}]},
         {"tmpfs": [{"path": "/x", "options": "mode=777 evil"}]},
         {"tmpfs": [{"path": "../x"}]},
+        {"neighbours": [{"address": "10.0.0.1", "mac": "x"}]},
         {"bridge": "a-name-that-is-too-long-for-linux"},
         {"env": {"A=B": "c"}},
         {"mtu": 1},
