@@ -21,6 +21,8 @@ from migrator.model import (
 )
 
 S, D = Where.SOURCE, Where.DESTINATION
+SPANS = st.tuples(st.sampled_from("abc"), st.sampled_from([S, D]), st.integers(0, 100), st.integers(0, 50))
+WAYS = st.tuples(st.integers(0, 999), st.integers(0, 999))
 
 
 def test_parts_name_what_happened_and_where_nothing_did_it_was_between_the_hosts() -> None:
@@ -40,9 +42,7 @@ def test_parts_name_what_happened_and_where_nothing_did_it_was_between_the_hosts
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from([S, D]), st.integers(0, 100), st.integers(0, 50))
-    ),
+    st.lists(SPANS),
     st.integers(0, 100),
     st.integers(1, 100),
 )

@@ -1,0 +1,119 @@
+"""What a session needs from others, as protocols: it can be driven with fakes, and they without it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from migrator.engine.base import Destination, Source
+from migrator.linux.cgroup import Cgroup
+from migrator.session.journal import Facts
+
+
+class Link(Protocol):
+    """The part of `transport.link.Link` that a session uses. See there."""
+
+    peer: str
+
+    async def send(self, message: bytes) -> None: ...
+    async def receive(self, timeout: float | None = None) -> bytes: ...
+    async def send_packets(self, packets: list[bytes]) -> None: ...
+    async def receive_packets(self, timeout: float | None = None) -> list[bytes]: ...
+    async def pump_in(self, fd: int) -> int: ...
+    async def pump_out(self, fd: int) -> int: ...
+    def set_cap(self, bandwidth: float) -> None: ...
+    def uncap(self) -> None: ...
+    @property
+    def rtt(self) -> float: ...
+    @property
+    def throughput(self) -> float: ...
+    async def close(self) -> None: ...
+
+
+class NetworkLock(Protocol):
+    """The source's side of moving a container's network: `migrator.container.switchover`."""
+
+    moved: bool
+
+    def prepare(self) -> None: ...
+    def lock(self) -> None: ...
+    def captured(self) -> list[bytes]: ...
+    def unlock(self) -> None: ...
+    def release(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class NetworkArrival(Protocol):
+    """The destination's side."""
+
+    def prepare(self) -> None: ...
+    def unlock(self) -> None: ...
+    def inject(self, frames: Iterable[bytes]) -> None: ...
+    def announce(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class HoldGroup(Protocol):
+    """A freezer cgroup: `migrator.linux.cgroup.Cgroup`."""
+
+    def thaw(self) -> None: ...
+    def pids(self) -> list[int]: ...
+    def kill(self) -> None: ...
+    def remove(self) -> None: ...
+
+
+Groups = Callable[[str], HoldGroup | None]  # path or name of a cgroup -> it, None if there is none
+
+SourceFactory = Callable[[int], Source]  # the descriptor to write the stream to -> an engine's source
+DestinationFactory = Callable[[int], Destination]  # the descriptor to read the stream from
+
+
+class Surroundings(Protocol):
+    """What stands around the tasks of a container, to be put right where an agent died half way.
+
+    Both must do nothing where there is nothing to do, and be callable twice.
+    """
+
+    def reopen(self, facts: Facts) -> None:
+        """Its tasks run here: give it its network back."""
+
+    def remove(self, facts: Facts) -> None:
+        """Its tasks are gone: take down what stood around them."""
+
+
+class NoSurroundings:
+    """For plain subtrees."""
+
+    def reopen(self, facts: Facts) -> None:
+        pass
+
+    def remove(self, facts: Facts) -> None:
+        pass
+
+
+class CgroupHold:
+    """A `Cgroup` as a `HoldGroup`."""
+
+    def __init__(self, group: Cgroup) -> None:
+        self._group = group
+
+    def thaw(self) -> None:
+        self._group.thaw()
+
+    def pids(self) -> list[int]:
+        return self._group.pids()
+
+    def kill(self) -> None:
+        self._group.kill()
+
+    def remove(self) -> None:
+        self._group.remove()
+
+
+def open_group(reference: str) -> HoldGroup | None:
+    """The cgroup of a journal, by its path or its name; None if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if reference:
+            return CgroupHold(Cgroup.at(reference) if reference.startswith("/") else Cgroup.open(reference))
+    return None

@@ -1,0 +1,286 @@
+"""Can this workload live there? A pure comparison of facts, and what collects them.
+
+Each reason names an object, what is wrong with it and what to do. What would differ silently after the move
+blocks; what is only worth knowing is a warning. The destination compares, because the files are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from migrator.engine.base import Capability, FileFact
+from migrator.linux import elf
+from migrator.session.messages import HostFacts, Propose, Reason
+
+# Flags of /proc/cpuinfo that tell what user space may execute (arch/x86/include/asm/cpufeatures.h). The
+# others are about the kernel's own workings, or mitigations, and differ between equal processors.
+_INSTRUCTIONS = frozenset(
+    [
+        "fpu",
+        "cx8",
+        "cmov",
+        "mmx",
+        "fxsr",
+        "sse",
+        "sse2",
+        "ht",
+        "pni",
+        "pclmulqdq",
+        "ssse3",
+        "fma",
+        "cx16",
+        "pcid",
+        "sse4_1",
+        "sse4_2",
+        "movbe",
+        "popcnt",
+        "aes",
+        "xsave",
+        "avx",
+        "f16c",
+        "rdrand",
+        "lahf_lm",
+        "abm",
+        "3dnowprefetch",
+        "sse4a",
+        "misalignsse",
+        "xop",
+        "fma4",
+        "tbm",
+        "fsgsbase",
+        "bmi1",
+        "avx2",
+        "bmi2",
+        "erms",
+        "rtm",
+        "avx512f",
+        "avx512dq",
+        "rdseed",
+        "adx",
+        "avx512ifma",
+        "clflushopt",
+        "clwb",
+        "avx512cd",
+        "sha_ni",
+        "avx512bw",
+        "avx512vl",
+        "xsaveopt",
+        "xsavec",
+        "xgetbv1",
+        "avx_vnni",
+        "avx512_bf16",
+        "avx512vbmi",
+        "umip",
+        "pku",
+        "ospke",
+        "avx512_vbmi2",
+        "gfni",
+        "vaes",
+        "vpclmulqdq",
+        "avx512_vnni",
+        "avx512_bitalg",
+        "avx512_vpopcntdq",
+        "rdpid",
+        "cldemote",
+        "movdiri",
+        "movdir64b",
+        "fsrm",
+        "avx512_vp2intersect",
+        "serialize",
+        "tsxldtrk",
+        "amx_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_int8",
+        "waitpkg",
+        "rdtscp",
+        "lm",
+        "syscall",
+        "nx",
+    ]
+)
+_MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The outcome of a preflight, as `migrator check` shows it.
+
+    predicted_downtime: seconds, before anything was measured on the link
+    """
+
+    migration: str
+    source: HostFacts
+    destination: HostFacts
+    reasons: list[Reason]
+    files: int
+    rss_bytes: int
+    predicted_downtime: float
+
+    @property
+    def ok(self) -> bool:
+        return not any(reason.blocking for reason in self.reasons)
+
+
+def compare(
+    proposal: Propose,
+    here: HostFacts,
+    files: Mapping[str, FileFact | None],
+    taken_pids: Collection[int] = (),
+) -> tuple[list[Reason], list[str]]:
+    """(reasons, paths of files to be sent). `files` has what this host has under each path asked for."""
+    reasons = _hosts(proposal, here)
+    for pid in sorted(taken_pids):
+        reasons.append(
+            Reason(
+                f"pid {pid}",
+                f"is taken on {here.host}",
+                "end that process, or move the workload as a container, which has pids of its own",
+            )
+        )
+    wanted = []
+    for fact in proposal.survey.files:
+        problem = file_problem(fact, files.get(fact.path))
+        if problem and proposal.copy_files:
+            wanted.append(fact.path)
+        elif problem:
+            remedy = "install the same version there, or use --copy-files"
+            reasons.append(Reason(fact.path, f"{problem} on {here.host}", remedy))
+    return reasons, wanted
+
+
+def _hosts(proposal: Propose, here: HostFacts) -> list[Reason]:
+    there, reasons = proposal.source, []
+    who = here.host
+    if there.machine != here.machine:
+        reasons.append(Reason(who, f"is a {here.machine} machine, {there.host} is {there.machine}"))
+        return reasons
+    lacking = sorted((proposal.survey.cpu_features & _INSTRUCTIONS) - here.cpu_features)
+    if lacking:
+        reasons.append(
+            Reason(
+                f"processor of {who}",
+                f"lacks {', '.join(lacking)}, which the workload may have found and use",
+                "choose a host with the same or a newer processor",
+            )
+        )
+    if proposal.survey.xstate_size != here.xstate_size and here.xstate_size:
+        reasons.append(
+            Reason(
+                f"processor of {who}",
+                f"has {here.xstate_size} bytes of extended state, {there.host} has "
+                f"{proposal.survey.xstate_size}: registers cannot be carried over",
+                "choose a host of the same processor model and kernel",
+            )
+        )
+    if there.engine != here.engine:
+        remedy = "their images are the same"
+        reasons.append(Reason("engine", f"{there.engine} saves, {here.engine} restarts", remedy, False))
+    if there.kernel != here.kernel:
+        problem = f"is {here.kernel} on {who}, {there.kernel} on {there.host}"
+        reasons.append(Reason("kernel", problem, "usually harmless", False))
+    for name, available in sorted(here.abilities.items()):
+        if not available:
+            reasons.append(Reason(f"kernel of {who}", f"cannot {name}", "see `migrator check`", True))
+    need = proposal.survey.rss_bytes + _MEMORY_SLACK
+    if here.memory_available and here.memory_available < need:
+        problem = f"has {here.memory_available >> 20} MiB available, {need >> 20} MiB are needed"
+        reasons.append(Reason(f"memory of {who}", problem, "free some first"))
+    top = max(proposal.survey.wanted_pids, default=0)
+    if here.pid_max and top >= here.pid_max:
+        remedy = f"sysctl kernel.pid_max={top + 1} there"
+        reasons.append(Reason(f"pid {top}", f"is beyond kernel.pid_max of {who}, {here.pid_max}", remedy))
+    return reasons
+
+
+def file_problem(there: FileFact, here: FileFact | None) -> str:
+    """What is wrong with a file on this host, "" if it is the same."""
+    if here is None:
+        return "is missing"
+    if there.mode != here.mode:
+        return f"has mode {here.mode:o}, not {there.mode:o}, as it has"
+    if there.build_id and here.build_id and there.build_id != here.build_id:
+        return f"is another build ({here.build_id[:12]}, not {there.build_id[:12]})"
+    if there.size != here.size:
+        return f"has {here.size} bytes, not {there.size}"
+    if there.digest and here.digest and there.digest != here.digest:
+        return "has other contents"
+    if bool(there.build_id) != bool(here.build_id) and not there.writable:
+        return "is another file"
+    if not there.build_id and not there.digest and there.mtime_ns != here.mtime_ns and there.writable:
+        return "was last written at another time"
+    return ""
+
+
+def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFact | None]:
+    """What this host has under the paths of `facts`, below `root`. Symbolic links are followed, as open does."""
+    found: dict[str, FileFact | None] = {}
+    for fact in facts:
+        path = os.path.join(root, fact.path.lstrip("/")) if root else fact.path
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            found[fact.path] = None
+            continue
+        regular = stat.S_ISREG(status.st_mode)
+        build_id = elf.build_id(path) if regular and not fact.writable else ""
+        digest = file_digest(path) if fact.digest and regular else ""
+        size, mtime = status.st_size, status.st_mtime_ns
+        found[fact.path] = FileFact(fact.path, size, status.st_mode, mtime, build_id, fact.writable, digest)
+    return found
+
+
+def with_digests(facts: Iterable[FileFact]) -> list[FileFact]:
+    """`facts` with a digest where nothing else identifies the contents: files that are no ELF files and that
+    the workload does not write to."""
+    return [
+        replace(fact, digest=file_digest(fact.path)) if not fact.build_id and not fact.writable else fact
+        for fact in facts
+    ]
+
+
+def file_digest(path: str) -> str:
+    """sha256 in hex; "" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def taken(pids: Iterable[int]) -> list[int]:
+    """Which of these pids are in use here, as processes or threads."""
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def collect_host(engine: str, capabilities: Iterable[Capability] = (), xstate_size: int = 0) -> HostFacts:
+    """The facts of this host. `$MIGRATOR_HOST` replaces its name."""
+    names = os.uname()
+    cpu = _cpu(Path("/proc/cpuinfo").read_text())
+    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return HostFacts(
+        host=os.environ.get("MIGRATOR_HOST") or names.nodename,
+        kernel=names.release,
+        machine=names.machine,
+        cpu_vendor=cpu.get("vendor_id", ""),
+        cpu_model=cpu.get("model name", ""),
+        cpu_features=frozenset(cpu.get("flags", "").split()),
+        xstate_size=xstate_size,
+        engine=engine,
+        abilities={capability.name: capability.available for capability in capabilities},
+        memory_available=int(memory.get("MemAvailable", "0 kB").split()[0]) << 10,
+        pid_max=int(Path("/proc/sys/kernel/pid_max").read_text()),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+    )
+
+
+def _cpu(text: str) -> dict[str, str]:
+    first = text.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
