@@ -22,90 +22,16 @@ from migrator.session.messages import HostFacts, Propose, Reason
 # Flags of /proc/cpuinfo that tell what user space may execute (arch/x86/include/asm/cpufeatures.h). The
 # others are about the kernel's own workings, or mitigations, and differ between equal processors.
 _INSTRUCTIONS = frozenset(
-    [
-        "fpu",
-        "cx8",
-        "cmov",
-        "mmx",
-        "fxsr",
-        "sse",
-        "sse2",
-        "ht",
-        "pni",
-        "pclmulqdq",
-        "ssse3",
-        "fma",
-        "cx16",
-        "pcid",
-        "sse4_1",
-        "sse4_2",
-        "movbe",
-        "popcnt",
-        "aes",
-        "xsave",
-        "avx",
-        "f16c",
-        "rdrand",
-        "lahf_lm",
-        "abm",
-        "3dnowprefetch",
-        "sse4a",
-        "misalignsse",
-        "xop",
-        "fma4",
-        "tbm",
-        "fsgsbase",
-        "bmi1",
-        "avx2",
-        "bmi2",
-        "erms",
-        "rtm",
-        "avx512f",
-        "avx512dq",
-        "rdseed",
-        "adx",
-        "avx512ifma",
-        "clflushopt",
-        "clwb",
-        "avx512cd",
-        "sha_ni",
-        "avx512bw",
-        "avx512vl",
-        "xsaveopt",
-        "xsavec",
-        "xgetbv1",
-        "avx_vnni",
-        "avx512_bf16",
-        "avx512vbmi",
-        "umip",
-        "pku",
-        "ospke",
-        "avx512_vbmi2",
-        "gfni",
-        "vaes",
-        "vpclmulqdq",
-        "avx512_vnni",
-        "avx512_bitalg",
-        "avx512_vpopcntdq",
-        "rdpid",
-        "cldemote",
-        "movdiri",
-        "movdir64b",
-        "fsrm",
-        "avx512_vp2intersect",
-        "serialize",
-        "tsxldtrk",
-        "amx_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_int8",
-        "waitpkg",
-        "rdtscp",
-        "lm",
-        "syscall",
-        "nx",
-    ]
+    """
+    fpu cx8 cmov mmx fxsr sse sse2 pni pclmulqdq ssse3 fma cx16 sse4_1 sse4_2 movbe popcnt aes xsave avx f16c
+    rdrand lahf_lm abm 3dnowprefetch sse4a misalignsse xop fma4 tbm fsgsbase bmi1 avx2 bmi2 erms rtm avx512f
+    avx512dq rdseed adx avx512ifma clflushopt clwb avx512cd sha_ni avx512bw avx512vl xsaveopt xsavec xgetbv1
+    avx_vnni avx512_bf16 avx512vbmi pku ospke avx512_vbmi2 gfni vaes vpclmulqdq avx512_vnni avx512_bitalg
+    avx512_vpopcntdq rdpid cldemote movdiri movdir64b fsrm avx512_vp2intersect serialize tsxldtrk amx_bf16
+    avx512_fp16 amx_tile amx_int8 waitpkg rdtscp
+    """.split()  # noqa: SIM905 (a list of 70 strings is no easier to read)
 )
+_DIGEST_LIMIT = 16 << 20
 _MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
 
 
@@ -187,7 +113,7 @@ def _hosts(proposal: Propose, here: HostFacts) -> list[Reason]:
         reasons.append(Reason("kernel", problem, "usually harmless", False))
     for name, available in sorted(here.abilities.items()):
         if not available:
-            reasons.append(Reason(f"kernel of {who}", f"cannot {name}", "see `migrator check`", True))
+            reasons.append(Reason(f"kernel of {who}", f"cannot {name}", "see `migrator check` there", False))
     need = proposal.survey.rss_bytes + _MEMORY_SLACK
     if here.memory_available and here.memory_available < need:
         problem = f"has {here.memory_available >> 20} MiB available, {need >> 20} MiB are needed"
@@ -207,19 +133,21 @@ def file_problem(there: FileFact, here: FileFact | None) -> str:
         return f"has mode {here.mode:o}, not {there.mode:o}, as it has"
     if there.build_id and here.build_id and there.build_id != here.build_id:
         return f"is another build ({here.build_id[:12]}, not {there.build_id[:12]})"
+    if there.writable:
+        # It may have grown since the source looked, if both look at the same file; a stale copy has not.
+        stale = here.size < there.size or here.mtime_ns < there.mtime_ns
+        return "is older than the one that the workload writes to" if stale else ""
     if there.size != here.size:
         return f"has {here.size} bytes, not {there.size}"
     if there.digest and here.digest and there.digest != here.digest:
         return "has other contents"
-    if bool(there.build_id) != bool(here.build_id) and not there.writable:
+    if bool(there.build_id) != bool(here.build_id):
         return "is another file"
-    if not there.build_id and not there.digest and there.mtime_ns != here.mtime_ns and there.writable:
-        return "was last written at another time"
     return ""
 
 
 def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFact | None]:
-    """What this host has under the paths of `facts`, below `root`. Symbolic links are followed, as open does."""
+    """What this host has under the paths of `facts`, below `root`. Symbolic links are followed."""
     found: dict[str, FileFact | None] = {}
     for fact in facts:
         path = os.path.join(root, fact.path.lstrip("/")) if root else fact.path
@@ -237,10 +165,12 @@ def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFa
 
 
 def with_digests(facts: Iterable[FileFact]) -> list[FileFact]:
-    """`facts` with a digest where nothing else identifies the contents: files that are no ELF files and that
-    the workload does not write to."""
+    """`facts` with a digest where nothing else identifies the contents: files that are no ELF files, that
+    the workload does not write to, and that are not so large that preflight would take long."""
     return [
-        replace(fact, digest=file_digest(fact.path)) if not fact.build_id and not fact.writable else fact
+        replace(fact, digest=file_digest(fact.path))
+        if not fact.build_id and not fact.writable and fact.size <= _DIGEST_LIMIT
+        else fact
         for fact in facts
     ]
 

@@ -177,8 +177,8 @@ def undecided(facts: Facts, why: object) -> Undecided:
     """The message for an operator who has to decide if nobody else can."""
     recover = f"`migrator recover {facts.migration}"
     return Undecided(
-        f"migration {facts.migration}: {facts.peer or 'the destination'} was told to run the workload and cannot "
-        f"be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until that is known",
+        f"migration {facts.migration}: {facts.peer or 'the destination'} was told to run the workload and "
+        f"cannot be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until that is known",
         hint="restore the connection and run `migrator recover`. Only if that host is gone for good, or its "
         f"copy certainly does not run: {recover} --here`. If it runs there: {recover} --away`",
     )
@@ -208,9 +208,7 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
                 fate, detail = Fate.FROZEN, f"{error.message}. {error.hint}"
             except (MigratorError, OSError) as error:
                 fate, detail = Fate.FROZEN, f"could not be settled: {error}"
-            log.info(
-                "settled", migration=facts.migration, role=facts.role.value, fate=fate.name, detail=detail
-            )
+            log.info("settled migration %s as its %s: %s", facts.migration, facts.role.value, detail)
             made.append(Settlement(facts.migration, facts.role, fate, detail))
     return made
 
