@@ -1,0 +1,11 @@
+"""Open descriptors of a process tree: surveyed while it runs, saved while it is stopped, made again.
+
+What is carried and what is refused is listed in docs/descriptors.md.
+"""
+
+from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
+from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
+from migrator.engine.user.descriptors.survey import survey
+
+__all__ = ["Context", "DescriptorDump", "DescriptorRestore", "Memfd", "Process", "survey"]

@@ -14,7 +14,7 @@ import struct
 from migrator.linux import sys
 
 _OPENAT2, _TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 437, 283, 286, 287, 289, 276
-_KCMP, _PIDFD_OPEN, _UNSHARE = 312, 434, 272
+_KCMP, _PIDFD_OPEN, _UNSHARE, _EPOLL_CREATE1 = 312, 434, 272, 291
 _KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
 
 RESOLVE_IN_ROOT = 0x10
@@ -57,13 +57,16 @@ def order_files(a: int, b: int) -> int:
     return (0, -1, 1, 1)[result]
 
 
+def order_tables(pid_a: int, pid_b: int) -> int:
+    """The same of the descriptor tables of two processes: 0 if they share one (CLONE_FILES)."""
+    return (0, -1, 1, 1)[sys.call(_KCMP, pid_a, pid_b, sys.KCMP_FILES, 0, 0, name="kcmp")]
+
+
 def is_epoll_target(target: int, epoll: int, number: int, nth: int) -> bool:
-    """Whether the `nth` entry of our `epoll` that was added as `number` is the description of our `target`."""
+    """Whether the `nth` entry of our `epoll` that was added as `number` is our `target`."""
     slot = ctypes.create_string_buffer(struct.pack("<III", epoll, number, nth), 12)
     pid = _PID()
-    return (
-        sys.call(_KCMP, pid, pid, _KCMP_EPOLL_TFD, target, ctypes.addressof(slot), name="kcmp epoll") == 0
-    )
+    return sys.call(_KCMP, pid, pid, _KCMP_EPOLL_TFD, target, ctypes.addressof(slot), name="kcmp epoll") == 0
 
 
 def tee(source: int, target: int, count: int) -> int:
@@ -96,6 +99,10 @@ def timerfd_gettime(fd: int) -> tuple[int, int]:
 def signalfd(mask: int) -> int:
     buffer = ctypes.create_string_buffer(struct.pack("<Q", mask), 8)
     return sys.call(_SIGNALFD4, -1, ctypes.addressof(buffer), 8, os.O_CLOEXEC, name="signalfd4")
+
+
+def epoll_create() -> int:
+    return sys.call(_EPOLL_CREATE1, os.O_CLOEXEC, name="epoll_create1")
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:

@@ -31,6 +31,11 @@ class FdInfo:
     targets: tuple[EpollTarget, ...] = ()
 
 
+def numbers(pid: int) -> list[int]:
+    """The open descriptors of a process, in order."""
+    return sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
+
+
 def read(pid: int, number: int) -> FdInfo:
     """Raises FileNotFoundError or ProcessLookupError if it is gone."""
     fd = os.open(f"/proc/{pid}/fdinfo/{number}", os.O_RDONLY | os.O_CLOEXEC)
@@ -63,9 +68,7 @@ def parse(text: str) -> FdInfo:
             fields[key] = value.strip()
     flags = int(fields.pop("flags", "0"), 8)
     pos = int(fields.pop("pos", "0"))
-    return FdInfo(
-        pos, flags & ~_O_CLOEXEC, bool(flags & _O_CLOEXEC), fields, tuple(locks), tuple(targets)
-    )
+    return FdInfo(pos, flags & ~_O_CLOEXEC, bool(flags & _O_CLOEXEC), fields, tuple(locks), tuple(targets))
 
 
 def _target(text: str) -> EpollTarget:

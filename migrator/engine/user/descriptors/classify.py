@@ -1,0 +1,159 @@
+"""What an open descriptor is, and whether it can be carried.
+
+Only what /proc shows is looked at, so the same judgement serves the survey of a running tree and the
+final collection of a stopped one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from migrator.engine.user.descriptors.calls import O_PATH
+from migrator.engine.user.descriptors.fdinfo import FdInfo
+from migrator.image.records_files import FileKind
+
+DELETED = " (deleted)"
+_MEMFD = "/memfd:"
+
+_ANON = {
+    "[eventfd]": FileKind.EVENTFD,
+    "[eventpoll]": FileKind.EPOLL,
+    "[timerfd]": FileKind.TIMERFD,
+    "[signalfd]": FileKind.SIGNALFD,
+    "[pidfd]": FileKind.PIDFD,
+}
+_ANON_REFUSED = {
+    "[io_uring]": "an io_uring instance",
+    "[userfaultfd]": "a userfaultfd",
+    "[perf_event]": "a performance counter (perf_event_open)",
+    "[fanotify]": "a fanotify group",
+    "inotify": "an inotify instance",
+    "bpf-map": "a BPF map",
+    "bpf-prog": "a BPF program",
+    "bpf_link": "a BPF link",
+    "btf": "BPF type information",
+    "[landlock-ruleset]": "a Landlock rule set",
+    "seccomp notify": "a seccomp listener",
+    "[fscontext]": "a mount being set up (fsopen)",
+    "kvm-vm": "a KVM machine",
+    "kvm-vcpu": "a KVM processor",
+}
+# /dev/null, zero, full, random, urandom: nothing is kept in them
+_DEVICES = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)}
+_HUGE = 65536  # st_blksize is the page size on tmpfs, and the huge page's on hugetlbfs
+_TTY_MAJORS = {4, 5, 136, 137, 138, 139, 140, 141, 142, 143, 204}
+
+
+class Obstacle(Exception):
+    """Why a descriptor cannot be carried: "an inotify instance cannot be carried; close it first"."""
+
+
+class Root:
+    """The root directory of a tree, by the root of one of its processes. Close it, or leave the block."""
+
+    def __init__(self, pid: int) -> None:
+        self.fd = os.open(f"/proc/{pid}/root", O_PATH | os.O_CLOEXEC)
+        prefix = os.readlink(f"/proc/{pid}/root")
+        self._prefix = "" if prefix == "/" else prefix
+
+    def inside(self, path: str) -> str | None:
+        """A path as we see it, as the tree sees it; None if it is outside of the tree's root."""
+        if not self._prefix:
+            return path
+        if path == self._prefix:
+            return "/"
+        if path.startswith(self._prefix + "/"):
+            return path[len(self._prefix) :]
+        return None
+
+    def stat(self, path: str) -> os.stat_result | None:
+        """lstat of a path of the tree, None if there is nothing."""
+        try:
+            return os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False)
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(slots=True, frozen=True)
+class Verdict:
+    kind: FileKind
+    path: str = ""  # inside the tree's root
+
+
+def classify(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Verdict:
+    """What a descriptor is. `link` is where /proc/PID/fd/N points. Raises Obstacle."""
+    if link.startswith("anon_inode:"):
+        return _anon(link[len("anon_inode:") :], info)
+    if info.flags & O_PATH:
+        return Verdict(FileKind.PATH, _path(link, status, root))
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFSOCK:
+        return Verdict(FileKind.SOCKET)
+    if kind == stat.S_IFIFO:
+        if link.startswith("pipe:[") or status.st_nlink == 0:
+            return Verdict(FileKind.PIPE)
+        return Verdict(FileKind.FIFO, _path(link, status, root))
+    if kind == stat.S_IFCHR:
+        return _device(link, status, root)
+    if kind == stat.S_IFDIR:
+        return Verdict(FileKind.DIRECTORY, _path(link, status, root))
+    if kind != stat.S_IFREG:
+        raise Obstacle(f"{link} is a block device or unknown, which cannot be carried")
+    return _regular(link, status, info, root)
+
+
+def _anon(name: str, info: FdInfo) -> Verdict:
+    kind = _ANON.get(name)
+    if kind is None:
+        what = _ANON_REFUSED.get(name, f"a kernel object ({name})")
+        raise Obstacle(f"{what} cannot be carried; the program must close it first")
+    if kind == FileKind.PIDFD and int(info.fields.get("Pid", "-1")) <= 0:
+        raise Obstacle("a pidfd of a process that is gone cannot be carried")
+    if kind == FileKind.EVENTFD and "eventfd-semaphore" not in info.fields:
+        raise Obstacle("this kernel does not tell whether an eventfd is a semaphore (Linux 6.5 does)")
+    return Verdict(kind)
+
+
+def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Verdict:
+    if not link.startswith("/"):
+        raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
+    for lock in info.locks:
+        if " FLOCK " not in f" {lock} ":
+            raise Obstacle(f"{link} has a lock that is not carried yet ({' '.join(lock.split()[1:4])})")
+    if status.st_nlink == 0 and link.endswith(DELETED):
+        if link.startswith(_MEMFD):
+            if status.st_blksize > _HUGE:
+                raise Obstacle(f"{link} is memory of huge pages, which cannot be carried")
+            return Verdict(FileKind.MEMFD, link[len(_MEMFD) : -len(DELETED)])
+        if link.startswith(("/secretmem", "/SYSV", "/anon_hugepage")):
+            raise Obstacle(f"{link} is memory that cannot be carried")
+        return Verdict(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
+    return Verdict(FileKind.REGULAR, _path(link, status, root))
+
+
+def _device(link: str, status: os.stat_result, root: Root) -> Verdict:
+    if status.st_rdev in _DEVICES:
+        return Verdict(FileKind.DEVICE, _path(link, status, root))
+    if os.major(status.st_rdev) in _TTY_MAJORS:
+        raise Obstacle(
+            f"{link} is a terminal, which cannot be carried; start it with its input and output redirected"
+        )
+    raise Obstacle(f"{link} is a device with a state of its own, which cannot be carried")
+
+
+def _path(link: str, status: os.stat_result, root: Root) -> str:
+    """The path by which the same file can be opened again."""
+    path = root.inside(link)
+    if not link.startswith("/") or path is None:
+        raise Obstacle(f"{link} lies outside of the root directory of the tree")
+    there = root.stat(path)
+    if there is None or (there.st_ino, there.st_dev) != (status.st_ino, status.st_dev):
+        if link.endswith(DELETED):
+            raise Obstacle(f"{link}: its name was removed, but it has others")
+        raise Obstacle(f"{link} is not what its path leads to: on another mount, or replaced")
+    return path

@@ -1,0 +1,224 @@
+"""The source side: all descriptors of a stopped tree, as records."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from migrator.engine.user.descriptors import anonymous, calls, epolls, files, pipes
+from migrator.engine.user.descriptors.description import Collection, Description, Process
+from migrator.engine.user.descriptors.sockets import SocketDump
+from migrator.errors import CheckpointFailed
+from migrator.image.codec import Record
+from migrator.image.records_files import Descriptor, File, FileKind, FileTable, PidFd
+
+_F_GET_SEALS = 1034
+_OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})
+
+
+class Refs(Protocol):
+    def get(self, key: Hashable) -> tuple[int, bool]: ...
+
+
+class Writer(Protocol):
+    def write(self, rec: Record) -> None: ...
+
+
+class Memfd(NamedTuple):
+    """A memfd that the tree has open; its contents are somebody else's to save, under ("shm", dev, ino)."""
+
+    dev: int
+    ino: int
+    fd: int  # ours, a duplicate of the workload's: it shares the file position
+    size: int
+    seals: int
+    name: str
+
+
+class DescriptorDump:
+    """Saves the descriptors of `processes`, all of them stopped, the network held silent.
+
+        dump.collect()      # fetch everything; `memfds` is known from here on
+        tables = dump.write()
+        dump.undo()         # or dump.release()
+
+    Raises CheckpointFailed, naming pid and descriptor; whatever happens, undo() leaves every file and
+    connection as it was."""
+
+    def __init__(self, processes: Sequence[Process], objhash: Refs, writer: Writer) -> None:
+        self._processes = list(processes)
+        self._objhash = objhash
+        self._writer = writer
+        self._collection: Collection | None = None
+        self._sockets: SocketDump | None = None
+        self.memfds: list[Memfd] = []
+
+    def collect(self) -> None:
+        """Fetch every description, once, and read what is in flight in sockets. Writes nothing.
+
+        TCP connections go into repair mode here: they are silent until undo()."""
+        if not self._processes:
+            return
+        try:
+            collection = self._collection = Collection(self._processes)
+            self._memfds()
+            sockets = [d for d in collection.descriptions if d.kind == FileKind.SOCKET]
+            self._sockets = SocketDump(sockets, self._processes[0].pid)
+            self._sockets.collect()
+        except BaseException as error:
+            self.undo()
+            if isinstance(error, OSError):
+                raise CheckpointFailed(f"descriptors cannot be collected: {error}") from error
+            raise
+
+    def dump(self) -> dict[int, int]:
+        """collect() and write() in one, for who has no shared memory to put between them."""
+        self.collect()
+        return self.write()
+
+    def write(self) -> dict[int, int]:
+        """Write all records; pid -> objref of its FileTable."""
+        if self._collection is None:
+            return {}
+        try:
+            return self._write(self._collection)
+        except OSError as error:
+            raise CheckpointFailed(f"descriptors cannot be saved: {error}") from error
+
+    def undo(self) -> None:
+        """Abort: sockets are as they were, not a byte lost, and nothing of the tree is held any more."""
+        self._end(silent=False)
+
+    def release(self) -> None:
+        """Commit: the copy elsewhere has the connections; here they end without a word when the tasks do."""
+        self._end(silent=True)
+
+    def _end(self, *, silent: bool) -> None:
+        sockets, self._sockets = self._sockets, None
+        if sockets is not None:
+            sockets.close(silent=silent)
+        collection, self._collection = self._collection, None
+        if collection is not None:
+            collection.close()
+        self.memfds.clear()
+
+    # ------------------------------------------------------------------ inside
+
+    def _memfds(self) -> None:
+        assert self._collection is not None
+        met = set()
+        for item in self._collection.descriptions:
+            if item.kind == FileKind.MEMFD and item.inode not in met:
+                met.add(item.inode)
+                seals = fcntl.fcntl(item.fd, _F_GET_SEALS)
+                self.memfds.append(Memfd(*item.inode, item.fd, item.stat.st_size, seals, item.path))
+
+    def _write(self, collection: Collection) -> dict[int, int]:
+        write = self._writer.write
+        self._inodes(collection)
+        assert self._sockets is not None
+        for rec in self._sockets.records(self._objref):
+            write(rec)
+        pids = {process.pid: process.vpid for process in self._processes}
+        for index, item in enumerate(collection.descriptions):
+            item.objref, _ = self._objhash.get(("file", index))
+            write(self._file(item, pids))
+        for item in collection.descriptions:
+            if item.kind == FileKind.EPOLL:
+                items = epolls.save(item, collection.tables, collection.descriptions)
+                if items is not None:
+                    write(items)
+        out = {}
+        for index, table in enumerate(collection.tables):
+            objref, _ = self._objhash.get(("files", index))
+            entries = [Descriptor(s.number, s.description.objref, int(s.cloexec), 0) for s in table.slots]
+            write(FileTable(objref, 0, entries))
+            out.update({process.pid: objref for process in table.processes})
+        return out
+
+    def _objref(self, key: Hashable) -> int:
+        return self._objhash.get(key)[0]
+
+    def _inodes(self, collection: Collection) -> None:
+        """Write the objects that files are opened on, and note their objrefs."""
+        pipe_ends: dict[tuple[int, int], list[Description]] = {}
+        for item in collection.descriptions:
+            if item.kind in (FileKind.PIPE, FileKind.FIFO):
+                pipe_ends.setdefault(item.inode, []).append(item)
+        for key, ends in pipe_ends.items():
+            pipes.check(ends)
+            objref = self._objref(("pipe", *key))
+            for end in ends:
+                end.inode_objref = objref
+            self._write_all(pipes.save(objref, ends))
+        for item in collection.descriptions:
+            self._inode(item)
+
+    def _inode(self, item: Description) -> None:
+        match item.kind:
+            case FileKind.EVENTFD | FileKind.TIMERFD | FileKind.SIGNALFD:
+                item.inode_objref = self._objref((item.kind.name, item.fd))
+                self._writer.write(_ANONYMOUS[item.kind](item.inode_objref, item))
+            case FileKind.DELETED:
+                item.inode_objref, first = self._objhash.get(("inode", *item.inode))
+                if first:
+                    self._write_all(files.save_deleted(item.inode_objref, item))
+            case FileKind.MEMFD:
+                item.inode_objref = self._objref(("shm", *item.inode))
+            case FileKind.SOCKET:
+                item.inode_objref = self._objref(("socket", item.stat.st_ino))
+            case FileKind.PIDFD:
+                item.inode_objref = self._objref(("pidfd", item.fd))
+                self._writer.write(PidFd(item.inode_objref, self._target_of_pidfd(item)))
+
+    def _target_of_pidfd(self, item: Description) -> int:
+        pid = int(item.info.fields["Pid"])
+        for process in self._processes:
+            if process.pid == pid:
+                return process.vpid
+        raise CheckpointFailed(f"{item}: a pidfd of pid {pid}, which is not in the tree")
+
+    def _file(self, item: Description, pids: dict[int, int]) -> File:
+        status = item.stat
+        owner = self._owner(item, pids) if item.kind in _OWNED else (0, 0, 0)
+        path = "" if item.kind == FileKind.MEMFD else item.path
+        return File(
+            objref=item.objref,
+            kind=item.kind,
+            flags=item.flags,
+            mode=status.st_mode,
+            pos=item.info.pos,
+            size=status.st_size,
+            mtime=max(0, status.st_mtime_ns),
+            dev=status.st_dev,
+            ino=status.st_ino,
+            rdev=status.st_rdev,
+            inode_objref=item.inode_objref,
+            owner_type=owner[0],
+            owner_pid=owner[1],
+            owner_signal=owner[2],
+            lock=files.flock_of(item) if item.info.locks else 0,
+            reserved=0,
+            path=path,
+        )
+
+    @staticmethod
+    def _owner(item: Description, pids: dict[int, int]) -> tuple[int, int, int]:
+        kind, pid, signal = calls.owner(item.fd)
+        if kind and pid not in pids:
+            raise CheckpointFailed(
+                f"{item}: its owner for signals (F_SETOWN) is pid {pid}, which is not in the tree"
+            )
+        return kind, pids.get(pid, 0), signal
+
+    def _write_all(self, records: Iterator[Record]) -> None:
+        for rec in records:
+            self._writer.write(rec)
+
+
+_ANONYMOUS: dict[FileKind, Callable[[int, Description], Record]] = {
+    FileKind.EVENTFD: anonymous.save_eventfd,
+    FileKind.TIMERFD: anonymous.save_timerfd,
+    FileKind.SIGNALFD: anonymous.save_signalfd,
+}

@@ -1,0 +1,178 @@
+"""Regular files, directories, devices and files without a name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+
+from migrator.engine.user.descriptors import calls
+from migrator.engine.user.descriptors.description import Description
+from migrator.errors import ImageError, RestartFailed
+from migrator.image.records_files import MAX_CHUNK, DeletedFile, File, FileData, FileKind
+
+# flags that act once, when a file is opened
+_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | calls.O_TMPFILE_BIT
+_KNOWN = 0o37777777  # all flags up to O_TMPFILE's
+_FORMATS = {
+    FileKind.REGULAR: (stat.S_IFREG,),
+    FileKind.DIRECTORY: (stat.S_IFDIR,),
+    FileKind.DEVICE: (stat.S_IFCHR,),
+}
+_LOCKS = {1: fcntl.LOCK_SH, 2: fcntl.LOCK_EX}
+_FALLBACKS = ("tmp", "dev/shm", "")
+
+
+def flock_of(description: Description) -> int:
+    """0 none, 1 shared, 2 exclusive: the flock(2) of a description, as fdinfo shows it."""
+    for lock in description.info.locks:
+        words = lock.split()
+        if words[1] == "FLOCK":
+            return 2 if words[3] == "WRITE" else 1
+    return 0
+
+
+def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile | FileData]:
+    """The records of a file without a name: holes are left out. Nothing of the description moves."""
+    status = os.fstat(description.fd)
+    mode = stat.S_IMODE(status.st_mode)
+    yield DeletedFile(objref, mode, status.st_size, status.st_uid, status.st_gid, description.path)
+    fd = calls.reopen(description.fd, os.O_RDONLY)
+    try:
+        end = 0
+        while end < status.st_size:
+            try:
+                start = os.lseek(fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            for offset in range(start, end, MAX_CHUNK):
+                data = os.pread(fd, min(MAX_CHUNK, end - offset), offset)
+                if data:
+                    yield FileData(objref, 0, offset, data)
+    finally:
+        os.close(fd)
+
+
+def open_path(rec: File, root_fd: int) -> int:
+    """Open the file that `rec` is about by its path, at its offset, having checked that it is of its kind."""
+    where = f"{rec.path} (file {rec.objref})"
+    if not rec.path.startswith("/") or rec.flags & ~_KNOWN:
+        raise ImageError(f"{where}: no absolute path, or unknown flags {rec.flags:#o}")
+    path = rec.path.lstrip("/") or "."
+    flags = rec.flags & ~_ONCE
+    try:
+        if rec.kind == FileKind.PATH:
+            fd = calls.openat2(root_fd, path, flags | calls.O_PATH, calls.RESOLVE_IN_ROOT)
+        else:
+            # O_NONBLOCK: whatever stands there instead of the file must not make us wait
+            flags |= os.O_NONBLOCK | os.O_NOCTTY
+            fd = calls.openat2(root_fd, path, flags, calls.RESOLVE_IN_ROOT)
+    except OSError as error:
+        raise RestartFailed(
+            f"{where} cannot be opened: {os.strerror(error.errno or 0)}",
+            hint="the file must be at the same path on this host: see --copy-files",
+        ) from error
+    try:
+        _verify(fd, rec, where)
+        if rec.kind == FileKind.PATH:
+            return fd
+        if not rec.flags & os.O_NONBLOCK:
+            fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & ~os.O_NONBLOCK)
+        if rec.pos:
+            os.lseek(fd, rec.pos, os.SEEK_SET)
+        take_lock(fd, rec.lock, where)
+    except OSError as error:
+        os.close(fd)
+        raise RestartFailed(f"{where}: {error}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _verify(fd: int, rec: File, where: str) -> None:
+    status = os.fstat(fd)
+    if stat.S_IFMT(status.st_mode) != stat.S_IFMT(rec.mode) or (
+        rec.kind in _FORMATS and stat.S_IFMT(status.st_mode) not in _FORMATS[FileKind(rec.kind)]
+    ):
+        raise RestartFailed(f"{where} is something else here (mode {status.st_mode:o}, was {rec.mode:o})")
+    if rec.kind == FileKind.REGULAR and status.st_size < rec.pos <= rec.size:
+        raise RestartFailed(
+            f"{where} has {status.st_size} bytes here, the program is at offset {rec.pos}",
+            hint="the file must be the same on both hosts: see --copy-files",
+        )
+    if rec.kind == FileKind.DEVICE and status.st_rdev != rec.rdev:
+        raise RestartFailed(f"{where} is another device here")
+
+
+def take_lock(fd: int, lock: int, where: str) -> None:
+    """Lock a description as it was (flock(2))."""
+    if not lock:
+        return
+    if lock not in _LOCKS:
+        raise ImageError(f"{where}: unknown lock {lock}")
+    try:
+        fcntl.flock(fd, _LOCKS[lock] | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RestartFailed(
+            f"{where} is locked by somebody else here",
+            hint="a file shared by both hosts stays locked by the saved program until that is gone",
+        ) from None
+
+
+class DeletedRestore:
+    """A file without a name: made again without one, where it was if that directory is there."""
+
+    def __init__(self, rec: DeletedFile, root_fd: int) -> None:
+        self.size = rec.size
+        self._fd = self._make(rec, root_fd)
+        try:
+            os.fchown(self._fd, rec.uid, rec.gid)
+            os.fchmod(self._fd, stat.S_IMODE(rec.mode))
+            os.ftruncate(self._fd, rec.size)
+        except (OSError, OverflowError) as error:
+            raise RestartFailed(f"a deleted file of {rec.size} bytes, once {rec.path}: {error}") from error
+
+    @staticmethod
+    def _make(rec: DeletedFile, root_fd: int) -> int:
+        failure: OSError | None = None
+        for directory in (os.path.dirname(rec.path).lstrip("/"), *_FALLBACKS):
+            try:
+                flags = os.O_TMPFILE | os.O_RDWR
+                return _open_tmpfile(root_fd, directory or ".", flags)
+            except OSError as error:
+                failure = failure or error
+        raise RestartFailed(f"a deleted file, once {rec.path}, cannot be made again: {failure}")
+
+    def add(self, rec: FileData) -> None:
+        if rec.offset + len(rec.data) > self.size:
+            raise ImageError(f"data at {rec.offset} of a deleted file of {self.size} bytes")
+        view = memoryview(rec.data)
+        offset = rec.offset
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
+
+    def open(self, rec: File) -> int:
+        fd = calls.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
+        os.lseek(fd, rec.pos, os.SEEK_SET)
+        take_lock(fd, rec.lock, f"a deleted file, once {rec.path}")
+        return fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_tmpfile(root_fd: int, directory: str, flags: int) -> int:
+    place = calls.openat2(root_fd, directory, os.O_RDONLY | os.O_DIRECTORY, calls.RESOLVE_IN_ROOT)
+    try:
+        return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC, 0o600)
+    finally:
+        os.close(place)

@@ -1,0 +1,236 @@
+"""The destination side: descriptors made again in the agent, and given to the shells of their owners."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+from migrator.engine.user.descriptors import anonymous, calls, epolls, files
+from migrator.engine.user.descriptors.epolls import Shell
+from migrator.engine.user.descriptors.pipes import PipeRestore
+from migrator.engine.user.descriptors.socket_restore import SocketRestore
+from migrator.errors import ImageError, RestartFailed
+from migrator.image import records_files as r
+from migrator.image.codec import Record
+from migrator.linux.x86_64 import NR
+
+_SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
+_MAX_NUMBER = 1 << 30
+T = TypeVar("T")
+_STREAMED = frozenset({r.FileKind.REGULAR, r.FileKind.DIRECTORY, r.FileKind.PATH, r.FileKind.DEVICE})
+
+
+class Context(Protocol):
+    """What restoring descriptors needs of the engine around it."""
+
+    @property
+    def root_fd(self) -> int: ...  # the root directory of the tree, O_PATH
+    @property
+    def netns(self) -> str | None: ...  # file of the network namespace, None: ours
+    def pid_of(self, vpid: int) -> int: ...  # as we see it; 0 if there is none
+    def shm_fd(self, objref: int) -> int: ...  # ours, of a memfd made from a Shm
+
+
+class DescriptorRestore:
+    """Builds descriptors as their records come; nothing runs and nothing is sent before activate().
+
+    The stream is hostile: ImageError for what no source writes, RestartFailed for what this host cannot
+    do. After either, close() leaves nothing behind."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.tables: dict[int, r.FileTable] = {}
+        self._files: dict[int, int] = {}  # objref of a File -> our descriptor
+        self._records: dict[int, r.File] = {}
+        self._pipes: dict[int, PipeRestore] = {}
+        self._deleted: dict[int, files.DeletedRestore] = {}
+        self._ready: dict[int, int] = {}  # objref of an anonymous object -> our descriptor, to be taken once
+        self._timers: dict[int, r.TimerFd] = {}
+        self._started: list[tuple[int, r.TimerFd]] = []
+        self._epolls: list[r.EpollItems] = []
+        self._installed: dict[int, tuple[Shell, int]] = {}  # vpid -> (shell, objref of its table)
+        self._sockets = SocketRestore(context)
+        calls.allow_many_files()
+        self._takers: dict[type[Record], Callable[[Any], None]] = {
+            r.File: self._file,
+            r.FileTable: self._table,
+            r.Pipe: self._pipe,
+            r.PipeBuffer: lambda rec: self._known(self._pipes, rec.pipe_objref, "pipe").add(rec),
+            r.EventFd: lambda rec: self._object(rec.objref, anonymous.make_eventfd(rec)),
+            r.TimerFd: self._timerfd,
+            r.SignalFd: lambda rec: self._object(rec.objref, anonymous.make_signalfd(rec)),
+            r.PidFd: self._pidfd,
+            r.DeletedFile: self._deleted_file,
+            r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
+            r.EpollItems: self._epoll_items,
+            r.Socket: self._sockets.socket,
+            r.SocketBuffer: self._sockets.buffer,
+            r.SocketTcp: self._sockets.tcp,
+        }
+
+    def record(self, rec: Record) -> None:
+        """Take the next record. Raises ImageError or RestartFailed naming what it is about."""
+        taker = self._takers.get(type(rec))
+        if taker is None:
+            raise ImageError(f"{type(rec).__name__} is no record of descriptors")
+        try:
+            taker(rec)
+        except (OSError, OverflowError, ValueError) as error:
+            raise RestartFailed(f"{_about(rec)}: {error}") from error
+
+    def install(self, shell: Shell, files_objref: int) -> None:
+        """Give a stopped shell the descriptors of a table, and no others."""
+        table = self._known(self.tables, files_objref, "table of descriptors")
+        shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+        self._installed[shell.vpid] = shell, files_objref
+
+    def finish(self, shells: Iterable[Shell]) -> None:
+        """Once every shell has its descriptors: what epoll waits for, and who is told by signals."""
+        for shell in shells:
+            if shell.vpid not in self._installed:
+                raise ImageError(f"pid {shell.vpid} has no table of descriptors")
+        for pipe in self._pipes.values():
+            pipe.close()
+        for rec in self._epolls:
+            self._epoll(rec)
+        self._owners()
+
+    def activate(self) -> None:
+        """The last thing before the tasks run: connections speak again, timers run."""
+        for fd, rec in self._started:
+            anonymous.start_timerfd(fd, rec)
+        self._sockets.activate()
+
+    def close(self) -> None:
+        """Close everything that the agent holds. The shells keep what they were given."""
+        self._sockets.close()
+        for pipe in self._pipes.values():
+            pipe.close()
+        for deleted in self._deleted.values():
+            deleted.close()
+        for fd in {*self._files.values(), *self._ready.values()}:
+            os.close(fd)
+        self._files.clear()
+        self._ready.clear()
+        self._started.clear()
+
+    # ------------------------------------------------------------------ records
+
+    def _pipe(self, rec: r.Pipe) -> None:
+        self._pipes[rec.objref] = PipeRestore(rec)
+
+    def _deleted_file(self, rec: r.DeletedFile) -> None:
+        self._deleted[rec.objref] = files.DeletedRestore(rec, self._context.root_fd)
+
+    def _timerfd(self, rec: r.TimerFd) -> None:
+        self._object(rec.objref, anonymous.make_timerfd(rec))
+        self._timers[rec.objref] = rec
+
+    def _pidfd(self, rec: r.PidFd) -> None:
+        pid = self._context.pid_of(rec.pid) if rec.pid > 0 else 0
+        if not pid:
+            raise ImageError(f"a pidfd of pid {rec.pid}, which is not in the tree")
+        self._object(rec.objref, calls.pidfd_open(pid))
+
+    def _object(self, objref: int, fd: int) -> None:
+        if objref in self._ready:
+            os.close(fd)
+            raise ImageError(f"object {objref} comes twice")
+        self._ready[objref] = fd
+
+    def _file(self, rec: r.File) -> None:
+        if rec.objref in self._files:
+            raise ImageError(f"file {rec.objref} comes twice")
+        if rec.pos < 0:
+            raise ImageError(f"file {rec.objref}: offset {rec.pos}")
+        self._files[rec.objref] = self._open(rec)
+        self._records[rec.objref] = rec
+
+    def _open(self, rec: r.File) -> int:
+        kind, inode = rec.kind, rec.inode_objref
+        if kind in _STREAMED:
+            return files.open_path(rec, self._context.root_fd)
+        if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
+            return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
+        if kind == r.FileKind.DELETED:
+            return self._known(self._deleted, inode, "deleted file").open(rec)
+        if kind == r.FileKind.MEMFD:
+            fd = calls.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
+            os.lseek(fd, rec.pos, os.SEEK_SET)
+            return fd
+        if kind == r.FileKind.SOCKET:
+            fd = self._sockets.take(inode)
+        elif kind == r.FileKind.EPOLL:
+            fd = calls.epoll_create()
+        elif kind in (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD):
+            fd = self._ready.pop(inode, -1)
+            if fd < 0:
+                raise ImageError(f"file {rec.objref}: object {inode} is not there, or taken")
+            if kind == r.FileKind.TIMERFD:
+                self._started.append((fd, self._known(self._timers, inode, "timer")))
+        else:
+            raise ImageError(f"file {rec.objref}: unknown kind {kind}")
+        if rec.flags & _SETTABLE:
+            fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & _SETTABLE)
+        return fd
+
+    def _table(self, rec: r.FileTable) -> None:
+        last = -1
+        for item in rec.descriptors:
+            if not last < item.fd < _MAX_NUMBER or item.cloexec > 1 or item.file_objref not in self._files:
+                raise ImageError(f"table {rec.objref}: fd {item.fd} is out of order or refers to no file")
+            last = item.fd
+        self.tables[rec.objref] = rec
+
+    def _epoll_items(self, rec: r.EpollItems) -> None:
+        epoll = self._records.get(rec.epoll_objref)
+        if epoll is None or epoll.kind != r.FileKind.EPOLL:
+            raise ImageError(f"file {rec.epoll_objref} is no epoll instance")
+        self._epolls.append(rec)
+
+    @staticmethod
+    def _known(table: dict[int, T], objref: int, what: str) -> T:
+        try:
+            return table[objref]
+        except KeyError:
+            raise ImageError(f"there is no {what} {objref}") from None
+
+    # ------------------------------------------------------------------ inside the shells
+
+    def _epoll(self, rec: r.EpollItems) -> None:
+        entry = self._installed.get(rec.pid)
+        if entry is None:
+            raise ImageError(f"epoll instance {rec.epoll_objref}: there is no pid {rec.pid}")
+        shell, table = entry
+        installed = {d.fd: d for d in self.tables[table].descriptors}
+        number = next((n for n, d in installed.items() if d.file_objref == rec.epoll_objref), -1)
+        if number < 0:
+            raise ImageError(f"pid {rec.pid} does not have epoll instance {rec.epoll_objref}")
+        epolls.restore(shell, number, rec, installed)
+
+    def _owners(self) -> None:
+        wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}
+        for shell, table in self._installed.values():
+            for item in self.tables[table].descriptors:
+                rec = wanted.pop(item.file_objref, None)
+                if rec is not None:
+                    _set_owner(shell, item.fd, rec)
+
+
+def _set_owner(shell: Shell, number: int, rec: r.File) -> None:
+    """From inside: the owner's pid is the tree's own, and the rights to signal it are the setter's."""
+    address = shell.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
+    batch: list[tuple[int, ...]] = [(NR["fcntl"], number, calls.F_SETOWN_EX, address)]
+    if rec.owner_signal:
+        batch.append((NR["fcntl"], number, calls.F_SETSIG, rec.owner_signal))
+    if min(shell.call_batch(batch)) < 0:
+        raise RestartFailed(f"pid {shell.vpid} fd {number}: pid {rec.owner_pid} cannot be made its owner")
+
+
+def _about(rec: Record) -> str:
+    path = getattr(rec, "path", "")
+    objref = getattr(rec, "objref", 0)
+    return f"{type(rec).__name__} {objref or ''}{f' ({path})' if path else ''}"

@@ -1,0 +1,112 @@
+"""What of a running tree's descriptors cannot be carried."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from migrator.engine.user.descriptors import fdinfo
+from migrator.engine.user.descriptors.classify import Obstacle, Root, Verdict, classify
+from migrator.engine.user.descriptors.description import Process
+from migrator.image.records_files import FileKind
+
+_GONE = (FileNotFoundError, ProcessLookupError)
+
+
+class Found:
+    """One descriptor of a running process, by what /proc shows."""
+
+    __slots__ = ("info", "link", "name", "number", "process", "verdict")
+
+    def __init__(
+        self, process: Process, name: str, number: int, link: str, info: fdinfo.FdInfo, verdict: Verdict
+    ) -> None:
+        self.process, self.name, self.number = process, name, number
+        self.link, self.info, self.verdict = link, info, verdict
+
+    def __str__(self) -> str:
+        return f"pid {self.process.pid} ({self.name}) fd {self.number}"
+
+
+def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
+    """One sentence per obstacle, each naming pid, descriptor and reason; the tasks run on all the while.
+
+    own_netns: the tree has a network namespace of its own, so that its addresses move with it. Descriptors
+    and processes that vanish meanwhile are no obstacles: the freeze looks again."""
+    reasons: list[str] = []
+    found: list[Found] = []
+    if not processes:
+        return reasons
+    try:
+        root = Root(processes[0].pid)
+    except OSError:
+        return reasons  # it ended
+    try:
+        for process in processes:
+            found += _look(process, root, reasons)
+    finally:
+        root.close()
+    reasons += _outside(found, processes)
+    reasons += _pidfds(found, processes)
+    return reasons
+
+
+def _look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
+    pid = process.pid
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            name = file.read().strip()
+        numbers = fdinfo.numbers(pid)
+    except _GONE:
+        return
+    for number in numbers:
+        try:
+            link = os.readlink(f"/proc/{pid}/fd/{number}")
+            status = os.stat(f"/proc/{pid}/fd/{number}")
+            info = fdinfo.read(pid, number)
+            yield Found(process, name, number, link, info, classify(link, status, info, root))
+        except Obstacle as obstacle:
+            reasons.append(f"pid {pid} ({name}) fd {number}: {obstacle}")
+        except OSError:
+            continue  # it was closed meanwhile
+
+
+def _outside(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
+    """Pipes that processes outside of the tree have open too."""
+    links: dict[str, Found] = {}
+    for item in found:
+        if item.verdict.kind in (FileKind.PIPE, FileKind.FIFO):
+            links.setdefault(item.link, item)
+    if not links:
+        return
+    inside = {process.pid for process in processes}
+    for pid, link in _others(inside):
+        if link in links:
+            item = links.pop(link)
+            yield (
+                f"{item}: {link} is shared with pid {pid}, outside of the tree; start it with its input and"
+                " output in files"
+            )
+        if not links:
+            return
+
+
+def _others(inside: set[int]) -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in inside:
+            continue
+        try:
+            for number in os.listdir(f"/proc/{name}/fd"):
+                try:
+                    yield int(name), os.readlink(f"/proc/{name}/fd/{number}")
+                except OSError:
+                    continue
+        except OSError:
+            continue
+
+
+def _pidfds(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
+    inside = {process.pid for process in processes}
+    for item in found:
+        if item.verdict.kind == FileKind.PIDFD and (pid := int(item.info.fields["Pid"])) not in inside:
+            yield f"{item}: a pidfd of pid {pid}, which is not in the tree"

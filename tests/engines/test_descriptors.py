@@ -1,0 +1,450 @@
+"""Descriptors saved from one process and made again in another, kind by kind."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from fakeshell import Child, hide_control
+from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, survey
+from migrator.errors import CheckpointFailed, ImageError, RestartFailed
+from migrator.image.codec import REGISTRY, Record
+from migrator.image.objhash import ObjHash
+from migrator.image.records_files import Descriptor, File, FileKind, FileTable, Pipe
+
+T = TypeVar("T", bound=Record)
+
+pytestmark = pytest.mark.root
+
+
+class Bytes:
+    """Where records go, and come from: each is encoded and decoded again."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, rec: Record) -> None:
+        raw = rec.encode()
+        self.records.append(REGISTRY[rec.TYPE].decode(raw[8:]))
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [rec for rec in self.records if isinstance(rec, kind)]
+
+
+class Surroundings:
+    """The context of a restore on this host, with memfds made by hand."""
+
+    netns: str | None = None
+
+    def __init__(self) -> None:
+        self.root_fd = os.open("/", os.O_PATH)
+        self.pids: dict[int, int] = {}
+        self.shm: dict[int, int] = {}
+
+    def pid_of(self, vpid: int) -> int:
+        return self.pids.get(vpid, 0)
+
+    def shm_fd(self, objref: int) -> int:
+        return self.shm[objref]
+
+
+class Moved:
+    """Children saved, and what was made of them."""
+
+    def __init__(self, *children: Child, context: Surroundings | None = None) -> None:
+        self.context = context or Surroundings()
+        self.stack = ExitStack()
+        self.saved = Bytes()
+        for child in children:
+            child.stop()
+        self.dump = DescriptorDump([c.process for c in children], ObjHash(), self.saved)
+        self.dump.collect()
+        self.tables = self.dump.write()
+        self.copies: list[Child] = []
+
+    def restore(self, children: list[Child]) -> list[Child]:
+        self.copies = [self.stack.enter_context(Child(c.vpid)) for c in children]
+        restore = DescriptorRestore(self.context)
+        self.stack.callback(restore.close)
+        self.context.pids.update({c.vpid: c.pid for c in self.copies})
+        for rec in self.saved.records:
+            restore.record(rec)
+        for child, copy in zip(children, self.copies, strict=True):
+            restore.install(copy, self.tables[child.pid])
+        restore.finish(self.copies)
+        restore.activate()
+        restore.close()
+        return self.copies
+
+    def __enter__(self) -> Moved:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self.dump.undo()
+        self.stack.close()
+        os.close(self.context.root_fd)
+
+
+OPEN = """
+def _flags():
+    out = []
+    for n in range(900):
+        try:
+            out.append((n, fcntl.fcntl(n, fcntl.F_GETFL), fcntl.fcntl(n, fcntl.F_GETFD)))
+        except OSError:
+            pass
+    return out
+"""
+
+
+@pytest.fixture(autouse=True)
+def _hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_control(monkeypatch)
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    with Child() as made:
+        made.run(OPEN)
+        yield made
+
+
+@pytest.fixture
+def move() -> Iterator[Callable[..., Child]]:
+    """Save a child and make a copy of it; numbers and flags are compared on the way."""
+    with ExitStack() as stack:
+
+        def moving(*children: Child, context: Surroundings | None = None) -> Child:
+            before = children[0].ask("_flags()")
+            moved = stack.enter_context(Moved(*children, context=context))
+            copies = moved.restore(list(children))
+            copies[0].run(OPEN)
+            assert copies[0].ask("_flags()") == before
+            return copies[0]
+
+        yield moving
+
+
+def test_a_file_is_open_at_the_same_offset_with_the_same_flags(
+    child: Child, move: Callable[..., Child], tmp_path: Path
+) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+    child.run(
+        f"a = os.open({str(tmp_path / 'f')!r}, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC); os.lseek(a, 4, 0)"
+    )
+    child.run(f"b = os.open({str(tmp_path / 'f')!r}, os.O_RDONLY | os.O_NONBLOCK); os.dup2(b, 77)")
+    copy = move(child)
+    assert copy.ask("os.read(0, 3), os.read(1, 2), os.read(77, 2)") == (b"456", b"01", b"23")
+
+
+def test_two_processes_that_share_a_description_share_its_offset(child: Child, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+    child.run(f"os.open({str(tmp_path / 'f')!r}, os.O_RDONLY)")
+    with Child() as other:
+        fd = _fetch(child, 0)
+        other.install_fds([(fd, 5, False)])
+        os.close(fd)
+        with Moved(child, other) as moved:
+            assert len(moved.saved.of(File)) == 1
+            one, two = moved.restore([child, other])
+            assert (one.ask("os.read(0, 4)"), two.ask("os.read(5, 4)")) == (b"0123", b"4567")
+
+
+def test_a_pipe_keeps_its_bytes_its_size_and_its_end(child: Child, move: Callable[..., Child]) -> None:
+    child.run("r, w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC); fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 1 << 18)")
+    child.run("sent = os.urandom(200000); os.write(w, sent)")
+    sent = child.ask("sent")
+    copy = move(child)
+    assert copy.ask("fcntl.fcntl(0, fcntl.F_GETPIPE_SZ)") == 1 << 18
+    assert copy.ask("os.read(0, 300000)") == sent
+    copy.run("os.close(1)")
+    assert copy.ask("os.read(0, 1)") == b""
+
+
+def test_packets_of_a_pipe_stay_packets(child: Child, move: Callable[..., Child]) -> None:
+    child.run("r, w = os.pipe2(os.O_DIRECT); [os.write(w, b'x' * n) for n in (10, 1, 300)]")
+    copy = move(child)
+    assert copy.ask("[len(os.read(0, 4096)) for _ in range(3)]") == [10, 1, 300]
+
+
+def test_a_pipe_whose_writer_is_gone_is_at_its_end_after_its_last_bytes(
+    child: Child, move: Callable[..., Child]
+) -> None:
+    child.run("r, w = os.pipe(); os.write(w, b'last'); os.close(w)")
+    copy = move(child)
+    assert copy.ask("os.read(0, 10), os.read(0, 10)") == (b"last", b"")
+
+
+def test_reading_what_is_in_a_pipe_leaves_it_there(child: Child) -> None:
+    child.run("r, w = os.pipe(); os.write(w, b'still here')")
+    with Moved(child):
+        pass
+    child.go_on()
+    assert child.ask("os.read(0, 100)") == b"still here"
+
+
+def test_a_fifo_is_found_by_its_name_with_what_is_in_it(
+    child: Child, move: Callable[..., Child], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    path = str(tmp_path / "fifo")
+    child.run(f"r = os.open({path!r}, os.O_RDONLY | os.O_NONBLOCK); w = os.open({path!r}, os.O_WRONLY)")
+    child.run("fcntl.fcntl(r, fcntl.F_SETFL, 0); os.write(w, b'through')")
+    copy = move(child)
+    assert copy.ask("os.read(0, 100)") == b"through"
+    assert copy.ask("os.readlink('/proc/self/fd/0')") == path
+
+
+def test_a_deleted_file_comes_along_with_its_holes(
+    child: Child, move: Callable[..., Child], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "gone")
+    child.run(f"a = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o640); b = os.open({path!r}, os.O_RDONLY)")
+    child.run(f"os.unlink({path!r}); os.ftruncate(a, 50 << 20); os.pwrite(a, b'data', 20 << 20)")
+    child.run("os.lseek(b, 20 << 20, 0)")
+    copy = move(child)
+    assert copy.ask("os.read(1, 4), os.fstat(0).st_size, os.fstat(0).st_nlink") == (b"data", 50 << 20, 0)
+    assert copy.ask("os.fstat(0).st_ino == os.fstat(1).st_ino and os.fstat(0).st_blocks < 1000")
+    assert copy.ask("oct(os.fstat(0).st_mode)") == "0o100640"
+    assert os.listdir(tmp_path) == []
+
+
+def test_directories_and_devices_are_opened_by_their_path(
+    child: Child, move: Callable[..., Child], tmp_path: Path
+) -> None:
+    child.run(f"os.open({str(tmp_path)!r}, os.O_RDONLY | os.O_DIRECTORY); os.open('/dev/null', os.O_RDWR)")
+    child.run(
+        f"os.open('/dev/zero', 0); os.open('/dev/urandom', os.O_CLOEXEC); os.open({str(tmp_path)!r}, os.O_PATH)"
+    )
+    copy = move(child)
+    assert copy.ask("os.read(2, 3), os.read(1, 3), len(os.read(3, 3))") == (b"\0\0\0", b"", 3)
+    assert copy.ask("os.readlink('/proc/self/fd/0')") == str(tmp_path)
+
+
+def test_counters_and_kinds_of_eventfds_are_kept(child: Child, move: Callable[..., Child]) -> None:
+    child.run("os.eventfd(7, os.EFD_NONBLOCK); os.eventfd(2, os.EFD_SEMAPHORE); os.eventfd(0)")
+    child.run("os.eventfd_write(2, 1 << 40)")
+    copy = move(child)
+    assert copy.ask("[os.eventfd_read(n) for n in (0, 1, 1, 2)]") == [7, 1, 1, 1 << 40]
+
+
+def test_a_timerfd_runs_on_for_what_remained(child: Child, move: Callable[..., Child]) -> None:
+    child.run(TIMERS)
+    child.run(
+        "make(1, 0, 3600_000_000_000, 0); make(0, 0, 1000, 50_000_000); make(1, 0, 1000, 0); make(7, 0, 0, 0)"
+    )
+    time.sleep(0.12)
+    copy = move(child)
+    copy.run(TIMERS)
+    left, interval = copy.ask("left(0)")
+    assert 3590 < left / 1e9 < 3600 and interval == 0
+    ticks = copy.ask("struct.unpack('Q', os.read(1, 8))[0]")
+    assert 2 <= ticks < 10, ticks
+    assert copy.ask("left(1)")[1] == 50_000_000
+    assert copy.ask("os.read(2, 8)") == struct.pack("Q", 1)
+    assert copy.ask("left(3)") == (0, 0)
+
+
+def test_a_signalfd_has_its_mask(child: Child, move: Callable[..., Child]) -> None:
+    child.run("signal.pthread_sigmask(signal.SIG_BLOCK, [40])")
+    child.run("ctypes.CDLL(None).syscall(289, -1, ctypes.c_char_p(struct.pack('Q', 1 << 39)), 8, 0o4000)")
+    copy = move(child)
+    copy.run("signal.pthread_sigmask(signal.SIG_BLOCK, [40]); os.kill(os.getpid(), 40)")
+    assert copy.ask("struct.unpack('I', os.read(0, 128)[:4])") == (40,)
+
+
+def test_an_epoll_instance_waits_for_the_same_files(child: Child, move: Callable[..., Child]) -> None:
+    child.run(
+        "ep = select.epoll(); r, w = os.pipe(); e = os.eventfd(0); f = os.eventfd(1); g = os.eventfd(1)"
+    )
+    child.run(
+        "ep.register(r, 1); ep.register(e, 1 | 1 << 31); ep.register(f, 1 | 1 << 30); ep.register(g, 4 | 1 << 30)"
+    )
+    child.run("assert sorted(ep.poll(0)) == [(f, 1), (g, 4)]; ep.modify(g, 4 | 1 << 30)")
+    copy = move(child)
+    copy.run("ep = select.epoll.fromfd(0)")
+    assert copy.ask("ep.poll(0)") == [(5, 4)], "the first one-shot was spent, the second was renewed"
+    copy.run("os.write(2, b'x'); os.eventfd_write(3, 1)")
+    assert copy.ask("sorted(ep.poll(0))") == [(1, 1), (3, 1)]
+
+
+def test_epoll_knows_a_file_whose_number_was_closed_or_taken_by_another(
+    child: Child, move: Callable[..., Child]
+) -> None:
+    child.run(
+        "ep = select.epoll(); e = os.eventfd(0); f = os.eventfd(0); ep.register(e, 1); ep.register(f, 1)"
+    )
+    child.run("os.dup2(e, 50); os.dup2(f, 51); os.close(e); os.dup2(os.open('/dev/null', 0), f)")
+    copy = move(child)
+    copy.run("ep = select.epoll.fromfd(0); os.eventfd_write(50, 1); os.eventfd_write(51, 1)")
+    assert sorted(copy.ask("ep.poll(0)")) == [(1, 1), (2, 1)]
+
+
+def test_the_owner_of_a_pipe_is_told(child: Child, move: Callable[..., Child]) -> None:
+    child.run("r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, os.getpid()); fcntl.fcntl(r, 10, 35)")
+    copy = move(child)
+    assert copy.ask("fcntl.fcntl(0, fcntl.F_GETOWN), fcntl.fcntl(0, 11)") == (child.vpid, 35)
+
+
+def test_a_memfd_refers_to_its_shared_memory(child: Child) -> None:
+    child.run(
+        "m = os.memfd_create('thing', os.MFD_ALLOW_SEALING); os.write(m, b'contents'); fcntl.fcntl(m, 1033, 2)"
+    )
+    child.run("os.open('/proc/self/fd/0', os.O_RDONLY)")
+    with Moved(child) as moved:
+        (memfd,) = moved.dump.memfds
+        assert (memfd.size, memfd.seals, memfd.name) == (8, 2, "thing")
+        (objref,) = {rec.inode_objref for rec in moved.saved.of(File)}
+        moved.context.shm[objref] = os.memfd_create("thing")
+        os.write(moved.context.shm[objref], b"contents")
+        (copy,) = moved.restore([child])
+        assert copy.ask("os.read(0, 10), os.read(1, 3), os.lseek(0, 0, 1)") == (b"", b"con", 8)
+
+
+def test_a_pidfd_is_of_the_same_process(child: Child) -> None:
+    with Child() as other:
+        child.run(f"os.pidfd_open({other.pid})")
+        with Moved(child, other) as moved:
+            one, two = moved.restore([child, other])
+            assert f"Pid:\t{two.pid}\n" in one.ask("open('/proc/self/fdinfo/0').read()")
+
+
+def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) -> None:
+    path = tmp_path / "locked"
+    path.write_bytes(b"")
+    child.run(f"fcntl.flock(os.open({str(path)!r}, os.O_RDWR), fcntl.LOCK_EX)")
+    with Moved(child) as moved:
+        with pytest.raises(RestartFailed, match="locked by somebody else"):
+            moved.restore([child])
+        moved.dump.undo()
+        child.end()
+        (copy,) = moved.restore([child])
+        assert "FLOCK  ADVISORY  WRITE" in copy.ask("open('/proc/self/fdinfo/0').read()")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("ctypes.CDLL(None).inotify_init()", "an inotify instance"),
+        ("ctypes.CDLL(None).syscall(323, 1)", "a userfaultfd"),
+        ("os.open('/dev/ptmx', os.O_RDWR)", "is a terminal"),
+        ("os.open('/dev/kmsg', os.O_RDONLY)", "a device with a state of its own"),
+        ("os.open('/proc/self/ns/net', 0)", "a namespace"),
+        ("ctypes.CDLL(None).fanotify_init(0, 0)", "a fanotify group"),
+        (
+            "fcntl.lockf(os.open('/tmp/.descriptors-lock', os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)",
+            "not carried yet",
+        ),
+        ("os.pidfd_open(1)", "pidfd of pid 1"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reason: str) -> None:
+    child.run(code)
+    (sentence,) = survey([child.process], own_netns=True)
+    assert sentence.startswith(f"pid {child.pid} (") and reason in sentence
+    child.stop()
+    dump = DescriptorDump([child.process], ObjHash(), Bytes())
+    with pytest.raises(CheckpointFailed, match=reason):
+        dump.dump()
+    dump.undo()
+
+
+def test_a_pipe_from_outside_of_the_tree_is_refused_by_name(child: Child) -> None:
+    read, write = os.pipe()
+    child.install_fds([(read, 4, False)])
+    (sentence,) = survey([child.process], own_netns=True)
+    assert f"fd 4: pipe:[{os.fstat(read).st_ino}] is shared with pid {os.getpid()}" in sentence
+    child.stop()
+    dump = DescriptorDump([child.process], ObjHash(), Bytes())
+    with pytest.raises(CheckpointFailed, match="written by a process outside"):
+        dump.dump()
+    dump.undo()
+    os.close(read)
+    os.close(write)
+
+
+def test_a_file_that_shrank_is_refused_with_its_path(child: Child, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 100)
+    child.run(f"os.lseek(os.open({str(path)!r}, os.O_RDONLY), 60, 0)")
+    with Moved(child) as moved:
+        os.truncate(path, 50)
+        with pytest.raises(RestartFailed, match=f"{path}.* has 50 bytes here"):
+            moved.restore([child])
+        path.unlink()
+        with pytest.raises(RestartFailed, match=f"{path}.* cannot be opened: No such file"):
+            moved.restore([child])
+
+
+def test_links_do_not_lead_out_of_the_root(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to("/etc/hostname")
+    context = Surroundings()
+    context.root_fd = os.open(tmp_path / "root", os.O_PATH)
+    restore = DescriptorRestore(context)
+    with pytest.raises(RestartFailed, match="No such file"):
+        restore.record(_file(path="/link"))
+    with pytest.raises(RestartFailed, match="No such file"):
+        restore.record(_file(path="/../../../../../../etc/hostname"))
+
+
+@pytest.mark.parametrize(
+    "rec",
+    [
+        FileTable(1, 0, [Descriptor(0, 7, 0, 0)]),
+        lambda: _file(kind=99),
+        lambda: _file(kind=FileKind.PIPE, inode_objref=5),
+        lambda: _file(kind=FileKind.EVENTFD, inode_objref=5),
+        lambda: _file(kind=FileKind.SOCKET, inode_objref=5),
+        lambda: _file(path="relative"),
+        lambda: _file(pos=-1),
+    ],
+)
+def test_records_that_no_source_writes_are_refused(rec: Record | Callable[[], Record]) -> None:
+    restore = DescriptorRestore(Surroundings())
+    with pytest.raises(ImageError):
+        restore.record(rec() if callable(rec) else rec)
+    restore.close()
+
+
+def test_a_pipe_does_not_take_more_than_it_holds() -> None:
+    restore = DescriptorRestore(Surroundings())
+    restore.record(Pipe(1, 4096))
+    from migrator.image.records_files import PipeBuffer
+
+    restore.record(PipeBuffer(1, 0, bytes(4096)))
+    with pytest.raises(ImageError, match="in a pipe of 4096"):
+        restore.record(PipeBuffer(1, 0, b"x"))
+
+
+def _file(
+    kind: int = FileKind.REGULAR, path: str = "/etc/hostname", pos: int = 0, inode_objref: int = 0
+) -> File:
+    return File(1, kind, 0o100000, 0o100644, pos, 0, 0, 0, 0, 0, inode_objref, 0, 0, 0, 0, 0, path)
+
+
+def _fetch(child: Child, number: int) -> int:
+    from migrator.linux.sys import pidfd_getfd
+
+    return pidfd_getfd(child.pidfd, number)
+
+
+TIMERS = """
+libc = ctypes.CDLL(None)
+def make(clock, flags, value, interval):
+    fd = libc.timerfd_create(clock, 0)
+    spec = struct.pack('qqqq', *divmod(interval, 10**9), *divmod(value, 10**9))
+    assert libc.timerfd_settime(fd, flags, spec, None) == 0
+def left(fd):
+    b = ctypes.create_string_buffer(32)
+    assert libc.timerfd_gettime(fd, b) == 0
+    i, j, v, w = struct.unpack('qqqq', b.raw)
+    return v * 10**9 + w, i * 10**9 + j
+"""
