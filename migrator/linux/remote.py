@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from migrator.linux import memory, procfs, ptrace
@@ -96,7 +96,7 @@ class Remote:
             self.instruction = find_syscall_instruction(self.pid)
         arch.start_call(self.tid, self._regs, self.instruction, number, args)
         ptrace.singlestep(self.tid)
-        self._expect(5)  # SIGTRAP
+        self._expect(5, ptrace.singlestep)  # SIGTRAP
         return arch.result(arch.get_regs(self.tid))
 
     def map_scratch(self, size: int, address: int = 0) -> int:
@@ -177,14 +177,14 @@ class Remote:
     def finish(self) -> None:
         self._expect(self._signal)
 
-    def _expect(self, signal: int) -> None:
+    def _expect(self, signal: int, go_on: Callable[[int], None] = ptrace.cont) -> None:
         while True:
             status = ptrace.wait(self.tid)
             if not ptrace.is_stop(status):
                 raise RemoteError(3, f"ended while borrowed (wait status {status:#x})", f"tid {self.tid}")
             got, event = ptrace.stop_signal(status), ptrace.stop_event(status)
             if event == ptrace.EVENT_STOP:  # a late PTRACE_INTERRUPT, or a group stop: go on
-                ptrace.cont(self.tid)
+                go_on(self.tid)
                 continue
             if got == signal:
                 return

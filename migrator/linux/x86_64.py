@@ -110,6 +110,9 @@ BATCH_CODE = bytes.fromhex(
 )
 BATCH_ENTRY = 64
 
+# syscall; int3
+CALL_CODE = bytes.fromhex("0f05cc")
+
 # again: pause(); jmp again
 STUB_CODE = bytes.fromhex("b8220000000f05ebf7")
 

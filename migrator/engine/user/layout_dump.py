@@ -138,7 +138,7 @@ class LayoutDump:
         if is_shm(vma):
             kind = VmaKind.SHM
             objref, _ = self._objrefs.get(("shm", *device_key(vma)))
-            self._shared.of_mapping(pid, vma, objref)
+            self._shared.describe(self._shared.of_mapping(pid, vma, objref), self._writer)
             offset = vma.offset
         elif vma.path.startswith("/"):
             kind = VmaKind.FILE

@@ -34,7 +34,8 @@ class Object:
     fd: int
     size: int = 0
     seals: int = 0
-    announced: bool = False
+    described: bool = False  # its record was written
+    announced: bool = False  # its contents were sent once
     by_descriptor: bool = False
     dirty: list[Span] = field(default_factory=list)
 
@@ -67,11 +68,22 @@ class SharedMemory:
         known.seals = seals
         return known
 
+    @staticmethod
+    def describe(item: Object, writer: RecordWriter) -> None:
+        """Write the record of an object if it never was: ahead of the mappings that refer to it."""
+        if not item.described:
+            status = os.fstat(item.fd)
+            item.size = status.st_size
+            item.described = True
+            writer.write(
+                Shm(item.objref, item.kind, item.size, item.seals, status.st_mode & 0o7777, item.name)
+            )
+
     def send(self, writer: RecordWriter, sender: PageSender, *, final: bool) -> None:
         for item in self.objects.values():
             size = os.fstat(item.fd).st_size
-            if not item.announced or size != item.size or final:
-                item.size = size
+            if not item.described or size != item.size or final:
+                item.size, item.described = size, True
                 mode = os.fstat(item.fd).st_mode & 0o7777
                 writer.write(Shm(item.objref, item.kind, size, item.seals, mode, item.name))
             if not item.announced or (final and item.by_descriptor):

@@ -19,6 +19,7 @@ from migrator.engine.user.shm import SharedMemory, device_key, is_shm
 from migrator.engine.user.tasks_dump import SCRATCH, TaskDump
 from migrator.engine.user.tracker import WpAsyncTracker
 from migrator.engine.user.tree import Process, ProcessTree, stop_one
+from migrator.engine.user.waits import Waits
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundMark
@@ -52,7 +53,8 @@ class UserSource:
         self._shared = SharedMemory()
         self._layout = LayoutDump(self._writer, self._objhash, self._shared)
         self._sender = PageSender(self._writer)
-        self._tasks = TaskDump(self._writer, self._objhash)
+        self._waits = Waits()
+        self._tasks = TaskDump(self._writer, self._objhash, self._waits)
         self._descriptors: DescriptorDump | None = None
         self._trackers: dict[int, WpAsyncTracker] = {}
         self._generation = 0
@@ -177,6 +179,9 @@ class UserSource:
         """Stop every task. On failure the workload runs on."""
         with self._phase("seize"):
             self.tree.seize()
+            for process in self.tree.living:
+                for tid in process.threads:
+                    self._waits.observe(process.pid, tid)
         with self._phase("freeze"):
             self.tree.stop()
 
@@ -319,6 +324,7 @@ class UserSource:
     def _arm_process(self, process: Process) -> None:
         pid = process.pid
         process.mm_objref, _ = self._objhash.get(("mm", pid, process.start_time))
+        self._waits.observe(pid, pid)
         stop_one(pid)
         try:
             remote = Remote(pid)
@@ -335,6 +341,7 @@ class UserSource:
                 finally:
                     remote.call(arch.NR["close"], fd)
                 self._map_scratch(remote)
+            self._waits.interrupted(pid, pid)
         finally:
             ptrace.detach(pid)
         process.scanner = Scanner(pid)

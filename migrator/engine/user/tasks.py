@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from migrator.engine.user import replay
 from migrator.engine.user.shell import Shell, ShellThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -27,7 +28,7 @@ from migrator.image.records import (
 )
 from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.procfs import read_text, stat
+from migrator.linux.procfs import read_text
 from migrator.linux.remote import Call, pack_calls
 
 NR = arch.NR
@@ -41,6 +42,7 @@ _PR_SET_MM_MAP = 14
 _SS_ONSTACK = 1
 _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
+_ITIMER_REAL = 0
 _DEFAULT_SLACK = 50_000
 _LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
 
@@ -287,8 +289,11 @@ class TaskRestore:
         blob = b""
         calls: list[Call] = []
         for which, timer in enumerate(signal.itimers[:3]):
-            if timer.value or timer.interval:
-                blob += _timeval_pair(timer.interval, timer.value)
+            value = timer.value
+            if which == _ITIMER_REAL and not value:  # it waits for its SIGALRM to be taken, to begin anew
+                value = timer.interval
+            if value:
+                blob += _timeval_pair(timer.interval, value)
                 calls.append((NR["setitimer"], which, base + len(blob) - 32, 0))
         shell.put(blob)
         shell.checked(calls, "interval timers")
@@ -358,53 +363,8 @@ class TaskRestore:
                     hint="the processors differ: `migrator check` compares them before anything is stopped",
                 ) from error
             regs = arch.Regs.from_buffer_copy(state.cpu.regs)
-            number, code = arch.interrupted_call(regs)
-            if number >= 0:
-                if code != -516 or not self._replay(shell, thread, state, regs):
-                    regs = arch.call_again(regs)
-            else:
-                regs.orig_rax = arch.MINUS_ONE
-            out[thread.tid] = regs
+            out[thread.tid] = replay.resumed(shell, thread, state.restart_block, regs)
         return out
-
-    @staticmethod
-    def _replay(shell: Shell, thread: ShellThread, state: TaskState, regs: arch.Regs) -> bool:
-        """Begin an interrupted sleep anew for its remaining time and interrupt it: then the kernel here holds
-        what it needs to go on with it, and the registers are those of the interruption again."""
-        block = state.restart_block
-        if (
-            block is None
-            or block.remaining < 0
-            or block.syscall not in (NR["nanosleep"], NR["clock_nanosleep"])
-        ):
-            return False
-        at = shell.put(struct.pack("<qq", *divmod(max(block.remaining, 1), 10**9)))
-        call = regs.copy()
-        call.rip -= arch.SYSCALL_SIZE
-        call.rax = block.syscall
-        call.orig_rax = arch.MINUS_ONE
-        if block.syscall == NR["nanosleep"]:
-            call.rdi = at
-        else:
-            call.rdx = at
-        ptrace.set_sigmask(thread.tid, arch.MINUS_ONE)
-        arch.set_regs(thread.tid, call)
-        ptrace.singlestep(thread.tid)
-        for _ in range(1000):  # until it sleeps: an interruption before that would find no sleep to interrupt
-            if stat(shell.pid, thread.tid)[3] != "R":
-                break
-        ptrace.interrupt(thread.tid)
-        status = ptrace.wait(thread.tid)
-        if not ptrace.is_stop(status):
-            raise RestartFailed(f"tid {thread.vtid} ended while its sleep was begun anew")
-        now = arch.get_regs(thread.tid)
-        if arch.interrupted_call(now)[1] == -516:
-            regs.rax, regs.orig_rax = now.rax, now.orig_rax
-            return True
-        if ptrace.stop_event(status) != ptrace.EVENT_STOP:  # the little that was left is over
-            regs.rax, regs.orig_rax = now.rax, arch.MINUS_ONE
-            return True
-        return False
 
     def finish(self, shell: Shell) -> None:
         """Take the scratch area away and put every thread where it was. Nothing runs yet."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.layout_dump import Objrefs
 from migrator.engine.user.tree import Process, Thread
+from migrator.engine.user.waits import Waits
 from migrator.image.records import (
     Arch,
     Cpu,
@@ -22,7 +23,6 @@ from migrator.image.records import (
     Gid,
     Itimer,
     PosixTimer,
-    RestartBlock,
     Rlimit,
     Sighand,
     Signal,
@@ -96,8 +96,9 @@ class Collected:
 class TaskDump:
     """Writes everything of the tasks but memory and descriptors."""
 
-    def __init__(self, writer: RecordWriter, objrefs: Objrefs) -> None:
+    def __init__(self, writer: RecordWriter, objrefs: Objrefs, waits: Waits) -> None:
         self._writer = writer
+        self._waits = waits
         self._objrefs = objrefs
         self._static: dict[int, Static] = {}
 
@@ -328,31 +329,13 @@ class TaskDump:
                 affinity=static.affinity,
             )
         )
-        remaining = _remaining(process.pid, thread.regs)
-        number, code = arch.interrupted_call(thread.regs)
-        if code == -516:
-            r = thread.regs
-            args = struct.pack("<6Q", r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9)
-            self._writer.write(RestartBlock(thread.vtid, number, remaining, args))
-        self._writer.write(Cpu(thread.vtid, Arch.X86_64, bytes(thread.regs), thread.xstate))
+        regs, block = self._waits.block(process.pid, tid, thread.vtid, thread.regs)
+        if block is not None:
+            self._writer.write(block)
+        self._writer.write(Cpu(thread.vtid, Arch.X86_64, bytes(regs), thread.xstate))
         own = ptrace.peek_siginfo(tid, shared=False)
         if own:
             self._writer.write(SigPending(thread.vtid, 0, own))
-
-
-def _remaining(pid: int, regs: arch.Regs) -> int:
-    """ns left of an interrupted sleep, where the kernel has written it into the caller's memory; else -1."""
-    number, code = arch.interrupted_call(regs)
-    if code != -516:
-        return -1
-    pointer = {_NR["nanosleep"]: regs.rsi, _NR["clock_nanosleep"]: regs.r10}.get(number, 0)
-    if not pointer:
-        return -1
-    try:
-        seconds, ns = struct.unpack("<qq", memory.read(pid, pointer, 16))
-    except OSError:
-        return -1
-    return int(seconds * 10**9 + ns)
 
 
 def _thread_calls(out: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,94 @@
+"""Waits with a time limit, on the destination: begun anew for what is left of them, then interrupted.
+
+Then the kernel here holds what it needs to go on with the wait (struct restart_block), and the registers
+are those of the interruption again: nothing in the program's own registers or memory has to change.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from migrator.engine.user.shell import Shell, ShellThread
+from migrator.engine.user.waits import RESTART_BLOCK
+from migrator.errors import RestartFailed
+from migrator.image.records import RestartBlock
+from migrator.linux import ptrace
+from migrator.linux import x86_64 as arch
+from migrator.linux.procfs import stat
+
+NR = arch.NR
+_EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
+_LOOKS = 1000
+_TRIES = 20
+
+
+def resumed(
+    shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs
+) -> arch.Regs:
+    """The registers that a task goes on with whose registers in the image are `regs`."""
+    number, code = arch.interrupted_call(regs)
+    if number < 0:
+        regs.orig_rax = arch.MINUS_ONE
+        return regs
+    if block is None or block.remaining < 0 or block.syscall != number:
+        return arch.call_again(regs)
+    ms = -(-block.remaining // 1_000_000)
+    if number in _EPOLL:  # keeps no restart block: it is made again, its limit is in a register
+        regs = arch.call_again(regs)
+        regs.r10 = ms
+        return regs
+    if code != RESTART_BLOCK:
+        return arch.call_again(regs)
+    if number == NR["poll"] and not ms:
+        regs = arch.call_again(regs)
+        regs.rdx = 0
+        return regs
+    if _replay(shell, thread, number, block.remaining, regs):
+        return regs
+    again = arch.call_again(regs)
+    if number == NR["poll"]:  # something is ready, or seems so while sockets are not complete yet
+        again.rdx = ms
+    return again
+
+
+def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs: arch.Regs) -> bool:
+    """Make the call for `remaining` ns and interrupt it. True if `regs` are those to go on with."""
+    at = shell.put(struct.pack("<qq", *divmod(max(remaining, 1), 10**9)) + arch.CALL_CODE)
+    call = regs.copy()
+    call.rip, call.rax, call.orig_rax = at + 16, number, arch.MINUS_ONE
+    if number == NR["nanosleep"]:
+        call.rdi = at
+    elif number == NR["clock_nanosleep"]:
+        call.rdx = at
+    elif number == NR["poll"]:
+        call.rdx = -(-remaining // 1_000_000)
+    elif number == NR["futex"]:
+        call.r10 = at
+    else:
+        return False
+    ptrace.set_sigmask(thread.tid, arch.MINUS_ONE)
+    for _ in range(_TRIES):
+        arch.set_regs(thread.tid, call)
+        ptrace.cont(thread.tid)
+        _await_sleep(shell.pid, thread.tid)
+        ptrace.interrupt(thread.tid)
+        status = ptrace.wait(thread.tid)
+        if not ptrace.is_stop(status):
+            raise RestartFailed(f"tid {thread.vtid} ended while its wait was begun anew")
+        now = arch.get_regs(thread.tid)
+        if now.rip != call.rip or arch.interrupted_call(now)[0] >= 0:
+            break
+    if arch.interrupted_call(now)[1] == RESTART_BLOCK:
+        regs.rax, regs.orig_rax = now.rax, now.orig_rax
+        return True
+    if number in (NR["nanosleep"], NR["clock_nanosleep"]) and arch.result(now) == 0:
+        regs.rax, regs.orig_rax = 0, arch.MINUS_ONE  # the little that was left is over
+        return True
+    return False
+
+
+def _await_sleep(pid: int, tid: int) -> None:
+    """Until a task sleeps, or stops: an interruption before that would find nothing to interrupt."""
+    for _ in range(_LOOKS):
+        if stat(pid, tid)[3] != "R":
+            return

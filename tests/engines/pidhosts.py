@@ -1,0 +1,349 @@
+"""Two hosts that differ in their pids only: pid namespaces, each with a process 1 that runs an engine.
+
+    with PidHost("a", tmp_path) as a, PidHost("b", tmp_path) as b, HostedWorkload(a, "counter", tmp_path) as w:
+        moved = migrate(w, a, b)         # live, with rounds; the stream goes through a socket
+        w.check_alive_and_progressing()
+
+The source's tasks keep their pids while the destination's shells bear the same ones, as on two machines.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import copyreg
+import itertools
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from migrator.engine.base import DestinationOptions, Phase, Round, SourceOptions, Survey
+from migrator.linux import cgroup, procfs
+from migrator.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, unshare
+from migrator.errors import Refused
+from migrator.testing.workloads import Workload
+
+_FIRST_PID = 3000
+_serial = itertools.count()
+copyreg.pickle(Refused, lambda error: (Refused, (error.reasons,)))
+
+
+@dataclass
+class Saved:
+    """What came of the source's half of a migration."""
+
+    survey: Survey
+    rounds: list[Round]
+    phases: list[Phase]
+
+
+@dataclass
+class Restored:
+    root: int  # in the host's pid namespace
+    phases: list[Phase]
+
+
+@dataclass
+class Moved:
+    """One migration: phases in ms by name, and the root's pid as the tests see it."""
+
+    root: int
+    rounds: list[Round]
+    source: dict[str, float] = field(default_factory=dict)
+    destination: dict[str, float] = field(default_factory=dict)
+
+
+class Agent:
+    """What runs inside a host: called by name from outside."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source: Any = None
+        self.destination: Any = None
+
+    def start(self, command: list[str], stdout: str, stderr: str, first_pid: int) -> int:
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(first_pid - 1))
+        with open(stdout, "wb") as out, open(stderr, "wb") as err:
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        return self.child.pid
+
+    def save(self, fd: int, pid: int, rounds: int, pause: float = 0.02) -> Saved:
+        """Everything up to hold(); the stream is closed then."""
+        from migrator.engine.user.source import UserSource
+
+        done = []
+        options = SourceOptions(cgroup_name=f"{self.name}-{next(_serial)}")
+        with UserSource(pid, fd, options) as source:
+            survey = source.survey()
+            source.arm()
+            for _ in range(rounds):
+                done.append(source.round())
+                time.sleep(pause)
+            source.freeze()
+            source.final()
+            source.hold()
+        os.close(fd)
+        self.source = source
+        return Saved(survey, done, source.phases)
+
+    def release(self) -> None:
+        self.source.release()
+        # what the last restart of the tree left: nobody else knows this cgroup
+        self.remove_cgroup()
+
+    def thaw(self) -> None:
+        self.source.thaw()
+
+    def restore(self, fd: int) -> Restored:
+        """build() and hold(): the tasks are complete, and frozen."""
+        from migrator.engine.user.destination import UserDestination
+
+        options = DestinationOptions(cgroup_name=f"{self.name}-{next(_serial)}")
+        with UserDestination(fd, options) as destination:
+            root = destination.build()
+            destination.hold()
+        os.close(fd)
+        self.destination = destination
+        return Restored(root, destination.phases)
+
+    def resume(self) -> list[Phase]:
+        self.destination.resume()
+        return list(self.destination.phases)
+
+    def discard(self) -> None:
+        self.destination.discard()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of a test module in here."""
+        return function(*args)
+
+    def remove_cgroup(self) -> None:
+        folder = cgroup.hierarchy().mountpoint / cgroup.PARENT
+        for old in folder.glob(f"{self.name}-*"):
+            with contextlib.suppress(OSError):
+                old.rmdir()
+
+
+class PidHost:
+    """A process 1 with a /proc of its own, and what it starts. Leaving the block ends all of it."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.name = f"pidhost-{label}-{os.getpid()}-{next(_serial)}"
+        self.pid = 0
+
+    def __enter__(self) -> PidHost:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._keeper = os.fork()
+        if self._keeper == 0:
+            try:
+                self._socket.close()
+                _die_with_parent()
+                unshare(CLONE_NEWPID | CLONE_NEWNS)
+                inner = os.fork()
+                if inner == 0:
+                    _serve(theirs, Agent(self.name))
+                os.waitpid(inner, 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        theirs.close()
+        self.pid = self.call("run", _outer_pid)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid or self._keeper, signal.SIGKILL)
+        os.waitpid(self._keeper, 0)
+        Agent(self.name).remove_cgroup()
+
+    def begin(self, method: str, *args: Any, fd: int = -1) -> None:
+        """Have `method` begin. A descriptor of ours goes along as its first argument; it is closed here."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        self._socket.sendmsg([pickle.dumps((method, args))], rights)
+        if fd >= 0:
+            os.close(fd)
+
+    def result(self, seconds: float = 60.0) -> Any:
+        if not select.select([self._socket], [], [], seconds)[0]:
+            raise TimeoutError(f"host {self.label} is busy for {seconds} s")
+        data = self._socket.recv(8 << 20)
+        if not data:
+            raise EOFError(f"host {self.label} is gone")
+        good, value = pickle.loads(data)
+        if not good:
+            raise value
+        return value
+
+    def call(self, method: str, *args: Any, fd: int = -1) -> Any:
+        self.begin(method, *args, fd=fd)
+        return self.result()
+
+    def outer(self, pid: int) -> int:
+        """The pid that we see for one of the host's."""
+        for child in procfs.descendants(self.pid):
+            with contextlib.suppress(OSError):
+                if procfs.ns_pid(procfs.status(child)) == pid:
+                    return child
+        raise ProcessLookupError(3, f"no pid {pid} on host {self.label}")
+
+    def inner(self, pid: int) -> int:
+        return procfs.ns_pid(procfs.status(pid))
+
+
+def _outer_pid() -> int:
+    # our own /proc is mounted already; the parent's namespace sees us through this file
+    return int(os.environ["PIDHOST_OUTER"])
+
+
+def _die_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _serve(link: socket.socket, agent: Agent) -> None:
+    """The life of process 1: answer calls, and reap what becomes ours."""
+    import ctypes
+
+    os.environ["PIDHOST_OUTER"] = os.readlink("/proc/self")
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)  # MS_REC | MS_PRIVATE
+    if libc.mount(b"proc", b"/proc", b"proc", 0, None):
+        raise OSError(ctypes.get_errno(), "mounting /proc")
+    os.setsid()
+    while True:
+        if not select.select([link], [], [], 0.02)[0]:
+            _reap()
+            continue
+        try:
+            data, control, _, _ = link.recvmsg(1 << 20, 64, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            data = b""
+        if not data:
+            os._exit(0)
+        method, args = pickle.loads(data)
+        if control:
+            args = (array.array("i", control[0][2][:4])[0], *args)
+        try:
+            answer = (True, getattr(agent, method)(*args))
+        except BaseException as error:
+            error.add_note(f"on host {agent.name}:\n{traceback.format_exc()}")
+            answer = (False, error)
+        try:
+            blob = pickle.dumps(answer)
+        except Exception:
+            blob = pickle.dumps((False, RuntimeError(f"{answer[1]!r}")))
+        with contextlib.suppress(BrokenPipeError):
+            link.send(blob)
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+class HostedWorkload(Workload):
+    """A workload that begins on a PidHost, with pids that are free on the other."""
+
+    def __init__(self, host: PidHost, name: str, directory: Path, *arguments: object, **more: Any) -> None:
+        super().__init__(name, directory, *arguments, **more)
+        self.host = host
+        self.first_pid = _FIRST_PID
+
+    def __enter__(self) -> HostedWorkload:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.out.unlink(missing_ok=True)
+        inner = self.host.call("start", self.command, str(self.stdout), str(self.stderr), self.first_pid)
+        self.adopt(self.host.outer(inner))
+        try:
+            self.wait_for(lambda lines: any(line.startswith("ready ") for line in lines), seconds=30)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+
+def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> Moved:
+    """Move a workload live from `a` to `b`."""
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    b.begin("restore", fd=theirs.detach())
+    a.begin("save", a.inner(workload.pid), rounds, fd=ours.detach())
+    try:
+        saved: Saved = a.result()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            b.result()
+        raise
+    try:
+        restored: Restored = b.result()
+    except BaseException:
+        a.call("thaw")
+        raise
+    phases = b.call("resume")
+    a.call("release")
+    outer = b.outer(restored.root)
+    workload.adopt(outer)
+    return Moved(outer, saved.rounds, _times(saved.phases), _times(phases))
+
+
+def save_to_file(workload: Workload, a: PidHost, path: Path, *, rounds: int = 1) -> Saved:
+    """Checkpoint a workload on `a` to a file; it is gone then."""
+    saved: Saved = a.call(
+        "save", a.inner(workload.pid), rounds, fd=os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    )
+    a.call("release")
+    return saved
+
+
+def restore_from_file(workload: Workload, b: PidHost, path: Path) -> Moved:
+    restored: Restored = b.call("restore", fd=os.open(path, os.O_RDONLY))
+    phases = b.call("resume")
+    outer = b.outer(restored.root)
+    workload.adopt(outer)
+    return Moved(outer, [], {}, _times(phases))
+
+
+def _times(phases: list[Phase]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for phase in phases:
+        out[phase.name] = out.get(phase.name, 0.0) + phase.seconds * 1000
+    return out
+
+
+if __name__ == "__main__":  # python tests/engines/pidhosts.py WORKLOAD ARG...: move it back and forth, print phases
+    import tempfile
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PidHost("a") as here,
+        PidHost("b") as there,
+        HostedWorkload(here, sys.argv[1], Path(folder), *sys.argv[2:]) as moving,
+    ):
+        for _ in range(int(os.environ.get("TIMES", "4"))):
+            moved = migrate(moving, here, there)
+            print({name: round(ms, 2) for name, ms in moved.source.items()})
+            print("   ", {name: round(ms, 2) for name, ms in moved.destination.items()})
+            moving.check_alive_and_progressing()
+            here, there = there, here
+        print(moving.finish()[-2:])
