@@ -65,7 +65,7 @@ def main() -> None:
     show.print(f"\n[dim]on host b now:[/]\n{where}", end="")
     gap = longest_wait(samples, started)
     gap_ms = (gap[1] - gap[0]) / 1e6
-    bars = [Bar(p["name"], p["start_ns"], p["end_ns"], p["side"]) for p in result["phases"]]
+    bars = [Bar(s["name"], s["start"], s["end"], s["where"]) for s in result["timeline"]["spans"]]
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     options.picture.write_text(
         downtime_svg(

@@ -1,0 +1,15 @@
+"""A stage per test: two hosts with agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from migrator.testing.stage import Stage
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with Stage(tag="t") as made:
+        yield made
