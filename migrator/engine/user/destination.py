@@ -274,6 +274,10 @@ class UserDestination:
                 raise ImageError(
                     f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree"
                 )
+            for former in [o for o, m in self._mms.items() if m.pid == mm.pid and o != mm.objref]:
+                self._mms.pop(former)
+                if former in self._spaces:  # it became another program
+                    self._spaces.pop(former).clear()
             self._spaces[mm.objref] = AddressSpace(shell, self._open_backing, self._names.__getitem__)
 
     # ------------------------------------------------------------------ the end of the stream

@@ -119,6 +119,12 @@ class AddressSpace:
         self._items = wanted
         self._writable = [(v.start, v.end, bool(v.flags & VmaFlag.WRITE)) for v in wanted]
 
+    def clear(self) -> None:
+        """Unmap everything."""
+        self._zeros.clear()
+        self.shell.checked([(NR["munmap"], p.start, p.end - p.start) for p in self._pieces], "unmapping")
+        self._pieces, self._items, self._writable = [], [], []
+
     @staticmethod
     def _unmaps(old: list[Piece], new: list[Piece], holes: list[tuple[int, int, VmaItem]]) -> list[Call]:
         calls: list[Call] = []

@@ -33,6 +33,7 @@ _FLAGS = {
     "sr": VmaFlag.SEQUENTIAL,
     "dp": VmaFlag.DROPPABLE,
 }
+_PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _UNCARRIED = {
     "io": "device memory",
     "pf": "raw page frames",
@@ -78,14 +79,19 @@ class LayoutDump:
         self._shared = shared
         self._last: dict[int, tuple[object, ...]] = {}
         self._flags: dict[int, dict[tuple[int, int, str], int]] = {}
+        self._items: dict[int, list[VmaItem]] = {}
+        self._files: dict[str, int] = {}
 
     def knows(self, objref: int) -> bool:
         return objref in self._flags
 
     def write(
         self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
-    ) -> None:
-        """Write the address space of `pid`. `refresh_flags` reads smaps, which takes time on a big one."""
+    ) -> list[tuple[int, int]]:
+        """Write the address space of `pid`. `refresh_flags` reads smaps, which takes time on a big one.
+
+        Returns the spans that have another backing than when they were written last: what the destination
+        had been sent for them is gone."""
         flags = self._flags_of(pid, objref, vmas, refresh_flags)
         items = []
         for vma in vmas:
@@ -95,24 +101,35 @@ class LayoutDump:
         mm = self._mm(pid, vpid, objref, brk)
         state = (tuple(_astuple(i) for i in items), mm.encode())
         if self._last.get(objref) == state:
-            return
+            return []
         self._last[objref] = state
         self._writer.write(mm)
         self._writer.write(Vmas(objref, 0, items))
+        before, self._items[objref] = self._items.get(objref, []), items
+        return _rebacked(before, items)
+
+    def forget(self, objref: int) -> None:
+        """An address space that is gone."""
+        self._last.pop(objref, None)
+        self._flags.pop(objref, None)
+        self._items.pop(objref, None)
 
     def _flags_of(
         self, pid: int, objref: int, vmas: list[Vma], refresh: bool
     ) -> dict[tuple[int, int, str], int]:
         known = self._flags.get(objref)
         if known is not None and not refresh:
-            for vma in vmas:  # a new or grown mapping takes the flags of what it grew from
+            for vma in vmas:  # a grown, split or merged mapping keeps the flags of what it was
                 key = (vma.start, vma.end, vma.path)
                 if key not in known:
                     near = [
                         f for (s, e, p), f in known.items() if p == vma.path and s < vma.end and vma.start < e
                     ]
-                    known[key] = near[0] if near else 0
-            return known
+                    if not near:
+                        break
+                    known[key] = near[0]
+            else:
+                return known
         raw = procfs.vm_flags(pid)
         fresh = {}
         for vma in vmas:
@@ -152,16 +169,17 @@ class LayoutDump:
         return VmaItem(vma.start, vma.end, offset, int(flags), kind, objref, name)
 
     def mapped_file(self, pid: int, path: str, link: str) -> int:
-        """The objref of a mapped or executed file; `link` leads to the very file, whatever `path` names now."""
-        objref, first = self._objrefs.get(("mapped", path))
-        if first:
-            status = os.stat(link)
+        """The objref of a mapped or executed file; `link` leads to the very file, whatever its path names."""
+        known = self._files.get(path)
+        if known is None:
+            status = os.stat(link)  # fails where the process has ended: nothing is defined then
+            build_id = elf.build_id(link)
+            known, _ = self._objrefs.get(("mapped", path))
+            self._files[path] = known
             self._writer.write(
-                MappedFile(
-                    objref, status.st_mode, status.st_size, status.st_mtime_ns, path, elf.build_id(link)
-                )
+                MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id)
             )
-        return objref
+        return known
 
     def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:
         stat = procfs.stat(pid)
@@ -190,6 +208,29 @@ class LayoutDump:
 
 def _astuple(item: VmaItem) -> tuple[int, ...]:
     return (item.start, item.end, item.offset, item.flags, item.kind, item.objref, item.name_objref)
+
+
+def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
+    """Spans of `new` private memory that were mapped, and as something else, in `old`; both sorted."""
+    out = []
+    i = 0
+    for item in new:
+        if item.flags & VmaFlag.SHARED:
+            continue
+        while i < len(old) and old[i].end <= item.start:
+            i += 1
+        j = i
+        while j < len(old) and old[j].start < item.end:
+            if _backing(old[j]) != _backing(item):
+                out.append((max(old[j].start, item.start), min(old[j].end, item.end)))
+            j += 1
+    return out
+
+
+def _backing(item: VmaItem) -> tuple[int, ...]:
+    # must not call equal what migrator.engine.user.layout takes for different
+    kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
+    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & ~_PROT
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

@@ -33,6 +33,7 @@ from migrator.linux.remote import Remote
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
 _SCRATCH_NAME = b"migrator\0"
+_SURVEYS = 4
 
 
 class UserSource:
@@ -96,6 +97,12 @@ class UserSource:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
         survey, reasons = surveying.survey(self.tree, self.options)
+        for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
+            if not reasons:
+                break
+            self.tree.refresh()
+            survey, again = surveying.survey(self.tree, self.options)
+            reasons = [reason for reason in reasons if reason in again]
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
         return survey
@@ -111,7 +118,7 @@ class UserSource:
                 self._writer.write(Container(1, self.options.container, self.options.container_spec))
             self._write_tree()
             for process in self.tree.living:
-                self._arm_process(process)
+                self._try_arm(process)
             self._armed = True
             self._writer.flush()
 
@@ -121,14 +128,11 @@ class UserSource:
         before = self._sender.pages, self._sender.zero_pages, self._writer.bytes
         number = len(self._rounds) + 1
         born, gone = self.tree.refresh()
-        for process in born:
-            if not process.zombie:
-                try:
-                    self._arm_process(process)
-                except (OSError, ProcessLookupError):
-                    pass  # ended again; or the next round meets it
         for process in gone:
             self._trackers.pop(process.pid, None)
+        for process in self.tree.living:
+            if process.pid not in self._trackers or self._has_executed(process):
+                self._try_arm(process)
         if born or gone:
             self._write_tree()
         self._writer.write(RoundMark(number, 0, time.time_ns()))
@@ -190,15 +194,17 @@ class UserSource:
         if not self._armed:
             raise CheckpointFailed("final() before arm()")
         with self._phase("ask"):
-            said = {}
+            said, vmas = {}, {}
             for process in self.tree.living:
+                self._has_executed(process)
+                vmas[process.pid] = self._vmas(process)
                 self._prepare_scratch(process)
                 said[process.pid] = self._tasks.collect(process)
         with self._phase("memory"):
             self._write_tree()
             self._writer.write(RoundMark(len(self._rounds) + 1, 1, time.time_ns()))
             for process in self.tree.living:
-                self._send_memory(process, brk=said[process.pid].brk)
+                self._send_memory(process, vmas=vmas[process.pid], brk=said[process.pid].brk)
         with self._phase("descriptors"):
             owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
             self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
@@ -321,9 +327,51 @@ class UserSource:
         self._generation += 1
         self._writer.write(surveying.hierarchy(self.tree, self._generation))
 
+    def _try_arm(self, process: Process) -> None:
+        """Arm a process; one that ends meanwhile, or sits in its parent's memory, is left for later."""
+        try:
+            if self._in_parents_memory(process):
+                return
+            self._arm_process(process)
+        except OSError as error:
+            process.remote = None
+            try:
+                alive = procfs.stat(process.pid)[3] not in "ZX"
+            except OSError:
+                alive = False
+            if alive and not isinstance(error, ProcessLookupError):
+                raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
+
+    def _in_parents_memory(self, process: Process) -> bool:
+        """Between vfork(2) and execve(2)."""
+        parent = self.tree.processes.get(int(procfs.stat(process.pid)[4]))
+        return parent is not None and not parent.zombie and sys.same(process.pid, parent.pid, sys.KCMP_VM)
+
+    def _has_executed(self, process: Process) -> bool:
+        """Whether a process has another address space than when it was armed; it is forgotten then."""
+        remote = process.remote
+        if remote is None or not remote.scratch:
+            return False
+        try:
+            if any(v.start == remote.scratch for v in procfs.maps(process.pid)):
+                return False
+        except OSError:
+            return False
+        self._trackers.pop(process.pid, None)
+        self._layout.forget(process.mm_objref)
+        for thing in (process.protection, process.scanner, process.mem):
+            if thing is not None:
+                thing.close()
+        process.protection = process.scanner = process.mem = process.remote = None
+        process.executed += 1
+        return True
+
+    def _mm_objref(self, process: Process) -> int:
+        return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
+
     def _arm_process(self, process: Process) -> None:
         pid = process.pid
-        process.mm_objref, _ = self._objhash.get(("mm", pid, process.start_time))
+        process.mm_objref = self._mm_objref(process)
         self._waits.observe(pid, pid)
         stop_one(pid)
         try:
@@ -346,7 +394,9 @@ class UserSource:
             ptrace.detach(pid)
         process.scanner = Scanner(pid)
         process.mem = memory.MemFile(pid)
-        self._trackers[pid] = WpAsyncTracker(process.scanner, process.protection)
+        self._trackers[pid] = WpAsyncTracker(
+            process.scanner, process.protection, lambda: procfs.maps(pid)
+        )
 
     @staticmethod
     def _map_scratch(remote: Remote) -> None:
@@ -363,7 +413,11 @@ class UserSource:
         """A process born since the last round has no scratch area, and nothing of its memory was sent."""
         if process.remote is not None and process.remote.scratch:
             return
-        process.mm_objref, _ = self._objhash.get(("mm", process.pid, process.start_time))
+        if self._in_parents_memory(process):
+            raise CheckpointFailed(
+                f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
+            )
+        process.mm_objref = self._mm_objref(process)
         remote = process.remote = Remote(process.pid)
         with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
             self._map_scratch(remote)
@@ -372,17 +426,22 @@ class UserSource:
         scratch = process.remote.scratch if process.remote is not None else 0
         return [v for v in procfs.maps(process.pid) if v.start != scratch or not scratch]
 
-    def _send_memory(self, process: Process, *, brk: int = 0, refresh: bool = False) -> None:
-        """Send what is new of a process's memory; `brk`, the program break, is known when it is stopped."""
-        final = brk != 0
-        vmas = self._vmas(process)
+    def _send_memory(
+        self, process: Process, *, vmas: list[Vma] | None = None, brk: int = 0, refresh: bool = False
+    ) -> None:
+        """Send what is new of a process's memory; `vmas` and `brk` are known when it is stopped."""
+        final = vmas is not None
+        if vmas is None:
+            vmas = self._vmas(process)
         refresh = refresh or not self._layout.knows(process.mm_objref)
         brk = brk or brk_from_maps(vmas)
-        self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
+        rebacked = self._layout.write(
+            process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
+        )
         tracker = self._trackers.get(process.pid)
         if tracker is not None:
             try:
-                sweep = tracker.sweep(vmas, strict=final)
+                sweep = tracker.sweep(vmas, strict=final, whole=rebacked)
             except OSError as error:
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
         else:

@@ -13,7 +13,8 @@ What the kernel does that one must know:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from migrator.linux.pagemap import (
@@ -59,24 +60,30 @@ class WpAsyncTracker:
 
     name = "wp-async"
 
-    def __init__(self, scanner: Scanner, protection: WriteProtection) -> None:
+    def __init__(
+        self, scanner: Scanner, protection: WriteProtection, list_vmas: Callable[[], Sequence[Vma]]
+    ) -> None:
+        """`list_vmas`: the mappings as they are now."""
         self._scanner = scanner
+        self._list = list_vmas
         self._protection = protection
         self._there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
         self._present: list[Span] = []
         self._first = True
         self._strict = False
 
-    def sweep(self, vmas: Sequence[Vma], *, strict: bool = False) -> Sweep:
+    def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Sweep:
         """What was written since the last sweep in the private mappings of `vmas`; all of it, the first time.
 
-        `strict`: the tasks are stopped, so a mapping that cannot be tracked is an error (OSError) and not
-        one that has just changed."""
+        `strict`: the tasks are stopped, so `vmas` are what is there, and nothing may be left out.
+        `whole`: spans of which everything is to be sent, written or not."""
         self._strict = strict
         out = Sweep()
         groups = _adjacent([v for v in vmas if not v.shared and not is_special(v)])
         for group in groups:
             self._sweep_group(group, out)
+        for start, end in whole:
+            self._take_whole(start, end, out)
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
         present = _merge([s for g in groups for s in self._present_in(g[0].start, g[-1].end)])
@@ -103,14 +110,12 @@ class WpAsyncTracker:
     def sweep_shared(self, vma: Vma) -> list[Span]:
         """Addresses of a shared mapping that were written through it since the last sweep."""
         try:
-            regions = self._scan(vma.start, vma.end)
+            return [(a, b) for a, b, _ in self._scan(vma.start, vma.end)]
         except NotRegistered:
-            try:
-                self._protection.register(vma.start, vma.end)
-                regions = self._scan(vma.start, vma.end)
-            except (OSError, NotRegistered):
-                return [(vma.start, vma.end)]
-        return [(a, b) for a, b, _ in regions]
+            self._register(vma.start, vma.end)
+            with contextlib.suppress(NotRegistered):
+                self._scan(vma.start, vma.end)
+            return [(vma.start, vma.end)]
 
     def _sweep_group(self, group: list[Vma], out: Sweep) -> None:
         start, end = group[0].start, group[-1].end
@@ -120,14 +125,17 @@ class WpAsyncTracker:
         except NotRegistered as stop:
             self._classify(stop.regions, out)
             start = stop.resume
-        for vma in group:  # somewhere among these is at least one that is not tracked yet
-            if vma.end <= start:
+        # Somewhere behind `start` is at least one that is not tracked yet. Read the mappings again: where
+        # a hole was made and filled since, the list has one mapping and the kernel three.
+        for vma in self._list() if not self._strict else group:
+            if vma.end <= start or vma.start >= end or vma.shared or is_special(vma):
                 continue
+            low, high = max(vma.start, start), min(vma.end, end)
             try:
-                self._classify(self._scan(max(vma.start, start), vma.end), out)
+                self._classify(self._scan(low, high), out)
             except NotRegistered as stop:
                 self._classify(stop.regions, out)
-                self._take_whole(vma, out)
+                self._take_whole(low, high, out)
 
     def _scan(self, start: int, end: int) -> list[Region]:
         # without `anyof`, memory that was never touched counts as written, and protecting it costs page tables
@@ -144,21 +152,27 @@ class WpAsyncTracker:
         regions = self._scanner.scan(start, end, anyof=self._there, returned=self._there)
         return [(a, b) for a, b, _ in regions]
 
-    def _take_whole(self, vma: Vma, out: Sweep) -> None:
-        """A mapping met for the first time: register it, and send everything that is in it."""
-        try:
-            self._protection.register(vma.start, vma.end)
-        except OSError:
-            if self._strict:
-                raise
+    def _take_whole(self, start: int, end: int, out: Sweep) -> None:
+        """A mapping met for the first time: register it, and send everything that is in it.
+
+        Not only what is written: parts of it may have been tracked before, and are dropped with the rest."""
+        if not self._register(start, end) and not self._strict:
             return  # it changed since it was listed; the next sweep meets what is there now
+        with contextlib.suppress(NotRegistered):
+            self._scan(start, end)
+        regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
+        there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
+        out.data += there
         if not self._first:
-            out.absent.append((vma.start, vma.end))
+            out.absent += _subtract([(start, end)], there)
+
+    def _register(self, start: int, end: int) -> bool:
+        """False where the kernel does not track: what is there is then sent whole when the tasks are stopped."""
         try:
-            regions = self._scan(vma.start, vma.end)
-        except NotRegistered as stop:
-            regions = stop.regions
-        out.data += [(a, b) for a, b, categories in regions if self._has_content(categories)]
+            self._protection.register(start, end)
+        except OSError:
+            return False
+        return True
 
     def _classify(self, regions: Sequence[Region], out: Sweep) -> None:
         for start, end, categories in regions:

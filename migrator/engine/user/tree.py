@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from migrator.linux.remote import Remote
 _EPOLL_CALLS = {arch.NR["epoll_wait"], arch.NR["epoll_pwait"], arch.NR["epoll_pwait2"]}
 _ERESTARTNOHAND = (1 << 64) - 514
 _EINTR = (1 << 64) - 4
+_SIGTRAP = 5
+_PATIENCE = 3.0  # seconds that a task may take to stop
+_STUCK = 0.002  # seconds after which the others run again for one that may wait for them
 
 
 @dataclass(slots=True)
@@ -50,6 +54,7 @@ class Process:
     scanner: Scanner | None = None
     mem: memory.MemFile | None = None
     mm_objref: int = 0
+    executed: int = 0  # how often it was seen to have become another program
 
     @property
     def leader(self) -> Thread:
@@ -151,24 +156,20 @@ class ProcessTree:
         return new
 
     def stop(self) -> None:
-        """Stop every task. Stopped ones cannot fork, so a pass that finds nobody new has them all."""
-        pending = [(p, t) for p in self.living for t in p.threads.values()]
+        """Stop every task. Stopped ones cannot fork, so a pass that finds nobody new has them all.
+
+        Raises CheckpointFailed for a task that does not stop: in an uninterruptible sleep, as on a dead
+        network file system."""
         self.stopped = True
-        while True:
-            for _, thread in pending:
-                try:
-                    ptrace.interrupt(thread.tid)
-                except (ProcessLookupError, OSError):
-                    continue
-            for process, thread in pending:
-                self._await_stop(process, thread)
+        waiting = {t.tid: (p, t) for p in self.living for t in p.threads.values()}
+        halted: dict[int, tuple[Process, Thread]] = {}
+        deadline = time.monotonic() + _PATIENCE
+        while waiting:
+            for tid in waiting:
+                _interrupt(tid)
+            self._halt(waiting, halted, deadline)
             self.refresh()
-            pending = []
-            for process in self.living:
-                for thread in self._seize_threads(process):
-                    pending.append((process, thread))
-            if not pending:
-                break
+            waiting = {t.tid: (p, t) for p in self.living for t in self._seize_threads(p)}
         for process in list(self.living):
             if not process.threads:
                 self._to_zombie(process, int(procfs.stat(process.pid)[52]))
@@ -179,31 +180,52 @@ class ProcessTree:
                 thread.xstate = arch.get_xstate(thread.tid)
                 thread.mask = ptrace.get_sigmask(thread.tid)
 
-    @staticmethod
-    def _await_stop(process: Process, thread: Thread) -> None:
-        while True:
-            try:
-                status = ptrace.wait(thread.tid)
-            except ChildProcessError:
-                process.threads.pop(thread.tid, None)
-                return
-            if not ptrace.is_stop(status):  # it ended before the stop reached it
-                process.threads.pop(thread.tid, None)
-                return
-            signal = ptrace.stop_signal(status)
-            if ptrace.stop_event(status) == ptrace.EVENT_STOP:
-                thread.stop_signal = 0 if signal == 5 else signal
-                return
-            ptrace.cont(thread.tid, signal)  # a signal was about to be delivered: let it, then stop
+    def _halt(
+        self,
+        waiting: dict[int, tuple[Process, Thread]],
+        halted: dict[int, tuple[Process, Thread]],
+        deadline: float,
+    ) -> None:
+        """Wait until all of `waiting` have stopped and move them to `halted`.
+
+        A task in vfork(2) stops only when its child has gone on: if one keeps us waiting in such a sleep,
+        all others run again until it comes, and are stopped anew."""
+        loose: dict[int, tuple[Process, Thread]] = {}
+        stuck_at = time.monotonic() + _STUCK
+        while waiting or loose:
+            moved = _poll(waiting, halted)
+            if loose:
+                _poll(loose, None)
+            if not waiting:
+                waiting.update(loose)
+                loose.clear()
+                for tid in waiting:
+                    _interrupt(tid)
+                stuck_at = time.monotonic() + _STUCK
+                continue
+            if moved:
+                continue
+            now = time.monotonic()
+            if now > deadline:
+                tid = next(iter(waiting))
+                raise CheckpointFailed(
+                    f"pid {waiting[tid][0].pid} (tid {tid}) does not stop within {_PATIENCE:g} s",
+                    hint="it may be in an uninterruptible sleep (state D), as on a dead network file system",
+                )
+            if not loose and now > stuck_at and halted and any(_in_d_state(p.pid, t) for t, (p, _) in waiting.items()):
+                for tid in halted:
+                    _go_on(tid)
+                loose.update(halted)
+                halted.clear()
+            time.sleep(0.00005)
 
     def detach(self) -> None:
         """Let every task go on exactly where it was."""
         for process in self.living:
             for thread in list(process.threads.values()):
                 try:
-                    if thread.regs is None:  # seized, and not stopped yet
-                        ptrace.interrupt(thread.tid)
-                        self._await_stop(process, thread)
+                    if thread.regs is None:  # seized, and not stopped for good
+                        bring_to_stop(thread.tid)
                     else:
                         arch.set_regs(thread.tid, thread.regs)
                         ptrace.set_sigmask(thread.tid, thread.mask)
@@ -265,13 +287,93 @@ def _open(pid: int) -> Process | None:
 
 
 def stop_one(tid: int) -> None:
-    """Seize and stop a single task for a moment; undone by ptrace.detach."""
+    """Seize and stop a single task for a moment; undone by ptrace.detach.
+
+    Raises ProcessLookupError if it has ended, TimeoutError if it does not stop."""
     ptrace.seize(tid, 0)
-    ptrace.interrupt(tid)
+    bring_to_stop(tid)
+
+
+def bring_to_stop(tid: int) -> None:
+    """Stop a seized task, if it is not stopped already. Errors as stop_one()."""
+    _interrupt(tid)
+    deadline = time.monotonic() + _PATIENCE
     while True:
-        status = ptrace.wait(tid)
-        if not ptrace.is_stop(status):
+        status = _next_status(tid)
+        if status is None:
+            if procfs.stat(tid)[3] == "t" and _is_stopped(tid):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(110, "does not stop", f"tid {tid}")
+            time.sleep(0.00005)
+        elif not ptrace.is_stop(status):
             raise ProcessLookupError(3, "ended before it could be stopped", f"tid {tid}")
-        if ptrace.stop_event(status) == ptrace.EVENT_STOP:
+        elif ptrace.stop_event(status) == ptrace.EVENT_STOP:
             return
-        ptrace.cont(tid, ptrace.stop_signal(status))
+        else:
+            ptrace.cont(tid, ptrace.stop_signal(status))
+
+
+def _is_stopped(tid: int) -> bool:
+    try:
+        arch.get_regs(tid)
+    except OSError:
+        return False
+    return True
+
+
+def _next_status(tid: int) -> int | None:
+    """The next wait status of a tracee, None if there is none yet; ProcessLookupError."""
+    try:
+        got, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+    except ChildProcessError:
+        raise ProcessLookupError(3, "is gone", f"tid {tid}") from None
+    return status if got else None
+
+
+def _interrupt(tid: int) -> None:
+    try:
+        ptrace.interrupt(tid)
+    except OSError:
+        pass  # it has ended, which waiting for it tells
+
+
+def _go_on(tid: int, signal: int = 0) -> None:
+    try:
+        ptrace.cont(tid, signal)
+    except OSError:
+        pass
+
+
+def _poll(tasks: dict[int, tuple[Process, Thread]], halted: dict[int, tuple[Process, Thread]] | None) -> bool:
+    """Take what has happened to `tasks`: the ended leave, the stopped move to `halted`; without `halted`
+    they go on at once. Whether anything happened."""
+    moved = False
+    for tid, (process, thread) in list(tasks.items()):
+        try:
+            status = _next_status(tid)
+        except ProcessLookupError:
+            status = 0
+        if status is None:
+            continue
+        moved = True
+        if not ptrace.is_stop(status):  # it ended before the stop reached it
+            process.threads.pop(tid, None)
+            del tasks[tid]
+            continue
+        signal = ptrace.stop_signal(status)
+        if ptrace.stop_event(status) != ptrace.EVENT_STOP:
+            _go_on(tid, signal)  # a signal was about to be delivered: let it, then stop
+        elif halted is None:
+            _go_on(tid)
+        else:
+            thread.stop_signal = 0 if signal == _SIGTRAP else signal
+            halted[tid] = tasks.pop(tid)
+    return moved
+
+
+def _in_d_state(pid: int, tid: int) -> bool:
+    try:
+        return procfs.stat(pid, tid)[3] == "D"
+    except OSError:
+        return False
