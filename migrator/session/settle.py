@@ -162,7 +162,7 @@ def _act_for_source(action: SourceAction, journal: Journal, facts: Facts, tools:
     elif action is SourceAction.JOURNAL_CLOSE:
         journal.record(Recorded.CLOSED)
     elif action is SourceAction.THAW:
-        if not thaw(facts, tools):
+        if not thaw(facts, tools) and facts.cgroup:
             why = "" if same_boot(facts) else ": this host has been rebooted"
             log.warning("migration %s: the workload is gone%s", facts.migration, why)
     elif action is SourceAction.RELEASE:
@@ -178,7 +178,7 @@ def undecided(facts: Facts, why: object) -> Undecided:
     recover = f"`migrator recover {facts.migration}"
     return Undecided(
         f"migration {facts.migration}: {facts.peer or 'the destination'} was told to run the workload and "
-        f"cannot be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until that is known",
+        f"cannot be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until it can",
         hint="restore the connection and run `migrator recover`. Only if that host is gone for good, or its "
         f"copy certainly does not run: {recover} --here`. If it runs there: {recover} --away`",
     )

@@ -178,7 +178,7 @@ def _destination_table() -> dict[tuple[DestinationState, DestinationEvent], Dest
         (s.BUILDING, e.BUILT): Step(s.READY, (a.SEND_READY,)),
         (s.READY, e.COMMIT): Step(s.DECIDING, (a.DECIDE_RUNNING,)),
         (s.DECIDING, e.DECIDED_RUNNING): Step(s.RUNNING, (a.RESUME, a.SEND_RUNNING, a.JOURNAL_RESUMED)),
-        (s.DECIDING, e.DECIDED_DISCARDED): Step(s.DISCARDED, (a.DISCARD, a.SEND_DISCARDED, a.JOURNAL_CLOSE)),
+        (s.DECIDING, e.DECIDED_DISCARDED): Step(s.DISCARDED, (a.SEND_DISCARDED, a.DISCARD, a.JOURNAL_CLOSE)),
         (s.RUNNING, e.COMMIT): Step(s.RUNNING, (a.SEND_RUNNING,)),
         (s.RUNNING, e.ASK): Step(s.RUNNING, (a.SEND_RUNNING,)),
         (s.RUNNING, e.ABORT): Step(s.RUNNING, (a.SEND_RUNNING,)),

@@ -1,0 +1,253 @@
+"""The engine's half of a source: everything that touches the workload, on the engine's own thread.
+
+`Copying` knows nothing of the protocol; `migrator.session.source` calls it when the tables say so.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import termios
+import time
+from collections.abc import Awaitable, Callable
+
+from migrator.engine.base import Round, Source, Survey
+from migrator.linux import procfs
+from migrator.session import precopy
+from migrator.session.faults import fault
+from migrator.session.interfaces import Link, NetworkLock, SourceFactory
+from migrator.session.journal import Facts, Journal
+from migrator.session.states import Recorded
+from migrator.session.thread import OwnThread
+
+FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
+_FORWARD_EVERY = 0.002
+_DRAIN_POLL = 0.0003
+_DRAIN_LIMIT = 10.0
+
+
+class Copying:
+    """One workload being copied away.
+
+    The stream goes engine -> pipe -> `link.pump_in`. If the link fails or the work is stopped, the pipe's
+    reading end is closed, so that an engine that is writing gets EPIPE instead of waiting for ever.
+    """
+
+    def __init__(self, factory: SourceFactory, link: Link, network: NetworkLock | None) -> None:
+        self._factory = factory
+        self._link = link
+        self.network = network
+        self.thread = OwnThread("engine")
+        self.journal_thread = OwnThread("journal")
+        self.source: Source | None = None
+        self.pump: asyncio.Task[int] | None = None
+        self._read_fd, self._write_fd = -1, -1
+        self.rounds: list[Round] = []
+        self.frozen_at = 0
+        self.saved_at = 0
+        self._pids: list[tuple[int, int]] = []
+
+    # While the workload runs
+
+    async def survey(self) -> Survey:
+        """Make the engine's object and let it look. Raises Refused; the workload runs on."""
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_inheritable(self._write_fd, False)
+        self.source = await self.thread.run(self._factory, self._write_fd)
+        return await self.thread.run(self.source.survey)
+
+    def start_pump(self, lost: Callable[[BaseException], None]) -> None:
+        """Begin to send what the engine writes; `lost` is called if that fails."""
+        read_fd, self._read_fd = self._read_fd, -1
+        self.pump = asyncio.create_task(self._link.pump_in(read_fd), name="stream")
+
+        def ended(pump: asyncio.Task[int]) -> None:
+            if not pump.cancelled() and (error := pump.exception()) is not None:
+                lost(error)
+
+        self.pump.add_done_callback(ended)
+
+    async def arm(self) -> None:
+        await self.thread.run(self._source.arm)
+        if self.network is not None:
+            await self.thread.run(self.network.prepare)
+
+    async def round(self) -> Round:
+        """One round, ended when the destination has taken all of it: what is on its way would have to be
+        waited for when frozen, so it belongs to the round."""
+        made = await self.thread.run(self._source.round)
+        await self._drain()
+        made = dataclasses.replace(made, end=time.monotonic_ns())
+        self.rounds.append(made)
+        fault("source.round")
+        return made
+
+    async def _drain(self) -> None:
+        quiet, limit = 0, time.monotonic() + _DRAIN_LIMIT
+        while quiet < 2 and time.monotonic() < limit and self.pump is not None and not self.pump.done():
+            quiet = quiet + 1 if not self._unread() and not in_flight(self._link) else 0
+            await asyncio.sleep(_DRAIN_POLL)
+
+    def _unread(self) -> int:
+        """Bytes in the pipe."""
+        count = array.array("i", [0])
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._write_fd, termios.FIONREAD, count)
+        return count[0]
+
+    def facts(self, facts: Facts) -> Facts:
+        """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
+        pids = []
+        for pid in self._source.pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                pids.append((pid, procfs.start_time(pid)))
+        return Facts(
+            migration=facts.migration,
+            role=facts.role,
+            peer=facts.peer,
+            pids=pids,
+            cgroup=self._source.cgroup,
+            container=facts.container,
+            boot_id=facts.boot_id,
+            started_at=facts.started_at,
+        )
+
+    # From the freeze to the thaw
+
+    async def save(
+        self, journal: Journal, facts: Facts, late_files: Callable[[], Awaitable[None]] | None
+    ) -> None:
+        """Freeze, save and hold. On return the image is written to its trailer, the tasks are frozen by their
+        cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
+        loop = asyncio.get_running_loop()
+        self._link.uncap()
+        await self.thread.run(self._save, journal, facts, late_files, loop)
+
+    def _save(
+        self,
+        journal: Journal,
+        facts: Facts,
+        late_files: Callable[[], Awaitable[None]] | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.frozen_at = time.monotonic_ns()
+        self._source.freeze()
+        if self.network is not None:
+            self.network.lock()
+        fault("source.frozen")
+        # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
+        committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, facts=facts)
+        if late_files is not None:
+            asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
+        self._source.final()
+        self.close_stream()
+        committing.result()
+        fault("source.committing")
+        self._source.hold()
+        self.saved_at = time.monotonic_ns()
+        fault("source.saved")
+
+    def close_stream(self) -> None:
+        """No more will be written."""
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+
+    async def stop(self) -> None:
+        """End the stream where it is, and wait until the engine has noticed."""
+        if self.pump is not None:
+            self.pump.cancel()
+            with contextlib.suppress(BaseException):
+                await self.pump
+        elif self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
+        await self.thread.idle()
+
+    async def thaw(self) -> None:
+        """The workload runs on the source, as if nothing had been asked."""
+        await self.stop()
+        if self.source is not None:
+            await self.thread.run(self.source.thaw)
+        if self.network is not None:
+            await self.thread.run(self.network.unlock)
+
+    # After COMMIT
+
+    async def forward(self, link: Link, arrived: asyncio.Event) -> None:
+        """Pass on frames that come to the old place, until they come to the new one."""
+        if self.network is None:
+            return
+        end = float("inf")
+        while time.monotonic() < end and not (arrived.is_set() and self.network.moved):
+            frames = await self.thread.run(self.network.captured)
+            if frames:
+                await link.send_packets(frames)
+            if arrived.is_set() and end == float("inf"):
+                end = time.monotonic() + FORWARD_SECONDS
+            await asyncio.sleep(_FORWARD_EVERY)
+
+    async def release(self) -> None:
+        """Kill the source copy: the destination's runs."""
+        await self.thread.run(self._source.release)
+        if self.network is not None:
+            await self.thread.run(self.network.release)
+
+    async def close(self) -> None:
+        """Close what is open. Leaves the workload as it is."""
+        if self.pump is not None and not self.pump.done():
+            self.pump.cancel()
+            with contextlib.suppress(BaseException):
+                await self.pump
+        await self.thread.close()
+        await self.journal_thread.close()
+        self.close_stream()
+        if self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
+        if self.network is not None:
+            self.network.close()
+
+    @property
+    def _source(self) -> Source:
+        assert self.source is not None
+        return self.source
+
+
+def in_flight(link: Link) -> int:
+    """Bytes of stream that the peer has not taken yet; 0 where the link cannot tell."""
+    window = getattr(link, "_send_window", None)
+    return int(getattr(link, "in_flight", getattr(window, "in_flight", 0)))
+
+
+def conditions(
+    link: Link,
+    rounds: list[Round],
+    *,
+    budget: float | None,
+    elapsed: float,
+    timeout: float,
+    tasks: int,
+) -> precopy.Conditions:
+    """What the stop rule needs to know, as it is now.
+
+    The times to stop and to restore grow with the number of tasks; the figures are those of the user engine
+    (docs/safety.md does not depend on them).
+    """
+    return precopy.Conditions(
+        throughput=precopy.measured_throughput(rounds) or link.throughput,
+        rtt=link.rtt,
+        freeze=0.0015 + 0.0002 * tasks,
+        restore=0.0010 + 0.0002 * tasks,
+        budget=budget,
+        elapsed=elapsed,
+        timeout=timeout,
+    )
+
+
+async def _awaited(call: Callable[[], Awaitable[None]]) -> None:
+    await call()

@@ -1,0 +1,494 @@
+"""The destination of a migration: the tables of `migrator.session.states`, driven.
+
+    result = await DestinationSession(settings, link).run(proposal)
+
+`migrator.session.serve` makes one where a source proposes a migration. A session ends when the copy runs and
+the source has said that it knows, when the copy is discarded, or when the link is gone; what it leaves
+undone, its journal tells the next agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrator import model
+from migrator.engine.base import Destination
+from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
+from migrator.model import OnEvent, Outcome, Where
+from migrator.session import messages as m
+from migrator.session import preflight
+from migrator.session.faults import fault
+from migrator.session.files import FileReceiver
+from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
+from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
+from migrator.session.settle import Tools, thaw
+from migrator.session.states import (
+    DestinationAction,
+    DestinationEvent,
+    DestinationState,
+    Recorded,
+    destination_step,
+)
+from migrator.session.thread import OwnThread
+
+log = logging.getLogger("migrator.session")
+
+ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
+_BEGIN_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the host has made ready for one proposal.
+
+    factory:  makes the engine's destination from the descriptor of the stream
+    cgroup:   path or name of the cgroup that will hold the copy, known before it is built
+    arrival:  gives the network of the container, once the copy is built; None without one
+    cleanup:  called on the engine's thread when the copy was discarded
+    """
+
+    factory: DestinationFactory
+    cgroup: str
+    arrival: Callable[[], NetworkArrival | None] = lambda: None
+    cleanup: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DestinationSettings:
+    """A host that takes workloads in.
+
+    prepare:  checks that the proposal fits this host and makes it ready; raises Refused. Called on the
+              engine's thread, before the source begins.
+    root:     a directory below which the files are looked for, "" for the host's root
+    limit:    seconds from BEGIN until the copy must have been told to run or to go
+    query:    answers `Query` messages with JSON
+    """
+
+    host: m.HostFacts
+    prepare: Callable[[m.Propose], Prepared]
+    root: str = ""
+    limit: float = 3600.0
+    journal: Path = field(default_factory=journal_directory)
+    tools: Tools = field(default_factory=Tools)
+    query: Callable[[m.Query], Awaitable[str]] | None = None
+
+
+class DestinationSession:
+    """One migration, seen from its destination. `state` is the state of the tables."""
+
+    def __init__(
+        self, settings: DestinationSettings, link: Link, *, on_event: OnEvent = model.nobody
+    ) -> None:
+        self.settings = settings
+        self.state = DestinationState.START
+        self._link = link
+        self._tell = on_event
+        self._events: asyncio.Queue[tuple[DestinationEvent, BaseException | None]] = asyncio.Queue()
+        self._thread = OwnThread("engine")
+        self._proposal: m.Propose | None = None
+        self._prepared: Prepared | None = None
+        self._files: FileReceiver | None = None
+        self._journal: Journal | None = None
+        self._engine: Destination | None = None
+        self._arrival: NetworkArrival | None = None
+        self._announcing: asyncio.Task[None] | None = None
+        self._pump: asyncio.Task[int] | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._error: BaseException | None = None
+        self._pid = 0
+        self._resumed_at = 0
+        self._began = time.monotonic_ns()
+        self._finished = False
+
+    # For the caller
+
+    async def run(self, proposal: m.Propose) -> model.MigrationResult:
+        """Take this workload in, if it fits. Returns when there is nothing left to do here.
+
+        Raises nothing for what the peer does: see `outcome` and `reason` of the result.
+        """
+        self._proposal = proposal
+        whole = asyncio.create_task(self._main(), name=f"destination {proposal.migration}")
+        cancelled = False
+        while not whole.done():
+            try:
+                await asyncio.wait([whole])
+            except asyncio.CancelledError:
+                cancelled = True
+                self.cancel("this agent is being stopped")
+        if cancelled:
+            raise asyncio.CancelledError
+        return whole.result()
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Discard the copy, unless it was decided that it runs."""
+        self._post(DestinationEvent.CANCEL, MigrationAborted(reason))
+
+    # The loop
+
+    def _post(self, event: DestinationEvent, why: BaseException | None = None) -> None:
+        self._events.put_nowait((event, why))
+
+    async def _main(self) -> model.MigrationResult:
+        listener = asyncio.create_task(self._listen(), name="messages")
+        self._tell(model.Started(self._migration, self._link.peer, self._began))
+        self._post(DestinationEvent.HELLO)
+        try:
+            while not self._finished:
+                event, why = await self._events.get()
+                await self._step(event, why)
+            if self._announcing is not None:
+                await self._announcing
+            result = self._result()
+            self._tell(model.Ended(self._migration, Where.DESTINATION, result))
+            return result
+        finally:
+            for task in [listener, *self._tasks]:
+                task.cancel()
+                with contextlib.suppress(BaseException):
+                    await task
+            await self._close()
+
+    async def _step(self, event: DestinationEvent, why: BaseException | None) -> None:
+        step = destination_step(self.state, event)
+        log.debug("%s: %s, %s -> %s", self._migration, self.state.value, event.value, step.state.value)
+        if why is not None and self._error is None and self.state is not DestinationState.RUNNING:
+            self._error = why
+        if step.actions:
+            await self._stop_work()
+        self.state = step.state
+        todo = list(step.actions)
+        while todo:
+            action = todo.pop(0)
+            try:
+                outcome = await self._act(action)
+            except Exception as error:
+                if action in _TOLERATED:
+                    log.warning("%s: %s: %s", self._migration, action.value, error)
+                    continue
+                if not isinstance(error, MigratorError | OSError):
+                    log.exception("%s: %s", self._migration, action.value)
+                self._failed(error)
+                break
+            if outcome is not None:
+                # The decision: its consequences follow at once, before any other event.
+                step = destination_step(self.state, outcome)
+                self.state, todo = step.state, list(step.actions)
+        self._note_end(event)
+
+    def _failed(self, error: BaseException) -> None:
+        if self.state is DestinationState.DECIDING:
+            # Nothing is recorded, so nothing may be said. The copy stays frozen; the next agent decides.
+            log.critical("%s: the decision cannot be recorded: %s", self._migration, error)
+            self._error, self._finished = error, True
+            return
+        self._post(DestinationEvent.FAILED, error)
+
+    def _note_end(self, event: DestinationEvent) -> None:
+        s, e = DestinationState, DestinationEvent
+        if self.state in (s.DISCARDED, s.ENDED):
+            self._finished = True
+        elif self.state is s.RUNNING:
+            self._finished = self._finished or event in (e.DONE, e.LINK_LOST, e.CANCEL, e.FAILED)
+
+    async def _stop_work(self) -> None:
+        work, self._work = self._work, None
+        if work is not None and not work.done():
+            work.cancel()
+            await self._stop_pump()
+            await self._thread.idle()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    async def _stop_pump(self) -> None:
+        if self._pump is not None:
+            self._pump.cancel()
+            with contextlib.suppress(BaseException):
+                await self._pump
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Actions
+
+    async def _act(self, action: DestinationAction) -> DestinationEvent | None:
+        migration, a = self._migration, DestinationAction
+        if action is a.SEND_VERDICT:
+            await self._judge()
+        elif action is a.JOURNAL_OPEN:
+            await self._open_journal()
+        elif action is a.BUILD:
+            fault("destination.begun")
+            self._work = asyncio.create_task(self._build(), name="build")
+        elif action is a.SEND_READY:
+            await self._send(m.Ready(migration, time.monotonic_ns()))
+            fault("destination.ready")
+        elif action is a.DECIDE_RUNNING:
+            fault("destination.commit")
+            # On the event loop on purpose: the workload stands still, and a thread costs more than the disk.
+            return self._decide(Recorded.RUNNING, "")
+        elif action is a.DECIDE_DISCARDED:
+            return self._decide(Recorded.DISCARDED, m.text(self._error or "aborted by the source"))
+        elif action is a.RESUME:
+            await self._resume()
+        elif action is a.DISCARD:
+            await self._discard()
+        elif action is a.SEND_RUNNING:
+            await self._send(m.Running(migration, self._resumed_at))
+            fault("destination.told")
+            await self._report()
+        elif action is a.SEND_DISCARDED:
+            assert self._journal is not None
+            await self._send(m.Discarded(migration, self._journal.reason))
+        elif action is a.JOURNAL_RESUMED:
+            self._record(Recorded.RESUMED)
+        elif action is a.JOURNAL_CLOSE:
+            self._record(Recorded.CLOSED)
+        elif action is a.TELL_OPERATOR:
+            log.critical("%s: %s; the journal is kept, restart the agent", migration, self._error)
+        return None
+
+    async def _send(self, message: m.AnyMessage) -> None:
+        await self._link.send(m.encode(message))
+
+    async def _judge(self) -> None:
+        proposal = self._propose
+        reasons: list[m.Reason] = []
+        wanted: list[str] = []
+        try:
+            files = await asyncio.to_thread(
+                preflight.collect_files, proposal.survey.files, self.settings.root
+            )
+            taken = preflight.taken(proposal.survey.wanted_pids)
+            reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
+            if not any(r.blocking for r in reasons) and not proposal.dry_run:
+                self._prepared = await self._thread.run(self.settings.prepare, proposal)
+        except MigratorError as error:
+            texts = getattr(error, "reasons", None) or [error.message]
+            reasons += [m.Reason(self.settings.host.host, m.text(text), m.text(error.hint)) for text in texts]
+        self._files = FileReceiver(wanted, self.settings.root)
+        await self._send(m.Verdict(self.settings.host, reasons, wanted))
+        fault("destination.proposed")
+        self._after(_BEGIN_SECONDS, DestinationState.PREFLIGHT)
+
+    async def _open_journal(self) -> None:
+        if self._prepared is None:
+            raise MigrationAborted("this host has refused the workload")
+        facts = Facts(
+            migration=self._migration,
+            role=Role.DESTINATION,
+            peer=self._link.peer,
+            cgroup=self._prepared.cgroup,
+            container=self._propose.container,
+            boot_id=boot_id(),
+            started_at=time.time(),
+        )
+        try:
+            self._journal = Journal.create(self.settings.journal, facts)
+        except FileExistsError:
+            raise MigrationAborted(f"migration {self._migration} is already known here") from None
+        for state in (DestinationState.BUILDING, DestinationState.READY):
+            self._after(self.settings.limit, state)
+
+    async def _build(self) -> None:
+        assert self._prepared is not None
+        read_fd, write_fd = os.pipe()
+        self._pump = asyncio.create_task(self._link.pump_out(write_fd), name="stream")
+        try:
+            await self._thread.run(self._build_and_hold, self._prepared, read_fd)
+        except Exception as error:
+            # A stream that was cut off is the symptom; why it was cut off is the cause.
+            cause: BaseException = error
+            if self._pump.done() and not self._pump.cancelled() and self._pump.exception() is not None:
+                cause = self._pump.exception() or error
+            elif not isinstance(error, MigratorError | OSError):
+                log.exception("%s: building failed", self._migration)
+            self._post(DestinationEvent.FAILED, cause)
+        else:
+            self._post(DestinationEvent.BUILT)
+
+    def _build_and_hold(self, prepared: Prepared, read_fd: int) -> None:
+        try:
+            self._engine = prepared.factory(read_fd)
+            self._pid = self._engine.build()
+            fault("destination.built")
+            self._engine.hold()
+            fault("destination.held")
+            self._arrival = prepared.arrival()
+            if self._arrival is not None:
+                self._arrival.prepare()
+        finally:
+            os.close(read_fd)
+
+    def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
+        if self._journal is None:
+            # Asked about a migration that was never begun here.
+            facts = Facts(
+                migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time()
+            )
+            self._journal = Journal.create(self.settings.journal, facts)
+            wish = Recorded.DISCARDED
+        decided = self._journal.decide(wish, reason=reason)
+        fault("destination.decided")
+        running = decided is Recorded.RUNNING
+        return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
+
+    async def _resume(self) -> None:
+        await self._thread.run(self._resume_on_thread)
+        if self._arrival is not None:
+            self._spawn(self._take_frames(self._arrival))
+            self._announcing = asyncio.create_task(self._announce(self._arrival))
+
+    def _resume_on_thread(self) -> None:
+        # The port opens first: what the copy says in its first instant must not be lost.
+        if self._arrival is not None:
+            self._arrival.unlock()
+        assert self._engine is not None and self._journal is not None
+        try:
+            self._engine.resume()
+        except Exception:
+            # Decided is decided: what the engine cannot do, its cgroup can.
+            if not thaw(self._journal.facts, self.settings.tools):
+                raise
+        self._resumed_at = time.monotonic_ns()
+        if self._arrival is not None:
+            self._arrival.announce()
+        fault("destination.resumed")
+
+    async def _take_frames(self, arrival: NetworkArrival) -> None:
+        with contextlib.suppress(MigratorError, OSError):
+            while True:
+                frames = await self._link.receive_packets()
+                await self._thread.run(arrival.inject, frames)
+
+    async def _announce(self, arrival: NetworkArrival) -> None:
+        with contextlib.suppress(OSError):
+            for pause in ANNOUNCE_AGAIN:
+                await asyncio.sleep(pause)
+                await self._thread.run(arrival.announce)
+
+    async def _discard(self) -> None:
+        await self._stop_pump()
+        await self._thread.idle()
+        if self._engine is not None:
+            await self._thread.run(self._engine.discard)
+        if self._prepared is not None:
+            await self._thread.run(self._prepared.cleanup)
+
+    def _record(self, state: Recorded) -> None:
+        if self._journal is not None:
+            self._journal.record(state)
+
+    async def _report(self) -> None:
+        phases = list(self._engine.phases) if self._engine is not None else []
+        await self._send(m.Report(self._migration, phases[-200:], self._pid))
+
+    def _after(self, seconds: float, state: DestinationState) -> None:
+        async def later() -> None:
+            await asyncio.sleep(seconds)
+            if self.state is state:
+                self.cancel(f"nothing came from the source for {seconds:g} s")
+
+        self._spawn(later())
+
+    # Messages
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                await self._heard(m.decode(await self._link.receive()))
+        except (m.MessageError, MigratorError, OSError) as error:
+            event = DestinationEvent.LINK_LOST
+            if isinstance(error, m.MessageError):
+                event = DestinationEvent.PROTOCOL_ERROR
+            elif not isinstance(error, TransportError):
+                event = DestinationEvent.FAILED
+            self._post(event, error)
+
+    async def _heard(self, message: m.AnyMessage) -> None:
+        if isinstance(message, m.Clock):
+            await self._send(m.Clock(message.asked, time.monotonic_ns()))
+        elif isinstance(message, m.FileBegin | m.FileData | m.FileEnd):
+            if self._files is None or self.state is not DestinationState.BUILDING:
+                raise m.MessageError("a file that was not asked for")
+            await asyncio.to_thread(self._files.take, message)
+        elif isinstance(message, m.FilesSync):
+            await self._send(message)
+        elif isinstance(message, m.Begin | m.Commit | m.Abort | m.Ask | m.Done):
+            if message.migration != self._migration:
+                raise m.MessageError(f"about another migration, {message.migration}")
+            why = MigrationAborted(f"the source: {message.reason}") if isinstance(message, m.Abort) else None
+            self._post(_EVENTS[type(message)], why)
+        elif isinstance(message, m.Failure):
+            self._post(DestinationEvent.FAILED, MigrationAborted(f"the source: {message.reason}"))
+        else:
+            raise m.MessageError(f"a {type(message).__name__} was not expected")
+
+    # The end
+
+    @property
+    def _propose(self) -> m.Propose:
+        assert self._proposal is not None
+        return self._proposal
+
+    @property
+    def _migration(self) -> str:
+        return self._propose.migration
+
+    def _result(self) -> model.MigrationResult:
+        running = self.state is DestinationState.RUNNING
+        outcome = Outcome.MIGRATED if running else Outcome.ABORTED
+        if self.state is DestinationState.ENDED and self._propose.dry_run:
+            outcome = Outcome.DRY_RUN
+        return model.MigrationResult(
+            migration=self._migration,
+            outcome=outcome,
+            fate=(Fate.DESTINATION if running else Fate.SOURCE).value,
+            reason="" if running else str(self._error or ""),
+            source=self._propose.source.host,
+            destination=self.settings.host.host,
+            container=self._propose.container,
+            pid=self._pid,
+            total=(time.monotonic_ns() - self._began) / 1e9,
+            rtt=self._link.rtt,
+        )
+
+    async def _close(self) -> None:
+        await self._stop_pump()
+        if self._files is not None:
+            self._files.close()
+        if self._arrival is not None:
+            await self._thread.run(self._arrival.close)
+        if self.state is DestinationState.ENDED and self._prepared is not None:
+            await self._thread.run(self._prepared.cleanup)
+        await self._thread.close()
+        if self._journal is not None:
+            self._journal.close()
+
+
+_EVENTS: dict[type[m.AnyMessage], DestinationEvent] = {
+    m.Begin: DestinationEvent.BEGIN,
+    m.Commit: DestinationEvent.COMMIT,
+    m.Abort: DestinationEvent.ABORT,
+    m.Ask: DestinationEvent.ASK,
+    m.Done: DestinationEvent.DONE,
+}
+_TOLERATED = frozenset(
+    {
+        DestinationAction.SEND_RUNNING,
+        DestinationAction.SEND_DISCARDED,
+        DestinationAction.JOURNAL_RESUMED,
+        DestinationAction.JOURNAL_CLOSE,
+    }
+)

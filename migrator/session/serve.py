@@ -1,0 +1,91 @@
+"""What a host does for whoever has connected, and how one asks it.
+
+await serve(link, settings)      # on the host: until the other side is done
+await ask_over(link, migration)  # from elsewhere: RUNNING or DISCARDED?
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from migrator import model
+from migrator.errors import MigrationAborted, MigratorError, TransportError
+from migrator.model import OnEvent
+from migrator.session import messages as m
+from migrator.session.destination import DestinationSession, DestinationSettings
+from migrator.session.interfaces import Link
+from migrator.session.journal import Journal, Role
+from migrator.session.settle import answer, settle_destination
+from migrator.session.states import Recorded
+
+log = logging.getLogger("migrator.session")
+
+
+async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent = model.nobody) -> None:
+    """Answer one link until it ends: take a workload in, say what became of one, answer questions.
+
+    Returns when the link is done with; raises nothing for what the peer does. Unfinished journals must have
+    been settled before (`settle.settle_all`).
+    """
+    try:
+        await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
+        while True:
+            message = m.decode(await link.receive())
+            if isinstance(message, m.Hello):
+                m.common_version(message.versions)
+            elif isinstance(message, m.Propose):
+                known = Journal.find(settings.journal, message.migration, Role.DESTINATION)
+                if known is not None:
+                    known.close()
+                    raise MigrationAborted(f"migration {message.migration} is already known here")
+                await DestinationSession(settings, link, on_event=on_event).run(message)
+                return
+            elif isinstance(message, m.Ask | m.Commit):
+                reply = await asyncio.to_thread(answer, settings.journal, message.migration, settings.tools)
+                await link.send(m.encode(reply))
+            elif isinstance(message, m.Done):
+                await asyncio.to_thread(_done, settings, message.migration)
+            elif isinstance(message, m.Query) and settings.query is not None:
+                await link.send(m.encode(m.Result(await settings.query(message))))
+            elif isinstance(message, m.Clock):
+                await link.send(m.encode(m.Clock(message.asked, time.monotonic_ns())))
+            elif not isinstance(message, m.Abort):
+                raise m.MessageError(f"a {type(message).__name__} was not expected")
+    except (MigratorError, OSError) as error:
+        log.debug("%s: %s", link.peer, error)
+        with contextlib.suppress(MigratorError, OSError):
+            hint = error.hint if isinstance(error, MigratorError) else ""
+            await link.send(m.encode(m.Failure(m.text(error), m.text(hint))))
+
+
+def _done(settings: DestinationSettings, migration: str) -> None:
+    """The source knows that the copy runs: nobody will ask again."""
+    journal = Journal.find(settings.journal, migration, Role.DESTINATION)
+    if journal is None:
+        return
+    with journal:
+        if journal.try_lock():
+            if not journal.settled:
+                settle_destination(journal, settings.tools)
+            if journal.state is Recorded.RESUMED:
+                journal.record(Recorded.CLOSED)
+
+
+async def ask_over(link: Link, migration: str, *, timeout: float = 30.0) -> Recorded:
+    """Ask the destination at the other end of `link` for its decision. Raises TransportError."""
+    await link.send(m.encode(m.Hello([m.VERSION], "migrator", "")))
+    await link.send(m.encode(m.Ask(migration)))
+    end = time.monotonic() + timeout
+    while True:
+        message = m.decode(await link.receive(max(end - time.monotonic(), 0.01)))
+        if isinstance(message, m.Running) and message.migration == migration:
+            return Recorded.RUNNING
+        if isinstance(message, m.Discarded) and message.migration == migration:
+            return Recorded.DISCARDED
+        if isinstance(message, m.Failure):
+            raise TransportError(f"{link.peer}: {message.reason}", hint=message.hint)
+        if not isinstance(message, m.Hello | m.Progress):
+            raise m.MessageError(f"a {type(message).__name__} is no answer")

@@ -1,0 +1,617 @@
+"""The source of a migration: the tables of `migrator.session.states`, driven.
+
+    session = SourceSession(settings, factory, link, host, reconnect=...)
+    result = await session.run()
+
+Events are taken one at a time from one queue: messages of the destination, the ends of long actions, what a
+person wants. Cancelling the task that awaits `run()`, or `cancel()`, aborts before COMMIT; after it, it only
+stops waiting for what is not needed to know the outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrator import model
+from migrator.errors import (
+    Fate,
+    MigrationAborted,
+    MigratorError,
+    Refused,
+    TransportError,
+    Undecided,
+)
+from migrator.model import OnEvent, Outcome, Span, Where
+from migrator.session import messages as m
+from migrator.session import precopy, preflight
+from migrator.session.copying import Copying, conditions
+from migrator.session.faults import fault
+from migrator.session.files import FileSender
+from migrator.session.interfaces import Link, NetworkLock, SourceFactory
+from migrator.session.journal import Facts, Journal, JournalError, Role, boot_id, journal_directory
+from migrator.session.settle import undecided
+from migrator.session.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
+
+log = logging.getLogger("migrator.session")
+
+Reconnect = Callable[[], Awaitable[Link]]
+
+_TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
+_ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What was asked for.
+
+    migration:     its id, new
+    peer:          how to reach the destination again, as given on the command line
+    max_downtime:  seconds; None for the best that can be had
+    timeout:       seconds until it must have been decided to freeze
+    freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
+    ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
+    bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
+    """
+
+    migration: str
+    peer: str
+    container: str = ""
+    container_spec: str = ""
+    max_downtime: float | None = None
+    timeout: float = 600.0
+    freeze_limit: float = 30.0
+    ask_for: float = 60.0
+    bandwidth: float = 0.0
+    dry_run: bool = False
+    copy_files: bool = False
+    journal: Path = field(default_factory=journal_directory)
+
+
+class SourceSession:
+    """One migration, seen from its source. `state` is the state of the tables."""
+
+    def __init__(
+        self,
+        settings: SourceSettings,
+        factory: SourceFactory,
+        link: Link,
+        host: m.HostFacts,
+        *,
+        reconnect: Reconnect | None = None,
+        network: NetworkLock | None = None,
+        on_event: OnEvent = model.nobody,
+    ) -> None:
+        self.settings = settings
+        self.state = SourceState.START
+        self.report: preflight.Report | None = None
+        self._host = host
+        self._link = link
+        self._reconnect = reconnect
+        self._tell = on_event
+        self._copying = Copying(factory, link, network)
+        self._files: FileSender | None = None
+        self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._work: asyncio.Task[None] | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._journal: Journal | None = None
+        self._facts = Facts(
+            migration=settings.migration,
+            role=Role.SOURCE,
+            peer=settings.peer,
+            container=settings.container,
+            boot_id=boot_id(),
+            started_at=time.time(),
+        )
+        self._error: BaseException | None = None
+        self._undecided: Undecided | None = None
+        self._survey_pids: list[int] = []
+        self._decision: precopy.Decision | None = None
+        self._clock = model.ClockOffset()
+        self._spans: list[Span] = []
+        self._arrived = asyncio.Event()
+        self._forwarding: asyncio.Task[None] | None = None
+        self._running: m.Running | None = None
+        self._destination_report: asyncio.Future[m.Report] | None = None
+        self._began = 0
+        self._lost_at = 0.0
+
+    # For the caller
+
+    async def run(self) -> model.MigrationResult:
+        """Do it all. Returns once the workload runs on the destination and is gone here (or, with `dry_run`,
+        once it is known whether it could).
+
+        Raises Refused, MigrationAborted, or another MigratorError whose fate is SOURCE: then it runs here as
+        if nothing had been asked. Raises Undecided: it is frozen here, and the message says what to decide.
+        """
+        whole = asyncio.create_task(self._main(), name=f"source {self.settings.migration}")
+        cancelled = False
+        while not whole.done():
+            try:
+                await asyncio.wait([whole])
+            except asyncio.CancelledError:
+                cancelled = True
+                self.cancel()
+        if cancelled and whole.exception() is not None and not isinstance(whole.exception(), Undecided):
+            raise asyncio.CancelledError from whole.exception()
+        return whole.result()
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Abort, if COMMIT was not sent yet; else tell that the outcome is waited for."""
+        if self.state in (SourceState.COMMITTED, SourceState.AWAY):
+            self._tell(
+                model.Waiting(
+                    self.settings.migration,
+                    "too late to abort: the destination was told to run it; waiting for its answer",
+                )
+            )
+        self._post(SourceEvent.CANCEL, MigrationAborted(reason))
+
+    # The loop
+
+    def _post(self, event: SourceEvent, why: BaseException | None = None) -> None:
+        self._events.put_nowait((event, why))
+
+    async def _main(self) -> model.MigrationResult:
+        self._began = time.monotonic_ns()
+        self._destination_report = asyncio.get_running_loop().create_future()
+        self._tell(model.Started(self.settings.migration, self.settings.peer, self._began))
+        self._listen(self._link)
+        self._post(SourceEvent.BEGIN)
+        try:
+            while self.state not in (SourceState.HERE, SourceState.AWAY) and self._undecided is None:
+                event, why = await self._events.get()
+                await self._step(event, why)
+            result = await self._result()
+            self._tell(model.Ended(self.settings.migration, Where.SOURCE, result))
+            if result.outcome in (Outcome.MIGRATED, Outcome.DRY_RUN):
+                return result
+            raise self._failure()
+        finally:
+            await self._close()
+
+    async def _step(self, event: SourceEvent, why: BaseException | None) -> None:
+        step = source_step(self.state, event)
+        log.debug(
+            "%s: %s, %s -> %s", self.settings.migration, self.state.value, event.value, step.state.value
+        )
+        if why is not None and self._error is None and step.state is SourceState.HERE:
+            self._error = why
+        if step.state is SourceState.HERE:
+            await self._stop_work()
+        self.state = step.state
+        for action in step.actions:
+            try:
+                await self._act(action)
+            except Exception as error:
+                if action in _TOLERATED:
+                    # The outcome is decided without it; a restart would come to the same.
+                    log.warning("%s: %s: %s", self.settings.migration, action.value, error)
+                    continue
+                if not isinstance(error, MigratorError | OSError):
+                    log.exception("%s: %s", self.settings.migration, action.value)
+                lost = isinstance(error, TransportError)
+                self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
+                return
+
+    async def _stop_work(self) -> None:
+        work, self._work = self._work, None
+        if work is not None and not work.done():
+            work.cancel()
+            await self._copying.stop()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    def _start_work(self, work: Coroutine[Any, Any, None], done: SourceEvent) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except (MigratorError, OSError) as error:
+                lost = isinstance(error, TransportError)
+                self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
+            except Exception as error:
+                log.exception("%s: unexpected", self.settings.migration)
+                self._post(SourceEvent.FAILED, error)
+            else:
+                self._post(done)
+
+        self._work = asyncio.create_task(guarded(), name=done.value)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Actions
+
+    async def _act(self, action: SourceAction) -> None:
+        migration, a = self.settings.migration, SourceAction
+        if action is a.SEND_HELLO:
+            await self._send(m.Hello([m.VERSION], "migrator", self._host.host))
+            await self._propose()
+        elif action is a.JOURNAL_OPEN:
+            self._journal = await self._copying.journal_thread.run(
+                Journal.create, self.settings.journal, self._facts
+            )
+        elif action is a.SEND_BEGIN:
+            await self._send(m.Begin(migration))
+            fault("source.begun")
+        elif action is a.COPY:
+            self._start_work(self._copy(), SourceEvent.CONVERGED)
+        elif action is a.SAVE:
+            self._start_work(self._save(), SourceEvent.SAVED)
+            self._after(self.settings.freeze_limit, self._too_long_frozen)
+        elif action is a.SEND_COMMIT:
+            fault("source.ready")
+            await self._send(m.Commit(migration))
+            fault("source.committed")
+            self._forwarding = self._spawn(self._forward())
+            self._after(_ANSWER_SECONDS, self._no_answer)
+        elif action is a.SEND_ASK:
+            await self._send(m.Ask(migration))
+            self._after(_ANSWER_SECONDS, self._no_answer)
+        elif action is a.SEND_DONE:
+            await self._send(m.Done(migration))
+            fault("source.done")
+        elif action is a.SEND_ABORT:
+            reason = m.text(self._error or "aborted")
+            async with asyncio.timeout(_TELL_SECONDS):
+                await self._send(m.Abort(migration, reason))
+        elif action in (a.JOURNAL_HERE, a.JOURNAL_AWAY, a.JOURNAL_CLOSE):
+            await self._record(action)
+        elif action is a.THAW:
+            await self._copying.thaw()
+        elif action is a.RELEASE:
+            await self._release()
+        elif action is a.RECONNECT:
+            if self._reconnecting is None or self._reconnecting.done():
+                self._reconnecting = self._spawn(self._ask_again())
+        elif action is a.TELL_OPERATOR:
+            self._undecided = undecided(self._facts, self._error or "no answer")
+
+    async def _send(self, message: m.AnyMessage) -> None:
+        await self._link.send(m.encode(message))
+
+    async def _record(self, action: SourceAction) -> None:
+        if self._journal is None:
+            return
+        record = self._journal.record
+        run = self._copying.journal_thread.run
+        if action is SourceAction.JOURNAL_HERE:
+            await run(record, Recorded.HERE, reason=m.text(self._error or "discarded by the destination"))
+        elif action is SourceAction.JOURNAL_AWAY:
+            fault("source.running")
+            await run(record, Recorded.AWAY)
+            fault("source.away")
+        else:
+            await run(record, Recorded.CLOSED)
+
+    async def _propose(self) -> None:
+        began = time.monotonic_ns()
+        survey = await self._copying.survey()
+        self._survey_pids = survey.pids
+        files = await asyncio.to_thread(preflight.with_digests, survey.files)
+        if self.settings.copy_files:
+            self._files = FileSender(files, self._send)
+        proposal = m.Propose(
+            self.settings.migration,
+            self._host,
+            dataclasses.replace(survey, files=files),
+            self.settings.container,
+            self.settings.container_spec,
+            self.settings.copy_files,
+            self.settings.dry_run,
+        )
+        self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
+        await self._send(proposal)
+        fault("source.proposed")
+        self._after(self.settings.timeout, self._timed_out)
+
+    async def _copy(self) -> None:
+        settings, copying = self.settings, self._copying
+        if settings.bandwidth:
+            self._link.set_cap(settings.bandwidth)
+        if self._files is not None:
+            with self._span("files"):
+                await self._files.send_wanted()
+        copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
+        with self._span("arm"):
+            await copying.arm()
+        while True:
+            await self._ask_clock()
+            made = await copying.round()
+            elapsed = (time.monotonic_ns() - self._began) / 1e9
+            weighed = conditions(
+                self._link,
+                copying.rounds,
+                budget=settings.max_downtime,
+                elapsed=elapsed,
+                timeout=settings.timeout,
+                tasks=len(self._survey_pids),
+            )
+            decision = precopy.decide(copying.rounds, weighed)
+            self._decision = decision
+            self._spans.append(
+                Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages)
+            )
+            self._tell(
+                model.RoundDone(
+                    settings.migration,
+                    made,
+                    min(decision.predicted_downtime, 1e9),
+                    weighed.throughput,
+                    decision.verdict.value,
+                    decision.reason,
+                )
+            )
+            if decision.verdict is precopy.Verdict.GIVE_UP:
+                raise MigrationAborted(
+                    decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
+                )
+            if decision.verdict is precopy.Verdict.FREEZE:
+                break
+        # Slow things now, so that nothing is left for the time in which the workload stands still.
+        self._facts = await copying.thread.run(copying.facts, self._facts)
+
+    async def _save(self) -> None:
+        assert self._journal is not None
+        self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
+        late = self._files.send_changes if self._files is not None and self._files.sent else None
+        await self._copying.save(self._journal, self._facts, late)
+
+    async def _forward(self) -> None:
+        with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
+            await self._copying.forward(self._link, self._arrived)
+
+    async def _release(self) -> None:
+        self._arrived.set()
+        if self._forwarding is not None:
+            await self._forwarding
+        with self._span("release"):
+            await self._copying.release()
+        fault("source.released")
+
+    async def _ask_again(self) -> None:
+        """Reach the destination again and post LINK_BACK, or UNREACHABLE."""
+        self._lost_at = self._lost_at or time.monotonic()
+        pause = 0.1
+        self._spawn(self._link.close())
+        while time.monotonic() - self._lost_at < self.settings.ask_for and self._reconnect is not None:
+            try:
+                link = await self._reconnect()
+                await link.send(m.encode(m.Hello([m.VERSION], "migrator", self._host.host)))
+            except (MigratorError, OSError) as error:
+                self._error = error
+                self._tell(
+                    model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}")
+                )
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5.0)
+            else:
+                self._link = link
+                self._listen(link)
+                self._post(SourceEvent.LINK_BACK)
+                return
+        self._post(SourceEvent.UNREACHABLE, self._error)
+
+    # Time
+
+    def _after(self, seconds: float, call: Callable[[], None]) -> None:
+        async def later() -> None:
+            await asyncio.sleep(seconds)
+            call()
+
+        self._spawn(later())
+
+    def _timed_out(self) -> None:
+        # Rounds know the timeout themselves and freeze or give up. This is for a peer that does not answer.
+        if self.state is SourceState.PREFLIGHT:
+            self._post(SourceEvent.CANCEL, MigrationAborted(f"no verdict within {self.settings.timeout:g} s"))
+
+    def _too_long_frozen(self) -> None:
+        if self.state in (SourceState.SAVING, SourceState.SAVING_READY, SourceState.SAVED):
+            why = f"the destination was not ready within {self.settings.freeze_limit:g} s of the freeze"
+            self._post(SourceEvent.CANCEL, MigrationAborted(why))
+
+    def _no_answer(self) -> None:
+        if self.state is SourceState.COMMITTED:
+            why = TransportError(f"no answer from {self.settings.peer} within {_ANSWER_SECONDS:g} s")
+            self._post(SourceEvent.LINK_LOST, why)
+
+    async def _ask_clock(self) -> None:
+        await self._send(m.Clock(time.monotonic_ns()))
+
+    @contextlib.contextmanager
+    def _span(self, name: str) -> Any:
+        start = time.monotonic_ns()
+        self._tell(model.PhaseStarted(self.settings.migration, name, start))
+        try:
+            yield
+        finally:
+            span = Span(name, Where.SOURCE, start, time.monotonic_ns())
+            self._spans.append(span)
+            self._tell(model.PhaseEnded(self.settings.migration, span))
+
+    # Messages
+
+    def _listen(self, link: Link) -> None:
+        async def listen() -> None:
+            try:
+                while True:
+                    self._heard(m.decode(await link.receive()))
+            except m.MessageError as error:
+                self._post(SourceEvent.PROTOCOL_ERROR, error)
+            except (TransportError, OSError) as error:
+                if link is self._link:
+                    self._post(SourceEvent.LINK_LOST, error)
+
+        if self._listener is not None:
+            self._listener.cancel()
+        self._listener = asyncio.create_task(listen(), name="messages")
+
+    def _heard(self, message: m.AnyMessage) -> None:
+        about = getattr(message, "migration", self.settings.migration)
+        if about != self.settings.migration:
+            raise m.MessageError(f"a {type(message).__name__} about another migration, {about}")
+        if isinstance(message, m.Ready):
+            self._post(SourceEvent.READY)
+        elif isinstance(message, m.Running):
+            self._running = self._running or message
+            self._post(SourceEvent.RUNNING)
+        elif isinstance(message, m.Discarded):
+            self._post(SourceEvent.DISCARDED, MigrationAborted(f"{self._link.peer}: {message.reason}"))
+        elif isinstance(message, m.Verdict):
+            self._judge(message)
+        elif isinstance(message, m.Clock):
+            self._clock.sample(message.asked, message.answered, time.monotonic_ns())
+        elif isinstance(message, m.Report):
+            if self._destination_report is not None and not self._destination_report.done():
+                self._destination_report.set_result(message)
+        elif isinstance(message, m.FilesSync) and self._files is not None:
+            self._files.synced(message.number)
+        elif isinstance(message, m.Failure):
+            error = MigrationAborted(f"{self._link.peer}: {message.reason}", hint=message.hint)
+            self._post(SourceEvent.FAILED, error)
+        elif isinstance(message, m.Hello):
+            m.common_version(message.versions)
+        elif not isinstance(message, m.Progress):
+            raise m.MessageError(f"a {type(message).__name__} is not for a source")
+
+    def _judge(self, verdict: m.Verdict) -> None:
+        if self.state is not SourceState.PREFLIGHT or self.report is not None:
+            raise m.MessageError("a verdict that was not asked for")
+        survey_files = self._files.known if self._files is not None else set()
+        if set(verdict.wanted) - survey_files:
+            raise m.MessageError("the destination wants files that are not the workload's")
+        weighed = conditions(
+            self._link, [], budget=None, elapsed=0, timeout=0, tasks=max(len(self._survey_pids), 1)
+        )
+        self.report = preflight.Report(
+            self.settings.migration,
+            self._host,
+            verdict.destination,
+            verdict.reasons,
+            len(survey_files),
+            0,
+            weighed.freeze + weighed.restore + precopy.ROUND_TRIPS * weighed.rtt,
+        )
+        if self._files is not None:
+            self._files.want(verdict.wanted)
+        if not self.report.ok:
+            reasons = [str(reason) for reason in verdict.reasons if reason.blocking]
+            self._post(SourceEvent.FAILED, Refused(reasons, fate=Fate.SOURCE))
+        elif self.settings.dry_run:
+            self._post(SourceEvent.CANCEL)
+        else:
+            self._post(SourceEvent.ACCEPTED)
+
+    # The end
+
+    async def _result(self) -> model.MigrationResult:
+        away = self.state is SourceState.AWAY
+        told: m.Report | None = None
+        if away and self._destination_report is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TELL_SECONDS):
+                    told = await asyncio.shield(self._destination_report)
+        now, copying, link = time.monotonic_ns(), self._copying, self._link
+        timeline = self._timeline(told)
+        stream = sum(r.bytes for r in copying.rounds)
+        stats = getattr(link, "compression", None)
+        return model.MigrationResult(
+            migration=self.settings.migration,
+            outcome=self._outcome(),
+            fate=self._fate().value,
+            reason=str(self._undecided or self._error or ""),
+            source=self._host.host,
+            destination=self.report.destination.host if self.report is not None else self.settings.peer,
+            container=self.settings.container,
+            pids=self._survey_pids,
+            pid=told.pid if told is not None else 0,
+            downtime=timeline.downtime,
+            predicted_downtime=self._decision.predicted_downtime if self._decision is not None else 0.0,
+            total=(now - self._began) / 1e9,
+            stream_bytes=int(getattr(stats, "raw", 0)) or stream,
+            wire_bytes=int(getattr(getattr(link, "counters", None), "bytes_sent", 0)),
+            compression_ratio=float(getattr(stats, "ratio", 1.0)),
+            throughput=precopy.measured_throughput(copying.rounds) or link.throughput,
+            rtt=link.rtt,
+            decision=self._decision.reason if self._decision is not None else "",
+            rounds=copying.rounds,
+            timeline=timeline,
+            warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
+        )
+
+    def _timeline(self, told: m.Report | None) -> model.Timeline:
+        spans = list(self._spans)
+        if self._copying.source is not None:
+            known = {(span.name, span.start) for span in spans}
+            for span in model.spans_of(self._copying.source.phases, Where.SOURCE):
+                if (span.name, span.start) not in known and not span.name.startswith("round"):
+                    spans.append(span)
+        if told is not None:
+            spans += model.spans_of(told.phases, Where.DESTINATION, self._clock)
+        resumed_at = 0
+        if self._running is not None and self._running.resumed_at:
+            resumed_at = self._clock.to_here(self._running.resumed_at)
+        return model.Timeline(
+            sorted(spans, key=lambda span: span.start),
+            self._copying.frozen_at,
+            resumed_at,
+            self._clock.error,
+        )
+
+    def _outcome(self) -> Outcome:
+        if self._undecided is not None:
+            return Outcome.UNDECIDED
+        if self.state is SourceState.AWAY:
+            return Outcome.MIGRATED
+        if self._error is None and self.settings.dry_run:
+            return Outcome.DRY_RUN
+        return Outcome.REFUSED if isinstance(self._error, Refused) else Outcome.ABORTED
+
+    def _fate(self) -> Fate:
+        if self._undecided is not None:
+            return Fate.FROZEN
+        return Fate.DESTINATION if self.state is SourceState.AWAY else Fate.SOURCE
+
+    def _failure(self) -> BaseException:
+        error = self._undecided or self._error or MigrationAborted("discarded by the destination")
+        if isinstance(error, MigratorError):
+            error.fate = self._fate()
+            return error
+        return MigrationAborted(f"{type(error).__name__}: {error}")
+
+    async def _close(self) -> None:
+        for task in [*self._tasks, self._listener]:
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(BaseException):
+                    await task
+        await self._copying.close()
+        if self._journal is not None:
+            self._journal.close()
+        await self._link.close()
+
+
+_TOLERATED = frozenset(
+    {
+        SourceAction.JOURNAL_HERE,
+        SourceAction.JOURNAL_AWAY,
+        SourceAction.JOURNAL_CLOSE,
+        SourceAction.SEND_ABORT,
+        SourceAction.SEND_DONE,
+    }
+)
+__all__ = ["JournalError", "SourceSession", "SourceSettings"]
