@@ -1,0 +1,246 @@
+"""An engine without processes: what a session does to a workload, written down.
+
+The workload is a directory: `source` and `destination` hold the state of each copy, so that several
+processes share them as they would share a host's tasks, and `log` has every change in order. States:
+
+    run · stop PID (traced by that process: runs again, or is gone, when it dies) · held · none
+
+    world = FakeWorld(directory)
+    world.source_factory, world.destination_factory, world.groups   # for the sessions
+    world.check()                                                   # never two at once, never none
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from migrator.engine.base import FileFact, Phase, Round, Survey
+from migrator.errors import ImageError, RestartFailed
+from migrator.session.interfaces import HoldGroup
+
+TRAILER = b"the trailer of a fake image"
+SIDES = ("source", "destination")
+
+
+class FakeWorld:
+    """The two copies of one workload."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if not (directory / "log").exists():
+            self.set("source", "run")
+            self.set("destination", "none")
+
+    def state(self, side: str) -> str:
+        """As it is now: a copy whose tracer has died is not stopped any more."""
+        text = (self.directory / side).read_text()
+        word, _, tracer = text.partition(" ")
+        if word == "stop" and not _lives(int(tracer)):
+            self.set(side, "run" if side == "source" else "none")
+            return self.state(side)
+        return word
+
+    def set(self, side: str, state: str) -> None:
+        # Noted before it runs and after it has stopped, so that the log shows the worst case.
+        if state == "run":
+            self._log(side, state)
+        fresh = self.directory / f".{side}.{os.getpid()}"
+        fresh.write_text(state)
+        os.replace(fresh, self.directory / side)
+        if state != "run":
+            self._log(side, state)
+
+    def _log(self, side: str, state: str) -> None:
+        with open(self.directory / "log", "a") as log:
+            log.write(f"{side} {state}\n")
+
+    @property
+    def log(self) -> list[str]:
+        return (self.directory / "log").read_text().splitlines()
+
+    def check(self) -> tuple[str, str]:
+        """The states of both copies. AssertionError if two ever ran at once, or none is left."""
+        states = self.state("source"), self.state("destination")
+        running = {"source": False, "destination": False}
+        for line in self.log:
+            side, state = line.split()[:2]
+            running[side] = state == "run"
+            assert not all(running.values()), "two copies ran:\n" + "\n".join(self.log)
+        assert states != ("none", "none"), "no copy is left:\n" + "\n".join(self.log)
+        return states
+
+    def groups(self, side: str) -> Callable[[str], HoldGroup | None]:
+        """Cgroups of one host: `fake` holds its copy."""
+
+        def find(reference: str) -> HoldGroup | None:
+            return FakeGroup(self, side) if reference == "fake" and self.state(side) != "none" else None
+
+        return find
+
+
+@dataclass
+class FakeGroup:
+    world: FakeWorld
+    side: str
+
+    def thaw(self) -> None:
+        if self.world.state(self.side) == "held":
+            self.world.set(self.side, "run")
+
+    def pids(self) -> list[int]:
+        return [] if self.world.state(self.side) == "none" else [os.getpid()]
+
+    def kill(self) -> None:
+        self.world.set(self.side, "none")
+
+    def remove(self) -> None:
+        pass
+
+
+@dataclass
+class Script:
+    """How a fake engine behaves: `fail` names the call that raises, `rounds` has the pages of each round."""
+
+    rounds: list[int] = field(default_factory=lambda: [1000, 100, 10, 1, 1, 1, 1, 1])
+    fail: dict[str, Exception] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)  # seconds that a call takes longer
+    files: list[FileFact] = field(default_factory=list)
+    wanted_pids: list[int] = field(default_factory=list)
+
+    def play(self, name: str) -> None:
+        time.sleep(self.slow.get(name, 0))
+        if name in self.fail:
+            raise self.fail[name]
+
+
+class _Phases:
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        yield
+        self.phases.append(Phase(name, start, time.monotonic_ns()))
+
+
+class FakeSource(_Phases):
+    """`migrator.engine.base.Source`, without a workload."""
+
+    def __init__(self, world: FakeWorld, fd: int, script: Script) -> None:
+        super().__init__()
+        self._world, self._fd, self._script = world, fd, script
+        self._round = 0
+        self._held = False
+        self.calls: list[str] = []
+
+    def _play(self, name: str) -> None:
+        self.calls.append(name)
+        self._script.play(name)
+
+    @property
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+    @property
+    def cgroup(self) -> str:
+        return "fake"
+
+    def survey(self) -> Survey:
+        self._play("survey")
+        wanted = self._script.wanted_pids
+        return Survey([7], 1, 1 << 20, self._script.files, frozenset(), 2696, "wp-async", 0, wanted)
+
+    def arm(self) -> None:
+        self._play("arm")
+        os.write(self._fd, b"header")
+
+    def round(self) -> Round:
+        self._play("round")
+        start = time.monotonic_ns()
+        pages = self._script.rounds[min(self._round, len(self._script.rounds) - 1)]
+        self._round += 1
+        _write(self._fd, bytes(4096) * pages)
+        end = max(time.monotonic_ns(), start + 1000 * pages)
+        return Round(self._round, pages, 0, pages * 4096, start, end, 0.0)
+
+    def freeze(self) -> None:
+        with self.phase("freeze"):
+            self._play("freeze")
+            self._world.set("source", f"stop {os.getpid()}")
+
+    def final(self) -> None:
+        with self.phase("final"):
+            self._play("final")
+            _write(self._fd, b"state" + TRAILER)
+
+    def hold(self) -> None:
+        self._play("hold")
+        self._world.set("source", "held")
+        self._held = True
+
+    def release(self) -> None:
+        self._play("release")
+        assert self._held
+        self._world.set("source", "none")
+
+    def thaw(self) -> None:
+        self._play("thaw")
+        if self._world.state("source") != "run":
+            self._world.set("source", "run")
+
+
+class FakeDestination(_Phases):
+    """`migrator.engine.base.Destination`, without a workload."""
+
+    def __init__(self, world: FakeWorld, fd: int, script: Script) -> None:
+        super().__init__()
+        self._world, self._fd, self._script = world, fd, script
+        self.cgroup = "fake"
+        self.bytes = 0
+
+    def build(self) -> int:
+        tail = b""
+        while not tail.endswith(TRAILER):
+            data = os.read(self._fd, 1 << 16)
+            if not data:
+                raise ImageError("the stream ends without a trailer")
+            self.bytes += len(data)
+            tail = (tail + data)[-len(TRAILER) :]
+        with self.phase("restore"):
+            self._script.play("build")
+            self._world.set("destination", f"stop {os.getpid()}")
+        return 4242
+
+    def hold(self) -> None:
+        self._script.play("hold")
+        self._world.set("destination", "held")
+
+    def resume(self) -> None:
+        self._script.play("resume")
+        if self._world.state("destination") != "held":
+            raise RestartFailed("there is nothing to resume")
+        self._world.set("destination", "run")
+
+    def discard(self) -> None:
+        self._script.play("discard")
+        assert self._world.state("destination") != "run"
+        self._world.set("destination", "none")
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

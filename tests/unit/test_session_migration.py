@@ -1,0 +1,332 @@
+"""Whole migrations with a fake engine over a real link: how each ends, and where the workload is then."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator import model
+from migrator.engine.base import FileFact
+from migrator.errors import (
+    CheckpointFailed,
+    Fate,
+    MigrationAborted,
+    MigratorError,
+    Refused,
+    RestartFailed,
+    TransportError,
+    Undecided,
+)
+from migrator.model import Outcome
+from migrator.session import messages as m
+from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.journal import Journal, Role
+from migrator.session.serve import serve
+from migrator.session.settle import Tools
+from migrator.session.source import SourceSession, SourceSettings
+from migrator.session.states import Recorded
+from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
+from transport.link import Link
+from transport.wire import link_pair
+
+ID = "fake-00000001"
+
+
+@dataclass
+class Hosts:
+    """Two hosts with a fake workload on the first."""
+
+    path: Path
+    world: FakeWorld
+    source: Script = field(default_factory=Script)
+    destination: Script = field(default_factory=Script)
+    events: list[model.Event] = field(default_factory=list)
+    servers: list[asyncio.Task[None]] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    reachable: bool = True
+    engine: FakeSource | None = None
+
+    def settings(self, **changes: Any) -> SourceSettings:
+        return replace(
+            SourceSettings(migration=ID, peer="b", journal=self.path / "a", ask_for=2.0), **changes
+        )
+
+    def taking(self) -> DestinationSettings:
+        return DestinationSettings(
+            host=facts("b"),
+            prepare=lambda proposal: Prepared(
+                lambda fd: FakeDestination(self.world, fd, self.destination), "fake"
+            ),
+            journal=self.path / "b",
+            tools=Tools(self.world.groups("destination")),
+        )
+
+    async def connect(self) -> Link:
+        if not self.reachable:
+            raise TransportError("no route to host")
+        here, there = await link_pair()
+        self.links += [here, there]
+        self.servers.append(asyncio.create_task(self._serve(there)))
+        return here
+
+    async def _serve(self, link: Link) -> None:
+        async with link:
+            await serve(link, self.taking())
+
+    async def session(
+        self, reconnect: Callable[[], Awaitable[Link]] | None = None, **changes: Any
+    ) -> SourceSession:
+        def factory(fd: int) -> FakeSource:
+            self.engine = FakeSource(self.world, fd, self.source)
+            return self.engine
+
+        return SourceSession(
+            self.settings(**changes),
+            factory,
+            await self.connect(),
+            facts("a"),
+            reconnect=reconnect or self.connect,
+            on_event=self.events.append,
+        )
+
+    async def migrate(self, **changes: Any) -> model.MigrationResult:
+        return await (await self.session(**changes)).run()
+
+    async def quiet(self) -> None:
+        await asyncio.gather(*self.servers)
+
+    def journal(self, role: Role) -> Journal | None:
+        return Journal.find(self.path / ("a" if role is Role.SOURCE else "b"), ID, role)
+
+
+def facts(name: str) -> m.HostFacts:
+    return m.HostFacts(name, "6.18", "x86_64", "v", "m", frozenset(), 2696, "fake")
+
+
+@pytest.fixture
+async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
+    (tmp_path / "world").mkdir()
+    made = Hosts(tmp_path, FakeWorld(tmp_path / "world"))
+    yield made
+    for link in made.links:
+        await link.close()
+    for server in made.servers:
+        server.cancel()
+
+
+async def test_a_workload_moves_and_both_journals_are_closed(hosts: Hosts) -> None:
+    result = await hosts.migrate()
+    await hosts.quiet()
+    assert result.outcome is Outcome.MIGRATED and result.pid == 4242
+    assert hosts.world.check() == ("none", "run")
+    for role in Role:
+        journal = hosts.journal(role)
+        assert journal is not None and journal.state is Recorded.CLOSED
+    assert hosts.journal(Role.DESTINATION).decision is Recorded.RUNNING  # type: ignore[union-attr]
+
+
+async def test_the_timeline_adds_up_to_the_downtime(hosts: Hosts) -> None:
+    hosts.source.slow = {"final": 0.02}
+    result = await hosts.migrate()
+    assert result.timeline is not None
+    assert result.downtime >= 0.02
+    parts = result.timeline.downtime_parts()
+    assert sum(p.seconds for p in parts) == pytest.approx(result.downtime)
+    assert {"final", "restore"} <= {p.name for p in parts}
+
+
+async def test_an_observer_sees_rounds_and_the_end(hosts: Hosts) -> None:
+    result = await hosts.migrate()
+    rounds = [event for event in hosts.events if isinstance(event, model.RoundDone)]
+    assert [event.round.pages for event in rounds] == [1000, 100, 10][: len(rounds)]
+    assert rounds[-1].verdict == "freeze"
+    assert hosts.events[-1] == model.Ended(ID, model.Where.SOURCE, result)
+    assert isinstance(hosts.events[0], model.Started)
+
+
+async def test_a_dry_run_ends_with_a_report_and_leaves_no_trace(hosts: Hosts) -> None:
+    session = await hosts.session(dry_run=True)
+    result = await session.run()
+    await hosts.quiet()
+    assert result.outcome is Outcome.DRY_RUN
+    assert session.report is not None and session.report.ok
+    assert hosts.engine is not None and "arm" not in hosts.engine.calls
+    assert hosts.journal(Role.SOURCE) is None and hosts.journal(Role.DESTINATION) is None
+    assert hosts.world.log == ["source run", "destination none"]
+
+
+@pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])
+async def test_a_source_that_fails_before_commit_lets_the_workload_run_on(hosts: Hosts, call: str) -> None:
+    hosts.source.fail = {call: CheckpointFailed(f"{call} failed")}
+    with pytest.raises(CheckpointFailed, match=f"{call} failed") as caught:
+        await hosts.migrate()
+    await hosts.quiet()
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.check() == ("run", "none")
+
+
+@pytest.mark.parametrize("call", ["build", "hold"])
+async def test_a_destination_that_cannot_build_says_why_and_the_workload_runs_on(
+    hosts: Hosts, call: str
+) -> None:
+    hosts.destination.fail = {call: RestartFailed("pid 7: no such thing here")}
+    with pytest.raises(MigratorError, match="no such thing here") as caught:
+        await hosts.migrate()
+    await hosts.quiet()
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_an_unexpected_exception_is_a_failure_like_any_other(hosts: Hosts) -> None:
+    hosts.source.fail = {"final": ZeroDivisionError("oops")}
+    with pytest.raises(MigrationAborted, match="ZeroDivisionError"):
+        await hosts.migrate()
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_copy_that_the_engine_cannot_resume_is_thawed_by_its_cgroup(hosts: Hosts) -> None:
+    hosts.destination.fail = {"resume": RestartFailed("the engine forgot")}
+    assert (await hosts.migrate()).outcome is Outcome.MIGRATED
+    assert hosts.world.check() == ("none", "run")
+
+
+@pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])
+async def test_cancelling_aborts_at_any_step_before_commit(hosts: Hosts, call: str) -> None:
+    hosts.source.slow = {call: 0.1}
+    task = asyncio.create_task(hosts.migrate())
+    while hosts.engine is None or call not in hosts.engine.calls:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_cancelling_after_commit_waits_for_the_answer(hosts: Hosts) -> None:
+    hosts.destination.slow = {"resume": 0.2}
+    session = await hosts.session()
+    task = asyncio.create_task(session.run())
+    while hosts.world.state("destination") != "held" or session.state.value != "committed":
+        await asyncio.sleep(0.001)
+    task.cancel()
+    assert (await task).outcome is Outcome.MIGRATED
+    assert any(isinstance(event, model.Waiting) for event in hosts.events)
+    assert hosts.world.check() == ("none", "run")
+
+
+@pytest.mark.parametrize("call", ["round", "final"])
+async def test_a_link_lost_before_commit_thaws(hosts: Hosts, call: str) -> None:
+    hosts.source.slow = {call: 0.1}
+    task = asyncio.create_task(hosts.migrate())
+    while hosts.engine is None or call not in hosts.engine.calls:
+        await asyncio.sleep(0.001)
+    hosts.links[1].fail(TransportError("cable cut"))
+    with pytest.raises(TransportError) as caught:
+        await task
+    await hosts.quiet()
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_link_lost_after_commit_is_made_again_and_the_answer_asked_for(hosts: Hosts) -> None:
+    hosts.destination.slow = {"resume": 0.2}
+    session = await hosts.session()
+    task = asyncio.create_task(session.run())
+    while session.state.value != "committed":
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    hosts.links[0].fail(TransportError("cable cut"))
+    assert (await task).outcome is Outcome.MIGRATED
+    assert hosts.world.check() == ("none", "run")
+    assert len(hosts.servers) > 1
+
+
+async def test_a_destination_gone_for_good_after_commit_leaves_the_copy_frozen_and_says_what_to_do(
+    hosts: Hosts,
+) -> None:
+    hosts.destination.slow = {"resume": 0.2}
+    session = await hosts.session(ask_for=0.3)
+    task = asyncio.create_task(session.run())
+    while session.state.value != "committed":
+        await asyncio.sleep(0.001)
+    hosts.reachable = False
+    hosts.links[0].fail(TransportError("cable cut"))
+    with pytest.raises(Undecided) as caught:
+        await task
+    assert caught.value.fate is Fate.FROZEN
+    assert ID in caught.value.message and "--here" in caught.value.hint and "--away" in caught.value.hint
+    assert hosts.world.state("source") == "held"
+    journal = hosts.journal(Role.SOURCE)
+    assert journal is not None and journal.state is Recorded.COMMITTING
+    assert hosts.events[-1].result.outcome is Outcome.UNDECIDED  # type: ignore[union-attr]
+
+
+async def test_a_destination_that_is_not_ready_in_time_is_given_up(hosts: Hosts) -> None:
+    hosts.destination.slow = {"build": 0.5}
+    with pytest.raises(MigrationAborted, match="was not ready within"):
+        await hosts.migrate(freeze_limit=0.1)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_budget_that_cannot_be_met_ends_with_the_reason_at_the_timeout(hosts: Hosts) -> None:
+    hosts.source.rounds = [2000]
+    with pytest.raises(MigrationAborted, match="budget"):
+        await hosts.migrate(max_downtime=0.0001, timeout=0.3)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+    assert "source stop" not in " ".join(hosts.world.log)
+
+
+async def test_a_file_that_differs_is_refused_before_anything_is_done(hosts: Hosts, tmp_path: Path) -> None:
+    hosts.source.files = [FileFact(str(tmp_path / "gone"), 10, 0o100644, 1, "", False)]
+    with pytest.raises(Refused, match="gone: is missing on b") as caught:
+        await hosts.migrate()
+    await hosts.quiet()
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.log == ["source run", "destination none"]
+
+
+async def test_a_pid_that_is_taken_is_refused_with_a_remedy(hosts: Hosts) -> None:
+    hosts.source.wanted_pids = [os.getpid()]
+    with pytest.raises(Refused, match=rf"pid {os.getpid()}: is taken on b .*container"):
+        await hosts.migrate()
+
+
+async def test_a_host_that_cannot_prepare_refuses(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(proposal: m.Propose) -> Prepared:
+        raise Refused(["container web exists already"], hint="remove it")
+
+    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), prepare=refuse))
+    with pytest.raises(Refused, match="container web exists already"):
+        await hosts.migrate()
+
+
+TAKING = Hosts.taking
+
+
+async def test_a_migration_that_is_known_cannot_be_begun_again(hosts: Hosts) -> None:
+    await hosts.migrate()
+    with pytest.raises(MigrationAborted, match="already known"):
+        await hosts.migrate()
+
+
+async def test_a_peer_that_talks_nonsense_is_a_clean_abort(hosts: Hosts) -> None:
+    hosts.source.slow = {"round": 0.2}
+    task = asyncio.create_task(hosts.migrate())
+    while hosts.engine is None or "round" not in hosts.engine.calls:
+        await asyncio.sleep(0.001)
+    await hosts.links[1].send(b"\xc1 nonsense")
+    with pytest.raises(m.MessageError) as caught:
+        await task
+    await hosts.quiet()
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.check() == ("run", "none")
