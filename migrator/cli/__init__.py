@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from migrator.cli import containers, image
+from migrator.cli import containers, image, migrate
 
 app = typer.Typer(
     name="migrator",
@@ -20,6 +20,11 @@ app.command(no_args_is_help=True)(containers.run)
 app.command()(containers.ps)
 app.command(no_args_is_help=True)(containers.stop)
 app.command(no_args_is_help=True)(containers.thaw)
+app.command(no_args_is_help=True)(migrate.migrate)
+app.command(no_args_is_help=True)(migrate.check)
+app.command()(migrate.agent)
+app.command()(migrate.settle)
+app.command()(migrate.keygen)
 app.command(no_args_is_help=True)(image.checkpoint)
 app.command()(image.restart)
 app.add_typer(image.images, name="image")

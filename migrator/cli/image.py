@@ -118,7 +118,6 @@ def restart(
                 destination.resume()
             sandbox = destination.sandbox
         if sandbox is not None:
-            sandbox.settled()
             sandbox.open_port()
         if frozen:
             err.print(f"pid {root} is frozen in {destination.cgroup}; `migrator thaw {root}` lets it run")

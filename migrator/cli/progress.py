@@ -36,7 +36,11 @@ class Display:
         self._since = time.monotonic()
         self._bytes = 0
         self._live = Live(
-            get_renderable=self._status, console=console, refresh_per_second=8, transient=True, auto_refresh=True
+            get_renderable=self._status,
+            console=console,
+            refresh_per_second=8,
+            transient=True,
+            auto_refresh=True,
         )
 
     def __enter__(self) -> Display:

@@ -9,6 +9,7 @@ from migrator import container
 from migrator.container.state import of_pid
 from migrator.engine.base import SourceOptions
 from migrator.errors import UsageError
+from migrator.host import source_options
 from migrator.linux import procfs
 
 
@@ -24,13 +25,7 @@ class Workload:
         return self.container.name if self.container is not None else str(self.pid)
 
     def source_options(self) -> SourceOptions:
-        if self.container is None:
-            return SourceOptions()
-        return SourceOptions(
-            container=self.container.name,
-            container_spec=container.describe(self.container).to_json(),
-            container_cgroup=self.container.cgroup,
-        )
+        return source_options(self.container)
 
     def kill(self) -> None:
         if self.container is not None:

@@ -59,6 +59,7 @@ class SourceSettings:
     freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
     ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
     bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
+    cold:          no pre-copy: freeze at once, as every tool without it must
     """
 
     migration: str
@@ -71,6 +72,7 @@ class SourceSettings:
     ask_for: float = 60.0
     bandwidth: float = 0.0
     dry_run: bool = False
+    cold: bool = False
     copy_files: bool = False
     journal: Path = field(default_factory=journal_directory)
 
@@ -328,7 +330,7 @@ class SourceSession:
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
         with self._span("arm"):
             await copying.arm()
-        while True:
+        while not settings.cold:
             await self._ask_clock()
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
@@ -361,6 +363,8 @@ class SourceSession:
                 )
             if decision.verdict is precopy.Verdict.FREEZE:
                 break
+        if settings.cold:
+            await self._ask_clock()
         # Slow things now, so that nothing is left for the time in which the workload stands still.
         self._facts = await copying.thread.run(copying.facts, self._facts)
 

@@ -147,6 +147,8 @@ class UserDestination:
                 os.kill(pid, signal)
             self._cgroup.thaw()
             self._done = True
+        if self.sandbox is not None:
+            self.sandbox.settled()
         if self._descriptors is not None:
             self._descriptors.close()
         self._close()

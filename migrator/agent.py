@@ -1,0 +1,109 @@
+"""The agent: takes workloads in, over its own SSH server or over standard input and output.
+
+Whatever an earlier agent left unfinished is settled before anybody is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from migrator import host, model
+from migrator.engine.user.engine import UserEngine
+from migrator.errors import Fate
+from migrator.session import messages as m
+from migrator.session.journal import journal_directory
+from migrator.session.serve import serve as serve_link
+from transport import daemon, ssh
+from transport.link import Link
+
+log = logging.getLogger("migrator.agent")
+
+_SETTLE_EVERY = 10.0  # seconds between attempts while something awaits its peer
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """Where it listens, who may come, and where it shows its metrics ("" for nowhere)."""
+
+    listen_host: str
+    listen_port: int
+    host_key: Path
+    authorized_keys: Path
+    metrics: str = ""
+    bridge: str = ""
+    login: host.Login = field(default_factory=host.Login)
+
+
+async def run_daemon(settings: AgentSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end."""
+    engine = UserEngine()
+    on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
+    journal = journal_directory()
+    open_ones = await _settle(settings.login)
+    here = host.destination_settings(engine, bridge=settings.bridge, journal=journal)
+
+    async def handler(link: Link, peer: str, rights: frozenset[str]) -> None:
+        if "receive" not in rights:
+            reason = f"the key of {peer} has no right to bring workloads here"
+            await link.send(m.encode(m.Failure(reason, 'add "receive" to its migrator-rights there')))
+            return
+        await serve_link(link, here, on_event=on_event)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with await daemon.serve(
+        settings.listen_host,
+        settings.listen_port,
+        host_keys=[settings.host_key],
+        authorized_keys=settings.authorized_keys,
+        handler=handler,
+    ) as server:
+        log.info("listening on %s:%d", settings.listen_host, server.port)
+        _notify("READY=1")
+        while not stop.is_set():
+            try:
+                await asyncio.wait_for(stop.wait(), _SETTLE_EVERY if open_ones else 3600.0)
+            except TimeoutError:
+                open_ones = await _settle(settings.login)
+        _notify("STOPPING=1")
+
+
+async def run_stdio(bridge: str = "") -> None:
+    """Serve one link on standard input and output, as started by another host over SSH."""
+    link = await ssh.stdio_link()
+    login = host.Login()
+    await _settle(login)
+    await serve_link(link, host.destination_settings(UserEngine(), bridge=bridge))
+    await link.close()
+
+
+async def _settle(login: host.Login) -> bool:
+    """Settle what is open; whether something still is."""
+    settled = await host.settle(login)
+    for one in settled:
+        log.warning("migration %s, as its %s: %s", one.migration, one.role.value, one.detail)
+    return any(one.fate is Fate.FROZEN for one in settled)
+
+
+def _metrics(address: str) -> model.OnEvent:
+    from migrator.metrics import serve_metrics
+
+    return serve_metrics(address)
+
+
+def _notify(text: str) -> None:
+    """Tell the service manager (sd_notify(3))."""
+    import socket
+
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.connect("\0" + path[1:] if path[0] == "@" else path)
+            peer.send(text.encode())

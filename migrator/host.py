@@ -1,0 +1,183 @@
+"""This host as a session sees it: its engine, its containers, its journals.
+
+The one place where sessions, engines, containers and transport are put together; the agent and the command
+line both stand on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrator import container
+from migrator.container import state, switchover
+from migrator.container.sandbox import take_down
+from migrator.container.spec import ContainerSpec
+from migrator.engine.base import DestinationOptions, SourceOptions
+from migrator.engine.user import header
+from migrator.engine.user.destination import UserDestination
+from migrator.engine.user.engine import UserEngine
+from migrator.errors import Refused
+from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.interfaces import NetworkArrival
+from migrator.session.journal import Facts, journal_directory
+from migrator.session.messages import HostFacts, Propose
+from migrator.session.preflight import collect_host
+from migrator.session.serve import ask_over
+from migrator.session.settle import Settlement, Tools, settle_all
+from migrator.session.states import Recorded
+from transport import ssh
+from transport.link import Link
+
+
+@dataclass(frozen=True)
+class Login:
+    """How to reach other hosts: see `transport.ssh.connect`."""
+
+    identity: Path | None = None
+    known_hosts: Path | None = None
+    command: str = ssh.COMMAND
+    accept_new_host_key: bool = False
+
+    async def connect(self, peer: str) -> Link:
+        return await ssh.connect(
+            peer,
+            identity=self.identity,
+            known_hosts=self.known_hosts,
+            command=self.command,
+            accept_new_host_key=self.accept_new_host_key,
+        )
+
+
+class ContainerSurroundings:
+    """What stands around the tasks of a container, for `migrator.session.settle`."""
+
+    def reopen(self, facts: Facts) -> None:
+        """Its tasks run here: give it its network back."""
+        found = container.find(facts.container) if facts.container else None
+        if found is not None:
+            switchover.reopen(found)
+            if found.arriving:
+                found.settled()
+
+    def remove(self, facts: Facts) -> None:
+        """Its tasks are gone: take down what stood around them."""
+        found = container.find(facts.container) if facts.container else None
+        if found is not None and _is_of(found, facts):
+            take_down(found)
+
+
+def _is_of(found: container.Container, facts: Facts) -> bool:
+    """Whether a container is the one that a journal is about, and not a later one of the same name."""
+    return found.cgroup == facts.cgroup or Path(found.cgroup).name == facts.cgroup
+
+
+def tools() -> Tools:
+    return Tools(surroundings=ContainerSurroundings())
+
+
+def new_migration() -> str:
+    """An id that no other migration has."""
+    return f"m-{uuid.uuid4().hex[:20]}"
+
+
+def facts(engine: UserEngine) -> HostFacts:
+    """The facts of this host for a preflight, abilities found out by trying. Takes some milliseconds."""
+    _, size = header.xstate_facts(os.getpid())
+    return collect_host(engine.name, engine.probe(), size)
+
+
+def destination_settings(
+    engine: UserEngine, *, bridge: str = "", journal: Path | None = None
+) -> DestinationSettings:
+    """This host as a destination. `bridge` is for containers whose bridge is called otherwise there."""
+    return DestinationSettings(
+        host=facts(engine),
+        prepare=lambda proposal: _prepare(engine, proposal, bridge),
+        journal=journal or journal_directory(),
+        tools=tools(),
+    )
+
+
+def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
+    made: list[UserDestination] = []
+    options = DestinationOptions(bridge=bridge, cgroup_name=f"restart-{proposal.migration}")
+    cgroup = options.cgroup_name
+    if proposal.container:
+        spec = ContainerSpec.from_json(proposal.container_spec)
+        _refuse_container(spec, proposal, bridge)
+        cgroup = state.cgroup_name(spec.name)
+
+    def factory(fd: int) -> UserDestination:
+        made.append(engine.destination(fd, options))
+        return made[-1]
+
+    def arrival() -> NetworkArrival | None:
+        sandbox = made[-1].sandbox if made else None
+        return switchover.NetworkArrival(sandbox.container) if sandbox is not None else None
+
+    return Prepared(factory=factory, cgroup=cgroup, arrival=arrival)
+
+
+def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> None:
+    reasons = []
+    there = container.find(spec.name)
+    if there is not None and there.alive:
+        reasons.append(f"container {spec.name}: one of that name lives here already (pid {there.init_pid})")
+    if spec.name != proposal.container:
+        reasons.append(f"container {proposal.container}: its specification is that of {spec.name}")
+    wanted = bridge or spec.bridge
+    default = wanted == container.ContainerSpec(name="x").bridge
+    if (
+        wanted
+        and not default
+        and not os.path.isdir(f"/sys/class/net/{wanted}/bridge")
+        and not _has_link(wanted)
+    ):
+        reasons.append(f"container {spec.name}: there is no bridge {wanted} here")
+    if spec.root and not os.path.isdir(spec.root):
+        reasons.append(f"container {spec.name}: its root directory {spec.root} is not here")
+    if reasons:
+        raise Refused(reasons, hint="put it right on that host, or name another bridge: agent --bridge")
+
+
+def _has_link(name: str) -> bool:
+    """/sys shows the network namespace it was mounted in; this one may be another."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ip:
+        return bool(ip.link_lookup(ifname=name))
+
+
+def source_options(found: container.Container | None) -> SourceOptions:
+    """What the engine must know of a container, or of none. Raises Refused for what would be lost silently."""
+    if found is None:
+        return SourceOptions()
+    reasons = container.obstacles(found)
+    if reasons:
+        raise Refused(reasons, hint="the container runs on")
+    return SourceOptions(
+        container=found.name,
+        container_spec=container.describe(found).to_json(),
+        container_cgroup=found.cgroup,
+    )
+
+
+async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
+    """Finish or undo what agents of this host that died have left."""
+
+    async def ask(facts: Facts) -> Recorded:
+        link = await login.connect(facts.peer)
+        try:
+            return await ask_over(link, facts.migration)
+        finally:
+            await link.close()
+
+    return await settle_all(journal or journal_directory(), tools(), ask)
+
+
+def settle_now(login: Login) -> list[Settlement]:
+    return asyncio.run(settle(login))

@@ -1,0 +1,241 @@
+"""Downtime by workload, measured side by side in one run.
+
+Every workload is moved live from host a to host b and back, several times, and beside it the same workload
+is stopped, copied over the same transport and restarted (`migrate --cold`). The downtime is what a user
+of the workload saw: the longest gap that the program itself, or its client, measured with its own clock.
+
+    floor    round trip + last dirty bytes / measured throughput: what no method can beat on this link
+    ratio    downtime stopped-and-copied / downtime live
+    total/bytes   total time / (bytes sent / throughput)
+
+Numbers of one machine with both hosts, both agents, the workload and its client on the same processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from migrator.testing.hosts import Host
+from migrator.testing.picture import longest_wait, read_samples
+from migrator.testing.redisclient import fill
+from migrator.testing.servers import redis_command
+from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage, require_root
+from migrator.testing.workloads import Workload, build
+
+ADDRESS, PORT = "10.77.0.50", 6379
+TARGETS_MS = {"small process": 5.0, "1 GiB, 50 MB/s": 10.0, "Redis 1 GiB, load": 20.0}
+
+
+@dataclass
+class Move:
+    """One migration: seconds and bytes; `gap` is what the workload's user saw."""
+
+    gap: float
+    result: dict[str, Any]
+    source_cpu: float
+    source_rss: int
+    agent_cpu: float
+    agent_rss: int
+
+    @property
+    def floor(self) -> float:
+        rounds = self.result["rounds"]
+        last = self.result["stream_bytes"] - sum(r["bytes"] for r in rounds)
+        throughput = self.result["throughput"]
+        return float(self.result["rtt"] + (max(last, 0) / throughput if throughput else 0.0))
+
+
+@dataclass
+class Row:
+    name: str
+    live: list[Move] = field(default_factory=list)
+    cold: list[Move] = field(default_factory=list)
+
+
+def move(stage: Stage, source: Host, destination: Host, gap: Callable[[int], float], *options: str) -> Move:
+    """Migrate container `w` and measure everything about it."""
+    agent = stage.agent_pid(destination)
+    before = _cpu_of(agent)
+    argv = [*MIGRATOR, "migrate", "w", f"root@{destination.address}:{AGENT_PORT}", "--json", *options]
+    started = time.monotonic_ns()
+    child = source.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    out, err = child.stdout.read(), child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"migrate failed: {err.decode()}\n{stage.agent_log(destination)}")
+    time.sleep(2.2)
+    return Move(
+        gap=gap(started),
+        result=json.loads(out),
+        source_cpu=usage.ru_utime + usage.ru_stime,
+        source_rss=usage.ru_maxrss * 1024,
+        agent_cpu=_cpu_of(agent) - before,
+        agent_rss=_peak_rss(agent),
+    )
+
+
+def _cpu_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak_rss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def self_timed(stage: Stage, name: str, command: list[str], out: Path, repeat: int, warm: float) -> Row:
+    """A workload that measures its own gaps: lines `tick … gap_us N` in `out`, one a second."""
+    row = Row(name)
+
+    def gap(_started: int) -> float:
+        ticks = [line for line in out.read_text().splitlines() if line.startswith("tick")][seen:]
+        return max(int(line.split("gap_us ")[1].split()[0]) for line in ticks) / 1e6
+
+    stage.a.run([*MIGRATOR, "run", "-d", "--name", "w", "--bridge", "", "--", *command])
+    time.sleep(warm)
+    here, there = stage.a, stage.b
+    for options, moves in ((("--cold",), row.cold), ((), row.live)):
+        for _ in range(repeat):
+            seen = sum(line.startswith("tick") for line in out.read_text().splitlines())
+            moves.append(move(stage, here, there, gap, *options))
+            here, there = there, here
+    here.run([*MIGRATOR, "stop", "w"])
+    return row
+
+
+def redis(stage: Stage, mib: int, rate: float, repeat: int) -> Row:
+    row = Row("Redis 1 GiB, load")
+    stage.start_container("w", redis_command(stage.folder, PORT), address=ADDRESS)
+    with stage.client.inside():
+        fill(ADDRESS, PORT, mib)
+    here, there = stage.a, stage.b
+    for options, moves in ((("--cold",), row.cold), ((), row.live)):
+        for _ in range(repeat):
+            client = Workload(
+                "migrator.testing.redisclient",
+                stage.folder,
+                ADDRESS,
+                PORT,
+                "--rate",
+                rate,
+                netns=stage.client.namespace,
+            )
+            with client:
+                time.sleep(1)
+                moves.append(move(stage, here, there, lambda _started: 0.0, *options))
+                client.finish()
+            report = json.loads(client.stdout.read_text().splitlines()[-1])
+            if report["lost_replies"] or report["wrong_replies"] or report["reconnects"]:
+                raise SystemExit(f"the client noticed: {report}")
+            samples = read_samples(client.out.with_name(client.out.name + ".samples"))
+            sent, received = longest_wait(samples)
+            moves[-1].gap = (received - sent) / 1e9
+            here, there = there, here
+    here.run([*MIGRATOR, "stop", "w"])
+    return row
+
+
+def show(console: Console, rows: list[Row]) -> None:
+    table = Table(title="user-visible downtime, medians", header_style="dim", title_justify="left")
+    for title in (
+        "workload", "live", "target", "stop+copy", "ratio", "floor", "total", "total/bytes",
+        "sent", "source cpu", "agent cpu", "source rss", "agent rss",
+    ):  # fmt: skip
+        table.add_column(title, justify="left" if title == "workload" else "right")
+    for row in rows:
+        live, cold = _median(row.live, "gap"), _median(row.cold, "gap")
+        sent = statistics.median(m.result["stream_bytes"] for m in row.live)
+        rate = statistics.median(m.result["throughput"] for m in row.live)
+        total = statistics.median(m.result["total"] for m in row.live)
+        target = TARGETS_MS.get(row.name)
+        table.add_row(
+            row.name,
+            f"{live * 1e3:.1f} ms",
+            f"{target:.0f} ms" if target else "",
+            f"{cold * 1e3:.0f} ms",
+            f"{cold / live:.0f}x",
+            f"{_median(row.live, 'floor') * 1e3:.1f} ms",
+            f"{total:.2f} s",
+            f"{total / (sent / rate):.2f}" if rate else "",
+            f"{sent / 2**20:.0f} MiB",
+            f"{_median(row.live, 'source_cpu'):.2f} s",
+            f"{_median(row.live, 'agent_cpu'):.2f} s",
+            f"{max(m.source_rss for m in row.live) / 2**20:.0f} MiB",
+            f"{max(m.agent_rss for m in row.live) / 2**20:.0f} MiB",
+        )
+    console.print(table)
+    for row in rows:
+        best = sorted(row.live, key=lambda m: m.gap)[len(row.live) // 2]
+        parts = _parts(best.result)
+        text = "  ".join(f"{name} {ms:.1f}" for name, ms in parts)
+        console.print(f"[bold]{row.name}[/]: {best.result['downtime'] * 1e3:.1f} ms stopped = {text}")
+
+
+def _parts(result: dict[str, Any]) -> list[tuple[str, float]]:
+    import msgspec
+
+    from migrator.model import MigrationResult
+
+    timeline = msgspec.convert(result, MigrationResult).timeline
+    assert timeline is not None
+    return [(p.name, p.seconds * 1e3) for p in timeline.downtime_parts() if p.seconds >= 0.00005]
+
+
+def _median(moves: list[Move], name: str) -> float:
+    return float(statistics.median(getattr(m, name) for m in moves))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", default="", help="part of a workload's name")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    options = parser.parse_args()
+    require_root()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    rows: list[Row] = []
+    memory, threads, tree = str(build("memory")), str(build("threads")), str(build("tree"))
+    with Stage(tag="bench") as stage:
+
+        def self_timed_row(name: str, command: Callable[[Path], list[str]], warm: float = 2.0) -> None:
+            if options.only in name:
+                out = stage.folder / f"{len(rows)}.out"
+                rows.append(self_timed(stage, name, command(out), out, options.repeat, warm))
+                console.print(f"[dim]{name} done[/]")
+
+        self_timed_row("small process", lambda out: [memory, str(out), "1", "0", "plain"])
+        self_timed_row("1 GiB, 50 MB/s", lambda out: [memory, str(out), "1024", "50", "plain"], 6.0)
+        self_timed_row(
+            "50 threads", lambda out: ["sh", "-c", f"{threads} {out}.t 50 & exec {memory} {out} 1 0 plain"]
+        )
+        self_timed_row(
+            "100 processes", lambda out: ["sh", "-c", f"{tree} {out}.t 100 & exec {memory} {out} 1 0 plain"]
+        )
+        if options.only in "Redis 1 GiB, load":
+            rows.append(redis(stage, 1024, 1000.0, options.repeat))
+    show(console, rows)
+    if options.json:
+        data = {r.name: {"live": [vars(m) for m in r.live], "cold": [vars(m) for m in r.cold]} for r in rows}
+        options.json.write_text(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    main()
