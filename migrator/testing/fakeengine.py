@@ -24,7 +24,7 @@ from migrator.errors import ImageError, RestartFailed
 from migrator.session.interfaces import HoldGroup
 
 TRAILER = b"the trailer of a fake image"
-SIDES = ("source", "destination")
+TASK = 1  # any task that outlives the agents
 
 
 class FakeWorld:
@@ -93,7 +93,7 @@ class FakeGroup:
             self.world.set(self.side, "run")
 
     def pids(self) -> list[int]:
-        return [] if self.world.state(self.side) == "none" else [os.getpid()]
+        return [] if self.world.state(self.side) == "none" else [TASK]
 
     def kill(self) -> None:
         self.world.set(self.side, "none")
@@ -145,7 +145,7 @@ class FakeSource(_Phases):
 
     @property
     def pids(self) -> list[int]:
-        return [os.getpid()]
+        return [TASK]
 
     @property
     def cgroup(self) -> str:

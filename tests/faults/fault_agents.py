@@ -1,0 +1,126 @@
+"""Two agents that really die: forked processes with a link between them and a fake workload."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from migrator.errors import Fate, MigratorError, TransportError
+from migrator.session import faults
+from migrator.session import messages as m
+from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.journal import Facts, Journal, Role
+from migrator.session.serve import ask_over, serve
+from migrator.session.settle import Settlement, Tools, settle_all
+from migrator.session.source import SourceSession, SourceSettings
+from migrator.session.states import Recorded
+from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
+from transport.link import Link
+from transport.wire import link_socket
+
+ID = "fault-0000001"
+
+
+def host(name: str) -> m.HostFacts:
+    return m.HostFacts(name, "6.18", "x86_64", "v", "m", frozenset(), 2696, "fake")
+
+
+class Agents:
+    """The agents of both hosts. What outlives them is in `path`: journals and the workload."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "world").mkdir()
+        self.world = FakeWorld(path / "world")
+
+    def tools(self, side: str) -> Tools:
+        return Tools(self.world.groups(side))
+
+    def taking(self) -> DestinationSettings:
+        return DestinationSettings(
+            host=host("b"),
+            prepare=lambda proposal: Prepared(lambda fd: FakeDestination(self.world, fd, Script()), "fake"),
+            journal=self.path / "b",
+            tools=self.tools("destination"),
+        )
+
+    def migrate(self, *, source_fault: str = "", destination_fault: str = "") -> tuple[int, int]:
+        """Migrate with both agents in processes of their own; their exit codes. A fault is `point:action`."""
+        ours, theirs = socket.socketpair()
+        source = fork(lambda: self._source(ours), source_fault, theirs)
+        destination = fork(lambda: self._destination(theirs), destination_fault, ours)
+        ours.close()
+        theirs.close()
+        return wait(source), wait(destination)
+
+    async def _source(self, sock: socket.socket) -> None:
+        async def gone() -> Link:
+            raise TransportError("no route to host")
+
+        await SourceSession(
+            SourceSettings(migration=ID, peer="b", journal=self.path / "a", ask_for=0.3),
+            lambda fd: FakeSource(self.world, fd, Script(rounds=[20, 2, 1])),
+            await link_socket(sock, "b"),
+            host("a"),
+            reconnect=gone,
+        ).run()
+
+    async def _destination(self, sock: socket.socket) -> None:
+        async with await link_socket(sock, "a") as link:
+            await serve(link, self.taking())
+
+    async def restart_source(self) -> list[Settlement]:
+        """A new agent on the source, which can reach the destination."""
+
+        async def ask(facts: Facts) -> Recorded:
+            ours, theirs = socket.socketpair()
+            server = asyncio.create_task(self._destination(theirs))
+            async with await link_socket(ours, "b") as link:
+                answer = await ask_over(link, facts.migration)
+            await server
+            return answer
+
+        return await settle_all(self.path / "a", self.tools("source"), ask)
+
+    async def restart_source_alone(self) -> list[Settlement]:
+        """A new agent on the source, which cannot reach the destination."""
+
+        async def ask(facts: Facts) -> Recorded:
+            raise TransportError("no route to host")
+
+        return await settle_all(self.path / "a", self.tools("source"), ask)
+
+    async def restart_destination(self) -> list[Settlement]:
+        async def ask(facts: Facts) -> Recorded:
+            raise AssertionError("a destination asks nobody")
+
+        return await settle_all(self.path / "b", self.tools("destination"), ask)
+
+    def journal(self, role: Role) -> Journal | None:
+        return Journal.find(self.path / ("a" if role is Role.SOURCE else "b"), ID, role)
+
+
+def fork(main: Callable[[], Coroutine[Any, Any, None]], fault: str, not_ours: socket.socket) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        not_ours.close()
+        if fault:
+            faults.armed.point, action = faults.parse(fault)
+            faults.armed.action = faults.ACTIONS[action]
+        asyncio.run(main())
+        code = 0
+    except MigratorError as error:
+        code = 50 + list(Fate).index(error.fate)
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
