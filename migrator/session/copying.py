@@ -118,9 +118,7 @@ class Copying:
 
     # From the freeze to the thaw
 
-    async def save(
-        self, journal: Journal, facts: Facts, late_files: Callable[[], Awaitable[None]] | None
-    ) -> None:
+    async def save(self, journal: Journal, facts: Facts, late_files: Callable[[], Awaitable[None]] | None) -> None:
         """Freeze, save and hold. On return the image is written to its trailer, the tasks are frozen by their
         cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
         loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator import model
-from migrator.engine.base import Destination
+from migrator.engine.base import Destination, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent, Outcome, Where
 from migrator.session import messages as m
@@ -29,6 +29,7 @@ from migrator.session.faults import fault
 from migrator.session.files import FileReceiver
 from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
 from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
+from migrator.session.outcome import round_done
 from migrator.session.settle import Tools, thaw
 from migrator.session.states import (
     DestinationAction,
@@ -84,9 +85,7 @@ class DestinationSettings:
 class DestinationSession:
     """One migration, seen from its destination. `state` is the state of the tables."""
 
-    def __init__(
-        self, settings: DestinationSettings, link: Link, *, on_event: OnEvent = model.nobody
-    ) -> None:
+    def __init__(self, settings: DestinationSettings, link: Link, *, on_event: OnEvent = model.nobody) -> None:
         self.settings = settings
         self.state = DestinationState.START
         self._link = link
@@ -104,6 +103,8 @@ class DestinationSession:
         self._work: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._error: BaseException | None = None
+        self._rounds: list[Round] = []
+        self._done: m.Done | None = None
         self._pid = 0
         self._resumed_at = 0
         self._began = time.monotonic_ns()
@@ -267,9 +268,7 @@ class DestinationSession:
         reasons: list[m.Reason] = []
         wanted: list[str] = []
         try:
-            files = await asyncio.to_thread(
-                preflight.collect_files, proposal.survey.files, self.settings.root
-            )
+            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, self.settings.root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
             if not any(r.blocking for r in reasons) and not proposal.dry_run:
@@ -334,9 +333,7 @@ class DestinationSession:
     def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
         if self._journal is None:
             # Asked about a migration that was never begun here.
-            facts = Facts(
-                migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time()
-            )
+            facts = Facts(migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
             self._journal = Journal.create(self.settings.journal, facts)
             wish = Recorded.DISCARDED
         decided = self._journal.decide(wish, reason=reason)
@@ -425,9 +422,14 @@ class DestinationSession:
             await asyncio.to_thread(self._files.take, message)
         elif isinstance(message, m.FilesSync):
             await self._send(message)
+        elif isinstance(message, m.Progress):
+            self._rounds.append(message.round)
+            self._tell(round_done(self._migration, message))
         elif isinstance(message, m.Begin | m.Commit | m.Abort | m.Ask | m.Done):
             if message.migration != self._migration:
                 raise m.MessageError(f"about another migration, {message.migration}")
+            if isinstance(message, m.Done):
+                self._done = message
             why = MigrationAborted(f"the source: {message.reason}") if isinstance(message, m.Abort) else None
             self._post(_EVENTS[type(message)], why)
         elif isinstance(message, m.Failure):
@@ -448,6 +450,7 @@ class DestinationSession:
 
     def _result(self) -> model.MigrationResult:
         running = self.state is DestinationState.RUNNING
+        done = self._done or m.Done(self._migration)
         outcome = Outcome.MIGRATED if running else Outcome.ABORTED
         if self.state is DestinationState.ENDED and self._propose.dry_run:
             outcome = Outcome.DRY_RUN
@@ -460,7 +463,12 @@ class DestinationSession:
             destination=self.settings.host.host,
             container=self._propose.container,
             pid=self._pid,
+            downtime=done.downtime,
             total=(time.monotonic_ns() - self._began) / 1e9,
+            stream_bytes=done.stream_bytes,
+            wire_bytes=done.wire_bytes,
+            compression_ratio=done.compression_ratio,
+            rounds=self._rounds,
             rtt=self._link.rtt,
         )
 

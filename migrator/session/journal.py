@@ -182,9 +182,7 @@ class Journal:
                 raise OSError(28, "No space left on device")
             os.fdatasync(self._fd)
         except OSError as error:
-            raise JournalError(
-                f"cannot write {self.path}: {error.strerror}", hint="is the disk full?"
-            ) from error
+            raise JournalError(f"cannot write {self.path}: {error.strerror}", hint="is the disk full?") from error
         self._records.append(record)
 
     def decide(self, decision: Recorded, *, reason: str = "") -> Recorded:

@@ -24,6 +24,7 @@ Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -171,9 +172,16 @@ class Ask(Message, tag="ask", frozen=True):
 
 
 class Done(Message, tag="done", frozen=True):
-    """source: RUNNING was heard, the source copy is gone. Nobody will ask again."""
+    """source: RUNNING was heard, the source copy is gone. Nobody will ask again.
+
+    downtime in seconds and bytes of stream and wire are for the records of the destination.
+    """
 
     migration: Id
+    downtime: Seconds = 0.0
+    stream_bytes: Count = 0
+    wire_bytes: Count = 0
+    compression_ratio: Seconds = 1.0
 
 
 class Report(Message, tag="report", frozen=True):
@@ -185,12 +193,13 @@ class Report(Message, tag="report", frozen=True):
 
 
 class Progress(Message, tag="progress", frozen=True):
-    """destination: how far it is, for those who watch there."""
+    """source: how a round of pre-copy went, for those who watch on the destination."""
 
-    phase: Name
-    bytes: Count = 0
-    pages: Count = 0
-    round: Round | None = None
+    round: Round
+    predicted_downtime: Seconds
+    throughput: Seconds  # bytes/s
+    verdict: Name
+    reason: Text
 
 
 class Clock(Message, tag="clock", frozen=True):

@@ -87,5 +87,5 @@ async def ask_over(link: Link, migration: str, *, timeout: float = 30.0) -> Reco
             return Recorded.DISCARDED
         if isinstance(message, m.Failure):
             raise TransportError(f"{link.peer}: {message.reason}", hint=message.hint)
-        if not isinstance(message, m.Hello | m.Progress):
+        if not isinstance(message, m.Hello):
             raise m.MessageError(f"a {type(message).__name__} is no answer")

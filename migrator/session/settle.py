@@ -175,12 +175,12 @@ def _went_away(journal: Journal) -> bool:
 
 def undecided(facts: Facts, why: object) -> Undecided:
     """The message for an operator who has to decide if nobody else can."""
-    recover = f"`migrator recover {facts.migration}"
+    decide = f"`migrator settle {facts.migration}"
     return Undecided(
         f"migration {facts.migration}: {facts.peer or 'the destination'} was told to run the workload and "
         f"cannot be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until it can",
-        hint="restore the connection and run `migrator recover`. Only if that host is gone for good, or its "
-        f"copy certainly does not run: {recover} --here`. If it runs there: {recover} --away`",
+        hint="restore the connection and run `migrator settle`. Only if that host is gone for good, or its "
+        f"copy certainly does not run: {decide} --here`. If it runs there: {decide} --away`",
     )
 
 

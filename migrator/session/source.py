@@ -16,8 +16,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from migrator import model
@@ -36,7 +34,8 @@ from migrator.session.copying import Copying, conditions
 from migrator.session.faults import fault
 from migrator.session.files import FileSender
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
-from migrator.session.journal import Facts, Journal, JournalError, Role, boot_id, journal_directory
+from migrator.session.journal import Facts, Journal, Role, boot_id
+from migrator.session.outcome import SourceSettings, Summary, round_done
 from migrator.session.settle import undecided
 from migrator.session.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
 
@@ -44,37 +43,9 @@ log = logging.getLogger("migrator.session")
 
 Reconnect = Callable[[], Awaitable[Link]]
 
+_CLOCK_SAMPLES = 5
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 _ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSettings:
-    """What was asked for.
-
-    migration:     its id, new
-    peer:          how to reach the destination again, as given on the command line
-    max_downtime:  seconds; None for the best that can be had
-    timeout:       seconds until it must have been decided to freeze
-    freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
-    ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
-    bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
-    cold:          no pre-copy: freeze at once, as every tool without it must
-    """
-
-    migration: str
-    peer: str
-    container: str = ""
-    container_spec: str = ""
-    max_downtime: float | None = None
-    timeout: float = 600.0
-    freeze_limit: float = 30.0
-    ask_for: float = 60.0
-    bandwidth: float = 0.0
-    dry_run: bool = False
-    cold: bool = False
-    copy_files: bool = False
-    journal: Path = field(default_factory=journal_directory)
 
 
 class SourceSession:
@@ -184,9 +155,7 @@ class SourceSession:
 
     async def _step(self, event: SourceEvent, why: BaseException | None) -> None:
         step = source_step(self.state, event)
-        log.debug(
-            "%s: %s, %s -> %s", self.settings.migration, self.state.value, event.value, step.state.value
-        )
+        log.debug("%s: %s, %s -> %s", self.settings.migration, self.state.value, event.value, step.state.value)
         if why is not None and self._error is None and step.state is SourceState.HERE:
             self._error = why
         if step.state is SourceState.HERE:
@@ -243,9 +212,7 @@ class SourceSession:
             await self._send(m.Hello([m.VERSION], "migrator", self._host.host))
             await self._propose()
         elif action is a.JOURNAL_OPEN:
-            self._journal = await self._copying.journal_thread.run(
-                Journal.create, self.settings.journal, self._facts
-            )
+            self._journal = await self._copying.journal_thread.run(Journal.create, self.settings.journal, self._facts)
         elif action is a.SEND_BEGIN:
             await self._send(m.Begin(migration))
             fault("source.begun")
@@ -264,7 +231,7 @@ class SourceSession:
             await self._send(m.Ask(migration))
             self._after(_ANSWER_SECONDS, self._no_answer)
         elif action is a.SEND_DONE:
-            await self._send(m.Done(migration))
+            await self._send(self._done())
             fault("source.done")
         elif action is a.SEND_ABORT:
             reason = m.text(self._error or "aborted")
@@ -344,19 +311,16 @@ class SourceSession:
             )
             decision = precopy.decide(copying.rounds, weighed)
             self._decision = decision
-            self._spans.append(
-                Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages)
+            self._spans.append(Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages))
+            told = m.Progress(
+                made,
+                min(decision.predicted_downtime, 1e9),
+                weighed.throughput,
+                decision.verdict.value,
+                decision.reason,
             )
-            self._tell(
-                model.RoundDone(
-                    settings.migration,
-                    made,
-                    min(decision.predicted_downtime, 1e9),
-                    weighed.throughput,
-                    decision.verdict.value,
-                    decision.reason,
-                )
-            )
+            self._tell(round_done(settings.migration, told))
+            await self._send(told)
             if decision.verdict is precopy.Verdict.GIVE_UP:
                 raise MigrationAborted(
                     decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
@@ -397,9 +361,7 @@ class SourceSession:
                 await link.send(m.encode(m.Hello([m.VERSION], "migrator", self._host.host)))
             except (MigratorError, OSError) as error:
                 self._error = error
-                self._tell(
-                    model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}")
-                )
+                self._tell(model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}"))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)
             else:
@@ -489,7 +451,7 @@ class SourceSession:
             self._post(SourceEvent.FAILED, error)
         elif isinstance(message, m.Hello):
             m.common_version(message.versions)
-        elif not isinstance(message, m.Progress):
+        else:
             raise m.MessageError(f"a {type(message).__name__} is not for a source")
 
     def _judge(self, verdict: m.Verdict) -> None:
@@ -498,9 +460,7 @@ class SourceSession:
         survey_files = self._files.known if self._files is not None else set()
         if set(verdict.wanted) - survey_files:
             raise m.MessageError("the destination wants files that are not the workload's")
-        weighed = conditions(
-            self._link, [], budget=None, elapsed=0, timeout=0, tasks=max(len(self._survey_pids), 1)
-        )
+        weighed = conditions(self._link, [], budget=None, elapsed=0, timeout=0, tasks=max(len(self._survey_pids), 1))
         self.report = preflight.Report(
             self.settings.migration,
             self._host,
@@ -522,59 +482,40 @@ class SourceSession:
 
     # The end
 
+    def _summary(self, told: m.Report | None) -> Summary:
+        return Summary(
+            settings=self.settings,
+            host=self._host,
+            report=self.report,
+            copying=self._copying,
+            link=self._link,
+            began=self._began,
+            spans=self._spans,
+            clock=self._clock,
+            running=self._running,
+            told=told,
+            decision=self._decision,
+            pids=self._survey_pids,
+        )
+
+    def _done(self) -> m.Done:
+        summary = self._summary(None)
+        return m.Done(
+            self.settings.migration,
+            summary.timeline().downtime,
+            summary.stream_bytes,
+            summary.wire_bytes,
+            summary.compression_ratio,
+        )
+
     async def _result(self) -> model.MigrationResult:
-        away = self.state is SourceState.AWAY
         told: m.Report | None = None
-        if away and self._destination_report is not None:
+        if self.state is SourceState.AWAY and self._destination_report is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_TELL_SECONDS):
                     told = await asyncio.shield(self._destination_report)
-        now, copying, link = time.monotonic_ns(), self._copying, self._link
-        timeline = self._timeline(told)
-        stream = sum(r.bytes for r in copying.rounds)
-        stats = getattr(link, "compression", None)
-        return model.MigrationResult(
-            migration=self.settings.migration,
-            outcome=self._outcome(),
-            fate=self._fate().value,
-            reason=str(self._undecided or self._error or ""),
-            source=self._host.host,
-            destination=self.report.destination.host if self.report is not None else self.settings.peer,
-            container=self.settings.container,
-            pids=self._survey_pids,
-            pid=told.pid if told is not None else 0,
-            downtime=timeline.downtime,
-            predicted_downtime=self._decision.predicted_downtime if self._decision is not None else 0.0,
-            total=(now - self._began) / 1e9,
-            stream_bytes=int(getattr(stats, "raw", 0)) or stream,
-            wire_bytes=int(getattr(getattr(link, "counters", None), "bytes_sent", 0)),
-            compression_ratio=float(getattr(stats, "ratio", 1.0)),
-            throughput=precopy.measured_throughput(copying.rounds) or link.throughput,
-            rtt=link.rtt,
-            decision=self._decision.reason if self._decision is not None else "",
-            rounds=copying.rounds,
-            timeline=timeline,
-            warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
-        )
-
-    def _timeline(self, told: m.Report | None) -> model.Timeline:
-        spans = list(self._spans)
-        if self._copying.source is not None:
-            known = {(span.name, span.start) for span in spans}
-            for span in model.spans_of(self._copying.source.phases, Where.SOURCE):
-                if (span.name, span.start) not in known and not span.name.startswith("round"):
-                    spans.append(span)
-        if told is not None:
-            spans += model.spans_of(told.phases, Where.DESTINATION, self._clock)
-        resumed_at = 0
-        if self._running is not None and self._running.resumed_at:
-            resumed_at = self._clock.to_here(self._running.resumed_at)
-        return model.Timeline(
-            sorted(spans, key=lambda span: span.start),
-            self._copying.frozen_at,
-            resumed_at,
-            self._clock.error,
-        )
+        why = str(self._undecided or self._error or "")
+        return self._summary(told).result(self._outcome(), self._fate(), why)
 
     def _outcome(self) -> Outcome:
         if self._undecided is not None:
@@ -618,4 +559,4 @@ _TOLERATED = frozenset(
         SourceAction.SEND_DONE,
     }
 )
-__all__ = ["JournalError", "SourceSession", "SourceSettings"]
+__all__ = ["SourceSession", "SourceSettings"]

@@ -241,9 +241,7 @@ class Recorded(enum.Enum):
 
 # What an agent does with a journal that it finds at its start.
 SOURCE_RECOVERY: Final[Mapping[Recorded, SourceStep]] = {
-    Recorded.OPEN: Step(
-        SourceState.HERE, (SourceAction.JOURNAL_HERE, SourceAction.THAW, SourceAction.JOURNAL_CLOSE)
-    ),
+    Recorded.OPEN: Step(SourceState.HERE, (SourceAction.JOURNAL_HERE, SourceAction.THAW, SourceAction.JOURNAL_CLOSE)),
     Recorded.COMMITTING: Step(SourceState.COMMITTED, (SourceAction.RECONNECT,)),
     Recorded.AWAY: Step(SourceState.AWAY, (SourceAction.RELEASE, SourceAction.JOURNAL_CLOSE)),
     Recorded.HERE: Step(SourceState.HERE, (SourceAction.THAW, SourceAction.JOURNAL_CLOSE)),
@@ -251,11 +249,7 @@ SOURCE_RECOVERY: Final[Mapping[Recorded, SourceStep]] = {
 
 DESTINATION_RECOVERY: Final[Mapping[Recorded, DestinationStep]] = {
     Recorded.OPEN: Step(DestinationState.DECIDING, (DestinationAction.DECIDE_DISCARDED,)),
-    Recorded.RUNNING: Step(
-        DestinationState.RUNNING, (DestinationAction.RESUME, DestinationAction.JOURNAL_RESUMED)
-    ),
+    Recorded.RUNNING: Step(DestinationState.RUNNING, (DestinationAction.RESUME, DestinationAction.JOURNAL_RESUMED)),
     Recorded.RESUMED: Step(DestinationState.RUNNING, ()),
-    Recorded.DISCARDED: Step(
-        DestinationState.DISCARDED, (DestinationAction.DISCARD, DestinationAction.JOURNAL_CLOSE)
-    ),
+    Recorded.DISCARDED: Step(DestinationState.DISCARDED, (DestinationAction.DISCARD, DestinationAction.JOURNAL_CLOSE)),
 }

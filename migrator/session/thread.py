@@ -28,7 +28,9 @@ class OwnThread:
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it on the thread. If the waiter is cancelled, the call is still done."""
-        return await asyncio.shield(asyncio.wrap_future(self.submit(call, *args, **kwargs)))
+        done = asyncio.wrap_future(self.submit(call, *args, **kwargs))
+        done.add_done_callback(_noted)
+        return await asyncio.shield(done)
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As `run`, without waiting; from any thread."""
@@ -47,3 +49,9 @@ class OwnThread:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _noted(done: asyncio.Future[T]) -> None:
+    """Whoever was cancelled has stopped listening: what the call raised then concerns nobody."""
+    if not done.cancelled():
+        done.exception()

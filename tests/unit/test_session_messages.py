@@ -33,7 +33,7 @@ EVERY: list[m.AnyMessage] = [
     m.Ask(ID),
     m.Done(ID),
     m.Report(ID, [Phase("build", 1, 2, 3, 4)], 7),
-    m.Progress("round", 1, 2, Round(1, 2, 3, 4, 5, 6, 7.0, 8)),
+    m.Progress(Round(1, 2, 3, 4, 5, 6, 7.0, 8), 0.01, 1e9, "freeze", "it fits"),
     m.Clock(1, 2),
     m.Failure("cannot", "try again"),
     m.Query("containers"),

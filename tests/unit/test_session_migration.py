@@ -53,16 +53,12 @@ class Hosts:
     engine: FakeSource | None = None
 
     def settings(self, **changes: Any) -> SourceSettings:
-        return replace(
-            SourceSettings(migration=ID, peer="b", journal=self.path / "a", ask_for=2.0), **changes
-        )
+        return replace(SourceSettings(migration=ID, peer="b", journal=self.path / "a", ask_for=2.0), **changes)
 
     def taking(self) -> DestinationSettings:
         return DestinationSettings(
             host=facts("b"),
-            prepare=lambda proposal: Prepared(
-                lambda fd: FakeDestination(self.world, fd, self.destination), "fake"
-            ),
+            prepare=lambda proposal: Prepared(lambda fd: FakeDestination(self.world, fd, self.destination), "fake"),
             journal=self.path / "b",
             tools=Tools(self.world.groups("destination")),
         )
@@ -79,9 +75,7 @@ class Hosts:
         async with link:
             await serve(link, self.taking())
 
-    async def session(
-        self, reconnect: Callable[[], Awaitable[Link]] | None = None, **changes: Any
-    ) -> SourceSession:
+    async def session(self, reconnect: Callable[[], Awaitable[Link]] | None = None, **changes: Any) -> SourceSession:
         def factory(fd: int) -> FakeSource:
             self.engine = FakeSource(self.world, fd, self.source)
             return self.engine
@@ -172,9 +166,7 @@ async def test_a_source_that_fails_before_commit_lets_the_workload_run_on(hosts:
 
 
 @pytest.mark.parametrize("call", ["build", "hold"])
-async def test_a_destination_that_cannot_build_says_why_and_the_workload_runs_on(
-    hosts: Hosts, call: str
-) -> None:
+async def test_a_destination_that_cannot_build_says_why_and_the_workload_runs_on(hosts: Hosts, call: str) -> None:
     hosts.destination.fail = {call: RestartFailed("pid 7: no such thing here")}
     with pytest.raises(MigratorError, match="no such thing here") as caught:
         await hosts.migrate()

@@ -38,9 +38,7 @@ def steady(rate: float, throughput: float, total: int, count: int) -> list[Round
     made, now, pages = [], 0.0, float(total)
     for number in range(1, count + 1):
         seconds = max(pages / throughput, 0.0005)
-        made.append(
-            Round(number, int(pages), 0, int(pages) * 4100, int(now * 1e9), int((now + seconds) * 1e9), rate)
-        )
+        made.append(Round(number, int(pages), 0, int(pages) * 4100, int(now * 1e9), int((now + seconds) * 1e9), rate))
         now += seconds
         pages = min(rate * seconds, total)
     return made
@@ -61,9 +59,7 @@ def test_an_engine_that_knows_what_is_left_is_believed() -> None:
 
 def test_the_prediction_is_the_sum_of_its_parts() -> None:
     conditions = Conditions(throughput=4096e3, rtt=0.01, freeze=0.003, restore=0.005)
-    assert predicted_downtime(rounds((10, 1), remaining=100), conditions) == pytest.approx(
-        0.003 + 0.1 + 0.005 + 0.015
-    )
+    assert predicted_downtime(rounds((10, 1), remaining=100), conditions) == pytest.approx(0.003 + 0.1 + 0.005 + 0.015)
 
 
 def test_it_freezes_as_soon_as_it_fits_the_budget() -> None:
