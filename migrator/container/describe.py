@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, replace
 
-from migrator.container import mounts, network, state
+from migrator.container import mounts, network, state, tmpfs
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container, host_name, list_containers, now
 from migrator.errors import UsageError
@@ -62,7 +62,21 @@ def obstacles(container: Container | int) -> list[str]:
         if container.spec.root and _from_host(m, container.spec.root, host):
             continue
         found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
+    for fs in (*mounts.own_tmpfs(pid), mounts.SHM):
+        for path, size in tmpfs.files(pid, fs.path)[:3]:
+            found.append(f"pid {pid}: {path} ({size} bytes) lies in a tmpfs, whose contents are not carried")
+    found += [f"pid {pid}: {item} is not carried" for item in run_in(pid, {"ipc"}, _ipc_objects)]
     return found
+
+
+def _ipc_objects() -> list[str]:
+    """System V objects of the calling process's IPC namespace (proc(5), /proc/sysvipc)."""
+    kinds = {"shm": "shared memory segment", "sem": "semaphore set", "msg": "message queue"}
+    out = []
+    for name, what in kinds.items():
+        for line in procfs.read_text(f"/proc/sysvipc/{name}").strip().split("\n")[1:]:
+            out.append(f"System V {what} {line.split()[1]}")
+    return out
 
 
 def _from_host(m: mounts.Mount, root: str, host: set[tuple[str, str]]) -> bool:

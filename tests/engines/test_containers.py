@@ -367,3 +367,16 @@ def test_starting_leaves_the_caller_where_it_was() -> None:
     ct.run(offline("sleep", "100"))
     assert {kind: identity(os.getpid(), kind) for kind in before} == before
     assert os.readlink("/proc/self/ns/pid_for_children") == os.readlink("/proc/self/ns/pid")
+
+
+def test_what_a_tmpfs_or_the_ipc_namespace_holds_is_named_as_an_obstacle() -> None:
+    script = (
+        "import time, ctypes; open('/dev/shm/left', 'w').write('x'); ctypes.CDLL(None).shmget(7, 4096, 0o1600);"
+        " time.sleep(600)"
+    )
+    container = ct.run(offline(sys.executable, "-c", script))
+    deadline = time.monotonic() + 10
+    while len(found := ct.obstacles(container)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert any("/dev/shm/left (1 bytes) lies in a tmpfs" in reason for reason in found)
+    assert any("System V shared memory segment" in reason for reason in found)
