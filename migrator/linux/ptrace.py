@@ -16,17 +16,19 @@ _ptrace = _libc.ptrace
 _ptrace.restype = ctypes.c_long
 _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
-CONT, SINGLESTEP, DETACH = 7, 9, 17
+CONT, SINGLESTEP, DETACH, SYSCALL = 7, 9, 17, 24
 SETOPTIONS, GETEVENTMSG, GETSIGINFO = 0x4200, 0x4201, 0x4202
 GETREGSET, SETREGSET = 0x4204, 0x4205
 SEIZE, INTERRUPT, LISTEN = 0x4206, 0x4207, 0x4208
 PEEKSIGINFO, GETSIGMASK, SETSIGMASK = 0x4209, 0x420A, 0x420B
 GET_RSEQ_CONFIGURATION = 0x420F
 
+O_TRACESYSGOOD = 0x1  # also what makes a tracee survive its tracer in a system-call stop
 O_EXITKILL = 0x100000
 O_SUSPEND_SECCOMP = 0x200000
 
 EVENT_STOP = 128
+SYSCALL_STOP = 0x85  # SIGTRAP | 0x80, with O_TRACESYSGOOD
 NT_PRSTATUS, NT_X86_XSTATE = 1, 0x202
 WALL = 0x40000000
 SIGINFO_SIZE = 128
@@ -80,6 +82,11 @@ def listen(tid: int) -> None:
 
 def singlestep(tid: int) -> None:
     request(SINGLESTEP, tid, name="singlestep")
+
+
+def until_syscall(tid: int) -> None:
+    """Go on to the next entry into, or return from, a system call."""
+    request(SYSCALL, tid, name="syscall")
 
 
 def detach(tid: int, signal: int = 0) -> None:

@@ -10,8 +10,12 @@ one go, at about a microsecond a call.
         results = remote.batch([(nr, a0, a1), ...])
         remote.unmap_scratch()
 
-If the tracer dies inside the block, the tracee finishes its table and returns by itself to where it was
-(migrator.linux.x86_64.signal_context). All calls must come from the thread that seized the tracee.
+If the tracer dies inside the block, the tracee finishes its calls and returns by itself to where it was
+(migrator.linux.x86_64.signal_context), if it was seized with O_TRACESYSGOOD: without, the kernel sends it
+SIGTRAP instead. Registers are always changed ahead of the signal mask, and put back
+after it, so that whatever was changed is undone by that return. The calls without a scratch area need a
+stack to return from; a thread that is not on the process's own stack goes without that for some
+microseconds. All calls must come from the thread that seized the tracee.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -28,7 +33,7 @@ _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
 _BATCH_SIGNALS = (23, 28)  # SIGURG, SIGWINCH: ignored by default
-_PR_SET_VMA = 0x53564D41
+_MOST_CODE = 8 << 20
 
 Call = Sequence[int]
 
@@ -47,6 +52,46 @@ def find_syscall_instruction(pid: int) -> int:
     raise RemoteError(2, "no syscall instruction in the vdso", f"pid {pid}")
 
 
+@dataclass(frozen=True, slots=True)
+class WayBack:
+    """Code of the process itself by which a single call returns: `syscall; ret`, then rt_sigreturn."""
+
+    call: int
+    restorer: int
+    stack: tuple[int, int]  # the process's own stack
+
+
+_found: dict[tuple[str, int, int], tuple[int, int]] = {}  # offsets by file
+
+
+def find_way_back(pid: int) -> WayBack | None:
+    """Look for it in the programs that are mapped; takes about a millisecond for the first of its kind."""
+    stack = (0, 0)
+    call = restorer = -1
+    for vma in procfs.maps(pid):
+        if vma.path == "[stack]":
+            stack = (vma.start, vma.end)
+        if not (vma.execute and vma.read and vma.inode and vma.path.startswith("/")):
+            continue
+        key = (vma.device, vma.inode, vma.offset)
+        offsets = _found.get(key)
+        if offsets is None:
+            size = min(vma.end - vma.start, _MOST_CODE)
+            try:
+                code = memory.read(pid, vma.start, size)
+            except OSError:
+                continue
+            offsets = code.find(arch.SYSCALL_RETURN), max(code.find(c) for c in arch.RESTORERS)
+            _found[key] = offsets
+        if call < 0 <= offsets[0]:
+            call = vma.start + offsets[0]
+        if restorer < 0 <= offsets[1]:
+            restorer = vma.start + offsets[1]
+        if call >= 0 and restorer >= 0 and stack[1]:
+            break
+    return WayBack(call, restorer, stack) if call >= 0 and restorer >= 0 else None
+
+
 class Remote:
     """System calls inside the process of tracee `tid`, which must be in a ptrace stop while they are made."""
 
@@ -57,6 +102,7 @@ class Remote:
         self.scratch_size = 0
         self.instruction = 0
         self.survivable = True
+        self.way_back: WayBack | None = None
         self._regs: arch.Regs | None = None
         self._signal = _BATCH_SIGNALS[0]
         self._context_written = False
@@ -68,14 +114,19 @@ class Remote:
         self._regs = regs if regs is not None else arch.get_regs(tid)
         self._mask = mask if mask is not None else ptrace.get_sigmask(tid)
         self._choose_signal()
-        ptrace.set_sigmask(tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)
-        self._context_written = False
+        self._mask_set = self._context_written = False
         try:
             yield self
         finally:
+            if self._mask_set:
+                ptrace.set_sigmask(tid, self._mask)
             arch.set_regs(tid, self._regs)
-            ptrace.set_sigmask(tid, self._mask)
             self._regs = None
+
+    def _block_signals(self) -> None:
+        if not self._mask_set:
+            ptrace.set_sigmask(self.tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)
+            self._mask_set = True
 
     def _choose_signal(self) -> None:
         if not self.survivable:
@@ -94,10 +145,32 @@ class Remote:
         assert self._regs is not None, "not inside borrowed()"
         if not self.instruction:
             self.instruction = find_syscall_instruction(self.pid)
-        arch.start_call(self.tid, self._regs, self.instruction, number, args)
-        ptrace.singlestep(self.tid)
-        self._expect(5, ptrace.singlestep)  # SIGTRAP
+        instruction, stack = self._on_the_way_back() or (self.instruction, 0)
+        arch.start_call(self.tid, self._regs, instruction, number, args, stack)
+        self._block_signals()
+        # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
+        # program runs. Nothing of it outlives a tracer that dies, as a single step would.
+        ptrace.until_syscall(self.tid)
+        self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        self._expect(0)
         return arch.result(arch.get_regs(self.tid))
+
+    def _on_the_way_back(self) -> tuple[int, int] | None:
+        """(instruction, stack pointer) from which the thread returns by itself, if that can be."""
+        way = self.way_back
+        if way is None or not self.survivable:
+            return None
+        assert self._regs is not None
+        low, high = way.stack
+        xstate = arch.get_xstate(self.tid)
+        address = (self._regs.rsp - arch.RED_ZONE - arch.CONTEXT_SIZE - len(xstate) - 64) & ~63
+        if not low + 8 <= address < self._regs.rsp < high:
+            return None
+        frame = arch.signal_context(self._regs, xstate, self._mask, address)
+        memory.write(self.pid, address - 8, struct.pack("<Q", way.restorer) + frame)
+        return way.call, address - 8
 
     def map_scratch(self, size: int, address: int = 0) -> int:
         """Map the scratch area: code, context and table first, then memory for whoever asks."""
@@ -172,6 +245,7 @@ class Remote:
         arch.start_batch(
             self.tid, self._regs, self.scratch, table or self.table, count, self._signal, context
         )
+        self._block_signals()
         ptrace.cont(self.tid)
 
     def finish(self) -> None:
@@ -183,8 +257,10 @@ class Remote:
             if not ptrace.is_stop(status):
                 raise RemoteError(3, f"ended while borrowed (wait status {status:#x})", f"tid {self.tid}")
             got, event = ptrace.stop_signal(status), ptrace.stop_event(status)
-            if event == ptrace.EVENT_STOP:  # a late PTRACE_INTERRUPT, or a group stop: go on
-                go_on(self.tid)
+            if event == ptrace.EVENT_STOP:
+                if not signal:
+                    return
+                go_on(self.tid)  # a late PTRACE_INTERRUPT, or a group stop
                 continue
             if got == signal:
                 return

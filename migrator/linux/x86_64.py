@@ -14,6 +14,9 @@ ARCH_ID = 2
 USER_END = 0x7FFFFFFFF000
 SYSCALL_INSTRUCTION = b"\x0f\x05"
 SYSCALL_SIZE = 2
+SYSCALL_RETURN = b"\x0f\x05\xc3"
+RESTORERS = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05"))  # mov $15, %eax; syscall
+RED_ZONE = 128  # bytes below the stack pointer that are still the program's
 MINUS_ONE = (1 << 64) - 1
 
 NR = {
@@ -132,9 +135,13 @@ def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal:
     set_regs(tid, new)
 
 
-def start_call(tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...]) -> None:
-    """Point a stopped thread at one `syscall` instruction, arguments in place."""
+def start_call(
+    tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...], stack: int = 0
+) -> None:
+    """Point a stopped thread at one `syscall` instruction, arguments in place; `stack` 0: on its own."""
     new = regs.copy()
+    if stack:
+        new.rsp = stack
     new.orig_rax = MINUS_ONE
     new.rip, new.rax = instruction, number
     padded = [a & MINUS_ONE for a in (*args, 0, 0, 0, 0, 0, 0)]

@@ -116,7 +116,7 @@ def _probe_stub() -> list[Capability]:
         return [Capability("clone3", False, str(error))]
     out.append(Capability("clone3", True, "a stub process was made"))
     try:
-        ptrace.seize(pid, ptrace.O_EXITKILL)
+        ptrace.seize(pid, ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD)
         ptrace.interrupt(pid)
         ptrace.wait(pid)
         out.append(Capability("ptrace", True, "seized and stopped"))

@@ -42,7 +42,7 @@ class Forest:
         first = tree.tasks[0]
         pid, pidfd = spawn([first.pid], self._namespaces)
         try:
-            ptrace.seize(pid, ptrace.O_EXITKILL)
+            ptrace.seize(pid, ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD)
             ptrace.interrupt(pid)
             await_birth(pid)
         except BaseException:

@@ -28,7 +28,7 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, directory_of
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.procfs import Vma
-from migrator.linux.remote import Remote
+from migrator.linux.remote import Remote, find_way_back
 
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
@@ -372,11 +372,12 @@ class UserSource:
     def _arm_process(self, process: Process) -> None:
         pid = process.pid
         process.mm_objref = self._mm_objref(process)
+        way_back = find_way_back(pid)
         self._waits.observe(pid, pid)
         stop_one(pid)
         try:
-            remote = Remote(pid)
-            process.remote = remote
+            remote = process.remote = Remote(pid)
+            remote.way_back = way_back
             with remote.borrowed():
                 fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
                 if fd < 0:
@@ -419,6 +420,7 @@ class UserSource:
             )
         process.mm_objref = self._mm_objref(process)
         remote = process.remote = Remote(process.pid)
+        remote.way_back = find_way_back(process.pid)
         with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
             self._map_scratch(remote)
 

@@ -103,7 +103,7 @@ def probe_xstate() -> bytes:
     """The extended state of a fresh task: shows which features and how many bytes this processor has."""
     pid, pidfd = spawn([])
     try:
-        ptrace.seize(pid, ptrace.O_EXITKILL)
+        ptrace.seize(pid, ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD)
         ptrace.interrupt(pid)
         ptrace.wait(pid)
         return arch.get_xstate(pid)

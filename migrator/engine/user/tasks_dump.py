@@ -225,7 +225,7 @@ class TaskDump:
                 assert thread.regs is not None
                 frame = arch.signal_context(thread.regs, thread.xstate, thread.mask, context)
                 memory.write(process.pid, context, frame)
-                ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
+                # registers first: they lead back by themselves, whenever we die
                 arch.start_batch(
                     thread.tid,
                     thread.regs,
@@ -235,6 +235,7 @@ class TaskDump:
                     _SIGURG,
                     context,
                 )
+                ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
                 ptrace.cont(thread.tid)
                 context += (len(frame) + 63) & ~63
             for thread in group:
@@ -243,8 +244,8 @@ class TaskDump:
             raw = memory.read(process.pid, remote.data, _GROUP * _THREAD_OUT + len(tables))
             for i, thread in enumerate(group):
                 assert thread.regs is not None
-                arch.set_regs(thread.tid, thread.regs)
                 ptrace.set_sigmask(thread.tid, thread.mask)
+                arch.set_regs(thread.tid, thread.regs)
                 slack_at = _GROUP * _THREAD_OUT + i * per_thread + 3 * per_call + 56
                 (slack,) = struct.unpack_from("<q", raw, slack_at)
                 out.append(_answers(raw, i * _THREAD_OUT, slack))

@@ -134,12 +134,12 @@ class ProcessTree:
             if tid in process.threads:
                 continue
             try:
-                ptrace.seize(tid, ptrace.O_SUSPEND_SECCOMP)
+                ptrace.seize(tid, ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP)
             except ProcessLookupError:
                 continue
             except PermissionError:
                 try:
-                    ptrace.seize(tid)
+                    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
                 except ProcessLookupError:
                     continue
                 except PermissionError as error:
@@ -290,7 +290,7 @@ def stop_one(tid: int) -> None:
     """Seize and stop a single task for a moment; undone by ptrace.detach.
 
     Raises ProcessLookupError if it has ended, TimeoutError if it does not stop."""
-    ptrace.seize(tid, 0)
+    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
     bring_to_stop(tid)
 
 
