@@ -1,0 +1,135 @@
+"""Asked and let go again, or left by an agent that was killed: the workload is as if nothing had been asked."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator.engine.base import SourceOptions
+from migrator.engine.user.source import UserSource
+from migrator.linux import cgroup, procfs, ptrace
+from migrator.linux import x86_64 as arch
+from migrator.testing.workloads import Workload
+
+pytestmark = pytest.mark.root
+
+STAGES = ["survey", "arm", "round", "freeze", "final", "hold"]
+WORKLOADS = [("counter",), ("threads",), ("signals",), ("memory", 4, 10, "all"), ("tree", 8), ("heap.py", 2)]
+
+
+def looks(pid: int) -> dict[str, Any]:
+    """What can be seen of a process from outside that must not change by being looked at."""
+    state = procfs.status(pid)
+    kept = ("SigBlk", "SigIgn", "SigCgt", "Uid", "Gid", "Threads", "Seccomp", "TracerPid", "CapEff", "Umask")
+    fds = sorted((fd, os.readlink(f"/proc/{pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{pid}/fd"))
+    maps = [v for v in procfs.maps(pid) if v.path not in ("[heap]", "[stack]")]
+    where = Path(f"/proc/{pid}/cgroup").read_text()
+    return {"fds": fds, "maps": maps, "cgroup": where, **{key: state[key] for key in kept}}
+
+
+@pytest.mark.parametrize("last", STAGES)
+def test_a_workload_that_is_thawed_is_as_it_was(last: str, tmp_path: Path) -> None:
+    with Workload("counter", tmp_path) as counter, open(os.devnull, "wb") as sink:
+        before = looks(counter.pid)
+        with UserSource(counter.pid, sink.fileno(), SourceOptions(cgroup_name=f"untouched-{os.getpid()}")) as source:
+            for stage in STAGES[: STAGES.index(last) + 1]:
+                getattr(source, stage)()
+            source.thaw()
+        assert looks(counter.pid) == before
+        counter.check_alive_and_progressing()
+        counter.finish()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: str(w[0]))
+def test_a_workload_goes_on_after_being_thawed_at_every_stage(workload: tuple[Any, ...], tmp_path: Path) -> None:
+    name, *arguments = workload
+    with Workload(name, tmp_path, *arguments) as working, open(os.devnull, "wb") as sink:
+        for count in range(1, len(STAGES) + 1):
+            for _ in range(3):
+                options = SourceOptions(cgroup_name=f"untouched-{os.getpid()}")
+                with UserSource(working.pid, sink.fileno(), options) as source:
+                    for stage in STAGES[:count]:
+                        getattr(source, stage)()
+                    source.thaw()
+            working.check_alive_and_progressing()
+        working.finish()
+
+
+def test_a_remote_call_leaves_no_trace(tmp_path: Path) -> None:
+    """Registers, extended state, masks and pending signals of every thread, after all that final() asks."""
+    with Workload("threads", tmp_path) as threads, open(os.devnull, "wb") as sink:
+        options = SourceOptions(cgroup_name=f"untouched-{os.getpid()}")
+        with UserSource(threads.pid, sink.fileno(), options) as source:
+            source.arm()
+            source.freeze()
+            before = of_threads(source)
+            source.final()
+            assert of_threads(source) == before
+            source.thaw()
+        threads.check_alive_and_progressing()
+        threads.finish()
+
+
+def of_threads(source: UserSource) -> dict[int, tuple[Any, ...]]:
+    (process,) = source.tree.living
+    return {
+        tid: (
+            bytes(arch.get_regs(tid)),
+            arch.get_xstate(tid),
+            ptrace.get_sigmask(tid),
+            ptrace.peek_siginfo(tid, shared=False),
+            ptrace.peek_siginfo(tid, shared=True),
+        )
+        for tid in process.threads
+    }
+
+
+def in_a_child(act: Callable[[], None]) -> int:
+    """Run `act` in a child of ours that can be killed at any time; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return pid
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: str(w[0]))
+def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tuple[Any, ...], tmp_path: Path) -> None:
+    name, *arguments = workload
+    chance = random.Random(name)
+    group = f"untouched-{os.getpid()}"
+
+    def save() -> None:
+        with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), SourceOptions(cgroup_name=group)) as source:
+            for stage in STAGES:
+                getattr(source, stage)()
+            source.thaw()
+
+    with Workload(name, tmp_path, *arguments) as working:
+        begun = time.monotonic()
+        os.waitpid(in_a_child(save), 0)
+        whole = time.monotonic() - begun
+        for _ in range(25):
+            agent = in_a_child(save)
+            time.sleep(chance.random() * whole * 1.1)
+            os.kill(agent, signal.SIGKILL)
+            os.waitpid(agent, 0)
+            # what a journal would do: whoever finds the cgroup frozen thaws it
+            folder = cgroup.hierarchy().mountpoint / cgroup.PARENT / group
+            if folder.exists():
+                with cgroup.Cgroup.at(folder) as left:
+                    left.thaw()
+            working.check_alive_and_progressing(ticks=1)
+        working.finish()
+        for left_over in cgroup.hierarchy().mountpoint.glob(f"{cgroup.PARENT}/{group}"):
+            with cgroup.Cgroup.at(left_over) as left:
+                left.remove()
