@@ -185,7 +185,7 @@ class SocketState(enum.IntEnum):
     UNCONNECTED = 1  # bound, if `local` says so
     LISTENING = 2
     CONNECTED = 3  # TCP: any state that has a peer, see SocketTcp
-    PEER_GONE = 4  # unix: what is queued can still be read
+    PEER_GONE = 4  # the connection has ended; what is queued can still be read
     CONNECTING = 5  # TCP: the SYN is on its way; sent anew
 
 
@@ -218,9 +218,10 @@ class Socket(Record):
     sndbuf: u32  # bytes, as getsockopt gives them
     rcvbuf: u32
     buf_lock: u32  # SO_BUF_LOCK: 1 sndbuf, 2 rcvbuf set by the program
-    mode: u32  # unix: st_mode of the socket's file
-    uid: u32
+    mode: u32  # unix: permissions of the socket's file
+    uid: u32  # of the socket; unix: of the socket's file
     gid: u32
+    error: s32  # SO_ERROR that waits to be read, or 0
     local: bytes
     peer: bytes
     path: str  # unix: where the socket's file is, "" if it has none

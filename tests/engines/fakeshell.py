@@ -26,6 +26,28 @@ from migrator.engine.user.descriptors import Process, fdinfo
 
 _CONTROL = 1000  # number of the child's end of the control socket, above all that tests use
 
+_PRELUDE = """
+import os, socket, select, fcntl, struct, signal, ctypes, time, array
+
+def _flags():
+    out = []
+    for n in range(900):
+        try:
+            out.append((n, fcntl.fcntl(n, fcntl.F_GETFL), fcntl.fcntl(n, fcntl.F_GETFD)))
+        except OSError:
+            pass
+    return out
+
+def adopt(n):
+    return socket.socket(fileno=n)
+
+def receive(sock, count):
+    out = b""
+    while len(out) < count and (part := sock.recv(count - len(out))):
+        out += part
+    return out
+"""
+
 
 def hide_control(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control sockets are the test's own: they are not part of what is saved."""
@@ -36,9 +58,7 @@ def hide_control(monkeypatch: pytest.MonkeyPatch) -> None:
 class Child:
     """A child that does what it is told. `vpid` is its pid in the image."""
 
-    def __init__(
-        self, vpid: int = 0, *, keep: bool = False, before: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, vpid: int = 0, *, keep: bool = False, before: Callable[[], None] | None = None) -> None:
         self._ended = False
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
@@ -80,9 +100,7 @@ class Child:
     # -- as a shell
 
     def install_fds(self, items: list[tuple[int, int, bool]]) -> None:
-        self._tell(
-            ("install", [(number, cloexec) for _, number, cloexec in items]), [fd for fd, _, _ in items]
-        )
+        self._tell(("install", [(number, cloexec) for _, number, cloexec in items]), [fd for fd, _, _ in items])
 
     def call_batch(self, calls: Sequence[tuple[int, ...]]) -> list[int]:
         return list(self._tell(("batch", [tuple(call) for call in calls])))
@@ -128,7 +146,7 @@ def _serve() -> None:
     libc.syscall.restype = ctypes.c_long
     scratch = ctypes.create_string_buffer(1 << 16)
     names: dict[str, Any] = {}
-    exec("import os, socket, select, fcntl, struct, signal, ctypes, time, array", names)
+    exec(_PRELUDE, names)
     while True:
         data, fds, _, _ = socket.recv_fds(control, 1 << 20, 250)
         if not data:

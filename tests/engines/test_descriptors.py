@@ -1,144 +1,33 @@
 """Descriptors saved from one process and made again in another, kind by kind."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
+from fakeshell import Child
+from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
-from fakeshell import Child, hide_control
 from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, survey
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
-from migrator.image.codec import REGISTRY, Record
+from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable, Pipe
 
-T = TypeVar("T", bound=Record)
-
 pytestmark = pytest.mark.root
-
-
-class Bytes:
-    """Where records go, and come from: each is encoded and decoded again."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, rec: Record) -> None:
-        raw = rec.encode()
-        self.records.append(REGISTRY[rec.TYPE].decode(raw[8:]))
-
-    def of(self, kind: type[T]) -> list[T]:
-        return [rec for rec in self.records if isinstance(rec, kind)]
-
-
-class Surroundings:
-    """The context of a restore on this host, with memfds made by hand."""
-
-    netns: str | None = None
-
-    def __init__(self) -> None:
-        self.root_fd = os.open("/", os.O_PATH)
-        self.pids: dict[int, int] = {}
-        self.shm: dict[int, int] = {}
-
-    def pid_of(self, vpid: int) -> int:
-        return self.pids.get(vpid, 0)
-
-    def shm_fd(self, objref: int) -> int:
-        return self.shm[objref]
-
-
-class Moved:
-    """Children saved, and what was made of them."""
-
-    def __init__(self, *children: Child, context: Surroundings | None = None) -> None:
-        self.context = context or Surroundings()
-        self.stack = ExitStack()
-        self.saved = Bytes()
-        for child in children:
-            child.stop()
-        self.dump = DescriptorDump([c.process for c in children], ObjHash(), self.saved)
-        self.dump.collect()
-        self.tables = self.dump.write()
-        self.copies: list[Child] = []
-
-    def restore(self, children: list[Child]) -> list[Child]:
-        self.copies = [self.stack.enter_context(Child(c.vpid)) for c in children]
-        restore = DescriptorRestore(self.context)
-        self.stack.callback(restore.close)
-        self.context.pids.update({c.vpid: c.pid for c in self.copies})
-        for rec in self.saved.records:
-            restore.record(rec)
-        for child, copy in zip(children, self.copies, strict=True):
-            restore.install(copy, self.tables[child.pid])
-        restore.finish(self.copies)
-        restore.activate()
-        restore.close()
-        return self.copies
-
-    def __enter__(self) -> Moved:
-        return self
-
-    def __exit__(self, *what: object) -> None:
-        self.dump.undo()
-        self.stack.close()
-        os.close(self.context.root_fd)
-
-
-OPEN = """
-def _flags():
-    out = []
-    for n in range(900):
-        try:
-            out.append((n, fcntl.fcntl(n, fcntl.F_GETFL), fcntl.fcntl(n, fcntl.F_GETFD)))
-        except OSError:
-            pass
-    return out
-"""
-
-
-@pytest.fixture(autouse=True)
-def _hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_control(monkeypatch)
-
-
-@pytest.fixture
-def child() -> Iterator[Child]:
-    with Child() as made:
-        made.run(OPEN)
-        yield made
-
-
-@pytest.fixture
-def move() -> Iterator[Callable[..., Child]]:
-    """Save a child and make a copy of it; numbers and flags are compared on the way."""
-    with ExitStack() as stack:
-
-        def moving(*children: Child, context: Surroundings | None = None) -> Child:
-            before = children[0].ask("_flags()")
-            moved = stack.enter_context(Moved(*children, context=context))
-            copies = moved.restore(list(children))
-            copies[0].run(OPEN)
-            assert copies[0].ask("_flags()") == before
-            return copies[0]
-
-        yield moving
 
 
 def test_a_file_is_open_at_the_same_offset_with_the_same_flags(
     child: Child, move: Callable[..., Child], tmp_path: Path
 ) -> None:
     (tmp_path / "f").write_bytes(b"0123456789")
-    child.run(
-        f"a = os.open({str(tmp_path / 'f')!r}, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC); os.lseek(a, 4, 0)"
-    )
+    child.run(f"a = os.open({str(tmp_path / 'f')!r}, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC); os.lseek(a, 4, 0)")
     child.run(f"b = os.open({str(tmp_path / 'f')!r}, os.O_RDONLY | os.O_NONBLOCK); os.dup2(b, 77)")
     copy = move(child)
     assert copy.ask("os.read(0, 3), os.read(1, 2), os.read(77, 2)") == (b"456", b"01", b"23")
@@ -202,9 +91,7 @@ def test_a_fifo_is_found_by_its_name_with_what_is_in_it(
     assert copy.ask("os.readlink('/proc/self/fd/0')") == path
 
 
-def test_a_deleted_file_comes_along_with_its_holes(
-    child: Child, move: Callable[..., Child], tmp_path: Path
-) -> None:
+def test_a_deleted_file_comes_along_with_its_holes(child: Child, move: Callable[..., Child], tmp_path: Path) -> None:
     path = str(tmp_path / "gone")
     child.run(f"a = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o640); b = os.open({path!r}, os.O_RDONLY)")
     child.run(f"os.unlink({path!r}); os.ftruncate(a, 50 << 20); os.pwrite(a, b'data', 20 << 20)")
@@ -220,9 +107,7 @@ def test_directories_and_devices_are_opened_by_their_path(
     child: Child, move: Callable[..., Child], tmp_path: Path
 ) -> None:
     child.run(f"os.open({str(tmp_path)!r}, os.O_RDONLY | os.O_DIRECTORY); os.open('/dev/null', os.O_RDWR)")
-    child.run(
-        f"os.open('/dev/zero', 0); os.open('/dev/urandom', os.O_CLOEXEC); os.open({str(tmp_path)!r}, os.O_PATH)"
-    )
+    child.run(f"os.open('/dev/zero', 0); os.open('/dev/urandom', os.O_CLOEXEC); os.open({str(tmp_path)!r}, os.O_PATH)")
     copy = move(child)
     assert copy.ask("os.read(2, 3), os.read(1, 3), len(os.read(3, 3))") == (b"\0\0\0", b"", 3)
     assert copy.ask("os.readlink('/proc/self/fd/0')") == str(tmp_path)
@@ -237,9 +122,7 @@ def test_counters_and_kinds_of_eventfds_are_kept(child: Child, move: Callable[..
 
 def test_a_timerfd_runs_on_for_what_remained(child: Child, move: Callable[..., Child]) -> None:
     child.run(TIMERS)
-    child.run(
-        "make(1, 0, 3600_000_000_000, 0); make(0, 0, 1000, 50_000_000); make(1, 0, 1000, 0); make(7, 0, 0, 0)"
-    )
+    child.run("make(1, 0, 3600_000_000_000, 0); make(0, 0, 1000, 50_000_000); make(1, 0, 1000, 0); make(7, 0, 0, 0)")
     time.sleep(0.12)
     copy = move(child)
     copy.run(TIMERS)
@@ -261,9 +144,7 @@ def test_a_signalfd_has_its_mask(child: Child, move: Callable[..., Child]) -> No
 
 
 def test_an_epoll_instance_waits_for_the_same_files(child: Child, move: Callable[..., Child]) -> None:
-    child.run(
-        "ep = select.epoll(); r, w = os.pipe(); e = os.eventfd(0); f = os.eventfd(1); g = os.eventfd(1)"
-    )
+    child.run("ep = select.epoll(); r, w = os.pipe(); e = os.eventfd(0); f = os.eventfd(1); g = os.eventfd(1)")
     child.run(
         "ep.register(r, 1); ep.register(e, 1 | 1 << 31); ep.register(f, 1 | 1 << 30); ep.register(g, 4 | 1 << 30)"
     )
@@ -278,9 +159,7 @@ def test_an_epoll_instance_waits_for_the_same_files(child: Child, move: Callable
 def test_epoll_knows_a_file_whose_number_was_closed_or_taken_by_another(
     child: Child, move: Callable[..., Child]
 ) -> None:
-    child.run(
-        "ep = select.epoll(); e = os.eventfd(0); f = os.eventfd(0); ep.register(e, 1); ep.register(f, 1)"
-    )
+    child.run("ep = select.epoll(); e = os.eventfd(0); f = os.eventfd(0); ep.register(e, 1); ep.register(f, 1)")
     child.run("os.dup2(e, 50); os.dup2(f, 51); os.close(e); os.dup2(os.open('/dev/null', 0), f)")
     copy = move(child)
     copy.run("ep = select.epoll.fromfd(0); os.eventfd_write(50, 1); os.eventfd_write(51, 1)")
@@ -294,9 +173,7 @@ def test_the_owner_of_a_pipe_is_told(child: Child, move: Callable[..., Child]) -
 
 
 def test_a_memfd_refers_to_its_shared_memory(child: Child) -> None:
-    child.run(
-        "m = os.memfd_create('thing', os.MFD_ALLOW_SEALING); os.write(m, b'contents'); fcntl.fcntl(m, 1033, 2)"
-    )
+    child.run("m = os.memfd_create('thing', os.MFD_ALLOW_SEALING); os.write(m, b'contents'); fcntl.fcntl(m, 1033, 2)")
     child.run("os.open('/proc/self/fd/0', os.O_RDONLY)")
     with Moved(child) as moved:
         (memfd,) = moved.dump.memfds
@@ -424,9 +301,7 @@ def test_a_pipe_does_not_take_more_than_it_holds() -> None:
         restore.record(PipeBuffer(1, 0, b"x"))
 
 
-def _file(
-    kind: int = FileKind.REGULAR, path: str = "/etc/hostname", pos: int = 0, inode_objref: int = 0
-) -> File:
+def _file(kind: int = FileKind.REGULAR, path: str = "/etc/hostname", pos: int = 0, inode_objref: int = 0) -> File:
     return File(1, kind, 0o100000, 0o100644, pos, 0, 0, 0, 0, 0, inode_objref, 0, 0, 0, 0, 0, path)
 
 

@@ -16,6 +16,7 @@ from migrator.linux import sys
 _OPENAT2, _TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 437, 283, 286, 287, 289, 276
 _KCMP, _PIDFD_OPEN, _UNSHARE, _EPOLL_CREATE1 = 312, 434, 272, 291
 _KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
+_GETSOCKOPT, _SO_GET_FILTER = 55, 26
 
 RESOLVE_IN_ROOT = 0x10
 O_PATH = 0o10000000
@@ -112,6 +113,14 @@ def pidfd_open(pid: int, flags: int = 0) -> int:
 def unshare_fs() -> None:
     """Give the calling thread a root and a working directory of its own."""
     sys.call(_UNSHARE, CLONE_FS, name="unshare")
+
+
+def filter_length(fd: int) -> int:
+    """Instructions of a socket's classic filter. Only a length of 0 is safe to ask with: the kernel counts
+    the buffer in instructions (sk_get_filter() in net/core/filter.c)."""
+    length = ctypes.c_uint32(0)
+    sys.call(_GETSOCKOPT, fd, 1, _SO_GET_FILTER, 0, ctypes.addressof(length), name="getsockopt")
+    return length.value
 
 
 def owner(fd: int) -> tuple[int, int, int]:

@@ -140,9 +140,7 @@ def _device(link: str, status: os.stat_result, root: Root) -> Verdict:
     if status.st_rdev in _DEVICES:
         return Verdict(FileKind.DEVICE, _path(link, status, root))
     if os.major(status.st_rdev) in _TTY_MAJORS:
-        raise Obstacle(
-            f"{link} is a terminal, which cannot be carried; start it with its input and output redirected"
-        )
+        raise Obstacle(f"{link} is a terminal, which cannot be carried; start it with its input and output redirected")
     raise Obstacle(f"{link} is a device with a state of its own, which cannot be carried")
 
 

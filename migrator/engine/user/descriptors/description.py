@@ -37,6 +37,7 @@ class Description:
     info: FdInfo
     kind: FileKind
     path: str
+    root: Root
     holders: list[tuple[Process, int]] = field(default_factory=list)
     objref: int = 0
     inode_objref: int = 0
@@ -148,7 +149,7 @@ class Collection:
         except BaseException:
             os.close(fd)
             raise
-        made = Description(fd, status, info.flags, info, verdict.kind, verdict.path)
+        made = Description(fd, status, info.flags, info, verdict.kind, verdict.path, self.root)
         bucket.insert(place, made)
         self.descriptions.append(made)
         return made

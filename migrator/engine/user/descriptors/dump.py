@@ -207,9 +207,7 @@ class DescriptorDump:
     def _owner(item: Description, pids: dict[int, int]) -> tuple[int, int, int]:
         kind, pid, signal = calls.owner(item.fd)
         if kind and pid not in pids:
-            raise CheckpointFailed(
-                f"{item}: its owner for signals (F_SETOWN) is pid {pid}, which is not in the tree"
-            )
+            raise CheckpointFailed(f"{item}: its owner for signals (F_SETOWN) is pid {pid}, which is not in the tree")
         return kind, pids.get(pid, 0), signal
 
     def _write_all(self, records: Iterator[Record]) -> None:

@@ -72,9 +72,7 @@ def _match(
     epoll: Description, target: fdinfo.EpollTarget, nth: int, candidates: Sequence[Description]
 ) -> Description | None:
     for candidate in candidates:
-        if candidate.stat.st_ino == target.ino and calls.is_epoll_target(
-            candidate.fd, epoll.fd, target.number, nth
-        ):
+        if candidate.stat.st_ino == target.ino and calls.is_epoll_target(candidate.fd, epoll.fd, target.number, nth):
             return candidate
     return None
 

@@ -66,7 +66,7 @@ class DescriptorRestore:
             r.DeletedFile: self._deleted_file,
             r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
             r.EpollItems: self._epoll_items,
-            r.Socket: self._sockets.socket,
+            r.Socket: self._sockets.add,
             r.SocketBuffer: self._sockets.buffer,
             r.SocketTcp: self._sockets.tcp,
         }

@@ -1,18 +1,81 @@
-"""Sockets: not carried yet."""
+"""Sockets made again: unix sockets and their partners, TCP and UDP."""
 
 from __future__ import annotations
 
+import socket
+from typing import Protocol
+
+from migrator.engine.user.descriptors.inet_restore import InetRestore
+from migrator.engine.user.descriptors.netns import NetNs
+from migrator.engine.user.descriptors.unix_restore import UnixRestore
 from migrator.errors import ImageError
 from migrator.image import records_files as r
 
 
-class SocketRestore:
-    def __init__(self, context: object) -> None: ...
-    def socket(self, rec: r.Socket) -> None: ...
-    def buffer(self, rec: r.SocketBuffer) -> None: ...
-    def tcp(self, rec: r.SocketTcp) -> None: ...
-    def take(self, objref: int) -> int:
-        raise ImageError(f"there is no socket {objref}")
+class Context(Protocol):
+    @property
+    def root_fd(self) -> int: ...
+    @property
+    def netns(self) -> str | None: ...
 
-    def activate(self) -> None: ...
-    def close(self) -> None: ...
+
+class SocketRestore:
+    """Takes records, gives descriptors. Nothing is sent before activate()."""
+
+    def __init__(self, context: Context) -> None:
+        self._net = NetNs(context.netns)
+        self._unix = UnixRestore(context.root_fd, self._net)
+        self._inet = InetRestore(self._net)
+        self._families: dict[int, UnixRestore | InetRestore] = {}
+        self._taken: set[int] = set()
+        self._settled = False
+
+    def add(self, rec: r.Socket) -> None:
+        if rec.objref in self._families or self._settled:
+            raise ImageError(f"socket {rec.objref} comes twice, or too late")
+        if rec.state not in tuple(r.SocketState) or rec.shutdown > 3:
+            raise ImageError(f"socket {rec.objref}: unknown state {rec.state}")
+        family = self._unix if rec.family == socket.AF_UNIX else self._inet
+        family.add(rec)
+        self._families[rec.objref] = family
+
+    def buffer(self, rec: r.SocketBuffer) -> None:
+        self._family(rec.socket_objref).buffer(rec)
+
+    def tcp(self, rec: r.SocketTcp) -> None:
+        if self._family(rec.socket_objref) is not self._inet:
+            raise ImageError(f"socket {rec.socket_objref} is none of TCP")
+        self._inet.tcp(rec)
+
+    def take(self, objref: int) -> int:
+        """The descriptor of a socket, which becomes the caller's. Once per socket."""
+        family = self._family(objref)
+        if objref in self._taken:
+            raise ImageError(f"socket {objref} is open twice")
+        self._settle()
+        self._taken.add(objref)
+        return family.take(objref)
+
+    def activate(self) -> None:
+        """Connections speak, and files of unix sockets are in their places."""
+        self._settle()
+        self._unix.activate()
+        self._inet.activate()
+
+    def close(self) -> None:
+        self._unix.close()
+        self._inet.close()
+        self._net.close()
+
+    def _settle(self) -> None:
+        """All Sockets and their contents came: what needs several of them is done now."""
+        if not self._settled:
+            self._settled = True
+            self._unix.settle()
+            self._inet.settle()
+
+    def _family(self, objref: int) -> UnixRestore | InetRestore:
+        family = self._families.get(objref)
+        if family is None:
+            raise ImageError(f"there is no socket {objref}")
+        return family

@@ -1,23 +1,104 @@
-"""Sockets: not carried yet."""
+"""Sockets of a stopped tree: which are there, and their records."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
+from migrator.engine.user.descriptors import calls, sockopts
+from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.description import Description
+from migrator.engine.user.descriptors.inet_dump import InetDump
+from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
+from migrator.linux.namespaces import entered
+
+INET = (socket.AF_INET, socket.AF_INET6)
+_FAMILIES = {
+    16: "a netlink socket",
+    17: "a packet socket",
+    40: "a vsock socket",
+    38: "a kernel crypto socket (AF_ALG)",
+    44: "an AF_XDP socket",
+    31: "a Bluetooth socket",
+    29: "a CAN socket",
+}
+_SO_PROTOCOL_NAMES = {262: "MPTCP", 132: "SCTP", 136: "UDP-Lite", 1: "ICMP", 58: "ICMPv6"}
+
+
+def judge(sock: socket.socket) -> None:
+    """Raises Obstacle for a kind of socket that cannot be carried."""
+    if sock.family == socket.AF_UNIX:
+        return
+    if sock.family not in INET:
+        what = _FAMILIES.get(sock.family, f"a socket of family {int(sock.family)}")
+        raise Obstacle(f"{what} cannot be carried")
+    wanted = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
+    if wanted.get(sock.type) != sock.proto:
+        kind = "raw" if sock.type == socket.SOCK_RAW else _SO_PROTOCOL_NAMES.get(sock.proto, str(sock.proto))
+        raise Obstacle(f"a socket of protocol {kind} cannot be carried")
+    if has_filter(sock):
+        raise Obstacle("a socket with a packet filter (SO_ATTACH_FILTER) cannot be carried")
+    if sock.proto == socket.IPPROTO_TCP and (upper := sockopts.text(sock, socket.IPPROTO_TCP, sockopts.TCP_ULP)):
+        raise Obstacle(f"a TCP connection under kernel {upper} (TCP_ULP) cannot be carried")
+
+
+def has_filter(sock: socket.socket) -> bool:
+    try:
+        return calls.filter_length(sock.fileno()) > 0
+    except OSError:
+        return True  # an eBPF program, which is not told
 
 
 class SocketDump:
+    """All sockets of a tree. collect() before records(), close() at the end.
+
+    pid: a process of the tree, for its network namespace."""
+
     def __init__(self, descriptions: Sequence[Description], pid: int) -> None:
+        self._pid = pid
+        self._borrowed: list[socket.socket] = []
+        self._unix: list[tuple[Description, socket.socket]] = []
+        self._inet: list[tuple[Description, socket.socket]] = []
         self._descriptions = descriptions
+        self._dumps: list[UnixDump | InetDump] = []
 
     def collect(self) -> None:
+        """Look at every socket; connections of TCP are silent from here on. Raises CheckpointFailed."""
+        if not self._descriptions:
+            return
         for item in self._descriptions:
-            raise CheckpointFailed(f"{item}: a socket, which is not carried yet")
+            sock = sockopts.borrow(item.fd)
+            self._borrowed.append(sock)
+            try:
+                judge(sock)
+            except Obstacle as obstacle:
+                raise CheckpointFailed(f"{item}: {obstacle}", hint="the workload runs on, untouched") from None
+            (self._unix if sock.family == socket.AF_UNIX else self._inet).append((item, sock))
+        with entered(f"/proc/{self._pid}/ns/net"):
+            defaults = sockopts.Defaults()
+            if self._unix:
+                unix = UnixDump(self._unix, defaults)
+                self._dumps.append(unix)
+                unix.collect()
+            if self._inet:
+                inet = InetDump(self._inet, defaults, self._pid)
+                self._dumps.append(inet)
+                inet.collect()
 
     def records(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
-        yield from ()
+        """All Sockets, then what waits in them."""
+        for dump in self._dumps:
+            yield from dump.sockets(objref)
+        for dump in self._dumps:
+            yield from dump.buffers(objref)
 
-    def close(self, *, silent: bool) -> None: ...
+    def close(self, *, silent: bool) -> None:
+        """silent: connections stay mute, to end without a word; otherwise they go on as they were."""
+        for dump in self._dumps:
+            dump.close(silent=silent)
+        self._dumps.clear()
+        for sock in self._borrowed:
+            sock.detach()
+        self._borrowed.clear()

@@ -6,26 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors import fdinfo
-from migrator.engine.user.descriptors.classify import Obstacle, Root, Verdict, classify
+from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.found import Found, open_elsewhere
+from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
 
 _GONE = (FileNotFoundError, ProcessLookupError)
-
-
-class Found:
-    """One descriptor of a running process, by what /proc shows."""
-
-    __slots__ = ("info", "link", "name", "number", "process", "verdict")
-
-    def __init__(
-        self, process: Process, name: str, number: int, link: str, info: fdinfo.FdInfo, verdict: Verdict
-    ) -> None:
-        self.process, self.name, self.number = process, name, number
-        self.link, self.info, self.verdict = link, info, verdict
-
-    def __str__(self) -> str:
-        return f"pid {self.process.pid} ({self.name}) fd {self.number}"
 
 
 def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
@@ -48,6 +35,8 @@ def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
         root.close()
     reasons += _outside(found, processes)
     reasons += _pidfds(found, processes)
+    sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]
+    reasons += survey_sockets(sockets, processes[0].pid, own_netns=own_netns)
     return reasons
 
 
@@ -80,7 +69,7 @@ def _outside(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
     if not links:
         return
     inside = {process.pid for process in processes}
-    for pid, link in _others(inside):
+    for pid, link in open_elsewhere(inside):
         if link in links:
             item = links.pop(link)
             yield (
@@ -89,20 +78,6 @@ def _outside(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
             )
         if not links:
             return
-
-
-def _others(inside: set[int]) -> Iterator[tuple[int, str]]:
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in inside:
-            continue
-        try:
-            for number in os.listdir(f"/proc/{name}/fd"):
-                try:
-                    yield int(name), os.readlink(f"/proc/{name}/fd/{number}")
-                except OSError:
-                    continue
-        except OSError:
-            continue
 
 
 def _pidfds(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:

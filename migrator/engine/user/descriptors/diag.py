@@ -1,0 +1,97 @@
+"""What the kernel knows of sockets and does not tell through system calls on them (sock_diag(7))."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_HEADER = struct.Struct("<IHHII")
+_REQUEST = struct.Struct("<BBHIIIII")  # struct unix_diag_req
+_MESSAGE = struct.Struct("<BBBxIII")  # struct unix_diag_msg
+_SHOW = 0x1 | 0x4 | 0x8 | 0x10  # name, peer, waiting connections, queue lengths
+_PEER, _ICONS, _RQLEN, _SHUTDOWN = 2, 3, 4, 6
+
+
+@dataclass(slots=True)
+class UnixSocket:
+    """`peer` is an inode number, 0 for a peer without one, -1 for no peer. `waiting`: connections that
+    wait to be accepted. `queued`, `backlog`: bytes and limit, or connections and limit of a listener."""
+
+    inode: int
+    state: int
+    peer: int = -1
+    shutdown: int = 0
+    waiting: int = 0
+    queued: int = 0
+    backlog: int = 0
+
+
+def unix_sockets_here() -> dict[int, UnixSocket]:
+    """All unix sockets of the network namespace of this thread, by inode number. Raises OSError."""
+    request = _REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW, 0xFFFFFFFF, 0xFFFFFFFF)
+    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
+    out: dict[int, UnixSocket] = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as channel:
+        channel.send(header + request)
+        while True:
+            data = channel.recv(1 << 17)
+            for kind, payload in _messages(data):
+                if kind == _NLMSG_DONE:
+                    return out
+                if kind == _NLMSG_ERROR:
+                    error = -struct.unpack_from("<i", payload)[0]
+                    raise OSError(error, f"unix_diag: {os.strerror(error)}")
+                item = _parse(payload)
+                out[item.inode] = item
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, position)
+        yield kind, data[position + _HEADER.size : position + length]
+        position += (length + 3) & ~3
+
+
+def _parse(payload: bytes) -> UnixSocket:
+    _, _, state, inode, _, _ = _MESSAGE.unpack_from(payload)
+    item = UnixSocket(inode, state)
+    position = _MESSAGE.size
+    while position + 4 <= len(payload):
+        length, kind = struct.unpack_from("<HH", payload, position)
+        value = payload[position + 4 : position + length]
+        if kind == _PEER:
+            (item.peer,) = struct.unpack("<I", value)
+        elif kind == _ICONS:
+            item.waiting = len(value) // 4
+        elif kind == _RQLEN:
+            item.queued, item.backlog = struct.unpack("<II", value)
+        elif kind == _SHUTDOWN:
+            item.shutdown = value[0]
+        position += (length + 3) & ~3
+    return item
+
+
+def peer_of_connecting(pid: int, inode: int) -> bytes:
+    """The raw address that a TCP socket in SYN_SENT is connecting to, from /proc/PID/net/tcp; b"" if gone."""
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        try:
+            with open(f"/proc/{pid}/net/{name}", encoding="ascii") as file:
+                lines = file.read().split("\n")[1:]
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            words = line.split()
+            if len(words) > 9 and words[9] == str(inode):
+                host, _, port = words[2].partition(":")
+                raw = b"".join(struct.pack("<I", int(host[i : i + 8], 16)) for i in range(0, len(host), 8))
+                if family == socket.AF_INET:
+                    return struct.pack("<H", family) + struct.pack(">H", int(port, 16)) + raw + bytes(8)
+                return struct.pack("<H", family) + struct.pack(">H", int(port, 16)) + bytes(4) + raw + bytes(4)
+    return b""

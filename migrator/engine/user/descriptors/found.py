@@ -1,0 +1,40 @@
+"""A descriptor of a running process, by what /proc shows of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from migrator.engine.user.descriptors.classify import Verdict
+from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.fdinfo import FdInfo
+
+
+@dataclass(slots=True, frozen=True)
+class Found:
+    process: Process
+    name: str  # of the process
+    number: int
+    link: str
+    info: FdInfo
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        return f"pid {self.process.pid} ({self.name}) fd {self.number}"
+
+
+def open_elsewhere(inside: Collection[int]) -> Iterator[tuple[int, str]]:
+    """(pid, where its link in /proc/PID/fd points) of all descriptors of all other processes."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in inside:
+            continue
+        try:
+            numbers = os.listdir(f"/proc/{name}/fd")
+        except OSError:
+            continue
+        for number in numbers:
+            try:
+                yield int(name), os.readlink(f"/proc/{name}/fd/{number}")
+            except OSError:
+                continue

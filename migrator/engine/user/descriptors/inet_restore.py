@@ -1,0 +1,302 @@
+"""TCP and UDP sockets made again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+from migrator.engine.user.descriptors import addresses, packet, sockopts, tcp
+from migrator.engine.user.descriptors.netns import NetNs
+from migrator.errors import ImageError, RestartFailed
+from migrator.image.records_files import (
+    MAX_CHUNK,
+    Socket,
+    SocketBuffer,
+    SocketOption,
+    SocketState,
+    SocketTcp,
+)
+
+_TYPES = {(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)}
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_MAX_WAITING = 64 << 20
+_EARLY = {  # options that decide about addresses and routes: set ahead of bind and connect
+    (sockopts.SOL_SOCKET, 2),
+    (sockopts.SOL_SOCKET, 5),
+    (sockopts.SOL_SOCKET, 15),
+    (sockopts.SOL_SOCKET, 36),
+    (sockopts.SOL_IP, sockopts.IP_FREEBIND),
+    (sockopts.SOL_IP, 24),
+    (sockopts.SOL_IPV6, sockopts.IPV6_V6ONLY),
+    (sockopts.SOL_IPV6, sockopts.IPV6_FREEBIND),
+}
+_TRANSPARENT = {
+    socket.AF_INET: (sockopts.SOL_IP, sockopts.IP_TRANSPARENT),
+    socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
+}
+_NO_PROBE = -1  # TCP_REPAIR_OFF_NO_WP
+_PATIENCE = 0.05  # seconds for a packet to pass the loopback device
+
+
+class InetRestore:
+    """Sockets are made as they come; connections of TCP when their SocketTcp comes, and stay mute."""
+
+    def __init__(self, net: NetNs) -> None:
+        self._net = net
+        self._records: dict[int, Socket] = {}
+        self._made: dict[int, socket.socket] = {}
+        self._tcp: dict[int, SocketTcp] = {}
+        self._buffers: list[SocketBuffer] = []
+        self._bytes = 0
+        self._injector: packet.Injector | None = None
+        self._taken: set[int] = set()
+
+    def add(self, rec: Socket) -> None:
+        if rec.family not in _FAMILIES or (rec.type, rec.protocol) not in _TYPES:
+            raise ImageError(f"socket {rec.objref}: family {rec.family}, type {rec.type}, {rec.protocol}")
+        for raw in (rec.local, rec.peer):
+            if raw and (len(raw) != (16 if rec.family == socket.AF_INET else 28) or raw[:1] != bytes([rec.family])):
+                raise ImageError(f"socket {rec.objref}: an address of another family")
+        self._records[rec.objref] = rec
+        if rec.state in (SocketState.CONNECTED, SocketState.CONNECTING) and addresses.is_any(rec.peer):
+            raise ImageError(f"socket {rec.objref}: connected to nobody")
+        if rec.type == socket.SOCK_STREAM and rec.state in (SocketState.CONNECTED, SocketState.PEER_GONE):
+            return  # made by tcp(), or settle()
+        sock = self._open(rec)
+        with self._named(rec, sock):
+            self._bind(rec, sock)
+            if rec.type == socket.SOCK_DGRAM and rec.state == SocketState.CONNECTED:
+                sock.connect(addresses.unpack(rec.peer))
+        self._options(rec, sock, early=False)
+        if rec.state == SocketState.LISTENING:
+            if rec.type != socket.SOCK_STREAM:
+                raise ImageError(f"socket {rec.objref}: a datagram socket that listens")
+            try:
+                sock.listen(min(rec.backlog, 1 << 20))
+            except OSError as error:
+                raise RestartFailed(f"cannot listen on {addresses.show(rec.local)}: {error}") from error
+
+    def tcp(self, rec: SocketTcp) -> None:
+        """Make a connection of TCP, in repair mode."""
+        tcp.check(rec)
+        owner = self._records[rec.socket_objref]
+        if rec.socket_objref in self._made or owner.state != SocketState.CONNECTED:
+            raise ImageError(f"socket {rec.socket_objref}: the state of a connection, but none is due")
+        sock = self._open(owner)
+        with self._named(owner, sock):
+            tcp.repair(sock)
+            self._bind(owner, sock)
+            tcp.before_connect(sock, rec)
+            sock.connect(addresses.unpack(owner.peer))
+            room = len(rec.received) + len(rec.sent)
+            sockopts.force_buffers(sock, owner.sndbuf + 4 * room, owner.rcvbuf + 4 * room)
+            tcp.after_connect(sock, rec)
+        self._options(owner, sock, early=False)
+        self._tcp[rec.socket_objref] = rec
+        if rec.state in tcp.GOT_FIN or rec.state == tcp.FIN_WAIT2:
+            self._half_close(owner, sock, rec)
+
+    def buffer(self, rec: SocketBuffer) -> None:
+        self._bytes += len(rec.data) + 64
+        if self._bytes > _MAX_WAITING or len(rec.data) > MAX_CHUNK:
+            raise ImageError(f"socket {rec.socket_objref}: more on its way than sockets hold")
+        self._buffers.append(rec)
+
+    def settle(self) -> None:
+        """What waits in datagram sockets and in connections that have ended."""
+        ended: dict[int, bytes] = {}
+        for rec in self._buffers:
+            owner = self._records[rec.socket_objref]
+            if owner.type == socket.SOCK_DGRAM:
+                self._datagram(owner, rec)
+            elif owner.state == SocketState.PEER_GONE:
+                ended[owner.objref] = ended.get(owner.objref, b"") + rec.data
+            else:
+                raise ImageError(f"socket {owner.objref}: contents that belong to its connection")
+        self._buffers.clear()
+        for owner in self._records.values():
+            if owner.objref not in self._made:
+                if owner.state != SocketState.PEER_GONE:
+                    raise ImageError(f"socket {owner.objref}: the state of its connection never came")
+                self._ended(owner, ended.get(owner.objref, b""))
+        for objref, state in self._tcp.items():
+            self._sizes(self._records[objref], self._made[objref], state.unsent)
+
+    def take(self, objref: int) -> int:
+        self._taken.add(objref)
+        return self._made[objref].fileno()
+
+    def activate(self) -> None:
+        """Connections come alive, and ask their peers what they missed."""
+        for objref, rec in self._tcp.items():
+            sock, owner = self._made[objref], self._records[objref]
+            tcp.unrepair(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
+            with contextlib.suppress(OSError):  # the peer may have reset it by now
+                tcp.send_rest(sock, rec)
+                if rec.state in tcp.FIN_UNACKED:
+                    sock.shutdown(socket.SHUT_WR)
+            if rec.unsent:
+                self._sizes(owner, sock, 0)
+        for objref, owner in self._records.items():
+            if owner.state == SocketState.CONNECTING:
+                _connect_without_waiting(self._made[objref], addresses.unpack(owner.peer))
+
+    def close(self) -> None:
+        for objref, sock in self._made.items():
+            if objref in self._taken:
+                sock.detach()
+            else:
+                sock.close()
+        self._made.clear()
+        if self._injector is not None:
+            self._injector.close()
+            self._injector = None
+
+    # ------------------------------------------------------------------ making
+
+    def _open(self, rec: Socket) -> socket.socket:
+        sock = self._made[rec.objref] = self._net.socket(rec.family, rec.type, rec.protocol)
+        os.fchown(sock.fileno(), rec.uid, rec.gid)
+        if rec.device:
+            sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, rec.device.encode())
+        self._options(rec, sock, early=True)
+        return sock
+
+    @staticmethod
+    def _options(rec: Socket, sock: socket.socket, *, early: bool) -> None:
+        for option in rec.options:
+            if ((option.level, option.name) in _EARLY) == early:
+                sockopts.put(sock, option)
+        if early or rec.type != socket.SOCK_STREAM:
+            if not early:
+                InetRestore._sizes(rec, sock, 0)
+            return
+        if rec.congestion:
+            try:
+                sock.setsockopt(sockopts.SOL_TCP, sockopts.TCP_CONGESTION, rec.congestion.encode())
+            except OSError as error:
+                raise RestartFailed(
+                    f"{addresses.show(rec.local)}: congestion control {rec.congestion} is not there: {error}",
+                    hint=f"modprobe tcp_{rec.congestion}",
+                ) from error
+        if rec.state != SocketState.CONNECTED:
+            InetRestore._sizes(rec, sock, 0)
+
+    @staticmethod
+    def _sizes(rec: Socket, sock: socket.socket, extra: int) -> None:
+        sockopts.force_buffers(sock, rec.sndbuf + 4 * extra, rec.rcvbuf)
+        sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK, rec.buf_lock & 3)
+
+    @contextlib.contextmanager
+    def _named(self, rec: Socket, sock: socket.socket) -> Iterator[None]:
+        """Inside, addresses may be used that this host does not have yet. Errors name the addresses."""
+        level, name = _TRANSPARENT[socket.AddressFamily(rec.family)]
+        sock.setsockopt(level, name, 1)
+        try:
+            yield
+        except OSError as error:
+            to = f" connected to {addresses.show(rec.peer)}" if rec.peer else ""
+            raise RestartFailed(
+                f"the socket {addresses.show(rec.local)}{to} cannot be made: {error}",
+                hint="is the address in use here, or is there no route to the peer?",
+            ) from error
+        sock.setsockopt(level, name, _option(rec, level, name))
+
+    @staticmethod
+    def _bind(rec: Socket, sock: socket.socket) -> None:
+        if not addresses.is_any(rec.local):
+            sock.bind(addresses.unpack(rec.local))
+
+    # ------------------------------------------------------------------ what only a packet can do
+
+    def _deliver(self, raw: bytes, local: bytes) -> None:
+        if self._injector is None:
+            with self._net:
+                self._injector = packet.Injector()
+        self._injector.deliver(raw, local)
+
+    def _half_close(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+        """The FIN that had come from the peer comes again; or ours is acknowledged again."""
+        oldest = (rec.snd_seq - len(rec.sent)) & 0xFFFFFFFF
+        if rec.state == tcp.FIN_WAIT2:
+            # a FIN that leaves while the sending queue is under repair counts as sent, and is not
+            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.SEND_QUEUE)
+            sock.shutdown(socket.SHUT_WR)
+            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.NO_QUEUE)
+            ack = (rec.snd_seq + 1) & 0xFFFFFFFF
+            raw = packet.segment(owner.local, owner.peer, packet.ACK, rec.rcv_seq, ack)
+            wanted = tcp.FIN_WAIT2
+        else:
+            raw = packet.segment(owner.local, owner.peer, packet.FIN | packet.ACK, rec.rcv_seq, oldest)
+            wanted = tcp.CLOSE_WAIT
+        self._deliver(raw, owner.local)
+        if not _await_state(sock, wanted):
+            raise RestartFailed(
+                f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: the end of the connection"
+                " cannot be told to it",
+                hint="the address must be on this host before the restart, and no filter on loopback",
+            )
+
+    def _ended(self, rec: Socket, data: bytes) -> None:
+        """A connection that was reset or closed on both sides; what it had received can still be read."""
+        sock = self._open(rec)
+        if addresses.is_any(rec.local):
+            raise ImageError(f"socket {rec.objref}: an ended connection without an address")
+        peer = rec.local[:2] + bytes([rec.objref >> 8 & 0x7F, rec.objref & 0xFF or 1]) + rec.local[4:]
+        with self._named(rec, sock):
+            tcp.repair(sock)
+            self._bind(rec, sock)
+            for queue, value in ((tcp.SEND_QUEUE, 1), (tcp.RECV_QUEUE, 1)):
+                sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, queue)
+                sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_QUEUE_SEQ, value)
+            sock.connect(addresses.unpack(peer))
+            sockopts.force_buffers(sock, rec.sndbuf, rec.rcvbuf + 4 * len(data))
+            tcp.fill(sock, tcp.RECV_QUEUE, data)
+            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.NO_QUEUE)
+            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR, _NO_PROBE)
+        self._options(rec, sock, early=False)
+        self._deliver(packet.segment(rec.local, peer, packet.RST, 1 + len(data), 0), rec.local)
+        if not _await_state(sock, tcp.CLOSE):
+            raise RestartFailed(f"{addresses.show(rec.local)}: an ended connection cannot be made")
+        if not rec.error:
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def _datagram(self, owner: Socket, rec: SocketBuffer) -> None:
+        """Put a datagram back into the queue it was in; as any datagram, it may be lost."""
+        if len(rec.address) != len(owner.local) or addresses.is_any(owner.local):
+            raise ImageError(f"socket {owner.objref}: a datagram without sender or receiver")
+        with contextlib.suppress(OSError):
+            local = owner.local
+            host = addresses.unpack(local)[0]
+            if host in ("0.0.0.0", "::"):
+                with self._net.socket(owner.family, owner.type) as probe:
+                    probe.connect(addresses.unpack(rec.address))
+                    near = addresses.pack(owner.family, probe.getsockname())
+                local = near[:2] + owner.local[2:4] + near[4:]
+            self._deliver(packet.datagram(local, rec.address, rec.data), local)
+
+
+def _option(rec: Socket, level: int, name: int) -> int:
+    wanted = (level, name)
+    found: SocketOption | None = next((o for o in rec.options if (o.level, o.name) == wanted), None)
+    return 0 if found is None else found.value
+
+
+def _await_state(sock: socket.socket, wanted: int) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while tcp.state_of(sock) != wanted:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.0002)
+    return True
+
+
+def _connect_without_waiting(sock: socket.socket, address: object) -> None:
+    flags = fcntl.fcntl(sock, fcntl.F_GETFL)
+    fcntl.fcntl(sock, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    sock.connect_ex(address)  # type: ignore[arg-type]
+    fcntl.fcntl(sock, fcntl.F_SETFL, flags)

@@ -1,0 +1,145 @@
+"""Options of sockets: read against those of a new socket, and set again where they differ."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable
+
+from migrator.image.records_files import SocketOption
+
+SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = 1, 0, 6, 17, 41
+SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED = 2, 7, 8, 13, 16
+SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21, 25, 26, 30
+SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BUF_LOCK = 32, 33, 42, 72
+IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
+TCP_CONGESTION, TCP_ULP = 13, 31
+_SO_PRIORITY, _IP_TOS = 12, 1
+
+_LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
+_STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
+
+# Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
+_GENERIC = (
+    *(2, 5, 6, 9, 10, 11, 12, 13, 15, 16, 18, 20, 21),  # REUSEADDR .. SNDTIMEO
+    *(29, 34, 35, 36, 40, 45, 46, 47, 60, 76),  # TIMESTAMP, PASSSEC, TIMESTAMPNS, MARK .. PASSPIDFD
+)
+_IP = (1, 2, 6, 8, 10, 11, 12, 13, 15, 19, 20, 21, 24, 50)
+_IP_DATAGRAM = (33, 34, 49)  # MULTICAST_TTL, LOOP, ALL
+_IPV6 = (16, 23, 25, 26, 49, 51, 62, 66, 67, 70, 73, 75, 78)
+_IPV6_DATAGRAM = (18, 19, 29)
+_TCP = (1, 3, 4, 5, 6, 7, 8, 9, 16, 18, 23, 25, 27, 30, 36, 37)
+_TCP_UNCONNECTED = (2, 10)  # MAXSEG, WINDOW_CLAMP: the kernel's own once connected
+_UDP = (1, 100, 103, 104)
+
+_ALLOWED = {
+    (level, name)
+    for level, names in (
+        (SOL_SOCKET, _GENERIC),
+        (SOL_IP, _IP + _IP_DATAGRAM),
+        (SOL_IPV6, _IPV6 + _IPV6_DATAGRAM),
+        (SOL_TCP, _TCP + _TCP_UNCONNECTED),
+        (SOL_UDP, _UDP),
+    )
+    for name in names
+}
+
+
+def _candidates(family: int, protocol: int) -> Iterable[tuple[int, int]]:
+    yield from ((SOL_SOCKET, name) for name in _GENERIC)
+    if family in (socket.AF_INET, socket.AF_INET6):
+        yield from ((SOL_IP, name) for name in _IP)
+    if family == socket.AF_INET6:
+        yield from ((SOL_IPV6, name) for name in _IPV6)
+    if protocol == socket.IPPROTO_TCP:
+        yield from ((SOL_TCP, name) for name in _TCP + _TCP_UNCONNECTED)
+    if protocol == socket.IPPROTO_UDP:
+        yield from ((SOL_UDP, name) for name in _UDP)
+        yield from ((SOL_IP, name) for name in _IP_DATAGRAM)
+        if family == socket.AF_INET6:
+            yield from ((SOL_IPV6, name) for name in _IPV6_DATAGRAM)
+
+
+def get(sock: socket.socket, level: int, name: int) -> int:
+    """One option as a number: linger as onoff | seconds << 32, timeouts in µs."""
+    if level == SOL_SOCKET and name in _STRUCTS:
+        form = _STRUCTS[name]
+        high, low = form.unpack(sock.getsockopt(level, name, form.size))
+        return int(high | low << 32) if form is _LINGER else int(high * 10**6 + low)
+    return sock.getsockopt(level, name)
+
+
+def put(sock: socket.socket, option: SocketOption) -> None:
+    """Set one option. Raises OSError naming it; ValueError for one that no source saves."""
+    level, name, value = option.level, option.name, option.value
+    if (level, name) not in _ALLOWED:
+        raise ValueError(f"unknown socket option {name} of level {level}")
+    try:
+        if level == SOL_SOCKET and name in _STRUCTS:
+            form = _STRUCTS[name]
+            pair = (value & 0xFFFFFFFF, value >> 32) if form is _LINGER else divmod(value, 10**6)
+            sock.setsockopt(level, name, form.pack(*pair))
+        else:
+            sock.setsockopt(level, name, struct.pack("<i", value))
+    except (OSError, struct.error) as error:
+        number = error.errno if isinstance(error, OSError) else 0
+        raise OSError(number or 22, f"socket option {name} of level {level}: {error}") from error
+
+
+class Defaults:
+    """The options of new sockets, kind by kind. Made once for a dump."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, int, int], dict[tuple[int, int], int]] = {}
+
+    def changed(self, sock: socket.socket, *, connected: bool) -> list[SocketOption]:
+        """The options of `sock` that differ from a new one's."""
+        key = (sock.family, sock.type, sock.proto)
+        fresh = self._of.get(key)
+        if fresh is None:
+            fresh = self._of[key] = self._read(*key)
+        out = []
+        query = sock.getsockopt
+        for (level, name), default in fresh.items():
+            if connected and level == SOL_TCP and name in _TCP_UNCONNECTED:
+                continue
+            special = level == SOL_SOCKET and name in _STRUCTS
+            value = get(sock, level, name) if special else query(level, name)
+            if value != default:
+                out.append(SocketOption(level, name, value))
+        if any((o.level, o.name) == (SOL_IP, _IP_TOS) for o in out):
+            # setting it sets the priority too: that comes last, and always
+            out = [o for o in out if (o.level, o.name) != (SOL_SOCKET, _SO_PRIORITY)]
+            out.append(SocketOption(SOL_SOCKET, _SO_PRIORITY, query(SOL_SOCKET, _SO_PRIORITY)))
+        return out
+
+    @staticmethod
+    def _read(family: int, kind: int, protocol: int) -> dict[tuple[int, int], int]:
+        out = {}
+        with socket.socket(family, kind, protocol) as fresh:
+            for level, name in _candidates(family, protocol):
+                try:
+                    out[level, name] = get(fresh, level, name)
+                except OSError:
+                    continue  # this kernel or kind of socket has no such option
+        return out
+
+
+def text(sock: socket.socket, level: int, name: int) -> str:
+    """An option that is a name, "" if there is none."""
+    try:
+        return sock.getsockopt(level, name, 64).split(b"\0")[0].decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
+def force_buffers(sock: socket.socket, sndbuf: int, rcvbuf: int) -> None:
+    """Set both buffer sizes, in bytes as getsockopt gives them, above the limits of the host."""
+    sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, min(sndbuf // 2, 1 << 30))
+    sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, min(rcvbuf // 2, 1 << 30))
+
+
+def borrow(fd: int) -> socket.socket:
+    """A socket object on a descriptor that stays somebody else's: end it with detach()."""
+
+    return socket.socket(fileno=fd)

@@ -1,0 +1,83 @@
+"""What of a running tree's sockets cannot be carried."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+
+from migrator.engine.user.descriptors import addresses, diag, tcp
+from migrator.engine.user.descriptors.classify import Obstacle
+from migrator.engine.user.descriptors.found import Found, open_elsewhere
+from migrator.engine.user.descriptors.sockets import judge
+from migrator.linux import sys
+from migrator.linux.namespaces import entered
+
+_HINT = "run it under `migrator run`, so that its address moves with it"
+
+
+def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iterator[str]:
+    """One sentence per obstacle. Each socket is fetched for a moment; the program sees nothing of it.
+
+    pid: a process of the tree, for its network namespace."""
+    once = {item.link: item for item in found}
+    unix: dict[int, Found] = {}
+    connections: dict[tuple[bytes, bytes], Found] = {}
+    for item in once.values():
+        try:
+            sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
+        except OSError:
+            continue  # it was closed meanwhile
+        with sock:
+            try:
+                judge(sock)
+            except Obstacle as obstacle:
+                yield f"{item}: {obstacle}"
+                continue
+            if sock.family == socket.AF_UNIX:
+                unix[os.fstat(sock.fileno()).st_ino] = item
+            elif not own_netns and sock.proto == socket.IPPROTO_TCP:
+                _note_connection(sock, item, connections)
+    for (local, peer), item in connections.items():
+        if (peer, local) not in connections:
+            yield (
+                f"{item}: the connection {addresses.show(local)} to {addresses.show(peer)} would stay behind"
+                f" with the address of this host; {_HINT}"
+            )
+    if unix:
+        yield from _partners(unix, pid)
+
+
+def _note_connection(sock: socket.socket, item: Found, connections: dict[tuple[bytes, bytes], Found]) -> None:
+    try:
+        if tcp.state_of(sock) in tcp.CONNECTED:
+            local = addresses.pack(sock.family, sock.getsockname())
+            connections[local, addresses.pack(sock.family, sock.getpeername())] = item
+    except OSError:
+        return  # it ended meanwhile
+
+
+def _partners(unix: Mapping[int, Found], pid: int) -> Iterator[str]:
+    """Connections of unix sockets that lead out of the tree."""
+    try:
+        with entered(f"/proc/{pid}/ns/net"):
+            known = diag.unix_sockets_here()
+    except FileNotFoundError:
+        return  # it ended
+    except OSError as error:
+        yield f"pid {pid}: the partners of unix sockets cannot be found out: {error}"
+        return
+    strangers = {}
+    for inode, item in unix.items():
+        entry = known.get(inode)
+        if entry is None or entry.peer in (-1, 0) or entry.peer in unix:
+            continue
+        strangers[f"socket:[{entry.peer}]"] = item
+    if strangers:
+        holders = {link: pid for pid, link in open_elsewhere(()) if link in strangers}
+        for link, item in strangers.items():
+            who = f"pid {holders[link]}" if link in holders else "somebody"
+            yield (
+                f"{item}: a unix socket whose other end is held by {who}, outside of the tree; save that"
+                " process along, or have it disconnected first"
+            )

@@ -1,0 +1,177 @@
+"""TCP connections: taken out of one kernel and put into another, the peer none the wiser (TCP_REPAIR).
+
+In repair mode a socket tells its queues, sequence numbers and window, transmits nothing of its own accord
+and ends without a FIN or RST. Repair mode changes SO_REUSEADDR on the way in and out: it is put back here.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import struct
+
+from migrator.errors import CheckpointFailed, ImageError
+from migrator.image.codec import MAX_RECORD
+from migrator.image.records_files import SocketTcp
+
+TCP_MAXSEG, TCP_INFO, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 2, 11, 19, 20, 21
+TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
+NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
+
+ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT1, FIN_WAIT2, TIME_WAIT = 1, 2, 3, 4, 5, 6
+CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
+SENT_FIN = frozenset({FIN_WAIT1, FIN_WAIT2, CLOSING, LAST_ACK})
+FIN_UNACKED = frozenset({FIN_WAIT1, CLOSING, LAST_ACK})
+GOT_FIN = frozenset({CLOSE_WAIT, CLOSING, LAST_ACK})
+CONNECTED = SENT_FIN | GOT_FIN | {ESTABLISHED}
+
+_SIOCINQ, _SIOCOUTQ, _SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
+_WINDOW = struct.Struct("<IIIII")
+_OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
+_TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
+_CHUNK = 32 << 10
+_TCP = socket.IPPROTO_TCP
+_MASK = 0xFFFFFFFF
+
+
+def state_of(sock: socket.socket) -> int:
+    return sock.getsockopt(_TCP, TCP_INFO, 8)[0]
+
+
+def listening(sock: socket.socket) -> tuple[int, int]:
+    """(connections that wait to be accepted, backlog) of a listener: so TCP_INFO has them."""
+    waiting, backlog = struct.unpack_from("<II", sock.getsockopt(_TCP, TCP_INFO, 32), 24)
+    return waiting, backlog
+
+
+def repair(sock: socket.socket) -> None:
+    sock.setsockopt(_TCP, TCP_REPAIR, 1)
+
+
+def unrepair(sock: socket.socket, reuseaddr: int) -> None:
+    """Back to life: a window probe asks the peer for what it has not seen acknowledged."""
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+    sock.setsockopt(_TCP, TCP_REPAIR, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuseaddr)
+
+
+def save(sock: socket.socket, objref: int, who: str) -> SocketTcp:
+    """The state of a connection in repair mode, which it stays in. `who`: for messages."""
+    info = sock.getsockopt(_TCP, TCP_INFO, 8)
+    state = info[0]
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+    snd_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (state in SENT_FIN)) & _MASK
+    unacked, unsent = _query(sock, _SIOCOUTQ), _query(sock, _SIOCOUTQNSD)
+    if state in FIN_UNACKED:
+        unacked -= 1
+        unsent = max(0, unsent - 1)
+    sent = _peek(sock, unacked)
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+    rcv_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (state in GOT_FIN)) & _MASK
+    unread = _query(sock, _SIOCINQ)
+    received = _peek(sock, unread)
+    if len(sent) != unacked or len(received) != unread or unacked < unsent:
+        raise CheckpointFailed(
+            f"{who}: {unread} bytes wait in this connection and {unacked} are not acknowledged, but"
+            f" {len(received)} and {len(sent)} could be read",
+            hint="the network must be held while connections are saved",
+        )
+    if len(sent) + len(received) > MAX_RECORD - 4096:
+        raise CheckpointFailed(f"{who}: {len(sent) + len(received)} bytes wait in this connection")
+    window = sock.getsockopt(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
+    snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(window)
+    return SocketTcp(
+        objref,
+        state,
+        rcv_seq,
+        snd_seq,
+        unsent,
+        info[5] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
+        info[6] & 0xF,
+        info[6] >> 4,
+        sock.getsockopt(_TCP, TCP_MAXSEG),
+        sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK,
+        snd_wl1,
+        snd_wnd,
+        max_window,
+        rcv_wnd,
+        rcv_wup,
+        received,
+        sent,
+    )
+
+
+def check(rec: SocketTcp) -> None:
+    """Refuse what no source writes. Raises ImageError."""
+    if rec.state not in CONNECTED and rec.state != CLOSE:
+        raise ImageError(f"socket {rec.socket_objref}: impossible state {rec.state} of TCP")
+    if rec.unsent > len(rec.sent) or max(rec.snd_wscale, rec.rcv_wscale) > 14 or rec.options & ~7:
+        raise ImageError(f"socket {rec.socket_objref}: impossible queue, window scale or options of TCP")
+
+
+def before_connect(sock: socket.socket, rec: SocketTcp) -> None:
+    """Set both queues back to where their oldest bytes were. The socket is in repair mode and closed."""
+    for queue, end, data in (
+        (SEND_QUEUE, rec.snd_seq, rec.sent),
+        (RECV_QUEUE, rec.rcv_seq, rec.received),
+    ):
+        sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, queue)
+        sock.setsockopt(_TCP, TCP_QUEUE_SEQ, _signed(end - len(data)))
+
+
+def after_connect(sock: socket.socket, rec: SocketTcp) -> None:
+    """Options, contents of the queues and window; the part that was never sent waits for send_rest()."""
+    options = [(_TCPOPT_MSS, rec.mss_clamp)]
+    if rec.options & _OPT_WSCALE:
+        options.append((_TCPOPT_WINDOW, rec.snd_wscale | rec.rcv_wscale << 16))
+    if rec.options & _OPT_SACK:
+        options.append((_TCPOPT_SACK_PERM, 0))
+    if rec.options & _OPT_TIMESTAMPS:
+        options.append((_TCPOPT_TIMESTAMP, 0))
+    sock.setsockopt(_TCP, TCP_REPAIR_OPTIONS, b"".join(struct.pack("<II", *o) for o in options))
+    if rec.options & _OPT_TIMESTAMPS:
+        sock.setsockopt(_TCP, TCP_TIMESTAMP, _signed(rec.timestamp))
+    fill(sock, RECV_QUEUE, rec.received)
+    fill(sock, SEND_QUEUE, rec.sent[: len(rec.sent) - rec.unsent])
+    window = rec.rcv_wnd, rec.rcv_wup
+    if (rec.rcv_wup - rec.rcv_seq) & _MASK == 1:
+        window = rec.rcv_wnd + 1, rec.rcv_seq  # it counted the peer's FIN, which comes later here
+    sock.setsockopt(
+        _TCP,
+        TCP_REPAIR_WINDOW,
+        _WINDOW.pack(rec.snd_wl1, rec.snd_wnd, rec.max_window, *window),
+    )
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+
+
+def send_rest(sock: socket.socket, rec: SocketTcp) -> None:
+    """The bytes that were never sent, once the connection is alive again."""
+    view = memoryview(rec.sent)[len(rec.sent) - rec.unsent :]
+    while view:
+        view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+
+
+def fill(sock: socket.socket, queue: int, data: bytes) -> None:
+    """Put bytes into a queue of a connection in repair mode. Raises OSError."""
+    if not data:
+        return
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, queue)
+    view = memoryview(data)
+    while view:
+        view = view[sock.send(view[:_CHUNK], socket.MSG_DONTWAIT) :]
+
+
+def _peek(sock: socket.socket, count: int) -> bytes:
+    return sock.recv(count, socket.MSG_PEEK | socket.MSG_DONTWAIT) if count > 0 else b""
+
+
+def _query(sock: socket.socket, request: int) -> int:
+    value = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), request, value)
+    return value[0]
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 32) if value >> 31 else value

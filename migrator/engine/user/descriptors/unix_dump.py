@@ -1,0 +1,190 @@
+"""Unix sockets of a tree, their partners and what is on its way between them."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
+from migrator.engine.user.descriptors.classify import DELETED
+from migrator.engine.user.descriptors.description import Description
+from migrator.errors import CheckpointFailed
+from migrator.image.records_files import Socket, SocketBuffer, SocketState
+
+SIOCUNIXFILE = 0x89E0
+_LISTEN = 10
+_WHOLE = 1
+_CONTROL = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12)
+_BIG = 1 << 20
+
+Item = tuple[Description, socket.socket]
+
+
+class UnixDump:
+    """Made and collected inside the network namespace of the tree."""
+
+    def __init__(self, items: Sequence[Item], defaults: sockopts.Defaults) -> None:
+        self._items = items
+        self._defaults = defaults
+        self._known = diag.unix_sockets_here()
+        self._by_inode = {item.stat.st_ino: (item, sock) for item, sock in items}
+        self._sockets: list[Socket] = []
+        self._buffers: list[SocketBuffer] = []
+        self._with_file: set[tuple[int, int]] = set()
+
+    def collect(self) -> None:
+        entries = []
+        for item, sock in self._items:
+            entry = self._known.get(item.stat.st_ino)
+            if entry is None:
+                raise CheckpointFailed(f"{item}: the kernel does not list this unix socket (CONFIG_UNIX_DIAG?)")
+            entries.append((item, sock, entry))
+        # who listens on a file has the first claim on it; connections come ahead of their listeners' names
+        for item, sock, entry in sorted(entries, key=lambda e: e[2].state != _LISTEN):
+            self._sockets.append(self._socket(item, sock, entry))
+            if entry.state != _LISTEN:
+                self._buffers += self._waiting(item, sock)
+        self._sockets.sort(key=lambda rec: rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE))
+
+    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Socket]:
+        for rec in self._sockets:
+            rec.objref = objref(("socket", rec.objref))
+            rec.peer_objref = objref(("socket", rec.peer_objref)) if rec.peer_objref else 0
+            yield rec
+
+    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[SocketBuffer]:
+        for rec in self._buffers:
+            rec.socket_objref = objref(("socket", rec.socket_objref))
+            yield rec
+
+    def close(self, *, silent: bool) -> None:
+        """Nothing was changed."""
+
+    # objrefs of the records are inode numbers until they are written
+
+    def _socket(self, item: Description, sock: socket.socket, entry: diag.UnixSocket) -> Socket:
+        state, peer = self._state(item, sock, entry)
+        path, mode, uid, gid = self._file(item, sock) if _named(sock) else ("", 0, 0, 0)
+        try:
+            peer_address = addresses.pack(sock.family, sock.getpeername())
+        except OSError:
+            peer_address = b""
+        query = sock.getsockopt
+        return Socket(
+            objref=item.stat.st_ino,
+            family=sock.family,
+            type=sock.type,
+            protocol=sock.proto,
+            state=state,
+            shutdown=entry.shutdown,
+            backlog=entry.backlog if state == SocketState.LISTENING else 0,
+            peer_objref=peer,
+            sndbuf=query(sockopts.SOL_SOCKET, sockopts.SO_SNDBUF),
+            rcvbuf=query(sockopts.SOL_SOCKET, sockopts.SO_RCVBUF),
+            buf_lock=query(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK),
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            error=0,
+            local=addresses.pack(sock.family, sock.getsockname()),
+            peer=peer_address,
+            path=path,
+            device="",
+            congestion="",
+            options=self._defaults.changed(sock, connected=False),
+        )
+
+    def _state(self, item: Description, sock: socket.socket, entry: diag.UnixSocket) -> tuple[SocketState, int]:
+        if entry.state == _LISTEN:
+            if entry.waiting or entry.queued:
+                raise CheckpointFailed(
+                    f"{item}: {entry.waiting or entry.queued} connections wait to be accepted",
+                    hint="try again: a moment later the program will have accepted them",
+                )
+            return SocketState.LISTENING, 0
+        if entry.peer < 0:
+            return SocketState.UNCONNECTED, 0
+        if entry.peer in self._by_inode:
+            other = self._known[entry.peer]
+            if other.peer != item.stat.st_ino and (
+                sock.type != socket.SOCK_DGRAM or not _named(self._by_inode[entry.peer][1])
+            ):
+                raise CheckpointFailed(f"{item}: a datagram socket connected one way to one without a name")
+            return SocketState.CONNECTED, entry.peer
+        if entry.peer == 0 and (sock.type == socket.SOCK_DGRAM or entry.shutdown == 3):
+            return SocketState.PEER_GONE, 0
+        raise CheckpointFailed(
+            f"{item}: the other end of this unix socket is outside of the tree",
+            hint="save the process that has it along, or have it disconnected first",
+        )
+
+    def _file(self, item: Description, sock: socket.socket) -> tuple[str, int, int, int]:
+        """(path, mode, uid, gid) of the file that a socket is bound to; "" if another record has it."""
+        try:
+            fd = fcntl.ioctl(sock.fileno(), SIOCUNIXFILE)
+        except OSError:
+            return "", 0, 0, 0  # an abstract name
+        try:
+            status = os.fstat(fd)
+            path = os.readlink(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+        key = status.st_dev, status.st_ino
+        if (path.endswith(DELETED) and status.st_nlink == 0) or key in self._with_file:
+            return "", 0, 0, 0
+        self._with_file.add(key)
+        inside = item.root.inside(path)
+        if inside is None:
+            raise CheckpointFailed(f"{item}: {path} lies outside of the root directory of the tree")
+        return inside, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+
+    def _waiting(self, item: Description, sock: socket.socket) -> Iterator[SocketBuffer]:
+        """What can be received, left in place: the peek offset walks over it."""
+        whole = sock.type != socket.SOCK_STREAM
+        left = pipes.waiting(sock.fileno())
+        if not left and not whole:
+            return
+        before = sock.getsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF)
+        sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, 0)
+        try:
+            while left > 0 or whole:
+                try:
+                    data, control, _, sender = sock.recvmsg(_BIG, _CONTROL, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return
+                if not data and not whole:
+                    return
+                _refuse_control(item, control)
+                if not data and sock.type == socket.SOCK_SEQPACKET:
+                    return  # the end
+                address = addresses.pack(sock.family, sender) if whole and sender else b""
+                yield SocketBuffer(item.stat.st_ino, _WHOLE if whole else 0, data, address)
+                left -= len(data)
+        finally:
+            sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, before)
+
+
+def _named(sock: socket.socket) -> bool:
+    return bool(sock.getsockname())
+
+
+def _refuse_control(item: Description, control: list[tuple[int, int, bytes]]) -> None:
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds = array.array("i")
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            for fd in fds:
+                os.close(fd)
+            raise CheckpointFailed(
+                f"{item}: descriptors are on their way through this unix socket (SCM_RIGHTS)",
+                hint="try again: a moment later they will have been received",
+            )
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            raise CheckpointFailed(
+                f"{item}: credentials are on their way through this unix socket (SCM_CREDENTIALS)",
+                hint="try again: a moment later they will have been received",
+            )
