@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("build/demo.svg"), help="where the picture goes")
     options = parser.parse_args()
     require_root()
-    show = Console(highlight=False)
+    show = Console(highlight=False, soft_wrap=True)
     with Stage(tag="demo") as stage:
         show.print(f"[dim]two hosts stand: a {stage.a.address}, b {stage.b.address}; a client on a third[/]")
         argv = redis_command(stage.folder, PORT)

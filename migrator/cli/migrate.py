@@ -102,6 +102,7 @@ def check(
 
 def _finish(done: tuple[model.MigrationResult, Report | None], as_json: bool) -> None:
     result, report = done
+    show_result(err, result)
     if as_json:
         print(model.to_json(result).decode())
     elif result.outcome is model.Outcome.DRY_RUN:
@@ -113,8 +114,6 @@ def _finish(done: tuple[model.MigrationResult, Report | None], as_json: bool) ->
             )
         for warning in result.warnings:
             out.print(f"  [yellow]note:[/] {warning}")
-    else:
-        show_result(err, result)
 
 
 async def _migrate(

@@ -25,6 +25,8 @@ from migrator.model import (
 
 _BAR = 40
 _PAGE = 4096
+_SLIVER = 100_000  # ns
+_UNKNOWN = 1e6  # seconds: nothing was measured yet that a prediction could rest on
 
 
 class Display:
@@ -78,7 +80,8 @@ class Display:
         ]
         if made.dirty_rate:
             parts.append(f"dirty {made.dirty_rate * _PAGE / 1e6:.1f} MB/s")
-        parts.append(f"predicted downtime {duration(event.predicted_downtime)}")
+        if event.predicted_downtime < _UNKNOWN:
+            parts.append(f"predicted downtime {duration(event.predicted_downtime)}")
         self._console.print("  ".join(parts))
         if event.verdict != "continue":
             self._console.print(f"  [dim]{event.verdict}: {event.reason}[/]")
@@ -126,11 +129,21 @@ def _timeline(parts: list[Span], start: int, end: int) -> Table:
     table.add_column(justify="right")
     table.add_column()
     whole = max(end - start, 1)
-    for part in parts:
+    for part in _without_slivers(parts):
         left = round((part.start - start) / whole * _BAR)
         right = max(left + 1, round((part.end - start) / whole * _BAR))
-        table.add_row(
-            f"  {part.name}", part.where.value, duration(part.seconds), " " * left + "█" * (right - left)
-        )
+        name = "on the way" if part.where is Where.BETWEEN else part.name
+        table.add_row(f"  {name}", part.where.value, duration(part.seconds), " " * left + "█" * (right - left))
     table.add_row("  [bold]sum[/]", "", f"[bold]{duration(sum(p.seconds for p in parts))}[/]", "")
     return table
+
+
+def _without_slivers(parts: list[Span]) -> list[Span]:
+    """Waits too short to be seen are counted to the part before them: the sum stays what it is."""
+    out: list[Span] = []
+    for part in parts:
+        if out and part.where is Where.BETWEEN and part.end - part.start < _SLIVER:
+            last = out.pop()
+            part = Span(last.name, last.where, last.start, part.end)
+        out.append(part)
+    return out
