@@ -75,7 +75,7 @@ def main() -> None:
         downtime_svg(
             samples,
             bars,
-            title=f"Redis with {options.mib} MiB moves while its client waits {gap_ms:.1f} ms",
+            title=f"Redis with {options.mib} MiB moves to another host",
             subtitle=f"{report['replies']} replies, every one checked; one connection",
         )
     )
