@@ -13,7 +13,6 @@ from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.errors import CheckpointFailed
 from migrator.image.records_files import FileKind
-from migrator.linux import sys
 
 T = TypeVar("T")
 
@@ -114,24 +113,25 @@ class Collection:
 
     def _read_table(self, process: Process) -> Table:
         table = Table([process])
-        for number in fdinfo.numbers(process.pid):
-            info = fdinfo.read(process.pid, number)
-            description = self._known_by_number(process, number) or self._fetch(process, number, info)
-            description.holders.append((process, number))
-            self._last[number] = process.pid, description
-            table.slots.append(Slot(number, description, info.cloexec))
+        with fdinfo.Reader(process.pid) as reader:
+            for number in fdinfo.numbers(process.pid):
+                info = reader.read(number)
+                description = self._known_by_number(process, number) or self._fetch(process, number, info)
+                description.holders.append((process, number))
+                self._last[number] = process.pid, description
+                table.slots.append(Slot(number, description, info.cloexec))
         self.tables.append(table)
         return table
 
     def _known_by_number(self, process: Process, number: int) -> Description | None:
         """A child mostly has its parent's descriptors under the same numbers: one call tells."""
         pid, description = self._last.get(number, (0, None))
-        if description is not None and sys.same(pid, process.pid, sys.KCMP_FILE, number, number):
+        if description is not None and calls.same_file(pid, number, process.pid, number):
             return description
         return None
 
     def _fetch(self, process: Process, number: int, info: FdInfo) -> Description:
-        fd = sys.pidfd_getfd(process.pidfd, number)
+        fd = calls.pidfd_getfd(process.pidfd, number)
         try:
             status = os.fstat(fd)
             bucket = self._buckets.setdefault((status.st_dev, status.st_ino, info.flags), [])

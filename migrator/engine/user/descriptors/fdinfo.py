@@ -19,7 +19,7 @@ class EpollTarget:
     dev: int
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class FdInfo:
     """`flags` without close-on-exec; `fields` are the lines that only some files have, as text."""
 
@@ -36,26 +36,55 @@ def numbers(pid: int) -> list[int]:
     return sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
 
 
+class Reader:
+    """fdinfo of one process, many times. Close it, or leave the block."""
+
+    def __init__(self, pid: int) -> None:
+        self._dir = os.open(f"/proc/{pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def read(self, number: int) -> FdInfo:
+        """Raises FileNotFoundError or ProcessLookupError if it is gone."""
+        fd = os.open(str(number), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir)
+        try:
+            raw = os.read(fd, 65536)
+            if len(raw) > 3000:  # an epoll instance with many entries: read to the end
+                while more := os.read(fd, 1 << 20):
+                    raw += more
+        finally:
+            os.close(fd)
+        return parse(raw)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        os.close(self._dir)
+
+
 def read(pid: int, number: int) -> FdInfo:
-    """Raises FileNotFoundError or ProcessLookupError if it is gone."""
-    fd = os.open(f"/proc/{pid}/fdinfo/{number}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        raw = os.read(fd, 65536)
-        if len(raw) > 3000:  # an epoll instance with many entries: read to the end
-            while more := os.read(fd, 1 << 20):
-                raw += more
-    finally:
-        os.close(fd)
-    return parse(raw.decode("utf-8", "replace"))
+    """Once. Raises FileNotFoundError or ProcessLookupError if it is gone."""
+    with Reader(pid) as reader:
+        return reader.read(number)
 
 
-def parse(text: str) -> FdInfo:
-    """>>> parse("pos:\\t7\\nflags:\\t02100001\\nmnt_id:\\t27\\nino:\\t612\\n").cloexec
+_NONE: dict[str, str] = {}
+
+
+def parse(raw: bytes) -> FdInfo:
+    """>>> parse(b"pos:\\t7\\nflags:\\t02100001\\nmnt_id:\\t27\\nino:\\t612\\n").cloexec
     True"""
+    lines = raw.split(b"\n")
+    if lines[0][:4] != b"pos:" or lines[1][:6] != b"flags:":
+        raise OSError(f"fdinfo begins with {raw[:40]!r}")
+    pos, flags = int(lines[0][4:]), int(lines[1][6:], 8)
+    cloexec = bool(flags & _O_CLOEXEC)
+    flags &= ~_O_CLOEXEC
+    if len(lines) <= 5:  # mnt_id, ino, and the end: nothing special
+        return FdInfo(pos, flags, cloexec, _NONE)
     fields: dict[str, str] = {}
     locks: list[str] = []
     targets: list[EpollTarget] = []
-    for line in text.split("\n"):
+    for line in raw.decode("utf-8", "replace").split("\n")[2:]:
         key, colon, value = line.partition(":")
         if not colon:
             continue
@@ -66,9 +95,7 @@ def parse(text: str) -> FdInfo:
             locks.append(value.strip())
         else:
             fields[key] = value.strip()
-    flags = int(fields.pop("flags", "0"), 8)
-    pos = int(fields.pop("pos", "0"))
-    return FdInfo(pos, flags & ~_O_CLOEXEC, bool(flags & _O_CLOEXEC), fields, tuple(locks), tuple(targets))
+    return FdInfo(pos, flags, cloexec, fields, tuple(locks), tuple(targets))
 
 
 def _target(text: str) -> EpollTarget:

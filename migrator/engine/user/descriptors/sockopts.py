@@ -20,22 +20,21 @@ _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
 _STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
 
 # Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
-_GENERIC = (
-    *(2, 5, 6, 9, 10, 11, 12, 13, 15, 16, 18, 20, 21),  # REUSEADDR .. SNDTIMEO
-    *(29, 34, 35, 36, 40, 45, 46, 47, 60, 76),  # TIMESTAMP, PASSSEC, TIMESTAMPNS, MARK .. PASSPIDFD
-)
-_IP = (1, 2, 6, 8, 10, 11, 12, 13, 15, 19, 20, 21, 24, 50)
-_IP_DATAGRAM = (33, 34, 49)  # MULTICAST_TTL, LOOP, ALL
-_IPV6 = (16, 23, 25, 26, 49, 51, 62, 66, 67, 70, 73, 75, 78)
-_IPV6_DATAGRAM = (18, 19, 29)
-_TCP = (1, 3, 4, 5, 6, 7, 8, 9, 16, 18, 23, 25, 27, 30, 36, 37)
-_TCP_UNCONNECTED = (2, 10)  # MAXSEG, WINDOW_CLAMP: the kernel's own once connected
+_GENERIC = (2, 9, 10, 12, 13, 15, 18, 20, 21, 29, 35, 36, 46, 60)  # REUSEADDR .. TIMESTAMP, MARK .. ZEROCOPY
+_UNIX = (16, 34, 76)  # PASSCRED, PASSSEC, PASSPIDFD
+_DATAGRAM = (5, 6, 11, 40, 45, 47)  # DONTROUTE, BROADCAST, NO_CHECK, RXQ_OVFL, SELECT_ERR_QUEUE, PACING
+_IP = (1, 2, 10, 11, 15, 19, 21, 24)  # TOS, TTL, MTU_DISCOVER, RECVERR, FREEBIND .. BIND_ADDRESS_NO_PORT
+_IP_DATAGRAM = (6, 8, 12, 13, 20, 33, 34, 49, 50)  # RECVOPTS, PKTINFO .. MULTICAST_TTL, LOOP, ALL
+_IPV6 = (16, 23, 25, 26, 67, 70, 73, 75, 78)  # UNICAST_HOPS, MTU_DISCOVER, RECVERR, V6ONLY, TCLASS ..
+_IPV6_DATAGRAM = (18, 19, 29, 49, 51, 62, 66)
+_TCP = (1, 3, 4, 5, 6, 7, 8, 16, 18, 25, 36, 37)  # NODELAY, CORK, KEEP*, SYNCNT, LINGER2 .. TX_DELAY
+_TCP_UNCONNECTED = (2, 9, 10, 23, 27, 30)  # MAXSEG, DEFER_ACCEPT, WINDOW_CLAMP, FASTOPEN*, SAVE_SYN
 _UDP = (1, 100, 103, 104)
 
 _ALLOWED = {
     (level, name)
     for level, names in (
-        (SOL_SOCKET, _GENERIC),
+        (SOL_SOCKET, _GENERIC + _UNIX + _DATAGRAM),
         (SOL_IP, _IP + _IP_DATAGRAM),
         (SOL_IPV6, _IPV6 + _IPV6_DATAGRAM),
         (SOL_TCP, _TCP + _TCP_UNCONNECTED),
@@ -45,19 +44,24 @@ _ALLOWED = {
 }
 
 
-def _candidates(family: int, protocol: int) -> Iterable[tuple[int, int]]:
-    yield from ((SOL_SOCKET, name) for name in _GENERIC)
-    if family in (socket.AF_INET, socket.AF_INET6):
-        yield from ((SOL_IP, name) for name in _IP)
-    if family == socket.AF_INET6:
-        yield from ((SOL_IPV6, name) for name in _IPV6)
-    if protocol == socket.IPPROTO_TCP:
-        yield from ((SOL_TCP, name) for name in _TCP + _TCP_UNCONNECTED)
-    if protocol == socket.IPPROTO_UDP:
-        yield from ((SOL_UDP, name) for name in _UDP)
-        yield from ((SOL_IP, name) for name in _IP_DATAGRAM)
+def _candidates(family: int, kind: int) -> Iterable[tuple[int, int]]:
+    datagram = kind == socket.SOCK_DGRAM
+    names: list[tuple[int, tuple[int, ...]]] = [(SOL_SOCKET, _GENERIC)]
+    if family == socket.AF_UNIX:
+        names.append((SOL_SOCKET, _UNIX))
+    else:
+        names.append((SOL_IP, _IP))
         if family == socket.AF_INET6:
-            yield from ((SOL_IPV6, name) for name in _IPV6_DATAGRAM)
+            names.append((SOL_IPV6, _IPV6))
+        if datagram:
+            names += [(SOL_SOCKET, _DATAGRAM), (SOL_IP, _IP_DATAGRAM), (SOL_UDP, _UDP)]
+            if family == socket.AF_INET6:
+                names.append((SOL_IPV6, _IPV6_DATAGRAM))
+        else:
+            names += [(SOL_TCP, _TCP), (SOL_TCP, _TCP_UNCONNECTED)]
+    for level, group in names:
+        for name in group:
+            yield level, name
 
 
 def get(sock: socket.socket, level: int, name: int) -> int:
@@ -90,7 +94,7 @@ class Defaults:
     """The options of new sockets, kind by kind. Made once for a dump."""
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, int, int], dict[tuple[int, int], int]] = {}
+        self._of: dict[tuple[int, int, int], list[tuple[int, int, int, bool]]] = {}
 
     def changed(self, sock: socket.socket, *, connected: bool) -> list[SocketOption]:
         """The options of `sock` that differ from a new one's."""
@@ -100,12 +104,9 @@ class Defaults:
             fresh = self._of[key] = self._read(*key)
         out = []
         query = sock.getsockopt
-        for (level, name), default in fresh.items():
-            if connected and level == SOL_TCP and name in _TCP_UNCONNECTED:
-                continue
-            special = level == SOL_SOCKET and name in _STRUCTS
+        for level, name, default, special in fresh:
             value = get(sock, level, name) if special else query(level, name)
-            if value != default:
+            if value != default and not (connected and level == SOL_TCP and name in _TCP_UNCONNECTED):
                 out.append(SocketOption(level, name, value))
         if any((o.level, o.name) == (SOL_IP, _IP_TOS) for o in out):
             # setting it sets the priority too: that comes last, and always
@@ -114,14 +115,16 @@ class Defaults:
         return out
 
     @staticmethod
-    def _read(family: int, kind: int, protocol: int) -> dict[tuple[int, int], int]:
-        out = {}
+    def _read(family: int, kind: int, protocol: int) -> list[tuple[int, int, int, bool]]:
+        """(level, name, value, whether it is a struct)."""
+        out = []
         with socket.socket(family, kind, protocol) as fresh:
-            for level, name in _candidates(family, protocol):
+            for level, name in _candidates(family, kind):
                 try:
-                    out[level, name] = get(fresh, level, name)
+                    value = get(fresh, level, name)
                 except OSError:
                     continue  # this kernel or kind of socket has no such option
+                out.append((level, name, value, level == SOL_SOCKET and name in _STRUCTS))
         return out
 
 
