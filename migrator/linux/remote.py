@@ -168,7 +168,7 @@ class Remote:
         address = (self._regs.rsp - arch.RED_ZONE - arch.CONTEXT_SIZE - len(xstate) - 64) & ~63
         if not low + 8 <= address < self._regs.rsp < high:
             return None
-        frame = arch.signal_context(self._regs, xstate, self._mask, address)
+        frame = way_of_return(self.pid, self._regs, xstate, self._mask, address)
         memory.write(self.pid, address - 8, struct.pack("<Q", way.restorer) + frame)
         return way.call, address - 8
 
@@ -239,7 +239,8 @@ class Remote:
         if self.survivable:
             context = (self._context + 63) & ~63
             if not self._context_written:
-                frame = arch.signal_context(self._regs, arch.get_xstate(self.tid), self._mask, context)
+                xstate = arch.get_xstate(self.tid)
+                frame = way_of_return(self.pid, self._regs, xstate, self._mask, context)
                 memory.write(self.pid, context, frame)
                 self._context_written = True
         arch.start_batch(
@@ -266,6 +267,25 @@ class Remote:
                 return
             regs = arch.get_regs(self.tid)
             raise RemoteError(4, f"stopped by signal {got} at {regs.rip:#x} while borrowed", f"tid {self.tid}")
+
+
+def interrupted_call(pid: int, regs: arch.Regs) -> int:
+    """The number of the system call that a stop interrupted and that is to be made again, or -1.
+
+    A call that was restarted before shows as restart_syscall(2): its own number is in the code."""
+    number, _ = arch.interrupted_call(regs)
+    if number == arch.NR["restart_syscall"]:
+        try:
+            found = arch.call_number(memory.read(pid, regs.rip - 7, 7))
+        except OSError:
+            found = -1
+        return found if found >= 0 else number
+    return number
+
+
+def way_of_return(pid: int, regs: arch.Regs, xstate: bytes, mask: int, address: int) -> bytes:
+    """What rt_sigreturn(2) at `address` needs for a stopped thread to go on as it is now."""
+    return arch.signal_context(regs, xstate, mask, address, interrupted_call(pid, regs))
 
 
 def pack_calls(calls: Sequence[Call]) -> bytes:

@@ -172,20 +172,26 @@ def call_again(regs: Regs) -> Regs:
     return new
 
 
+def call_number(code: bytes) -> int:
+    """The number in `code`, the 7 bytes up to where a call returns: `mov $number, %eax; syscall`; or -1."""
+    if len(code) == 7 and code[0] == 0xB8 and code[5:] == SYSCALL_INSTRUCTION:
+        return int(struct.unpack_from("<I", code, 1)[0])
+    return -1
+
+
 CONTEXT_SIZE = 320  # struct ucontext up to and with its signal mask, rounded up
 _FP_MAGIC1, _FP_MAGIC2 = 0x46505853, 0x46505845
 
 
-def signal_context(regs: Regs, xstate: bytes, mask: int, address: int) -> bytes:
+def signal_context(regs: Regs, xstate: bytes, mask: int, address: int, call: int) -> bytes:
     """A struct ucontext for rt_sigreturn(2), to be put at `address` (a multiple of 64).
 
-    A thread that returns to it goes on as it was; an interrupted system call is made again. The
+    A thread that returns to it goes on as it was; the interrupted system call `call` (-1: none) is made
+    again from its beginning, as rt_sigreturn(2) ends what restart_syscall(2) could go on with. The
     alternate stack in it is invalid on purpose: the kernel then leaves the thread's own in place."""
-    number, code = interrupted_call(regs)
-    if number >= 0:
+    if call >= 0:
         regs = call_again(regs)
-        if code == -516:
-            regs.rax = NR["restart_syscall"]
+        regs.rax = call
     fpstate = address + CONTEXT_SIZE
     head = struct.pack("<QQQIIQ", 1 | 2 | 4, 0, 0, 0xDEAD, 0, 0)
     r = regs

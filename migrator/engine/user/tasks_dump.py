@@ -33,7 +33,7 @@ from migrator.image.records import (
 )
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import pack_calls
+from migrator.linux.remote import pack_calls, way_of_return
 
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
@@ -223,7 +223,7 @@ class TaskDump:
             memory.write(process.pid, at, tables)
             for i, thread in enumerate(group):
                 assert thread.regs is not None
-                frame = arch.signal_context(thread.regs, thread.xstate, thread.mask, context)
+                frame = way_of_return(process.pid, thread.regs, thread.xstate, thread.mask, context)
                 memory.write(process.pid, context, frame)
                 # registers first: they lead back by themselves, whenever we die
                 arch.start_batch(

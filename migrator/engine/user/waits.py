@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from migrator.image.records import RestartBlock
 from migrator.linux import memory, procfs
 from migrator.linux import x86_64 as arch
+from migrator.linux.remote import interrupted_call
 
 _NR = arch.NR
 RESTART_BLOCK = -516
@@ -91,7 +92,9 @@ class Waits:
         if known is not None and known.place != (r.rsp, r.rip, *args):
             known = None
         if number == _NR["restart_syscall"]:
-            number = _number_in_code(pid, regs)
+            number = interrupted_call(pid, regs)
+            if number not in _TIMED or number == _NR["restart_syscall"]:
+                number = -1
             if number < 0 and known is not None and known.number != _NR["restart_syscall"]:
                 number = known.number
             if number < 0:  # nobody can tell what it was: the program is told that it was interrupted
@@ -132,16 +135,6 @@ def _last_ran(pid: int, tid: int) -> tuple[int, int]:
     if found is None:
         raise OSError(2, "the scheduler does not say when a task ran", f"tid {tid}")
     return int(found[1]) * 1_000_000 + int(found[2]), int(found[3])
-
-
-def _number_in_code(pid: int, regs: arch.Regs) -> int:
-    """The call's number where the code is `mov $number, %eax; syscall`, as in the C library; else -1."""
-    try:
-        code = memory.read(pid, regs.rip - 7, 7)
-    except OSError:
-        return -1
-    number = int(struct.unpack_from("<I", code, 1)[0])
-    return number if code[0] == 0xB8 and code[5:] == arch.SYSCALL_INSTRUCTION and number in _TIMED else -1
 
 
 def _written(pid: int, number: int, args: tuple[int, ...]) -> int:
