@@ -260,6 +260,19 @@ def test_our_end_was_closed_and_the_peer_does_not_know_yet(net: Net) -> None:
             assert copy.ask("c.recv(99)") == b"heard"
 
 
+def test_what_was_lost_on_its_way_is_sent_again_at_once(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        net.cut()
+        server.run("c.send(b'lost')")
+        with Moved(server, context=net.context()) as moved:
+            net.switch()
+            moved.restore([server])
+            # ahead of the kernel's own first retransmission, a second after the restart
+            client.settimeout(0.5)
+            assert receive(client, 4) == b"lost"
+
+
 def test_connections_that_have_ended_still_say_how(net: Net) -> None:
     with net.child() as server:
         client = connected(net, server)

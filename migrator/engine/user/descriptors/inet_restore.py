@@ -39,6 +39,7 @@ _TRANSPARENT = {
     socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
 }
 _NO_PROBE = -1  # TCP_REPAIR_OFF_NO_WP
+_INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
 _PATIENCE = 0.05  # seconds for a packet to pass the loopback device
 
 
@@ -136,6 +137,7 @@ class InetRestore:
             sock, owner = self._made[objref], self._records[objref]
             tcp.unrepair(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
             with contextlib.suppress(OSError):  # the peer may have reset it by now
+                self._send_again(owner, sock, rec)
                 tcp.send_rest(sock, rec)
                 if rec.state in tcp.FIN_UNACKED:
                     sock.shutdown(socket.SHUT_WR)
@@ -213,11 +215,34 @@ class InetRestore:
 
     # ------------------------------------------------------------------ what only a packet can do
 
-    def _deliver(self, raw: bytes, local: bytes) -> None:
+    def _deliver(self, raw: bytes, to: bytes) -> None:
         if self._injector is None:
             with self._net:
                 self._injector = packet.Injector()
-        self._injector.deliver(raw, local)
+        self._injector.deliver(raw, to)
+
+    def _send_again(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+        """The first bytes that the peer had not acknowledged, past the socket: a duplicate does no harm."""
+        data = rec.sent[: len(rec.sent) - rec.unsent]
+        size = min(rec.mss_clamp, _MAX_SEGMENT) - 12
+        if not data or size < 64:
+            return
+        stamp = tcp.timestamp(sock) if rec.options & 1 else None
+        ack = (rec.rcv_seq + (rec.state in tcp.GOT_FIN)) & 0xFFFFFFFF
+        window = min(0xFFFF, rec.rcv_wnd >> rec.rcv_wscale)
+        oldest = rec.snd_seq - len(rec.sent)
+        for start in range(0, min(len(data), size * _INITIAL_WINDOW), size):
+            raw = packet.segment(
+                owner.peer,
+                owner.local,
+                packet.PSH | packet.ACK,
+                (oldest + start) & 0xFFFFFFFF,
+                ack,
+                data=data[start : start + size],
+                window=window,
+                timestamp=stamp,
+            )
+            self._deliver(raw, owner.peer)
 
     def _half_close(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
         """The FIN that had come from the peer comes again; or ours is acknowledged again."""

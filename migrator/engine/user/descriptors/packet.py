@@ -1,8 +1,12 @@
-"""Packets that a peer would have sent, delivered within this host.
+"""Packets that a peer would have sent, delivered within this host; and what a connection had sent, sent again.
 
 A FIN or RST that the saved connection had received before cannot be put into a socket by any call: it is
 made here and sent through a raw socket to the host's own address, where the restored socket receives it.
 The same way datagrams get back into the queue of a UDP socket, with their sender's address.
+
+A restored connection knows nothing of its round trip time, and waits a second before it sends again what
+was lost while it moved. So what was not acknowledged is sent once by this, at once; the peer's answer puts
+the connection right, or tells it that nothing was missing.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import struct
 
 from migrator.engine.user.descriptors import addresses
 
-FIN, RST, ACK = 1, 4, 16
+FIN, RST, PSH, ACK = 1, 4, 8, 16
 
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -33,11 +37,25 @@ def _hosts(local: bytes, peer: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return out[0], out[1], out[2], out[3]
 
 
-def segment(local: bytes, peer: bytes, flags: int, seq: int, ack: int) -> bytes:
-    """An IP packet from `peer` to `local` with a TCP segment without data."""
+def segment(
+    local: bytes,
+    peer: bytes,
+    flags: int,
+    seq: int,
+    ack: int,
+    *,
+    data: bytes = b"",
+    window: int = 0xFFFF,
+    timestamp: int | None = None,
+) -> bytes:
+    """An IP packet from `peer` to `local` with a TCP segment. `window` as it goes over the wire.
+
+    timestamp: the value of a timestamps option that echoes nothing (RFC 7323)."""
     to, to_port, source, source_port = _hosts(local, peer)
-    tcp = source_port + to_port + struct.pack(">IIBBHHH", seq, ack, 5 << 4, flags, 0xFFFF, 0, 0)
-    return _wrap(source, to, socket.IPPROTO_TCP, tcp, 16)
+    options = b"" if timestamp is None else struct.pack(">BBBBII", 1, 1, 8, 10, timestamp, 0)
+    words = 5 + len(options) // 4
+    tcp = source_port + to_port + struct.pack(">IIBBHHH", seq, ack, words << 4, flags, window, 0, 0)
+    return _wrap(source, to, socket.IPPROTO_TCP, tcp + options + data, 16)
 
 
 def datagram(local: bytes, peer: bytes, data: bytes) -> bytes:
@@ -68,12 +86,12 @@ class Injector:
         except OSError:
             pass  # a host without IPv6
 
-    def deliver(self, packet: bytes, local: bytes) -> None:
-        """Send to an address of this very host. Raises OSError."""
+    def deliver(self, packet: bytes, to: bytes) -> None:
+        """Send; `to` is the raw address that the packet is for. Raises OSError."""
         if packet[0] >> 4 == 4:
             self._v4.sendto(packet, (socket.inet_ntoa(packet[16:20]), 0))
         elif self._v6 is not None:
-            scope = addresses.unpack(local)[3]
+            scope = addresses.unpack(to)[3]
             self._v6.sendto(packet, (socket.inet_ntop(socket.AF_INET6, packet[24:40]), 0, 0, scope))
 
     def close(self) -> None:

@@ -102,6 +102,11 @@ def save(sock: socket.socket, objref: int, who: str) -> SocketTcp:
     )
 
 
+def timestamp(sock: socket.socket) -> int:
+    """The clock of a connection's timestamps option, now."""
+    return sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK
+
+
 def check(rec: SocketTcp) -> None:
     """Refuse what no source writes. Raises ImageError."""
     if rec.state not in CONNECTED and rec.state != CLOSE:
