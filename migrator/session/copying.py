@@ -13,11 +13,12 @@ import fcntl
 import os
 import termios
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
-from migrator.engine.base import Round, Source, Survey
+from migrator.engine.base import Phase, Round, Source, Survey
 from migrator.linux import procfs
 from migrator.session import precopy
+from migrator.session.calm import Calm, prepare
 from migrator.session.faults import fault
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journal import Facts, Journal
@@ -47,8 +48,9 @@ class Copying:
         self.pump: asyncio.Task[int] | None = None
         self._read_fd, self._write_fd = -1, -1
         self.rounds: list[Round] = []
+        self.phases: list[Phase] = []  # our own, beside those of the engine
         self.frozen_at = 0
-        self.saved_at = 0
+        self._calm = Calm()
         self._pids: list[tuple[int, int]] = []
 
     # While the workload runs
@@ -101,6 +103,7 @@ class Copying:
 
     def facts(self, facts: Facts) -> Facts:
         """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
+        prepare()
         pids = []
         for pid in self._source.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -123,6 +126,7 @@ class Copying:
         cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
         loop = asyncio.get_running_loop()
         self._link.uncap()
+        self._calm.enter()
         await self.thread.run(self._save, journal, facts, late_files, loop)
 
     def _save(
@@ -135,19 +139,27 @@ class Copying:
         self.frozen_at = time.monotonic_ns()
         self._source.freeze()
         if self.network is not None:
-            self.network.lock()
+            with self._phase("network lock"):
+                self.network.lock()
         fault("source.frozen")
         # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
         committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, facts=facts)
         if late_files is not None:
-            asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
+            with self._phase("changed files"):
+                asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
         self._source.final()
         self.close_stream()
-        committing.result()
+        with self._phase("journal"):
+            committing.result()
         fault("source.committing")
         self._source.hold()
-        self.saved_at = time.monotonic_ns()
         fault("source.saved")
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        yield
+        self.phases.append(Phase(name, start, time.monotonic_ns()))
 
     def close_stream(self) -> None:
         """No more will be written."""
@@ -189,6 +201,10 @@ class Copying:
                 end = time.monotonic() + FORWARD_SECONDS
             await asyncio.sleep(_FORWARD_EVERY)
 
+    def relax(self) -> None:
+        """It is decided: nothing is urgent any more."""
+        self._calm.leave()
+
     async def release(self) -> None:
         """Kill the source copy: the destination's runs."""
         await self.thread.run(self._source.release)
@@ -197,6 +213,7 @@ class Copying:
 
     async def close(self) -> None:
         """Close what is open. Leaves the workload as it is."""
+        self._calm.leave()
         if self.pump is not None and not self.pump.done():
             self.pump.cancel()
             with contextlib.suppress(BaseException):

@@ -14,23 +14,24 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from migrator import model
-from migrator.engine.base import Destination, Round
+from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent, Outcome, Where
 from migrator.session import messages as m
 from migrator.session import preflight
+from migrator.session.calm import Calm, prepare
 from migrator.session.faults import fault
 from migrator.session.files import FileReceiver
 from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
 from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
 from migrator.session.outcome import round_done
-from migrator.session.settle import Tools, thaw
+from migrator.session.settle import Tools, kill, thaw
 from migrator.session.states import (
     DestinationAction,
     DestinationEvent,
@@ -105,6 +106,8 @@ class DestinationSession:
         self._error: BaseException | None = None
         self._rounds: list[Round] = []
         self._done: m.Done | None = None
+        self._phases: list[Phase] = []
+        self._calm = Calm()
         self._pid = 0
         self._resumed_at = 0
         self._began = time.monotonic_ns()
@@ -248,6 +251,7 @@ class DestinationSession:
         elif action is a.SEND_RUNNING:
             await self._send(m.Running(migration, self._resumed_at))
             fault("destination.told")
+            self._calm.leave()
             await self._report()
         elif action is a.SEND_DISCARDED:
             assert self._journal is not None
@@ -336,7 +340,8 @@ class DestinationSession:
             facts = Facts(migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
             self._journal = Journal.create(self.settings.journal, facts)
             wish = Recorded.DISCARDED
-        decided = self._journal.decide(wish, reason=reason)
+        with self._phase("journal"):
+            decided = self._journal.decide(wish, reason=reason)
         fault("destination.decided")
         running = decided is Recorded.RUNNING
         return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
@@ -350,7 +355,8 @@ class DestinationSession:
     def _resume_on_thread(self) -> None:
         # The port opens first: what the copy says in its first instant must not be lost.
         if self._arrival is not None:
-            self._arrival.unlock()
+            with self._phase("open port"):
+                self._arrival.unlock()
         assert self._engine is not None and self._journal is not None
         try:
             self._engine.resume()
@@ -358,9 +364,14 @@ class DestinationSession:
             # Decided is decided: what the engine cannot do, its cgroup can.
             if not thaw(self._journal.facts, self.settings.tools):
                 raise
-        self._resumed_at = time.monotonic_ns()
+        self._resumed_at = _end_of(self._engine.phases, "resume") or time.monotonic_ns()
         if self._arrival is not None:
-            self._arrival.announce()
+            with self._phase("announce"):
+                self._arrival.announce()
+        # An engine may leave its tidying up for when the copy runs and its neighbours know.
+        finish = getattr(self._engine, "finish", None)
+        if finish is not None:
+            finish()
         fault("destination.resumed")
 
     async def _take_frames(self, arrival: NetworkArrival) -> None:
@@ -378,8 +389,13 @@ class DestinationSession:
     async def _discard(self) -> None:
         await self._stop_pump()
         await self._thread.idle()
-        if self._engine is not None:
-            await self._thread.run(self._engine.discard)
+        try:
+            if self._engine is not None:
+                await self._thread.run(self._engine.discard)
+        except Exception as error:
+            log.warning("%s: the engine could not discard it (%s), its cgroup will", self._migration, error)
+            if self._journal is not None:
+                await self._thread.run(kill, self._journal.facts, self.settings.tools)
         if self._prepared is not None:
             await self._thread.run(self._prepared.cleanup)
 
@@ -388,8 +404,14 @@ class DestinationSession:
             self._journal.record(state)
 
     async def _report(self) -> None:
-        phases = list(self._engine.phases) if self._engine is not None else []
+        phases = [*self._phases, *(self._engine.phases if self._engine is not None else [])]
         await self._send(m.Report(self._migration, phases[-200:], self._pid))
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        yield
+        self._phases.append(Phase(name, start, time.monotonic_ns()))
 
     def _after(self, seconds: float, state: DestinationState) -> None:
         async def later() -> None:
@@ -425,6 +447,10 @@ class DestinationSession:
         elif isinstance(message, m.Progress):
             self._rounds.append(message.round)
             self._tell(round_done(self._migration, message))
+            if message.round.number == 1:
+                prepare()
+            elif message.verdict == "freeze":
+                self._calm.enter()
         elif isinstance(message, m.Begin | m.Commit | m.Abort | m.Ask | m.Done):
             if message.migration != self._migration:
                 raise m.MessageError(f"about another migration, {message.migration}")
@@ -473,6 +499,7 @@ class DestinationSession:
         )
 
     async def _close(self) -> None:
+        self._calm.leave()
         await self._stop_pump()
         if self._files is not None:
             self._files.close()
@@ -483,6 +510,11 @@ class DestinationSession:
         await self._thread.close()
         if self._journal is not None:
             self._journal.close()
+
+
+def _end_of(phases: Iterable[Phase], name: str) -> int:
+    """When the last phase of that name ended; 0 if there was none."""
+    return max((phase.end for phase in phases if phase.name == name), default=0)
 
 
 _EVENTS: dict[type[m.AnyMessage], DestinationEvent] = {

@@ -80,7 +80,7 @@ class Summary:
 
     def timeline(self) -> model.Timeline:
         """Spans of both hosts on our clock."""
-        spans = list(self.spans)
+        spans = self.spans + model.spans_of(self.copying.phases, Where.SOURCE)
         if self.copying.source is not None:
             # Rounds are in it already, with the time it took to send them.
             spans += [

@@ -44,6 +44,7 @@ log = logging.getLogger("migrator.session")
 Reconnect = Callable[[], Awaitable[Link]]
 
 _CLOCK_SAMPLES = 5
+_CLOCK_LIMIT = 0.5
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 _ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
 
@@ -92,6 +93,7 @@ class SourceSession:
         self._clock = model.ClockOffset()
         self._spans: list[Span] = []
         self._arrived = asyncio.Event()
+        self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
         self._running: m.Running | None = None
         self._destination_report: asyncio.Future[m.Report] | None = None
@@ -344,11 +346,19 @@ class SourceSession:
 
     async def _release(self) -> None:
         self._arrived.set()
+        self._copying.relax()
         if self._forwarding is not None:
             await self._forwarding
         with self._span("release"):
             await self._copying.release()
         fault("source.released")
+        # Both hosts are quiet now: the best time to compare their clocks.
+        with contextlib.suppress(TimeoutError, MigratorError, OSError):
+            async with asyncio.timeout(_CLOCK_LIMIT):
+                for _ in range(_CLOCK_SAMPLES):
+                    self._clock_answered.clear()
+                    await self._ask_clock()
+                    await self._clock_answered.wait()
 
     async def _ask_again(self) -> None:
         """Reach the destination again and post LINK_BACK, or UNREACHABLE."""
@@ -441,6 +451,7 @@ class SourceSession:
             self._judge(message)
         elif isinstance(message, m.Clock):
             self._clock.sample(message.asked, message.answered, time.monotonic_ns())
+            self._clock_answered.set()
         elif isinstance(message, m.Report):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
