@@ -23,18 +23,33 @@ class Vma:
     path: str
 
 
+def read_bytes(path: str) -> bytes:
+    """The whole of a file of /proc."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = part = os.read(fd, 65536)
+        while part:
+            # a short read of a seq_file is no end: only an empty one is
+            part = os.read(fd, 65536)
+            data += part
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_text(path: str) -> str:
-    with open(path, "rb", buffering=0) as file:
-        parts = []
-        while part := file.read(65536):
-            parts.append(part)
-    return b"".join(parts).decode("utf-8", "surrogateescape")
+    return read_bytes(path).decode("utf-8", "surrogateescape")
 
 
 def maps(pid: int) -> list[Vma]:
     """The mappings of a process, in order of address. Backslash-012 in names is undone."""
+    return parse_maps(read_text(f"/proc/{pid}/maps"))
+
+
+def parse_maps(text: str) -> list[Vma]:
+    """/proc/PID/maps as values."""
     out = []
-    for line in read_text(f"/proc/{pid}/maps").split("\n"):
+    for line in text.split("\n"):
         if not line:
             continue
         span, perms, offset, device, inode, *rest = line.split(None, 5)

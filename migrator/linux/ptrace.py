@@ -116,6 +116,12 @@ def set_regset(tid: int, kind: int, data: bytes) -> None:
     request(SETREGSET, tid, kind, _iovec_address, "setregset")
 
 
+def set_regset_at(tid: int, kind: int, address: int, size: int) -> None:
+    """As set_regset(), from memory of our own."""
+    _iovec.base, _iovec.length = address, size
+    request(SETREGSET, tid, kind, _iovec_address, "setregset")
+
+
 def get_sigmask(tid: int) -> int:
     request(GETSIGMASK, tid, 8, _buffer_address, "getsigmask")
     return int(struct.unpack_from("<Q", _buffer)[0])

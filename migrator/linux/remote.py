@@ -104,6 +104,8 @@ class Remote:
         self.survivable = True
         self.way_back: WayBack | None = None
         self._regs: arch.Regs | None = None
+        self._mask = 0
+        self._mask_set = False
         self._signal = _BATCH_SIGNALS[0]
         self._context_written = False
 
@@ -111,6 +113,11 @@ class Remote:
     def borrowed(self, *, regs: arch.Regs | None = None, mask: int | None = None) -> Iterator[Remote]:
         """Borrow the thread. `regs` and `mask`, where known already, save two requests."""
         tid = self.tid
+        if not self.survivable:  # nothing to give back, and the mask stays what it is
+            if self._regs is None:
+                self._regs = arch.get_regs(tid)
+            yield self
+            return
         self._regs = regs if regs is not None else arch.get_regs(tid)
         self._mask = mask if mask is not None else ptrace.get_sigmask(tid)
         self._choose_signal()
@@ -131,12 +138,10 @@ class Remote:
     def _choose_signal(self) -> None:
         if not self.survivable:
             return
-        pending = 0
-        state = procfs.status(self.pid, self.tid)
-        for key in ("SigPnd", "ShdPnd"):
-            pending |= int(state[key], 16)
+        waiting = ptrace.peek_siginfo(self.tid, shared=False) + ptrace.peek_siginfo(self.tid, shared=True)
+        pending = {struct.unpack_from("<i", waiting, at)[0] for at in range(0, len(waiting), 128)}
         for signal in _BATCH_SIGNALS:
-            if not pending >> (signal - 1) & 1:
+            if signal not in pending:
                 self._signal = signal
                 return
 

@@ -37,10 +37,7 @@ NR = {
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
 }  # fmt: skip
 
-_REGISTERS = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss"
-    " fs_base gs_base ds es fs gs"
-).split()
+_REGISTERS = ["r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"]
 REGS_SIZE = 8 * len(_REGISTERS)
 
 
@@ -79,7 +76,7 @@ def get_regs(tid: int) -> Regs:
 
 
 def set_regs(tid: int, regs: Regs) -> None:
-    ptrace.set_regset(tid, ptrace.NT_PRSTATUS, bytes(regs))
+    ptrace.set_regset_at(tid, ptrace.NT_PRSTATUS, ctypes.addressof(regs), REGS_SIZE)
 
 
 def get_xstate(tid: int) -> bytes:

@@ -29,9 +29,9 @@ from types import TracebackType
 from typing import Any
 
 from migrator.engine.base import DestinationOptions, Phase, Round, SourceOptions, Survey
+from migrator.errors import Refused
 from migrator.linux import cgroup, procfs
 from migrator.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, unshare
-from migrator.errors import Refused
 from migrator.testing.workloads import Workload
 
 _FIRST_PID = 3000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
@@ -77,7 +78,8 @@ class LayoutDump:
         self._writer = writer
         self._objrefs = objrefs
         self._shared = shared
-        self._last: dict[int, tuple[object, ...]] = {}
+        self._mms: dict[int, Mm] = {}
+        self._vmas: dict[int, list[Vma]] = {}
         self._flags: dict[int, dict[tuple[int, int, str], int]] = {}
         self._items: dict[int, list[VmaItem]] = {}
         self._files: dict[str, int] = {}
@@ -92,44 +94,56 @@ class LayoutDump:
 
         Returns the spans that have another backing than when they were written last: what the destination
         had been sent for them is gone."""
+        known = self._mms.get(objref)
+        if brk and known is not None and not refresh_flags:
+            mm = replace(known, brk=brk)
+            if self._vmas.get(objref) is vmas:  # not read anew since: nothing has changed
+                if mm != known:
+                    self._mms[objref] = mm
+                    self._writer.write(mm)
+                return []
+        else:
+            mm = self._mm(pid, vpid, objref, brk or brk_from_maps(vmas))
         flags = self._flags_of(pid, objref, vmas, refresh_flags)
         items = []
         for vma in vmas:
             if vma.path == "[vsyscall]":
                 continue
             items.append(self._item(pid, vma, flags.get((vma.start, vma.end, vma.path), 0)))
-        mm = self._mm(pid, vpid, objref, brk)
-        state = (tuple(_astuple(i) for i in items), mm.encode())
-        if self._last.get(objref) == state:
+        self._vmas[objref] = vmas
+        if mm != known:
+            self._mms[objref] = mm
+            self._writer.write(mm)
+        before = self._items.get(objref, [])
+        if items == before:
             return []
-        self._last[objref] = state
-        self._writer.write(mm)
+        self._items[objref] = items
         self._writer.write(Vmas(objref, 0, items))
-        before, self._items[objref] = self._items.get(objref, []), items
         return _rebacked(before, items)
 
     def forget(self, objref: int) -> None:
         """An address space that is gone."""
-        self._last.pop(objref, None)
+        self._mms.pop(objref, None)
+        self._vmas.pop(objref, None)
         self._flags.pop(objref, None)
         self._items.pop(objref, None)
 
     def _flags_of(
         self, pid: int, objref: int, vmas: list[Vma], refresh: bool
     ) -> dict[tuple[int, int, str], int]:
-        known = self._flags.get(objref)
-        if known is not None and not refresh:
+        before = self._flags.get(objref)
+        if before is not None and not refresh:
             for vma in vmas:  # a grown, split or merged mapping keeps the flags of what it was
                 key = (vma.start, vma.end, vma.path)
-                if key not in known:
+                if key not in before:
                     near = [
-                        f for (s, e, p), f in known.items() if p == vma.path and s < vma.end and vma.start < e
+                        f for (s, e, p), f in before.items() if p == vma.path and s < vma.end and vma.start < e
                     ]
                     if not near:
                         break
-                    known[key] = near[0]
+                    before[key] = near[0]
             else:
-                return known
+                return before
         raw = procfs.vm_flags(pid)
         fresh = {}
         for vma in vmas:
@@ -204,10 +218,6 @@ class LayoutDump:
             pid=vpid,
             auxv=auxv,
         )
-
-
-def _astuple(item: VmaItem) -> tuple[int, ...]:
-    return (item.start, item.end, item.offset, item.flags, item.kind, item.objref, item.name_objref)
 
 
 def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:

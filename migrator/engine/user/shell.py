@@ -45,6 +45,7 @@ class Shell:
     def __post_init__(self) -> None:
         self.remote = Remote(self.pid)
         self.remote.survivable = False  # it is killed with its tracer: nothing to return to
+        self.mem = memory.MemFile(self.pid)
         self.threads[self.vpid] = ShellThread(self.pid, self.vpid)
 
     # ------------------------------------------------------------------ beginnings
@@ -67,13 +68,12 @@ class Shell:
         self.open_up()
 
     def open_up(self) -> None:
-        """Open the channel for descriptors, close all others, and see the memory."""
-        self.mem = memory.MemFile(self.pid)
+        """Open the channel for descriptors, and close all others."""
         remote = self.remote
         with remote.borrowed():
             limit = remote.put(bytes(16))
             remote.checked([(NR["prlimit64"], 0, _RLIMIT_NOFILE, 0, limit)])
-            soft, hard = struct.unpack("<QQ", remote.get(16))
+            _, hard = struct.unpack("<QQ", remote.get(16))
             remote.put(struct.pack("<QQ", hard, hard))
             top = min(hard, 1 << 20) - 1
             pair = remote.data + 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from migrator.engine.stream import RecordWriter
 from migrator.engine.user import header, surveying
 from migrator.engine.user.descriptors import DescriptorDump
 from migrator.engine.user.descriptors import Process as DescriptorOwner
-from migrator.engine.user.layout_dump import LayoutDump, brk_from_maps
+from migrator.engine.user.layout_dump import LayoutDump
 from migrator.engine.user.pages import PageSender
 from migrator.engine.user.shm import SharedMemory, device_key, is_shm
 from migrator.engine.user.tasks_dump import SCRATCH, TaskDump
@@ -27,7 +28,6 @@ from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, directory_of
 from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.procfs import Vma
 from migrator.linux.remote import Remote, find_way_back
 
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
@@ -131,7 +131,11 @@ class UserSource:
         for process in gone:
             self._trackers.pop(process.pid, None)
         for process in self.tree.living:
-            if process.pid not in self._trackers or self._has_executed(process):
+            try:
+                self._look(process)
+            except OSError:
+                continue  # it has ended: the next round knows
+            if process.pid not in self._trackers:
                 self._try_arm(process)
         if born or gone:
             self._write_tree()
@@ -139,7 +143,8 @@ class UserSource:
         for process in self.tree.living:
             if process.pid in self._trackers:
                 try:
-                    self._send_memory(process, refresh=number <= 2)
+                    self._look(process)
+                    self._send_memory(process, refresh=True)
                 except (FileNotFoundError, ProcessLookupError):
                     continue
         self._shared.send(self._writer, self._sender, final=False)
@@ -174,7 +179,8 @@ class UserSource:
         for process in self.tree.living:
             tracker = self._trackers.get(process.pid)
             if tracker is not None:
-                pages += tracker.sweep(self._vmas(process)).pages
+                self._look(process)
+                pages += tracker.sweep(process.vmas).pages
         return pages
 
     # ------------------------------------------------------------------ stopped
@@ -186,6 +192,7 @@ class UserSource:
             for process in self.tree.living:
                 for tid in process.threads:
                     self._waits.observe(process.pid, tid)
+        gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"):
             self.tree.stop()
 
@@ -194,17 +201,16 @@ class UserSource:
         if not self._armed:
             raise CheckpointFailed("final() before arm()")
         with self._phase("ask"):
-            said, vmas = {}, {}
+            said = {}
             for process in self.tree.living:
-                self._has_executed(process)
-                vmas[process.pid] = self._vmas(process)
+                self._look(process)
                 self._prepare_scratch(process)
                 said[process.pid] = self._tasks.collect(process)
         with self._phase("memory"):
-            self._write_tree()
+            self._write_tree({pid: collected.state for pid, collected in said.items()})
             self._writer.write(RoundMark(len(self._rounds) + 1, 1, time.time_ns()))
             for process in self.tree.living:
-                self._send_memory(process, vmas=vmas[process.pid], brk=said[process.pid].brk)
+                self._send_memory(process, brk=said[process.pid].brk)
         with self._phase("descriptors"):
             owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
             self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
@@ -226,11 +232,11 @@ class UserSource:
     def hold(self) -> None:
         """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
         with self._phase("hold"):
-            self._drop_scratch()
             assert self._cgroup is not None
             self._cgroup.freeze(wait=False)
             self.tree.detach()
             self._held = True
+        gc.enable()
 
     def leave_stopped(self) -> None:
         """Instead of thaw(): the tasks are left stopped, as by SIGSTOP; SIGCONT lets them run on."""
@@ -259,6 +265,7 @@ class UserSource:
         if self._done:
             return
         self._done = True
+        gc.enable()
         if self._held:
             if self._descriptors is not None:
                 self._descriptors.undo()
@@ -323,9 +330,9 @@ class UserSource:
                     pass  # ended, or its old cgroup is gone: it runs on where it is
         self._cgroup.remove()
 
-    def _write_tree(self) -> None:
+    def _write_tree(self, states: dict[int, dict[str, str]] | None = None) -> None:
         self._generation += 1
-        self._writer.write(surveying.hierarchy(self.tree, self._generation))
+        self._writer.write(surveying.hierarchy(self.tree, self._generation, states or {}))
 
     def _try_arm(self, process: Process) -> None:
         """Arm a process; one that ends meanwhile, or sits in its parent's memory, is left for later."""
@@ -347,24 +354,22 @@ class UserSource:
         parent = self.tree.processes.get(int(procfs.stat(process.pid)[4]))
         return parent is not None and not parent.zombie and sys.same(process.pid, parent.pid, sys.KCMP_VM)
 
-    def _has_executed(self, process: Process) -> bool:
-        """Whether a process has another address space than when it was armed; it is forgotten then."""
+    def _look(self, process: Process) -> None:
+        """Read the mappings, without our own. A process that has become another program is forgotten."""
+        text = procfs.read_text(f"/proc/{process.pid}/maps")
         remote = process.remote
-        if remote is None or not remote.scratch:
-            return False
-        try:
-            if any(v.start == remote.scratch for v in procfs.maps(process.pid)):
-                return False
-        except OSError:
-            return False
-        self._trackers.pop(process.pid, None)
-        self._layout.forget(process.mm_objref)
-        for thing in (process.protection, process.scanner, process.mem):
-            if thing is not None:
-                thing.close()
-        process.protection = process.scanner = process.mem = process.remote = None
-        process.executed += 1
-        return True
+        if remote is not None and remote.scratch and not _has_mapping(text, remote.scratch):
+            self._trackers.pop(process.pid, None)
+            self._layout.forget(process.mm_objref)
+            for thing in (process.protection, process.scanner, process.mem):
+                if thing is not None:
+                    thing.close()
+            process.protection = process.scanner = process.mem = process.remote = remote = None
+            process.executed += 1
+        if text != process.maps:
+            process.maps = text
+            scratch = remote.scratch if remote is not None else 0
+            process.vmas = [v for v in procfs.parse_maps(text) if v.start != scratch or not scratch]
 
     def _mm_objref(self, process: Process) -> int:
         return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
@@ -393,6 +398,7 @@ class UserSource:
             self._waits.interrupted(pid, pid)
         finally:
             ptrace.detach(pid)
+        process.maps = ""
         process.scanner = Scanner(pid)
         process.mem = memory.MemFile(pid)
         self._trackers[pid] = WpAsyncTracker(
@@ -424,19 +430,11 @@ class UserSource:
         with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
             self._map_scratch(remote)
 
-    def _vmas(self, process: Process) -> list[Vma]:
-        scratch = process.remote.scratch if process.remote is not None else 0
-        return [v for v in procfs.maps(process.pid) if v.start != scratch or not scratch]
-
-    def _send_memory(
-        self, process: Process, *, vmas: list[Vma] | None = None, brk: int = 0, refresh: bool = False
-    ) -> None:
-        """Send what is new of a process's memory; `vmas` and `brk` are known when it is stopped."""
-        final = vmas is not None
-        if vmas is None:
-            vmas = self._vmas(process)
+    def _send_memory(self, process: Process, *, brk: int = 0, refresh: bool = False) -> None:
+        """Send what is new of a process's memory; `brk`, the program break, is known when it is stopped."""
+        final = brk != 0
+        vmas = process.vmas
         refresh = refresh or not self._layout.knows(process.mm_objref)
-        brk = brk or brk_from_maps(vmas)
         rebacked = self._layout.write(
             process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
         )
@@ -445,6 +443,8 @@ class UserSource:
             try:
                 sweep = tracker.sweep(vmas, strict=final, whole=rebacked)
             except OSError as error:
+                if not final and isinstance(error, ProcessLookupError):
+                    raise  # it has ended
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
         else:
             process.scanner = process.scanner or Scanner(process.pid)
@@ -514,3 +514,8 @@ def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
             select.select([pidfd], [], [], 5.0)
+
+
+def _has_mapping(maps: str, start: int) -> bool:
+    line = f"{start:x}-"
+    return maps.startswith(line) or f"\n{line}" in maps

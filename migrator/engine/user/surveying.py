@@ -20,12 +20,12 @@ _SHARED_KINDS = {
 }
 
 
-def hierarchy(tree: ProcessTree, generation: int) -> Tree:
-    """The tree as a record, in its own pid namespace."""
+def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
+    """The tree as a record, in its own pid namespace. `states`: /proc/PID/status, where read already."""
     tasks = []
     for process in tree.processes.values():
         try:
-            state = procfs.status(process.pid)
+            state = states.get(process.pid) or procfs.status(process.pid)
         except (FileNotFoundError, ProcessLookupError):
             continue
         parent = tree.processes.get(int(state["PPid"]))
@@ -77,7 +77,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
     reasons += descriptors.survey(owners, own_netns=bool(options.container))
     features, xsize = header.xstate_facts(tree.root)
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
-    wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0).tasks})
+    wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
     found = Survey(
         pids=list(tree.processes),
         threads=threads,

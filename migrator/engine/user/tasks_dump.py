@@ -37,14 +37,15 @@ from migrator.linux.remote import pack_calls, way_of_return
 
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
-_PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE = 37, 40, 42
+_PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _SIGACTION_SIZE = 32
 _NSIG = 64
 _UNBLOCKABLE = (9, 19)
-_RLIM_INFINITY = (1 << 64) - 1
 
-_THREAD_OUT = 64  # bytes of answers per thread: stack_t (24), tid address (8), pdeathsig (4)
-_THREAD_CALLS = 4
+_THREAD_OUT = 64  # bytes of answers per thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
+_THREAD_CALLS = 5
+_SLACK = 3  # which of them answers with the timer slack
+_RLIMITS = 16
 _GROUP = 32  # threads that run their tables at the same time
 _SIGURG = 23
 SCRATCH = 256 << 10  # room for the tables, answers and contexts of one group
@@ -58,7 +59,6 @@ _NOTIFY = {"signal": 0, "none": 1, "thread": 2}
 class Static:
     """What seldom changes of a thread, read while it runs."""
 
-    comm: str
     policy: int
     priority: int
     nice: int
@@ -75,6 +75,7 @@ class Answers:
     tid_address: int
     pdeathsig: int
     timerslack: int
+    comm: str
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class Collected:
     signal_objref: int
     sighand_objref: int
     actions: bytes
+    limits: list[Rlimit]
     itimers: list[Itimer]
     timers: list[PosixTimer]
     securebits: int
@@ -119,7 +121,7 @@ class TaskDump:
         """Write a stopped process with all its threads."""
         state = said.state
         self._writer.write(Sighand(said.sighand_objref, 0, said.actions))
-        self._writer.write(Signal(said.signal_objref, 0, _rlimits(process.pid), said.itimers, said.timers))
+        self._writer.write(Signal(said.signal_objref, 0, said.limits, said.itimers, said.timers))
         answers, signal, sighand, bits = said.threads, said.signal_objref, said.sighand_objref, said.bits
         self._securebits = said.securebits
         cred = self._cred(process, state)
@@ -160,7 +162,9 @@ class TaskDump:
         calls += [(_NR["getitimer"], which, out + itimers_at + 32 * which) for which in range(3)]
         timers_at = itimers_at + 96
         calls += [(_NR["timer_gettime"], t.timer_id, out + timers_at + 32 * i) for i, t in enumerate(timers)]
-        subreaper_at = timers_at + 32 * len(timers)
+        limits_at = timers_at + 32 * len(timers)
+        calls += [(_NR["prlimit64"], 0, which, 0, out + limits_at + 16 * which) for which in range(_RLIMITS)]
+        subreaper_at = limits_at + 16 * _RLIMITS
         fixed = len(calls)
         calls += [
             (_NR["brk"], 0),
@@ -174,7 +178,7 @@ class TaskDump:
         with remote.borrowed(regs=leader.regs, mask=leader.mask):
             results = remote.batch(calls)
             raw = remote.get(subreaper_at + 8)
-        answers = [_answers(raw, 0, results[3])]
+        answers = [_answers(raw, 0, results[_SLACK])]
         answers += self._ask_threads(process, threads[1:])
 
         actions = bytearray(_NSIG * _SIGACTION_SIZE)
@@ -201,8 +205,9 @@ class TaskDump:
             | (TaskBits.THP_DISABLED if thp == 1 else 0)
             | (TaskBits.NOT_DUMPABLE if dumpable != 1 else 0)
         )
+        limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", raw[limits_at:subreaper_at])]
         return Collected(
-            state, answers, brk, signal, sighand, bytes(actions), itimers, timers, securebits, int(bits)
+            state, answers, brk, signal, sighand, bytes(actions), limits, itimers, timers, securebits, int(bits)
         )
 
     @staticmethod
@@ -220,24 +225,23 @@ class TaskDump:
             tables = b"".join(
                 pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group))
             )
-            memory.write(process.pid, at, tables)
+            blob = bytearray(tables.ljust(context - at, b"\0"))
+            contexts = []
+            for thread in group:
+                assert thread.regs is not None
+                contexts.append(at + len(blob))
+                blob += way_of_return(process.pid, thread.regs, thread.xstate, thread.mask, contexts[-1])
+                blob += bytes(-len(blob) & 63)
+            memory.write(process.pid, at, bytes(blob))
             for i, thread in enumerate(group):
                 assert thread.regs is not None
-                frame = way_of_return(process.pid, thread.regs, thread.xstate, thread.mask, context)
-                memory.write(process.pid, context, frame)
                 # registers first: they lead back by themselves, whenever we die
+                table = at + i * per_thread
                 arch.start_batch(
-                    thread.tid,
-                    thread.regs,
-                    remote.scratch,
-                    at + i * per_thread,
-                    _THREAD_CALLS,
-                    _SIGURG,
-                    context,
+                    thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i]
                 )
                 ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
                 ptrace.cont(thread.tid)
-                context += (len(frame) + 63) & ~63
             for thread in group:
                 while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
                     ptrace.cont(thread.tid)
@@ -246,7 +250,7 @@ class TaskDump:
                 assert thread.regs is not None
                 ptrace.set_sigmask(thread.tid, thread.mask)
                 arch.set_regs(thread.tid, thread.regs)
-                slack_at = _GROUP * _THREAD_OUT + i * per_thread + 3 * per_call + 56
+                slack_at = _GROUP * _THREAD_OUT + i * per_thread + _SLACK * per_call + 56
                 (slack,) = struct.unpack_from("<q", raw, slack_at)
                 out.append(_answers(raw, i * _THREAD_OUT, slack))
         return out
@@ -292,7 +296,7 @@ class TaskDump:
     ) -> None:
         tid = thread.tid
         static = self._static.get(tid) or _read_static(process.pid, tid)
-        rseq = ptrace.rseq_configuration(tid)
+        rseq = thread.rseq or ptrace.rseq_configuration(tid)
         robust, robust_len = sys.get_robust_list(tid)
         files, fs, sighand, signal, cred = objrefs
         assert thread.regs is not None
@@ -326,7 +330,7 @@ class TaskDump:
                 altstack_size=said.altstack[2],
                 blocked=thread.mask,
                 timerslack=said.timerslack,
-                comm=procfs.read_text(f"/proc/{process.pid}/task/{tid}/comm").rstrip("\n"),
+                comm=said.comm,
                 affinity=static.affinity,
             )
         )
@@ -345,12 +349,14 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_GET_TID_ADDRESS, out + 24, 0, 0, 0),
         (_NR["prctl"], _PR_GET_PDEATHSIG, out + 32, 0, 0, 0),
         (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
     ]
 
 
 def _answers(raw: bytes, at: int, slack: int) -> Answers:
-    sp, flags, size, tid_address, pdeathsig = struct.unpack_from("<QixxxxQQi", raw, at)
-    return Answers((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0)
+    sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
+    comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return Answers((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)
 
 
 def _read_static(pid: int, tid: int) -> Static:
@@ -358,7 +364,6 @@ def _read_static(pid: int, tid: int) -> Static:
     cpus = os.sched_getaffinity(tid)
     mask = sum(1 << cpu for cpu in cpus)
     return Static(
-        comm=fields[2],
         policy=os.sched_getscheduler(tid),
         priority=os.sched_getparam(tid).sched_priority,
         nice=int(fields[19]),
@@ -366,14 +371,6 @@ def _read_static(pid: int, tid: int) -> Static:
         affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
         personality=int(procfs.read_text(f"/proc/{pid}/task/{tid}/personality"), 16),
     )
-
-
-def _rlimits(pid: int) -> list[Rlimit]:
-    out = []
-    for line in procfs.read_text(f"/proc/{pid}/limits").strip().split("\n")[1:]:
-        soft, hard = line[26:].split()[:2]
-        out.append(Rlimit(*(_RLIM_INFINITY if v == "unlimited" else int(v) for v in (soft, hard))))
-    return out
 
 
 def _list_timers(process: Process) -> list[PosixTimer]:

@@ -36,6 +36,8 @@ class Thread:
     xstate: bytes = b""
     mask: int = 0
     stop_signal: int = 0  # in a group stop by this signal
+    rseq: ptrace.RseqConfiguration | None = None
+    adjusted: bool = False  # `regs` are not what the task has, and are to be set when it goes on
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class Process:
     mem: memory.MemFile | None = None
     mm_objref: int = 0
     executed: int = 0  # how often it was seen to have become another program
+    maps: str = ""  # as read last
+    vmas: list[procfs.Vma] = field(default_factory=list)
 
     @property
     def leader(self) -> Thread:
@@ -175,8 +179,11 @@ class ProcessTree:
                 self._to_zombie(process, int(procfs.stat(process.pid)[52]))
                 continue
             for thread in process.threads.values():
-                regs = _without_spurious_eintr(arch.get_regs(thread.tid))
-                thread.regs = _out_of_critical_section(process.pid, thread.tid, regs)
+                thread.rseq = ptrace.rseq_configuration(thread.tid)
+                regs = arch.get_regs(thread.tid)
+                thread.adjusted = _without_spurious_eintr(regs)
+                thread.adjusted |= _out_of_critical_section(process.pid, thread.rseq.pointer, regs)
+                thread.regs = regs
                 thread.xstate = arch.get_xstate(thread.tid)
                 thread.mask = ptrace.get_sigmask(thread.tid)
 
@@ -226,9 +233,8 @@ class ProcessTree:
                 try:
                     if thread.regs is None:  # seized, and not stopped for good
                         bring_to_stop(thread.tid)
-                    else:
+                    elif thread.adjusted:
                         arch.set_regs(thread.tid, thread.regs)
-                        ptrace.set_sigmask(thread.tid, thread.mask)
                     ptrace.detach(thread.tid)
                 except OSError:
                     pass  # it was killed meanwhile: nothing to let go
@@ -242,31 +248,32 @@ class ProcessTree:
         self.processes.clear()
 
 
-def _without_spurious_eintr(regs: arch.Regs) -> arch.Regs:
+def _without_spurious_eintr(regs: arch.Regs) -> bool:
     """epoll_wait(2) answers a mere stop with EINTR (signal(7)); make it one that is made again.
 
     Only where no signal was delivered: then the stop is what interrupted it."""
     if regs.rax == _EINTR and regs.orig_rax in _EPOLL_CALLS:
         regs.rax = _ERESTARTNOHAND
-    return regs
+        return True
+    return False
 
 
-def _out_of_critical_section(pid: int, tid: int, regs: arch.Regs) -> arch.Regs:
+def _out_of_critical_section(pid: int, rseq: int, regs: arch.Regs) -> bool:
     """Abort a restartable sequence (rseq(2)) that the stop fell into, as the kernel would do later.
 
     Later is too late: with other code to run in between, the kernel forgets the sequence."""
-    rseq = ptrace.rseq_configuration(tid)
-    if not rseq.pointer:
-        return regs
+    if not rseq:
+        return False
     try:
-        (descriptor,) = struct.unpack("<Q", memory.read(pid, rseq.pointer + 8, 8))
+        (descriptor,) = struct.unpack("<Q", memory.read(pid, rseq + 8, 8))
         if descriptor:
             start, length, abort = struct.unpack("<8xQQQ", memory.read(pid, descriptor, 32))
             if start <= regs.rip < start + length:
                 regs.rip = abort
+                return True
     except OSError:
         pass  # its memory is gone: the kernel would kill it for that, not we
-    return regs
+    return False
 
 
 def _open(pid: int) -> Process | None:
