@@ -136,6 +136,7 @@ class DeletedRestore:
             os.fchmod(self._fd, stat.S_IMODE(rec.mode))
             os.ftruncate(self._fd, rec.size)
         except (OSError, OverflowError) as error:
+            self.close()
             raise RestartFailed(f"a deleted file of {rec.size} bytes, once {rec.path}: {error}") from error
 
     @staticmethod
@@ -159,10 +160,8 @@ class DeletedRestore:
             view, offset = view[done:], offset + done
 
     def open(self, rec: File) -> int:
-        fd = calls.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
-        os.lseek(fd, rec.pos, os.SEEK_SET)
-        take_lock(fd, rec.lock, f"a deleted file, once {rec.path}")
-        return fd
+        """A new description, at offset 0."""
+        return calls.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
 
     def close(self) -> None:
         if self._fd >= 0:

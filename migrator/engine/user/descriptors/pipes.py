@@ -107,7 +107,7 @@ class PipeRestore:
         self._buffers.append(rec)
 
     def open(self, rec: File, root_fd: int) -> int:
-        """The description that `rec` is about, in the agent."""
+        """The description that `rec` is about, ours; its flags are still to be set."""
         flags = rec.flags & ~_ONCE
         if not self._keepers:
             self._keepers = self._open_fifo(rec, root_fd) if rec.kind == FileKind.FIFO else self._make()
@@ -118,7 +118,6 @@ class PipeRestore:
                 raise ImageError(f"file {rec.objref}: a pipe has three ends")
         else:
             fd = calls.reopen(self._keepers[0], flags & ~os.O_DIRECT | os.O_NONBLOCK)
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags & (os.O_NONBLOCK | os.O_DIRECT | os.O_APPEND | os.O_ASYNC))
         return fd
 
     def _make(self) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
@@ -27,7 +28,11 @@ class PrivateRoot:
 
     def __init__(self, place: int) -> None:
         self._place = place
-        self._folder = tempfile.mkdtemp(prefix=".migrator-", dir=f"/proc/self/fd/{place}")
+        try:
+            self._folder = tempfile.mkdtemp(prefix=".migrator-", dir=f"/proc/self/fd/{place}")
+        except OSError:
+            os.close(place)
+            raise
         self.fd = os.open(self._folder, calls.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._moves: list[tuple[str, str]] = []
 
@@ -63,7 +68,11 @@ class PrivateRoot:
         return path
 
     def moves(self, path: str, name: str, mode: int, uid: int, gid: int) -> None:
-        """The file at `path` inside becomes `name` in its place, by commit()."""
+        """The file at `path` inside becomes `name` in its place, by commit(), unless a file is there."""
+        if not self._free(name):
+            raise RestartFailed(
+                f"{name} is no socket here, but a unix socket was bound to it", hint="move it out of the way"
+            )
         os.chown(path, uid, gid, dir_fd=self.fd)
         os.chmod(f"/proc/self/fd/{self.fd}/{path}", mode & 0o7777)
         self._moves.append((path, name))
@@ -73,10 +82,19 @@ class PrivateRoot:
         with contextlib.suppress(OSError):
             os.unlink(path, dir_fd=self.fd)
 
+    def _free(self, name: str) -> bool:
+        """Whether nothing is in that place, or a socket: another one's, or that of the saved program."""
+        try:
+            return stat.S_ISSOCK(os.lstat(name, dir_fd=self._place).st_mode)
+        except FileNotFoundError:
+            return True
+
     def commit(self) -> None:
         """Move the files to their places, over what is there."""
         for path, name in self._moves:
             with contextlib.suppress(OSError):
+                if not self._free(name):
+                    continue
                 os.rename(path, name, src_dir_fd=self.fd, dst_dir_fd=self._place)
         self._moves.clear()
 

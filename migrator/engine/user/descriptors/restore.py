@@ -20,6 +20,7 @@ from migrator.linux.x86_64 import NR
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 T = TypeVar("T")
+_ANONYMOUS = frozenset({r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD})
 _STREAMED = frozenset({r.FileKind.REGULAR, r.FileKind.DIRECTORY, r.FileKind.PATH, r.FileKind.DEVICE})
 
 
@@ -146,10 +147,12 @@ class DescriptorRestore:
             raise ImageError(f"file {rec.objref} comes twice")
         if rec.pos < 0:
             raise ImageError(f"file {rec.objref}: offset {rec.pos}")
-        self._files[rec.objref] = self._open(rec)
+        self._files[rec.objref] = fd = self._open(rec)
         self._records[rec.objref] = rec
+        self._configure(fd, rec)
 
     def _open(self, rec: r.File) -> int:
+        """A description of our own, which is still to be configured."""
         kind, inode = rec.kind, rec.inode_objref
         if kind in _STREAMED:
             return files.open_path(rec, self._context.root_fd)
@@ -158,24 +161,26 @@ class DescriptorRestore:
         if kind == r.FileKind.DELETED:
             return self._known(self._deleted, inode, "deleted file").open(rec)
         if kind == r.FileKind.MEMFD:
-            fd = calls.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
-            os.lseek(fd, rec.pos, os.SEEK_SET)
-            return fd
+            return calls.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
         if kind == r.FileKind.SOCKET:
-            fd = self._sockets.take(inode)
-        elif kind == r.FileKind.EPOLL:
-            fd = calls.epoll_create()
-        elif kind in (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD):
-            fd = self._ready.pop(inode, -1)
-            if fd < 0:
-                raise ImageError(f"file {rec.objref}: object {inode} is not there, or taken")
-            if kind == r.FileKind.TIMERFD:
-                self._started.append((fd, self._known(self._timers, inode, "timer")))
-        else:
-            raise ImageError(f"file {rec.objref}: unknown kind {kind}")
-        if rec.flags & _SETTABLE:
+            return self._sockets.take(inode)
+        if kind == r.FileKind.EPOLL:
+            return calls.epoll_create()
+        if kind in _ANONYMOUS:
+            if inode not in self._ready or (kind == r.FileKind.TIMERFD) != (inode in self._timers):
+                raise ImageError(f"file {rec.objref}: object {inode} is not there, taken, or something else")
+            return self._ready.pop(inode)
+        raise ImageError(f"file {rec.objref}: unknown kind {kind}")
+
+    def _configure(self, fd: int, rec: r.File) -> None:
+        kind = rec.kind
+        if kind in (r.FileKind.DELETED, r.FileKind.MEMFD):
+            os.lseek(fd, rec.pos, os.SEEK_SET)
+            files.take_lock(fd, rec.lock, f"a file without a name, once {rec.path}")
+        elif kind in (r.FileKind.PIPE, r.FileKind.FIFO) or (kind not in _STREAMED and rec.flags & _SETTABLE):
             fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & _SETTABLE)
-        return fd
+        if kind == r.FileKind.TIMERFD:
+            self._started.append((fd, self._timers[rec.inode_objref]))
 
     def _table(self, rec: r.FileTable) -> None:
         last = -1
