@@ -216,7 +216,7 @@ def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) ->
         ("os.open('/proc/self/ns/net', 0)", "a namespace"),
         ("ctypes.CDLL(None).fanotify_init(0, 0)", "a fanotify group"),
         (
-            "fcntl.lockf(os.open('/tmp/.descriptors-lock', os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)",
+            "fcntl.lockf(os.open('/tmp', os.O_TMPFILE | os.O_RDWR), fcntl.LOCK_EX)",
             "not carried yet",
         ),
         ("os.pidfd_open(1)", "pidfd of pid 1"),

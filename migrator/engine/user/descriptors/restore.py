@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files
@@ -121,9 +121,11 @@ class DescriptorRestore:
     # ------------------------------------------------------------------ records
 
     def _pipe(self, rec: r.Pipe) -> None:
+        self._new(self._pipes, rec.objref)
         self._pipes[rec.objref] = PipeRestore(rec)
 
     def _deleted_file(self, rec: r.DeletedFile) -> None:
+        self._new(self._deleted, rec.objref)
         self._deleted[rec.objref] = files.DeletedRestore(rec, self._context.root_fd)
 
     def _timerfd(self, rec: r.TimerFd) -> None:
@@ -143,8 +145,7 @@ class DescriptorRestore:
         self._ready[objref] = fd
 
     def _file(self, rec: r.File) -> None:
-        if rec.objref in self._files:
-            raise ImageError(f"file {rec.objref} comes twice")
+        self._new(self._files, rec.objref)
         if rec.pos < 0:
             raise ImageError(f"file {rec.objref}: offset {rec.pos}")
         self._files[rec.objref] = fd = self._open(rec)
@@ -195,6 +196,11 @@ class DescriptorRestore:
         if epoll is None or epoll.kind != r.FileKind.EPOLL:
             raise ImageError(f"file {rec.epoll_objref} is no epoll instance")
         self._epolls.append(rec)
+
+    @staticmethod
+    def _new(table: Mapping[int, object], objref: int) -> None:
+        if objref in table:
+            raise ImageError(f"object {objref} comes twice")
 
     @staticmethod
     def _known(table: dict[int, T], objref: int, what: str) -> T:
