@@ -1,8 +1,9 @@
 """Keeping the interpreter from getting in the way while the workload stands still.
 
 Two things of CPython cost milliseconds at a bad moment: a collection of the cyclic garbage collector, and the
-5 ms for which a busy thread may keep the others waiting for the interpreter lock. Both are dealt with once
-for the process, however many migrations are in that phase at the same time.
+5 ms for which a busy thread may keep the others waiting for the interpreter lock. A third is the scheduler:
+on a busy host every step would wait its turn. All are dealt with once for the process, however many
+migrations are in that phase at the same time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+
+from migrator.linux import urgency
 
 _SWITCH_SECONDS = 0.0005
 _lock = threading.Lock()
@@ -23,7 +26,7 @@ def prepare() -> None:
 
 
 class Calm:
-    """From `enter()` to `leave()` no collection, and threads take turns quickly. `leave()` may be called
+    """From `enter()` to `leave()` no collection, quick turns, and no waiting for others. `leave()` may be called
     without `enter()`, and twice. Any thread may do either."""
 
     def __init__(self) -> None:
@@ -40,6 +43,7 @@ class Calm:
                 _before = sys.getswitchinterval()
                 sys.setswitchinterval(_SWITCH_SECONDS)
                 gc.disable()
+                urgency.raise_all()
 
     def leave(self) -> None:
         global _count
@@ -51,3 +55,4 @@ class Calm:
             if _count == 0:
                 sys.setswitchinterval(_before)
                 gc.enable()
+                urgency.lower_all()

@@ -138,6 +138,8 @@ class Copying:
     ) -> None:
         self.frozen_at = time.monotonic_ns()
         self._source.freeze()
+        stops = [phase.start for phase in self._source.phases if phase.name == "freeze"]
+        self.frozen_at = stops[-1] if stops else self.frozen_at  # what came before let the tasks run
         if self.network is not None:
             with self._phase("network lock"):
                 self.network.lock()

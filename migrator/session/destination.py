@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class DestinationSession:
         self._journal: Journal | None = None
         self._engine: Destination | None = None
         self._arrival: NetworkArrival | None = None
+        self._arrival_lock = threading.Lock()
         self._announcing: asyncio.Task[None] | None = None
         self._pump: asyncio.Task[int] | None = None
         self._work: asyncio.Task[None] | None = None
@@ -167,7 +169,7 @@ class DestinationSession:
         log.debug("%s: %s, %s -> %s", self._migration, self.state.value, event.value, step.state.value)
         if why is not None and self._error is None and self.state is not DestinationState.RUNNING:
             self._error = why
-        if step.actions:
+        if DestinationAction.DECIDE_DISCARDED in step.actions:
             await self._stop_work()
         self.state = step.state
         todo = list(step.actions)
@@ -308,8 +310,9 @@ class DestinationSession:
         assert self._prepared is not None
         read_fd, write_fd = os.pipe()
         self._pump = asyncio.create_task(self._link.pump_out(write_fd), name="stream")
+        loop = asyncio.get_running_loop()
         try:
-            await self._thread.run(self._build_and_hold, self._prepared, read_fd)
+            await self._thread.run(self._build_and_hold, self._prepared, read_fd, loop)
         except Exception as error:
             # A stream that was cut off is the symptom; why it was cut off is the cause.
             cause: BaseException = error
@@ -318,21 +321,35 @@ class DestinationSession:
             elif not isinstance(error, MigratorError | OSError):
                 log.exception("%s: building failed", self._migration)
             self._post(DestinationEvent.FAILED, cause)
-        else:
-            self._post(DestinationEvent.BUILT)
 
-    def _build_and_hold(self, prepared: Prepared, read_fd: int) -> None:
+    def _build_and_hold(self, prepared: Prepared, read_fd: int, loop: asyncio.AbstractEventLoop) -> None:
         try:
             self._engine = prepared.factory(read_fd)
             self._pid = self._engine.build()
             fault("destination.built")
             self._engine.hold()
             fault("destination.held")
-            self._arrival = prepared.arrival()
-            if self._arrival is not None:
-                self._arrival.prepare()
         finally:
             os.close(read_fd)
+        # Told from here: what follows has the time of a round trip.
+        loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
+        self._prepare_arrival()
+
+    def _prepare_arrival(self) -> None:
+        """Open what the switch of the network needs. While the rounds come, from a thread of its own; or when
+        the copy is built, if that was too early."""
+        with self._arrival_lock:
+            if self._arrival is None and self._prepared is not None:
+                arrival = self._prepared.arrival()
+                if arrival is not None:
+                    arrival.prepare()
+                self._arrival = arrival
+
+    async def _prepare_early(self) -> None:
+        try:
+            await asyncio.to_thread(self._prepare_arrival)
+        except Exception as error:
+            log.debug("%s: the network cannot be prepared yet: %s", self._migration, error)
 
     def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
         if self._journal is None:
@@ -353,6 +370,7 @@ class DestinationSession:
             self._announcing = asyncio.create_task(self._announce(self._arrival))
 
     def _resume_on_thread(self) -> None:
+        self._prepare_arrival()
         # The port opens first: what the copy says in its first instant must not be lost.
         if self._arrival is not None:
             with self._phase("open port"):
@@ -449,6 +467,7 @@ class DestinationSession:
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:
                 prepare()
+                self._spawn(self._prepare_early())
             elif message.verdict == "freeze":
                 self._calm.enter()
         elif isinstance(message, m.Begin | m.Commit | m.Abort | m.Ask | m.Done):

@@ -1,10 +1,18 @@
-"""Two agents that really die: forked processes with a link between them and a fake workload."""
+"""Two agents that really die: processes of their own with a link between them and a fake workload.
+
+Run as a program it forks agents on request. pytest must not do that itself: it has threads by then, and a
+fork copies their locks but not them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -34,7 +42,7 @@ class Agents:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        (path / "world").mkdir()
+        (path / "world").mkdir(exist_ok=True)
         self.world = FakeWorld(path / "world")
 
     def tools(self, side: str) -> Tools:
@@ -50,6 +58,15 @@ class Agents:
 
     def migrate(self, *, source_fault: str = "", destination_fault: str = "") -> tuple[int, int]:
         """Migrate with both agents in processes of their own; their exit codes. A fault is `point:action`."""
+        request = json.dumps([str(self.path), source_fault, destination_fault])
+        program = nursery()
+        assert program.stdin is not None and program.stdout is not None
+        program.stdin.write(request + "\n")
+        program.stdin.flush()
+        source, destination = json.loads(program.stdout.readline())
+        return source, destination
+
+    def run_both(self, source_fault: str, destination_fault: str) -> tuple[int, int]:
         ours, theirs = socket.socketpair()
         source = fork(lambda: self._source(ours), source_fault, theirs)
         destination = fork(lambda: self._destination(theirs), destination_fault, ours)
@@ -124,3 +141,19 @@ def fork(main: Callable[[], Coroutine[Any, Any, None]], fault: str, not_ours: so
 
 def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@functools.cache
+def nursery() -> subprocess.Popen[str]:
+    """The one program that forks agents; ends with its standard input."""
+    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        path, source_fault, destination_fault = json.loads(line)
+        print(json.dumps(Agents(Path(path)).run_both(source_fault, destination_fault)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
