@@ -153,6 +153,10 @@ class Remote:
         instruction, stack = self._on_the_way_back() or (self.instruction, 0)
         arch.start_call(self.tid, self._regs, instruction, number, args, stack)
         self._block_signals()
+        if not self.survivable:
+            ptrace.singlestep(self.tid)
+            self._expect(5, ptrace.singlestep)  # SIGTRAP
+            return arch.result(arch.get_regs(self.tid))
         # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
         # program runs. Nothing of it outlives a tracer that dies, as a single step would.
         ptrace.until_syscall(self.tid)

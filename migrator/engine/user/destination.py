@@ -72,7 +72,7 @@ class UserDestination:
         self._names: dict[int, str] = {}
         self._shared = SharedObjects()
         self._root_fd = -1
-        self._tasks = TaskRestore(self._open_path)
+        self._tasks = TaskRestore(self._open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
         self.pages = 0
@@ -281,6 +281,7 @@ class UserDestination:
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
             self._spaces[mm.objref] = AddressSpace(shell, self._open_backing, self._names.__getitem__)
+            self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -300,10 +301,9 @@ class UserDestination:
         with self._phase("tasks"):
             for shell in shells:
                 mm = self._mms[self._tasks.tasks[shell.vpid].task.mm_objref]
-                exe = self._files[mm.exe_objref].path
+                self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
                 self._lock_memory(shell, mm)
-                self._tasks.process(shell, mm, exe)
-                shell.close_channel()
+                self._tasks.process(shell, shell.closing_channel())
                 self._tasks.threads(shell)
                 self._tasks.pending(shell)
         with self._phase("registers"):

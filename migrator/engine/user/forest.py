@@ -124,7 +124,7 @@ class Forest:
         self._group[child.pid] = self._group[parent_vpid]
         return shell
 
-    def _clone_raw(self, parent: Shell, vpid: int, extra: int = 0) -> Shell:
+    def _clone_raw(self, parent: Shell, vpid: int, extra: int = 0, *, channel: bool = True) -> Shell:
         base = parent.remote.data
         args = clone_args(
             _CLONE_PTRACE | extra, exit_signal=17, set_tid=base + CLONE_ARGS_SIZE, set_tid_size=1
@@ -136,7 +136,7 @@ class Forest:
         pid = self._outer_pid(parent, vpid, bool(extra & _CLONE_PARENT))
         await_birth(pid)
         shell = Shell(pid, vpid, os.pidfd_open(pid))
-        shell.inherit()
+        shell.inherit(channel=channel)
         return shell
 
     def _outer_pid(self, parent: Shell, vpid: int, sibling: bool) -> int:
@@ -153,7 +153,7 @@ class Forest:
     ) -> None:
         """A session whose leader has ended: a helper leads it for as long as it takes to clone its members."""
         parent = self.shells[parent_vpid]
-        helper = self._clone_raw(parent, child.sid, extra)
+        helper = self._clone_raw(parent, child.sid, extra, channel=False)
         try:
             helper.checked([(NR["setsid"],)], "setsid")
             for member in siblings:
@@ -271,7 +271,7 @@ class Forest:
 
     def _group_of_ended(self, task: TaskPids, members: list[TaskPids]) -> None:
         parent = self.shells[task.pid]
-        helper = self._clone_raw(parent, task.pgid)
+        helper = self._clone_raw(parent, task.pgid, channel=False)
         try:
             helper.checked([(NR["setpgid"], 0, 0)], "setpgid")
             for member in members:
@@ -285,7 +285,7 @@ class Forest:
             parent = self.shells.get(task.ppid)
             if parent is None:
                 continue
-            shell = self._clone_raw(parent, vpid)
+            shell = self._clone_raw(parent, vpid, channel=False)
             code = exit_codes.get(vpid, 0)
             shell.close()
             if code & 0x7F:

@@ -84,6 +84,11 @@ class LayoutDump:
         self._items: dict[int, list[VmaItem]] = {}
         self._files: dict[str, int] = {}
 
+    def brk_of(self, objref: int) -> int:
+        """The program break as it was written last, 0 if it was not."""
+        known = self._mms.get(objref)
+        return known.brk if known is not None else 0
+
     def knows(self, objref: int) -> bool:
         return objref in self._flags
 

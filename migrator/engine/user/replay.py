@@ -7,6 +7,7 @@ are those of the interruption again: nothing in the program's own registers or m
 from __future__ import annotations
 
 import struct
+import time
 
 from migrator.engine.user.shell import Shell, ShellThread
 from migrator.engine.user.waits import RESTART_BLOCK
@@ -18,7 +19,7 @@ from migrator.linux.procfs import stat
 
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
-_LOOKS = 1000
+_LOOKS = 100
 _TRIES = 20
 
 
@@ -90,5 +91,6 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
 def _await_sleep(pid: int, tid: int) -> None:
     """Until a task sleeps, or stops: an interruption before that would find nothing to interrupt."""
     for _ in range(_LOOKS):
+        time.sleep(0.00002)  # it may need this very processor
         if stat(pid, tid)[3] != "R":
             return

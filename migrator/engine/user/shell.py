@@ -20,6 +20,7 @@ _AF_UNIX, _SOCK_SEQPACKET, _SOCK_CLOEXEC = 1, 5, 0o2000000
 _FDS_PER_MESSAGE = 240
 _O_CLOEXEC = 0o2000000
 _RLIMIT_NOFILE = 7
+_CHANNEL = 1023  # number of the channel's end inside: a low one, as the table of descriptors grows up to it
 _SYSTEM = ("[vvar]", "[vvar_vclock]", "[vdso]")
 
 
@@ -62,10 +63,19 @@ class Shell:
             remote.checked(calls)
         self.open_up()
 
-    def inherit(self) -> None:
-        """First steps of a forked stub: it has its parent's scratch area at the same place."""
+    def inherit(self, *, channel: bool = True) -> None:
+        """First steps of a forked stub: it has its parent's scratch area at the same place.
+
+        Whatever else its parent had mapped by then goes. Without a channel it is nothing but a pid."""
         self.remote.adopt_scratch(SCRATCH_ADDRESS, SCRATCH_SIZE)
-        self.open_up()
+        if channel:
+            calls: list[Call] = [
+                (NR["munmap"], vma.start, vma.end - vma.start)
+                for vma in procfs.maps(self.pid)
+                if vma.start >= LOW_END and vma.path not in (*_SYSTEM, "[vsyscall]")
+            ]
+            self.checked(calls, "unmapping what its parent had")
+            self.open_up()
 
     def open_up(self) -> None:
         """Open the channel for descriptors, and close all others."""
@@ -75,7 +85,7 @@ class Shell:
             remote.checked([(NR["prlimit64"], 0, _RLIMIT_NOFILE, 0, limit)])
             _, hard = struct.unpack("<QQ", remote.get(16))
             remote.put(struct.pack("<QQ", hard, hard))
-            top = min(hard, 1 << 20) - 1
+            top = min(hard, _CHANNEL + 1) - 1
             pair = remote.data + 64
             remote.checked(
                 [
@@ -147,55 +157,73 @@ class Shell:
     def receive(self, fds: Sequence[int]) -> list[int]:
         """Pass descriptors of ours; their numbers inside, close-on-exec not set."""
         out: list[int] = []
-        assert self._socket is not None
         for first in range(0, len(fds), _FDS_PER_MESSAGE):
             group = fds[first : first + _FDS_PER_MESSAGE]
-            self._socket.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", group))])
-            control_size = 16 + -(-4 * len(group) // 8) * 8
-            base = self.remote.data
-            message = struct.pack(
-                "<QIxxxxQQQQixxxx", 0, 0, base + 64, 1, base + 128, control_size, 0
-            ) + bytes(8)
-            iov = struct.pack("<QQ", base + 96, 1)
-            self.put(message.ljust(64, b"\0")[:64] + iov)
-            results = self.checked([(NR["recvmsg"], self._their_fd, base, 0)], "receiving descriptors")
-            if results[0] != 1:
-                raise RestartFailed(f"pid {self.vpid}: descriptors did not arrive ({results[0]})")
-            raw = self.remote.get(control_size, 128)
-            length, level, kind = struct.unpack_from("<Qii", raw)
-            if (level, kind) != (1, 1) or length != 16 + 4 * len(group):
-                raise RestartFailed(
-                    f"pid {self.vpid}: only some of {len(group)} descriptors arrived",
-                    hint="raise the limit of open files (RLIMIT_NOFILE) of the agent",
-                )
-            out += struct.unpack_from(f"<{len(group)}i", raw, 16)
+            out += self._pass(group, [], [])
         return out
+
+    def _pass(self, fds: Sequence[int], before: list[Call], after: list[Call]) -> list[int]:
+        """Pass at most _FDS_PER_MESSAGE descriptors, with other calls ahead of and behind it in one go."""
+        assert self._socket is not None
+        self._socket.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        control_size = 16 + -(-4 * len(fds) // 8) * 8
+        base = self.remote.data
+        message = struct.pack("<QIxxxxQQQQixxxx", 0, 0, base + 64, 1, base + 128, control_size, 0) + bytes(8)
+        iov = struct.pack("<QQ", base + 96, 1)
+        self.put(message.ljust(64, b"\0")[:64] + iov)
+        calls = [*before, (NR["recvmsg"], self._their_fd, base, 0), *after]
+        if self.checked(calls, "receiving descriptors")[len(before)] != 1:
+            raise RestartFailed(f"pid {self.vpid}: descriptors did not arrive")
+        raw = self.remote.get(control_size, 128)
+        length, level, kind = struct.unpack_from("<Qii", raw)
+        if (level, kind) != (1, 1) or length != 16 + 4 * len(fds):
+            raise RestartFailed(
+                f"pid {self.vpid}: only some of {len(fds)} descriptors arrived",
+                hint="raise the limit of open files (RLIMIT_NOFILE) of the agent",
+            )
+        return list(struct.unpack_from(f"<{len(fds)}i", raw, 16))
 
     def install_fds(self, items: list[tuple[int, int, bool]]) -> None:
         """Give the shell exactly these descriptors: (our fd, number, close-on-exec)."""
         items = sorted(items, key=lambda item: item[1])
         if items and items[-1][1] >= self._their_fd:
-            raise RestartFailed(
-                f"pid {self.vpid}: descriptor number {items[-1][1]} is above the limit of open files here",
-                hint="raise the hard RLIMIT_NOFILE of the agent",
-            )
-        self.checked([(NR["close_range"], 0, self._their_fd - 1, 0)], "closing descriptors")
-        numbers = self.receive([fd for fd, _, _ in items])
-        calls: list[Call] = []
-        # the n-th lies at or below its place, so moving from the top never hits one that still waits
-        for number, (_, place, cloexec) in reversed(list(zip(numbers, items, strict=True))):
-            if number != place:
-                calls.append((NR["dup3"], number, place, _O_CLOEXEC if cloexec else 0))
-                calls.append((NR["close"], number))
+            self._move_channel(items[-1][1] + 1)
+        # With all others closed the n-th to arrive gets number n: what to do with it is known beforehand.
+        # It lies at or below its place, so moving from the top never hits one that still waits.
+        place: list[Call] = []
+        for number, (_, at, cloexec) in reversed(list(enumerate(items))):
+            if number != at:
+                place.append((NR["dup3"], number, at, _O_CLOEXEC if cloexec else 0))
+                place.append((NR["close"], number))
             elif cloexec:
-                calls.append((NR["fcntl"], number, 2, 1))
-        self.checked(calls, "placing descriptors")
+                place.append((NR["fcntl"], number, 2, 1))
+        clear: list[Call] = [(NR["close_range"], 0, self._their_fd - 1, 0)]
+        fds = [fd for fd, _, _ in items]
+        if len(items) + len(place) < _FDS_PER_MESSAGE and items:
+            numbers = self._pass(fds, clear, place)
+        else:
+            self.checked(clear, "closing descriptors")
+            numbers = self.receive(fds)
+            self.checked(place, "placing descriptors")
+        if numbers != list(range(len(items))):
+            raise RestartFailed(f"pid {self.vpid}: descriptors arrived as {numbers}")
 
-    def close_channel(self) -> None:
-        """Close the channel, inside and outside: the last thing that descriptors need."""
-        if self._their_fd >= 0:
-            self.checked([(NR["close"], self._their_fd)], "closing the channel")
-            self._their_fd = -1
+    def _move_channel(self, number: int) -> None:
+        try:
+            self.checked([(NR["dup3"], self._their_fd, number, _O_CLOEXEC)], "moving the channel")
+        except RestartFailed as error:
+            raise RestartFailed(
+                f"pid {self.vpid}: descriptor number {number - 1} is above the limit of open files here",
+                hint="raise the hard RLIMIT_NOFILE of the agent",
+            ) from error
+        self.checked([(NR["close"], self._their_fd)], "moving the channel")
+        self._their_fd = number
+
+    def closing_channel(self) -> list[Call]:
+        """The call that closes the channel inside: after it no descriptors can be passed."""
+        calls: list[Call] = [(NR["close"], self._their_fd)] if self._their_fd >= 0 else []
+        self._their_fd = -1
+        return calls
 
     def close(self) -> None:
         if self._socket is not None:

@@ -200,17 +200,27 @@ class UserSource:
         """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
         if not self._armed:
             raise CheckpointFailed("final() before arm()")
-        with self._phase("ask"):
-            said = {}
+        with self._phase("memory"):  # first: it is on its way while the tasks are asked
             for process in self.tree.living:
                 self._look(process)
                 self._prepare_scratch(process)
-                said[process.pid] = self._tasks.collect(process)
-        with self._phase("memory"):
-            self._write_tree({pid: collected.state for pid, collected in said.items()})
+            self._write_tree()
             self._writer.write(RoundMark(len(self._rounds) + 1, 1, time.time_ns()))
             for process in self.tree.living:
-                self._send_memory(process, brk=said[process.pid].brk)
+                self._send_memory(process, final=True)
+            self._writer.flush()
+        with self._phase("ask"):
+            said = {}
+            for process in self.tree.living:
+                said[process.pid] = self._tasks.collect(process)
+                self._layout.write(
+                    process.pid,
+                    process.vpid,
+                    process.mm_objref,
+                    process.vmas,
+                    said[process.pid].brk,
+                    refresh_flags=False,
+                )
         with self._phase("descriptors"):
             owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
             self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
@@ -430,11 +440,12 @@ class UserSource:
         with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
             self._map_scratch(remote)
 
-    def _send_memory(self, process: Process, *, brk: int = 0, refresh: bool = False) -> None:
-        """Send what is new of a process's memory; `brk`, the program break, is known when it is stopped."""
-        final = brk != 0
+    def _send_memory(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
+        """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
         vmas = process.vmas
         refresh = refresh or not self._layout.knows(process.mm_objref)
+        # the exact program break is only known from inside; until then the one known last
+        brk = self._layout.brk_of(process.mm_objref) if final else 0
         rebacked = self._layout.write(
             process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
         )

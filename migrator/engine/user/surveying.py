@@ -28,6 +28,8 @@ def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, st
             state = states.get(process.pid) or procfs.status(process.pid)
         except (FileNotFoundError, ProcessLookupError):
             continue
+        if not process.zombie and (state["State"][0] in "ZX" or not procfs.ns_pid(state)):
+            continue  # it is just ending: the next tree knows
         parent = tree.processes.get(int(state["PPid"]))
         flags = TaskFlag.ZOMBIE if process.zombie else TaskFlag(0)
         if parent is None and process.pid != tree.root:

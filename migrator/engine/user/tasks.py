@@ -6,6 +6,7 @@ registers are in place, so that nothing is delivered to a half-built task.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from migrator.image.records import (
 from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
 from migrator.linux.procfs import read_text
-from migrator.linux.remote import Call, pack_calls
+from migrator.linux.remote import Call, name_of, pack_calls
 
 NR = arch.NR
 _NSIG = 64
@@ -43,6 +44,7 @@ _SS_ONSTACK = 1
 _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
 _ITIMER_REAL = 0
+_DEFAULT_ACTION = bytes(32)
 _DEFAULT_SLACK = 50_000
 _LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
 
@@ -60,9 +62,12 @@ class TaskState:
 class TaskRestore:
     """Collects the records of tasks and applies them to shells."""
 
-    def __init__(self, open_path: Callable[[str, int], int]) -> None:
-        """`open_path(path, flags)`: a descriptor of ours for a path in the tree's file system."""
+    def __init__(self, open_path: Callable[[str, int], int], *, own_root: bool) -> None:
+        """`open_path(path, flags)`: a descriptor of ours for a path in the tree's file system.
+        `own_root`: that file system is the one that the shells see."""
         self._open_path = open_path
+        self._own_root = own_root
+        self._shaped: dict[int, tuple[Mm, str]] = {}
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
         self._fs: dict[int, Fs] = {}
@@ -94,40 +99,86 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
-    def process(self, shell: Shell, mm: Mm, exe: str) -> None:
-        """What its threads share: limits, layout, file system, signal actions."""
-        state = self.tasks[shell.vpid]
-        task = state.task
-        signal = self._signals[task.signal_objref]
-        self._file_system(shell, self._fs[task.fs_objref])
-        self._mm(shell, mm, exe)
-        blob = b""
+    def shape(self, shell: Shell, mm: Mm, exe: str) -> None:
+        """What /proc shows of a program: its file, arguments, environment. Can come again."""
+        before = self._shaped.get(shell.vpid)
+        self._shaped[shell.vpid] = mm, exe
         calls: list[Call] = []
+        fd = -1
+        if before is None or before[1] != exe:
+            ours = self._open_path(exe, os.O_RDONLY)
+            try:
+                (fd,) = shell.receive([ours])
+            finally:
+                os.close(ours)
+            calls = [(NR["close"], fd)]
+        elif before[0] == mm:
+            return
         base = shell.remote.data
-        for which, limit in enumerate(signal.rlimits[:_RLIMITS]):
-            calls.append((NR["prlimit64"], 0, which, base + len(blob), 0))
-            blob += struct.pack("<QQ", limit.soft, limit.hard)
-        shell.put(blob)
-        for which, result in enumerate(shell.call_batch(calls)):
-            if result < 0 and not self._limit_is(shell, which, signal):
-                raise RestartFailed(
-                    f"pid {shell.vpid}: resource limit {which} cannot be set to"
-                    f" {signal.rlimits[which].soft}/{signal.rlimits[which].hard}: {os.strerror(-result)}",
-                    hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
-                )
+        # struct prctl_mm_map (include/uapi/linux/prctl.h)
+        layout = struct.pack(
+            "<11QQIi",
+            mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
+            mm.arg_start, mm.arg_end, mm.env_start, mm.env_end,
+            base + 128, len(mm.auxv), fd,
+        )  # fmt: skip
+        shell.put(layout.ljust(128, b"\0") + mm.auxv)
+        shell.checked(
+            [(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}"
+        )
+        if before is None or before[0].oom_score_adj != mm.oom_score_adj:
+            try:
+                with open(f"/proc/{shell.pid}/oom_score_adj", "w") as file:
+                    file.write(str(mm.oom_score_adj))
+            except PermissionError:
+                pass  # lowering it wants CAP_SYS_RESOURCE; it is advice to the OOM killer only
+
+    def process(self, shell: Shell, last: list[Call]) -> None:
+        """What its threads share: limits, file system, signal actions; then the calls `last`."""
+        task = self.tasks[shell.vpid].task
+        signal = self._signals[task.signal_objref]
         actions = self._sighands[task.sighand_objref].actions
         if len(actions) != 32 * _NSIG:
             raise RestartFailed(f"pid {shell.vpid}: {len(actions)} bytes of signal actions")
-        calls = []
-        shell.put(actions)
+        base = shell.remote.data
+        fs = self._fs[task.fs_objref]
+        directory, inside = self._file_system(shell, fs)
+        limits = struct.pack(
+            f"<{2 * len(signal.rlimits)}Q", *[value for limit in signal.rlimits for value in (limit.soft, limit.hard)]
+        )
+        shell.put(actions + limits + directory)
+        limits_at = base + len(actions)
+        calls = [
+            (call[0], limits_at + len(limits)) if call[0] in (NR["chdir"], NR["chroot"]) else call
+            for call in inside
+        ]
+        calls.append((NR["umask"], fs.umask))
         for n in range(1, _NSIG + 1):
-            if n not in _UNBLOCKABLE and any(actions[(n - 1) * 32 : n * 32]):
-                calls.append((NR["rt_sigaction"], n, base + (n - 1) * 32, 0, 8))
+            at = (n - 1) * 32
+            if n not in _UNBLOCKABLE and actions[at : at + 32] != _DEFAULT_ACTION:
+                calls.append((NR["rt_sigaction"], n, base + at, 0, 8))
         if task.flags & TaskBits.CHILD_SUBREAPER:
             calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
         if task.flags & TaskBits.THP_DISABLED:
             calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
-        shell.checked(calls, "signal actions")
+        first_limit = len(calls)
+        nr_limits = min(len(signal.rlimits), _RLIMITS)
+        calls += [(NR["prlimit64"], 0, which, limits_at + 16 * which, 0) for which in range(nr_limits)]
+        results = shell.call_batch(calls + last)
+        for at, (call, result) in enumerate(zip(calls + last, results, strict=True)):
+            if not -4096 < result < 0:
+                continue
+            which = at - first_limit
+            if 0 <= which < nr_limits:
+                if not self._limit_is(shell, which, signal):
+                    raise RestartFailed(
+                        f"pid {shell.vpid}: resource limit {which} cannot be set to"
+                        f" {signal.rlimits[which].soft}/{signal.rlimits[which].hard}: {os.strerror(-result)}",
+                        hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
+                    )
+                continue
+            about = f"{fs.cwd}: " if call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
+            raise RestartFailed(f"pid {shell.vpid}: {about}{name_of(call[0])}: {os.strerror(-result)}")
 
     @staticmethod
     def _limit_is(shell: Shell, which: int, signal: Signal) -> bool:
@@ -136,7 +187,10 @@ class TaskRestore:
         have = struct.unpack("<QQ", shell.remote.get(16))
         return have == (signal.rlimits[which].soft, signal.rlimits[which].hard)
 
-    def _file_system(self, shell: Shell, fs: Fs) -> None:
+    def _file_system(self, shell: Shell, fs: Fs) -> tuple[bytes, list[Call]]:
+        """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
+        if fs.root == "/" and self._own_root:
+            return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
         fds = [self._open_path(fs.cwd, os.O_PATH | os.O_DIRECTORY)]
         if fs.root != "/":
             fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
@@ -147,35 +201,10 @@ class TaskRestore:
                 os.close(fd)
         calls: list[Call] = []
         if fs.root != "/":
-            dot = shell.put(b".\0")
-            calls += [(NR["fchdir"], numbers[0]), (NR["chroot"], dot)]
+            calls += [(NR["fchdir"], numbers[0]), (NR["chroot"], 0)]
         calls.append((NR["fchdir"], numbers[-1]))
         calls += [(NR["close"], n) for n in numbers]
-        calls.append((NR["umask"], fs.umask))
-        shell.checked(calls, f"working directory {fs.cwd}")
-
-    def _mm(self, shell: Shell, mm: Mm, exe: str) -> None:
-        fd = self._open_path(exe, os.O_RDONLY)
-        try:
-            (number,) = shell.receive([fd])
-        finally:
-            os.close(fd)
-        base = shell.remote.data
-        # struct prctl_mm_map (include/uapi/linux/prctl.h)
-        layout = struct.pack(
-            "<11QQIi",
-            mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
-            mm.arg_start, mm.arg_end, mm.env_start, mm.env_end,
-            base + 128, len(mm.auxv), number,
-        )  # fmt: skip
-        shell.put(layout.ljust(128, b"\0") + mm.auxv)
-        calls: list[Call] = [(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), (NR["close"], number)]
-        shell.checked(calls, f"taking the shape of {exe}")
-        try:
-            with open(f"/proc/{shell.pid}/oom_score_adj", "w") as file:
-                file.write(str(mm.oom_score_adj))
-        except PermissionError:
-            pass  # lowering it wants CAP_SYS_RESOURCE; it is advice to the OOM killer only
+        return b".\0", calls
 
     # ------------------------------------------------------------------ the threads
 
@@ -188,8 +217,12 @@ class TaskRestore:
             group.append((thread, state))
         for first in range(0, len(group), 64):
             self._thread_batches(shell, group[first : first + 64])
+        if len(group) > 1:  # another thread's change of credentials may have cleared it
+            shell.checked([self._dumpable(shell)], "dumpable")
+
+    def _dumpable(self, shell: Shell) -> Call:
         dumpable = 0 if self.tasks[shell.vpid].task.flags & TaskBits.NOT_DUMPABLE else 1
-        shell.checked([(NR["prctl"], _PR_SET_DUMPABLE, dumpable, 0, 0, 0)], "dumpable")
+        return (NR["prctl"], _PR_SET_DUMPABLE, dumpable, 0, 0, 0)
 
     @staticmethod
     def _from_outside(thread: ShellThread, task: Task) -> None:
@@ -201,7 +234,7 @@ class TaskRestore:
                 os.setpriority(os.PRIO_PROCESS, tid, task.nice)
             mask = int.from_bytes(task.affinity, "little")
             cpus = {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1}
-            here = os.sched_getaffinity(0)
+            here = _affinity()
             if cpus & here and not here <= cpus:
                 os.sched_setaffinity(tid, cpus & here)
         except PermissionError as error:
@@ -213,6 +246,8 @@ class TaskRestore:
         base = shell.remote.data
         for thread, state in group:
             blob, calls = self._thread_calls(state, base + len(data))
+            if thread.vtid == shell.vpid:
+                calls.append(self._dumpable(shell))
             data += blob.ljust(-(-len(blob) // 8) * 8, b"\0")
             tables.append(calls)
         shell.put(data)
@@ -242,8 +277,6 @@ class TaskRestore:
                 result = results[position]
                 position += 1
                 if -4096 < result < 0:
-                    from migrator.linux.remote import name_of
-
                     raise RestartFailed(
                         f"tid {thread.vtid}: {name_of(call[0])}{tuple(call[1:])}: {os.strerror(-result)}"
                     )
@@ -295,8 +328,9 @@ class TaskRestore:
             if value:
                 blob += _timeval_pair(timer.interval, value)
                 calls.append((NR["setitimer"], which, base + len(blob) - 32, 0))
-        shell.put(blob)
-        shell.checked(calls, "interval timers")
+        if calls:
+            shell.put(blob)
+            shell.checked(calls, "interval timers")
         self._posix_timers(shell, signal)
 
     def _posix_timers(self, shell: Shell, signal: Signal) -> None:
@@ -375,6 +409,11 @@ class TaskRestore:
         for thread in shell.threads.values():
             arch.set_regs(thread.tid, final[thread.tid])
             ptrace.set_sigmask(thread.tid, self.tasks[thread.vtid].task.blocked)
+
+
+@functools.cache
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0)
 
 
 def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
