@@ -131,7 +131,8 @@ async def _migrate(
     link = await login.connect(settings.peer)
     network = None
     if workload.container is not None:
-        network = NetworkLock(workload.container)
+        if workload.container.ifindex:
+            network = NetworkLock(workload.container)
         settings = SourceSettings(
             **{
                 **vars(settings),

@@ -1,4 +1,4 @@
-"""A stage per test: two hosts with agents."""
+"""A stage for all tests of a file: two hosts with agents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from migrator.testing.stage import Stage
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     with Stage(tag="t") as made:
         yield made

@@ -44,11 +44,13 @@ def test_redis_moves_there_and_back_and_its_client_never_notices(stage: Stage) -
     assert report["verified_keys"] > 0
     with stage.client.inside():
         verify_fill(ADDRESS, PORT, count, step=7)
+    stage.a.run(["migrator", "stop", "shop"])
 
 
 def test_the_timeline_adds_up_to_the_downtime(stage: Stage) -> None:
-    stage.start_container("shop", redis_command(stage.folder, PORT), address=ADDRESS)
-    result = stage.migrate("shop", stage.a, stage.b)
+    stage.start_container("line", redis_command(stage.folder, PORT), address="10.77.0.51")
+    result = stage.migrate("line", stage.a, stage.b)
+    stage.b.run(["migrator", "stop", "line"])
     timeline = msgspec.convert(result, MigrationResult).timeline
     assert timeline is not None
     parts = timeline.downtime_parts()
