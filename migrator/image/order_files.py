@@ -57,6 +57,7 @@ class FilesOrder:
             f.DeletedFile: self._deleted_file,
             f.FileData: self._file_data,
             f.PidFd: self._pidfd,
+            f.FileLock: self._lock,
             f.Socket: self._socket,
             f.SocketBuffer: self._socket_buffer,
             f.SocketTcp: self._socket_tcp,
@@ -119,6 +120,15 @@ class FilesOrder:
 
     def _pidfd(self, pidfd: f.PidFd) -> None:
         self._in_tree(pidfd.pid)
+
+    def _lock(self, lock: f.FileLock) -> None:
+        self._references.use(lock.file_objref, "File", "a lock")
+        if lock.pid:
+            self._in_tree(lock.pid)
+        if lock.kind not in (1, 2) or lock.fd < 0:
+            self._fail(f"unknown kind {lock.kind} of lock, or impossible fd {lock.fd}")
+        if lock.start > MAX_OFFSET or lock.length > MAX_OFFSET - lock.start:
+            self._fail(f"{lock.length} bytes locked at {lock.start}")
 
     def _socket(self, socket: f.Socket) -> None:
         if socket.state not in f.SocketState._value2member_map_:

@@ -7,7 +7,7 @@ Three layers, each saved once and ahead of what refers to it:
     FileTable           the descriptors of one or more processes: numbers of Files
 
 The contents of an inode object follow it in records of their own (PipeBuffer, FileData, SocketBuffer,
-SocketTcp), before the first File. EpollItems follow all Files.
+SocketTcp), before the first File. EpollItems and FileLocks follow all Files.
 
 Flags, modes and addresses are those of Linux on the architecture of the image: `flags` as fcntl(F_GETFL)
 gives them, `mode` as stat(2), addresses as getsockname(2).
@@ -179,6 +179,18 @@ class FileData(Record):
 class PidFd(Record):
     objref: s32
     pid: s32
+
+
+@record(316)
+class FileLock(Record):
+    """A lock on a range of a file (fcntl(2)). Taken again once every process has its descriptors."""
+
+    file_objref: s32  # the File that it was taken through
+    pid: s32  # the process that has it, or 0: it belongs to the File (F_OFD_SETLK)
+    fd: s32  # the File's number in that process
+    kind: u32  # 1 shared, 2 exclusive
+    start: u64  # in bytes
+    length: u64  # 0: up to the end of the file, however it grows
 
 
 class SocketState(enum.IntEnum):

@@ -18,7 +18,7 @@ from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, 
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
-from migrator.image.records_files import Descriptor, File, FileKind, FileTable, Pipe
+from migrator.image.records_files import Descriptor, File, FileKind, FileLock, FileTable, Pipe
 
 pytestmark = pytest.mark.root
 
@@ -206,6 +206,28 @@ def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) ->
         assert "FLOCK  ADVISORY  WRITE" in copy.ask("open('/proc/self/fdinfo/0').read()")
 
 
+def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
+    path = tmp_path / "locked"
+    path.write_bytes(bytes(100))
+    child.run(f"a = os.open({str(path)!r}, os.O_RDWR); b = os.open({str(path)!r}, os.O_RDWR)")
+    child.run("fcntl.lockf(a, fcntl.LOCK_EX, 10, 5); fcntl.lockf(a, fcntl.LOCK_SH, 0, 50)")
+    child.run("fcntl.fcntl(b, 37, struct.pack('hhxxxxqqixxxx', 1, 0, 20, 2, 0)); os.dup(b)")
+    with Moved(child) as moved:
+        assert len(moved.saved.of(FileLock)) == 3
+        with pytest.raises(RestartFailed, match="locked by somebody else"):
+            moved.restore([child])
+        moved.dump.undo()
+        child.end()
+        (copy,) = moved.restore([child])
+        locks = [line.split() for line in copy.ask("open('/proc/self/fdinfo/0').read()").split("\n") if "lock" in line]
+        assert [(w[2], w[4], w[7], w[8]) for w in locks] == [
+            ("POSIX", "WRITE", "5", "14"),
+            ("POSIX", "READ", "50", "EOF"),
+        ]
+        (lock,) = [w for w in copy.ask("open('/proc/self/fdinfo/1').read()").split("\n") if "OFDLCK" in w]
+        assert lock.split()[4:] == ["WRITE", "-1", lock.split()[6], "20", "21"]
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -215,10 +237,7 @@ def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) ->
         ("os.open('/dev/kmsg', os.O_RDONLY)", "a device with a state of its own"),
         ("os.open('/proc/self/ns/net', 0)", "a namespace"),
         ("ctypes.CDLL(None).fanotify_init(0, 0)", "a fanotify group"),
-        (
-            "fcntl.lockf(os.open('/tmp', os.O_TMPFILE | os.O_RDWR), fcntl.LOCK_EX)",
-            "not carried yet",
-        ),
+        ("fcntl.fcntl(os.open('/etc/hostname', os.O_RDONLY), 1024, 0)", "a lock that cannot be carried"),
         ("os.pidfd_open(1)", "pidfd of pid 1"),
     ],
 )

@@ -1,5 +1,7 @@
 """Records of a real program, altered: whatever comes of them, it is an error that says so, or a descriptor."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import copy
@@ -93,9 +95,7 @@ def spoil(rng: random.Random, rec: Record) -> Record:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_altered_records_raise_nothing_but_errors_that_say_so(
-    seed: int, records: list[Record], nowhere: str
-) -> None:
+def test_altered_records_raise_nothing_but_errors_that_say_so(seed: int, records: list[Record], nowhere: str) -> None:
     rng = random.Random(seed)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(25):

@@ -249,6 +249,7 @@ def files() -> list[Record]:
         file(30, kind.PIDFD, inode=20),
         file(31, kind.EPOLL),
         file(32, kind.MEMFD, inode=4),
+        f.FileLock(file_objref=21, pid=2, fd=0, kind=2, start=100, length=0),
         f.FileTable(
             objref=33,
             reserved=0,

@@ -16,7 +16,7 @@ from migrator.image.decoder import Decoder
 from migrator.image.order import Order
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DIGESTS = {"rev1.img": "61b5f8afd49dbb31268d7499c1497bd28fa5690a7e8437d7d1d42a913ff136aa"}
+DIGESTS = {"rev1.img": "1fa2b3ef0771ff19ef98d79714683491757ccdf3435e9b0a4d70bc7ff8ceadc5"}
 
 
 def test_the_golden_images_are_the_files_that_were_released() -> None:

@@ -79,7 +79,7 @@ def test_the_text_shows_memory_and_rounds() -> None:
     assert "container shop, init 1" in shown
     assert "000001000000-000001003000 rw-p 00000000 arena" in shown
     assert "  2  1 pages with data (4.0 KiB), 0 zero, 0 absent  last, tasks stopped" in shown
-    assert shown.endswith(f"whole: 63 records, {len(STREAM)} bytes\n")
+    assert shown.endswith(f"whole: 64 records, {len(STREAM)} bytes\n")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 500, 9000, len(STREAM) - 1])
@@ -104,7 +104,7 @@ def test_the_first_thing_out_of_place_is_the_cause_and_the_rest_is_shown() -> No
     records = closed(body())
     records.remove(next(record for record in records if isinstance(record, r.Fs)))
     info = info_of(stream(records))
-    assert info.cause == "record 50 (Task): fs_objref 8 is not defined"
+    assert info.cause == "record 51 (Task): fs_objref 8 is not defined"
     assert len(info.tasks) == 5
 
 

@@ -50,6 +50,7 @@ enum ckpt_hdr_type {
 	CKPT_HDR_DELETED_FILE = 313,
 	CKPT_HDR_FILE_DATA = 314,
 	CKPT_HDR_PID_FD = 315,
+	CKPT_HDR_FILE_LOCK = 316,
 	CKPT_HDR_MM = 401,
 	CKPT_HDR_VMAS = 402,
 	CKPT_HDR_PAGES = 403,
@@ -738,6 +739,20 @@ struct ckpt_hdr_socket_tcp {
 	__u32 rcv_wup;
 	__u32 received_len;
 	__u32 sent_len;
+} __attribute__((aligned(8)));
+
+/*
+ * A lock on a range of a file (fcntl(2)). Taken again once every process has
+ * its descriptors.
+ */
+struct ckpt_hdr_file_lock {
+	struct ckpt_hdr h;
+	__s32 file_objref; /* the File that it was taken through */
+	__s32 pid; /* the process that has it, or 0: it belongs to the File (F_OFD_SETLK) */
+	__s32 fd; /* the File's number in that process */
+	__u32 kind; /* 1 shared, 2 exclusive */
+	__u64 start; /* in bytes */
+	__u64 length; /* 0: up to the end of the file, however it grows */
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

@@ -123,8 +123,8 @@ def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Ver
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
     for lock in info.locks:
-        if " FLOCK " not in f" {lock} ":
-            raise Obstacle(f"{link} has a lock that is not carried yet ({' '.join(lock.split()[1:4])})")
+        if lock.split()[1] not in ("FLOCK", "POSIX", "OFDLCK"):
+            raise Obstacle(f"{link} has a lock that cannot be carried ({' '.join(lock.split()[1:4])})")
     if status.st_nlink == 0 and link.endswith(DELETED):
         if link.startswith(_MEMFD):
             if status.st_blksize > _HUGE:

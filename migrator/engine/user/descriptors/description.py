@@ -40,6 +40,7 @@ class Description:
     holders: list[tuple[Process, int]] = field(default_factory=list)
     objref: int = 0
     inode_objref: int = 0
+    locks_saved: bool = False
 
     @property
     def inode(self) -> tuple[int, int]:
@@ -65,6 +66,7 @@ class Slot:
     number: int
     description: Description
     cloexec: bool
+    locks: tuple[str, ...] = ()  # lines of fdinfo: a lock of fcntl(2) belongs to the process
 
 
 @dataclass(slots=True)
@@ -119,7 +121,7 @@ class Collection:
                 description = self._known_by_number(process, number) or self._fetch(process, number, info)
                 description.holders.append((process, number))
                 self._last[number] = process.pid, description
-                table.slots.append(Slot(number, description, info.cloexec))
+                table.slots.append(Slot(number, description, info.cloexec, info.locks))
         self.tables.append(table)
         return table
 

@@ -6,7 +6,7 @@ import fcntl
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors import anonymous, calls, epolls, files, pipes
+from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Process
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
@@ -129,6 +129,9 @@ class DescriptorDump:
                 items = epolls.save(item, collection.tables, collection.descriptions)
                 if items is not None:
                     write(items)
+        for table in collection.tables:
+            for lock in locks.save(table):
+                write(lock)
         out = {}
         for index, table in enumerate(collection.tables):
             objref, _ = self._objhash.get(("files", index))

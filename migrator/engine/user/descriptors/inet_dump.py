@@ -12,7 +12,7 @@ from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts, t
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
-from migrator.image.records_files import Socket, SocketBuffer, SocketState, SocketTcp
+from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState, SocketTcp
 
 _WHOLE = 1
 _RDHUP = 0x2000
@@ -132,7 +132,9 @@ class InetDump:
         rec.error = errno.ECONNRESET if events & select.POLLERR else 0
         if waiting := pipes.waiting(sock.fileno()):
             data = sock.recv(waiting, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            self._buffers.append(SocketBuffer(item.stat.st_ino, 0, data, b""))
+            for start in range(0, len(data), MAX_CHUNK):
+                chunk = data[start : start + MAX_CHUNK]
+                self._buffers.append(SocketBuffer(item.stat.st_ino, 0, chunk, b""))
         return rec
 
     def _udp_socket(self, item: Description, sock: socket.socket) -> Socket:

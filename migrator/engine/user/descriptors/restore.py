@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from migrator.engine.user.descriptors import anonymous, calls, epolls, files
+from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks
 from migrator.engine.user.descriptors.epolls import Shell
 from migrator.engine.user.descriptors.pipes import PipeRestore
 from migrator.engine.user.descriptors.socket_restore import SocketRestore
@@ -52,6 +52,7 @@ class DescriptorRestore:
         self._timers: dict[int, r.TimerFd] = {}
         self._started: list[tuple[int, r.TimerFd]] = []
         self._epolls: list[r.EpollItems] = []
+        self._locks: list[r.FileLock] = []
         self._installed: dict[int, tuple[Shell, int]] = {}  # vpid -> (shell, objref of its table)
         self._sockets = SocketRestore(context)
         calls.allow_many_files()
@@ -67,6 +68,7 @@ class DescriptorRestore:
             r.DeletedFile: self._deleted_file,
             r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
             r.EpollItems: self._epoll_items,
+            r.FileLock: self._lock,
             r.Socket: self._sockets.add,
             r.SocketBuffer: self._sockets.buffer,
             r.SocketTcp: self._sockets.tcp,
@@ -98,6 +100,12 @@ class DescriptorRestore:
         for rec in self._epolls:
             self._epoll(rec)
         self._owners()
+        for lock in self._locks:
+            entry = self._installed.get(lock.pid)
+            installed = self.tables[entry[1]].descriptors if entry is not None else []
+            if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
+                raise ImageError(f"a lock of pid {lock.pid} on fd {lock.fd}, which it does not have")
+            locks.take(entry[0], lock, self._records[lock.file_objref].path)
 
     def activate(self) -> None:
         """The last thing before the tasks run: connections speak again, timers run."""
@@ -196,6 +204,13 @@ class DescriptorRestore:
         if epoll is None or epoll.kind != r.FileKind.EPOLL:
             raise ImageError(f"file {rec.epoll_objref} is no epoll instance")
         self._epolls.append(rec)
+
+    def _lock(self, rec: r.FileLock) -> None:
+        fd = self._known(self._files, rec.file_objref, "file")
+        if rec.pid:
+            self._locks.append(rec)  # taken by the process itself, once it has its descriptors
+        else:
+            locks.take_for_file(fd, rec, self._records[rec.file_objref].path)
 
     @staticmethod
     def _new(table: Mapping[int, object], objref: int) -> None:

@@ -13,13 +13,13 @@ from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
 from migrator.engine.user.descriptors.classify import DELETED
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
-from migrator.image.records_files import Socket, SocketBuffer, SocketState
+from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState
 
 SIOCUNIXFILE = 0x89E0
 _LISTEN = 10
 _WHOLE = 1
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CONTROL = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12)
-_BIG = 1 << 20
 
 Item = tuple[Description, socket.socket]
 
@@ -153,12 +153,16 @@ class UnixDump:
         try:
             while left > 0 or whole:
                 try:
-                    data, control, _, sender = sock.recvmsg(_BIG, _CONTROL, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                    data, control, flags, sender = sock.recvmsg(
+                        MAX_CHUNK, _CONTROL, socket.MSG_PEEK | socket.MSG_DONTWAIT
+                    )
                 except BlockingIOError:
                     return
                 if not data and not whole:
                     return
                 _refuse_control(item, control)
+                if whole and flags & socket.MSG_TRUNC:
+                    raise CheckpointFailed(f"{item}: a message of more than {MAX_CHUNK} bytes is on its way")
                 if not data and sock.type == socket.SOCK_SEQPACKET:
                     return  # the end
                 address = addresses.pack(sock.family, sender) if whole and sender else b""
