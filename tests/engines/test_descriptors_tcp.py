@@ -18,7 +18,7 @@ import pytest
 from fakeshell import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, survey
+from migrator.engine.user.descriptors import DescriptorDump, Listeners, survey
 from migrator.engine.user.descriptors.tcp import state_of
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
@@ -352,6 +352,19 @@ def test_a_connection_that_waits_to_be_accepted_is_not_lost(net: Net) -> None:
             dump.dump()
         server.go_on()
         assert server.ask("l.accept()[0].recv(9)") == b"me too"
+        client.close()
+
+
+def test_listeners_tell_whether_connections_wait(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        with Listeners([server.process]) as listeners:
+            assert listeners.waiting == 0 and listeners.settle(0)
+            second = net.outside()
+            second.connect((V4, 5000))
+            assert listeners.waiting == 1 and not listeners.settle(0.001)
+            server.run("l.accept()")
+            assert listeners.settle(0)
         client.close()
 
 

@@ -1,0 +1,94 @@
+"""Connections in states that are not just "established and quiet", moved with their container."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from migrator.testing.stage import Stage
+
+pytestmark = pytest.mark.root
+
+HALF_CLOSED = """
+import socket, time
+l = socket.socket(); l.setsockopt(1, 2, 1); l.bind(('0.0.0.0', 7777)); l.listen(50)
+a, _ = l.accept(); b, _ = l.accept()
+data = b''
+while part := a.recv(100): data += part
+b.sendall(b'first'); b.shutdown(1)
+rest = b''
+while part := b.recv(100): rest += part
+a.sendall(data + b' late'); a.close()
+c, _ = l.accept(); c.sendall(rest); c.close()
+time.sleep(60)
+"""
+
+STREAM = """
+import socket
+l = socket.socket(); l.bind(('0.0.0.0', 7778)); l.listen(50)
+c, _ = l.accept()
+n = 0
+while True:
+    c.sendall(b''.join(i.to_bytes(4, 'big') for i in range(n, n + 4096)))
+    n += 4096
+"""
+
+
+def test_half_closed_connections_go_on_from_where_they_were(stage: Stage) -> None:
+    stage.start_container("half", [sys.executable, "-c", HALF_CLOSED], address="10.77.0.60")
+    a, b = connect(stage, "10.77.0.60", 7777), connect(stage, "10.77.0.60", 7777)
+    a.sendall(b"hello")
+    a.shutdown(socket.SHUT_WR)
+    assert b.recv(100) == b"first"
+    assert b.recv(100) == b""
+    stage.migrate("half", stage.a, stage.b)
+    b.sendall(b"to the half closed")
+    b.close()
+    assert a.recv(100) == b"hello late"
+    assert connect(stage, "10.77.0.60", 7777).recv(100) == b"to the half closed"
+    stage.b.run(["migrator", "stop", "half"])
+
+
+def test_a_stream_at_full_speed_arrives_whole(stage: Stage) -> None:
+    stage.start_container("stream", [sys.executable, "-c", STREAM], address="10.77.0.61")
+    sock = connect(stage, "10.77.0.61", 7778)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def read() -> None:
+        expected, left = 0, b""
+        while not done.is_set():
+            data = left + sock.recv(1 << 16)
+            whole = len(data) // 4 * 4
+            if data[:whole] != b"".join(i.to_bytes(4, "big") for i in range(expected, expected + whole // 4)):
+                wrong.append(expected)
+                return
+            expected, left = expected + whole // 4, data[whole:]
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    time.sleep(0.3)
+    stage.migrate("stream", stage.a, stage.b)
+    time.sleep(0.3)
+    done.set()
+    reader.join()
+    stage.b.run(["migrator", "stop", "stream"])
+    assert not wrong
+
+
+def connect(stage: Stage, address: str, port: int) -> socket.socket:
+    """From the client's host; the server may still be starting."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            with stage.client.inside():
+                return socket.create_connection((address, port), timeout=10)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
