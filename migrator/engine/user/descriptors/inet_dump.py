@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -66,7 +67,8 @@ class InetDump:
     def close(self, *, silent: bool) -> None:
         if not silent:
             for sock, reuse in self._repaired:
-                tcp.unrepair(sock, reuse)
+                with contextlib.suppress(OSError):  # one that was reset must not keep the others mute
+                    tcp.unrepair(sock, reuse)
         self._repaired.clear()
 
     # objrefs of the records are inode numbers until they are written

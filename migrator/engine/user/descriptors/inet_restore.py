@@ -135,14 +135,14 @@ class InetRestore:
         """Connections come alive, and ask their peers what they missed."""
         for objref, rec in self._tcp.items():
             sock, owner = self._made[objref], self._records[objref]
-            tcp.unrepair(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
             with contextlib.suppress(OSError):  # the peer may have reset it by now
+                tcp.unrepair(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
                 self._send_again(owner, sock, rec)
                 tcp.send_rest(sock, rec)
                 if rec.state in tcp.FIN_UNACKED:
                     sock.shutdown(socket.SHUT_WR)
-            if rec.unsent:
-                self._sizes(owner, sock, 0)
+                if rec.unsent:
+                    self._sizes(owner, sock, 0)
         for objref, owner in self._records.items():
             if owner.state == SocketState.CONNECTING:
                 _connect_without_waiting(self._made[objref], addresses.unpack(owner.peer))
