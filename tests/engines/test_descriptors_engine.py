@@ -22,9 +22,7 @@ def hosts() -> Iterator[tuple[PidHost, PidHost]]:
         yield a, b
 
 
-def test_descriptors_of_every_kind_move_live_there_and_back(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_descriptors_of_every_kind_move_live_there_and_back(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     here, there = hosts
     with HostedWorkload(here, "fds", tmp_path, LOCAL) as moving:
         for _ in range(3):
@@ -34,9 +32,7 @@ def test_descriptors_of_every_kind_move_live_there_and_back(
         moving.finish()
 
 
-def test_descriptors_of_every_kind_restart_from_a_file(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_descriptors_of_every_kind_restart_from_a_file(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     # with sockets of the internet, too: their addresses are free once the source has ended
     with HostedWorkload(hosts[0], "fds", tmp_path) as moving:
         save_to_file(moving, hosts[0], tmp_path / "image")
