@@ -7,6 +7,7 @@ and `Undecided` says what an operator can do. All of it can be done again if it 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -150,7 +151,8 @@ async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
             state, actions = source_step(state, event)
             todo = list(actions)
         else:
-            _act_for_source(action, journal, facts, tools)
+            # Not on the event loop: taking down a network may want one of its own.
+            await asyncio.to_thread(_act_for_source, action, journal, facts, tools)
     return Fate.DESTINATION if state is SourceState.AWAY else Fate.SOURCE
 
 
@@ -198,7 +200,8 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
             facts = journal.facts
             try:
                 if facts.role is Role.DESTINATION:
-                    running = settle_destination(journal, tools) is Recorded.RUNNING
+                    decided = await asyncio.to_thread(settle_destination, journal, tools)
+                    running = decided is Recorded.RUNNING
                     fate = Fate.DESTINATION if running else Fate.SOURCE
                     detail = "the copy runs here" if running else "the copy here was discarded"
                 else:
@@ -206,7 +209,9 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
                     detail = fate.value
             except Undecided as error:
                 fate, detail = Fate.FROZEN, f"{error.message}. {error.hint}"
-            except (MigratorError, OSError) as error:
+            except Exception as error:
+                if not isinstance(error, MigratorError | OSError):
+                    log.exception("migration %s: unexpected", facts.migration)
                 fate, detail = Fate.FROZEN, f"could not be settled: {error}"
             log.info("settled migration %s as its %s: %s", facts.migration, facts.role.value, detail)
             made.append(Settlement(facts.migration, facts.role, fate, detail))
