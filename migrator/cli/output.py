@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +25,18 @@ def reported() -> Iterator[None]:
         show_error(error)
         raise typer.Exit(error.exit_code) from None
     except PermissionError as error:
-        err.print(
-            f"[red]error:[/] {error.strerror}: {error.filename or 'a privileged operation'}", markup=True
-        )
-        err.print("  [dim]do:[/] run migrator as root")
+        err.print(f"[red]error:[/] {error.strerror}: {error.filename or 'a privileged operation'}", markup=True)
+        if os.geteuid() != 0:
+            err.print("  [dim]do:[/] run migrator as root")
+        else:
+            err.print("  [dim]do:[/] root itself may not do this here: a container, or a security module, forbids it")
         raise typer.Exit(1) from None
     except BrokenPipeError:
         sys.stderr.close()
+        raise typer.Exit(1) from None
+    except OSError as error:
+        err.print("[red]error:[/] ", end="")
+        err.print(": ".join(filter(None, (error.filename and str(error.filename), error.strerror))), markup=False)
         raise typer.Exit(1) from None
 
 
