@@ -112,7 +112,7 @@ class WpAsyncTracker:
         try:
             return [(a, b) for a, b, _ in self._scan(vma.start, vma.end)]
         except NotRegistered:
-            self._register(vma.start, vma.end)
+            self._register(vma, self._list())
             with contextlib.suppress(NotRegistered):
                 self._scan(vma.start, vma.end)
             return [(vma.start, vma.end)]
@@ -127,7 +127,8 @@ class WpAsyncTracker:
             start = stop.resume
         # Somewhere behind `start` is at least one that is not tracked yet. Read the mappings again: where
         # a hole was made and filled since, the list has one mapping and the kernel three.
-        for vma in self._list() if not self._strict else group:
+        now = self._list() if not self._strict else group
+        for vma in now:
             if vma.end <= start or vma.start >= end or vma.shared or is_special(vma):
                 continue
             low, high = max(vma.start, start), min(vma.end, end)
@@ -135,7 +136,9 @@ class WpAsyncTracker:
                 self._classify(self._scan(low, high), out)
             except NotRegistered as stop:
                 self._classify(stop.regions, out)
-                self._take_whole(low, high, out)
+                if self._register(vma, now) or self._strict:
+                    self._take_whole(low, high, out)
+                # else it changed since it was listed; the next sweep meets what is there now
 
     def _scan(self, start: int, end: int) -> list[Region]:
         # without `anyof`, memory that was never touched counts as written, and protecting it costs page tables
@@ -153,11 +156,9 @@ class WpAsyncTracker:
         return [(a, b) for a, b, _ in regions]
 
     def _take_whole(self, start: int, end: int, out: Sweep) -> None:
-        """A mapping met for the first time: register it, and send everything that is in it.
+        """Send everything that is in a mapping, and drop the rest.
 
         Not only what is written: parts of it may have been tracked before, and are dropped with the rest."""
-        if not self._register(start, end) and not self._strict:
-            return  # it changed since it was listed; the next sweep meets what is there now
         with contextlib.suppress(NotRegistered):
             self._scan(start, end)
         regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
@@ -166,8 +167,13 @@ class WpAsyncTracker:
         if not self._first:
             out.absent += _subtract([(start, end)], there)
 
-    def _register(self, start: int, end: int) -> bool:
-        """False where the kernel does not track: what is there is then sent whole when the tasks are stopped."""
+    def _register(self, vma: Vma, vmas: Sequence[Vma]) -> bool:
+        """False where the kernel does not track: what is there is then sent whole when the tasks are stopped.
+
+        Registers up to the neighbours. A mapping that has grown since it was listed would otherwise be cut
+        in two, which the program would notice: mremap(2) refuses to work on two mappings."""
+        start = max([v.end for v in vmas if v.end <= vma.start], default=vma.start)
+        end = min([v.start for v in vmas if v.start >= vma.end], default=vma.end)
         try:
             self._protection.register(start, end)
         except OSError:
