@@ -113,6 +113,10 @@ class RecordReader:
             return self._read_pages(length)
         return cls.decode(self._take(length))
 
+    def tell(self) -> int:
+        """Where in a regular file the next record begins."""
+        return os.lseek(self.fd, 0, os.SEEK_CUR) - (self._end - self._start)
+
     def _read_pages(self, length: int) -> Pages:
         size = Pages._packer.size
         if length < size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from migrator.container.sandbox import Sandbox, prepare
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import DestinationOptions, Phase
 from migrator.engine.stream import RecordReader
-from migrator.engine.user import header, spawn
+from migrator.engine.user import clocks, header, spawn
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.forest import Forest
 from migrator.engine.user.layout import AddressSpace
@@ -57,6 +57,7 @@ class UserDestination:
 
     def __init__(self, fd: int, options: DestinationOptions) -> None:
         self.options = options
+        self.on_round: Callable[[int], None] = lambda _number: None
         self._reader = RecordReader(fd)
         self._order = Order()
         self._header: Header | None = None
@@ -208,7 +209,8 @@ class UserDestination:
             case Container():
                 self._container = rec
             case RoundMark():
-                pass
+                if not rec.flags:
+                    self.on_round(rec.number)
             case Error():
                 raise ImageError(
                     f"saving failed: {rec.text}", hint="this is the first cause, from the source"
@@ -246,7 +248,8 @@ class UserDestination:
         contained = self._container is not None
         self._forest = Forest(_CONTAINER_NAMESPACES if contained else 0)
         with self._phase("shells"):
-            root = self._forest.grow_root(tree)
+            assert self._header is not None
+            root = self._forest.grow_root(tree, clocks.offsets(self._header, self._reader))
             if self._container is not None:
                 spec = ContainerSpec.from_json(self._container.spec)
                 bridge = self.options.bridge or None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 
+from migrator.engine.user.clocks import Offsets, within
 from migrator.engine.user.shell import Shell, ShellThread, await_birth
 from migrator.engine.user.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
 from migrator.errors import RestartFailed
@@ -37,10 +38,10 @@ class Forest:
 
     # ------------------------------------------------------------------ building
 
-    def grow_root(self, tree: Tree) -> Shell:
-        """Make the root's shell: the only one that is a child of ours."""
+    def grow_root(self, tree: Tree, clocks: Offsets | None = None) -> Shell:
+        """Make the root's shell: the only one that is a child of ours. All others have its clocks."""
         first = tree.tasks[0]
-        pid, pidfd = spawn([first.pid], self._namespaces)
+        pid, pidfd = within(clocks, lambda: spawn([first.pid], self._namespaces))
         try:
             ptrace.seize(pid, ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD)
             ptrace.interrupt(pid)
