@@ -325,6 +325,7 @@ class DestinationSession:
     def _build_and_hold(self, prepared: Prepared, read_fd: int, loop: asyncio.AbstractEventLoop) -> None:
         try:
             self._engine = prepared.factory(read_fd)
+            self._engine.on_round = lambda number: self._call_soon(loop, self._stand, number)
             self._pid = self._engine.build()
             fault("destination.built")
             self._engine.hold()
@@ -334,6 +335,18 @@ class DestinationSession:
         # Told from here: what follows has the time of a round trip.
         loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
         self._prepare_arrival()
+
+    @staticmethod
+    def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[int], None], number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody to tell
+            loop.call_soon_threadsafe(call, number)
+
+    def _stand(self, number: int) -> None:
+        async def tell() -> None:
+            with contextlib.suppress(MigratorError, OSError):
+                await self._send(m.Standing(self._migration, number))
+
+        self._spawn(tell())
 
     def _prepare_arrival(self) -> None:
         """Open what the switch of the network needs. While the rounds come, from a thread of its own; or when

@@ -131,6 +131,13 @@ class FilesSync(Message, tag="files-sync", frozen=True):
     number: Count
 
 
+class Standing(Message, tag="standing", frozen=True):
+    """destination: the shells stand, and all that came before pre-copy round `round` is in place."""
+
+    migration: Id
+    round: Count
+
+
 class Ready(Message, tag="ready", frozen=True):
     """destination: the copy is built and frozen."""
 
@@ -238,6 +245,7 @@ AnyMessage = (
     | FileData
     | FileEnd
     | FilesSync
+    | Standing
     | Ready
     | Commit
     | Running

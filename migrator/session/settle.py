@@ -8,6 +8,7 @@ and `Undecided` says what an operator can do. All of it can be done again if it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -59,7 +60,13 @@ class Tools:
 
 def thaw(facts: Facts, tools: Tools) -> bool:
     """Let the tasks of a journal run; False if there are none any more."""
-    group = tools.groups(facts.cgroup) if same_boot(facts) else None
+    if not same_boot(facts):
+        return False
+    if not facts.cgroup:
+        # It was not frozen by a cgroup yet, but its network may have been shut already.
+        tools.surroundings.reopen(facts)
+        return False
+    group = tools.groups(facts.cgroup)
     if group is None or not _ours(facts, group.pids()):
         return False
     tools.surroundings.reopen(facts)
@@ -73,8 +80,10 @@ def kill(facts: Facts, tools: Tools) -> None:
     if group is not None and _ours(facts, group.pids()):
         group.kill()
     tools.surroundings.remove(facts)
-    if group is not None and not group.pids():
-        group.remove()
+    # What stood around them may have taken the cgroup along.
+    with contextlib.suppress(FileNotFoundError):
+        if group is not None and not group.pids():
+            group.remove()
 
 
 def same_boot(facts: Facts) -> bool:
