@@ -58,7 +58,7 @@ class ContainerSurroundings:
     def reopen(self, facts: Facts) -> None:
         """Its tasks run here: give it its network back."""
         found = container.find(facts.container) if facts.container else None
-        if found is not None:
+        if found is not None and found.alive:
             switchover.reopen(found)
             if found.arriving:
                 found.settled()

@@ -131,6 +131,10 @@ class Stage:
             agent.kill()
             agent.wait()
 
+    def await_death(self, host: Host, *, seconds: float = 30.0) -> int:
+        """Wait until the agent of a host has ended by itself; its exit code."""
+        return self._running[host.label].wait(seconds)
+
     # ------------------------------------------------------------------ the work
 
     def start_container(

@@ -10,15 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import random
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +25,8 @@ from migrator.session.faults import EXIT_CODE, POINTS
 from migrator.session.journal import Journal
 from migrator.session.states import Recorded
 from migrator.testing.hosts import Host
-from migrator.testing.servers import redis_command
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
-from migrator.testing.workloads import Workload, build
+from migrator.testing.workloads import build
 
 pytestmark = pytest.mark.root
 
@@ -54,7 +49,18 @@ class Counting:
 
     def __post_init__(self) -> None:
         self.out = self.stage.folder / f"{self.name}.out"
-        argv = ["run", "-d", "--name", self.name, "--bridge", self.bridge, "--", str(build("counter")), str(self.out), "2"]
+        argv = [
+            "run",
+            "-d",
+            "--name",
+            self.name,
+            "--bridge",
+            self.bridge,
+            "--",
+            str(build("counter")),
+            str(self.out),
+            "2",
+        ]
         self.pid = int(self.stage.a.run([*MIGRATOR, *argv]).stdout)
         self.await_progress()
 
@@ -152,8 +158,29 @@ def counting(stage: Stage) -> Iterator[Counting]:
 
 
 @pytest.mark.parametrize("point", SOURCE_POINTS)
-def test_the_command_dies_and_after_settling_exactly_one_copy_runs(stage: Stage, counting: Counting, point: str) -> None:
+def test_the_command_dies_and_after_settling_exactly_one_copy_runs(
+    stage: Stage, counting: Counting, point: str
+) -> None:
     code, text = ended(migrating(stage, counting.name, fault=f"{point}:exit"))
     assert code == EXIT_CODE, text
     settle(stage.a)
     counting.check_runs_only_on("b" if point in AWAY else "a")
+
+
+@pytest.mark.parametrize("point", DESTINATION_POINTS)
+def test_the_remote_agent_dies_and_started_again_exactly_one_copy_runs(
+    stage: Stage, counting: Counting, point: str
+) -> None:
+    stage.stop_agent(stage.b)
+    stage.start_agent(stage.b, env={"MIGRATOR_FAULT": f"{point}:exit"})
+    command = migrating(stage, counting.name)
+    stage.await_death(stage.b)
+    stage.start_agent(stage.b)
+    code, text = ended(command)
+    if point in DECIDED:
+        assert code == 0, text
+        counting.check_runs_only_on("b")
+    else:
+        assert code in (7, 8), text
+        assert "running on the source" in text
+        counting.check_runs_only_on("a")
