@@ -136,13 +136,12 @@ class Copying:
         late_files: Callable[[], Awaitable[None]] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._source.seize()
         self.frozen_at = time.monotonic_ns()
-        self._source.freeze()
-        stops = [phase.start for phase in self._source.phases if phase.name == "freeze"]
-        self.frozen_at = stops[-1] if stops else self.frozen_at  # what came before let the tasks run
-        if self.network is not None:
+        if self.network is not None:  # before the freeze: what is on its way to be accepted is accepted by then
             with self._phase("network lock"):
                 self.network.lock()
+        self._source.freeze()
         fault("source.frozen")
         # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
         committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, facts=facts)

@@ -169,6 +169,9 @@ class FakeSource(_Phases):
         end = max(time.monotonic_ns(), start + 1000 * pages)
         return Round(self._round, pages, 0, pages * 4096, start, end, 0.0)
 
+    def seize(self) -> None:
+        """Nothing to attach to."""
+
     def freeze(self) -> None:
         with self.phase("freeze"):
             self._play("freeze")
@@ -203,6 +206,7 @@ class FakeDestination(_Phases):
         self._world, self._fd, self._script = world, fd, script
         self.cgroup = "fake"
         self.bytes = 0
+        self.on_round: Callable[[int], None] = lambda _number: None
 
     def build(self) -> int:
         tail = b""
@@ -211,6 +215,7 @@ class FakeDestination(_Phases):
             if not data:
                 raise ImageError("the stream ends without a trailer")
             self.bytes += len(data)
+            self.on_round(1 << 20)
             tail = (tail + data)[-len(TRAILER) :]
         with self.phase("restore"):
             self._script.play("build")

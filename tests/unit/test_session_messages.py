@@ -25,6 +25,7 @@ EVERY: list[m.AnyMessage] = [
     m.FileData(5, b"data"),
     m.FileEnd(9, "ff" * 32),
     m.FilesSync(3),
+    m.Standing("m-12345678", 3),
     m.Ready(ID, 5),
     m.Commit(ID),
     m.Running(ID, 6),

@@ -12,7 +12,7 @@ from types import TracebackType
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user import header, surveying
-from migrator.engine.user.descriptors import DescriptorDump
+from migrator.engine.user.descriptors import DescriptorDump, Listeners
 from migrator.engine.user.descriptors import Process as DescriptorOwner
 from migrator.engine.user.layout_dump import LayoutDump
 from migrator.engine.user.pages import PageSender
@@ -31,6 +31,7 @@ from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote, find_way_back
 
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
+_ACCEPT_SECONDS = 0.02
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
 _SCRATCH_NAME = b"migrator\0"
 _SURVEYS = 4
@@ -61,7 +62,8 @@ class UserSource:
         self._generation = 0
         self._rounds: list[Round] = []
         self._phases: list[Phase] = []
-        self._armed = self._held = self._done = False
+        self._armed = self._held = self._done = self._seized = False
+        self._listeners: Listeners | None = None
 
     # ------------------------------------------------------------------ what others may know
 
@@ -185,13 +187,28 @@ class UserSource:
 
     # ------------------------------------------------------------------ stopped
 
-    def freeze(self) -> None:
-        """Stop every task. On failure the workload runs on."""
+    def seize(self) -> None:
+        """Attach to every task, without stopping any: what can be done ahead of the freeze. They run on."""
         with self._phase("seize"):
             self.tree.seize()
             for process in self.tree.living:
                 for tid in process.threads:
                     self._waits.observe(process.pid, tid)
+            owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
+            self._listeners = Listeners(owners)
+        self._seized = True
+
+    def freeze(self) -> None:
+        """Stop every task. On failure the workload runs on.
+
+        The network should be held already: then connections that wait to be accepted, which nobody can carry,
+        are given a moment to be accepted."""
+        if not self._seized:
+            self.seize()
+        if self._listeners is not None:
+            self._listeners.settle(_ACCEPT_SECONDS)
+            self._listeners.close()
+            self._listeners = None
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"):
             self.tree.stop()
@@ -504,6 +521,9 @@ class UserSource:
                 continue
 
     def _close(self) -> None:
+        if self._listeners is not None:
+            self._listeners.close()
+            self._listeners = None
         self.tree.close()
         self._shared.close()
         self._trackers.clear()
