@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator import model
+from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent, Outcome, Where
@@ -70,14 +71,14 @@ class DestinationSettings:
 
     prepare:  checks that the proposal fits this host and makes it ready; raises Refused. Called on the
               engine's thread, before the source begins.
-    root:     a directory below which the files are looked for, "" for the host's root
+    root_of:  the directory that will be the root of a proposed workload, "" for the host's root
     limit:    seconds from BEGIN until the copy must have been told to run or to go
     query:    answers `Query` messages with JSON
     """
 
     host: m.HostFacts
     prepare: Callable[[m.Propose], Prepared]
-    root: str = ""
+    root_of: Callable[[m.Propose], str] = lambda proposal: _root_of(proposal)
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
@@ -273,8 +274,10 @@ class DestinationSession:
         proposal = self._propose
         reasons: list[m.Reason] = []
         wanted: list[str] = []
+        root = ""
         try:
-            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, self.settings.root)
+            root = self.settings.root_of(proposal)
+            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
             if not any(r.blocking for r in reasons) and not proposal.dry_run:
@@ -282,7 +285,7 @@ class DestinationSession:
         except MigratorError as error:
             texts = getattr(error, "reasons", None) or [error.message]
             reasons += [m.Reason(self.settings.host.host, m.text(text), m.text(error.hint)) for text in texts]
-        self._files = FileReceiver(wanted, self.settings.root)
+        self._files = FileReceiver(wanted, root)
         await self._send(m.Verdict(self.settings.host, reasons, wanted))
         fault("destination.proposed")
         self._after(_BEGIN_SECONDS, DestinationState.PREFLIGHT)
@@ -542,6 +545,11 @@ class DestinationSession:
         await self._thread.close()
         if self._journal is not None:
             self._journal.close()
+
+
+def _root_of(proposal: m.Propose) -> str:
+    """The root directory of a container; plain subtrees have the host's."""
+    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
 
 
 def _end_of(phases: Iterable[Phase], name: str) -> int:

@@ -26,6 +26,7 @@ from migrator.session.messages import (
     FilesSync,
     MessageError,
 )
+from migrator.session.preflight import below
 
 Send = Callable[[AnyMessage], Awaitable[None]]
 
@@ -46,9 +47,10 @@ class _Sent:
 
 
 class FileSender:
-    """The source's side."""
+    """The source's side. `root` is the root directory of the workload, as /proc/PID/root shows it."""
 
-    def __init__(self, files: Iterable[FileFact], send: Send) -> None:
+    def __init__(self, files: Iterable[FileFact], send: Send, root: str = "") -> None:
+        self._root = root
         self._files = {fact.path: fact for fact in files}
         self._send = send
         self._wanted: list[str] = []
@@ -75,7 +77,7 @@ class FileSender:
         """Send what has changed in the files sent; the workload must stand still. Waits if there was any."""
         changed = False
         for sent in self.sent.values():
-            if _stamp(sent.fact.path) != sent.stamp or sent.fact.writable:
+            if _stamp(below(self._root, sent.fact.path)) != sent.stamp or sent.fact.writable:
                 changed |= await self._send_changed(sent)
         if changed:
             await self._sync()
@@ -94,10 +96,11 @@ class FileSender:
                 await self._answered.wait()
 
     async def _send_whole(self, fact: FileFact) -> None:
-        sent = self.sent[fact.path] = _Sent(fact, stamp=_stamp(fact.path))
+        path = below(self._root, fact.path)
+        sent = self.sent[fact.path] = _Sent(fact, stamp=_stamp(path))
         try:
-            status = os.stat(fact.path)
-            with open(fact.path, "rb") as file:
+            status = os.stat(path)
+            with open(path, "rb") as file:
                 await self._send(FileBegin(fact, status.st_uid, status.st_gid))
                 whole, at = hashlib.sha256(), 0
                 while data := await asyncio.to_thread(file.read, FILE_CHUNK):
@@ -110,7 +113,7 @@ class FileSender:
             raise FileError(f"{fact.path} cannot be copied: {error.strerror}") from error
 
     async def _send_changed(self, sent: _Sent) -> bool:
-        path, begun = sent.fact.path, False
+        path, begun = below(self._root, sent.fact.path), False
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -189,7 +192,7 @@ class FileReceiver:
             raise MessageError(f"not the absolute path of a file: {path!r}")
         if not stat.S_ISREG(message.file.mode):
             raise MessageError(f"{path} is no regular file")
-        self._path = os.path.join(self._root, path.lstrip("/")) if self._root else os.path.realpath(path)
+        self._path = below(self._root, path) if self._root else os.path.realpath(path)
         if message.in_place:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         else:

@@ -150,7 +150,7 @@ def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFa
     """What this host has under the paths of `facts`, below `root`. Symbolic links are followed."""
     found: dict[str, FileFact | None] = {}
     for fact in facts:
-        path = os.path.join(root, fact.path.lstrip("/")) if root else fact.path
+        path = below(root, fact.path)
         try:
             status = os.stat(path)
         except (OSError, ValueError):
@@ -164,11 +164,16 @@ def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFa
     return found
 
 
-def with_digests(facts: Iterable[FileFact]) -> list[FileFact]:
+def below(root: str, path: str) -> str:
+    """An absolute path as seen from below `root`, "" for the host's root."""
+    return os.path.join(root, path.lstrip("/")) if root else path
+
+
+def with_digests(facts: Iterable[FileFact], root: str = "") -> list[FileFact]:
     """`facts` with a digest where nothing else identifies the contents: files that are no ELF files, that
     the workload does not write to, and that are not so large that preflight would take long."""
     return [
-        replace(fact, digest=file_digest(fact.path))
+        replace(fact, digest=file_digest(below(root, fact.path)))
         if not fact.build_id and not fact.writable and fact.size <= _DIGEST_LIMIT
         else fact
         for fact in facts

@@ -276,9 +276,11 @@ class SourceSession:
         began = time.monotonic_ns()
         survey = await self._copying.survey()
         self._survey_pids = survey.pids
-        files = await asyncio.to_thread(preflight.with_digests, survey.files)
+        # The root of the workload, which need not be ours.
+        root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
+        files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._files = FileSender(files, self._send)
+            self._files = FileSender(files, self._send, root)
         proposal = m.Propose(
             self.settings.migration,
             self._host,

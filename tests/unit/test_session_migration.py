@@ -322,3 +322,30 @@ async def test_a_peer_that_talks_nonsense_is_a_clean_abort(hosts: Hosts) -> None
     await hosts.quiet()
     assert caught.value.fate is Fate.SOURCE
     assert hosts.world.check() == ("run", "none")
+
+
+async def test_files_are_carried_along_with_what_changed_until_the_freeze(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, root = tmp_path / "data", tmp_path / "root-of-b"
+    data.write_text("before\n")
+    status = data.stat()
+    hosts.source.files = [FileFact(str(data), status.st_size, status.st_mode, status.st_mtime_ns, "", True)]
+    freeze = FakeSource.freeze
+
+    def write_and_freeze(self: FakeSource) -> None:
+        with data.open("a") as file:
+            file.write("after\n")
+        freeze(self)
+
+    monkeypatch.setattr(FakeSource, "freeze", write_and_freeze)
+    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
+    await hosts.migrate(copy_files=True)
+    assert (root / str(data).lstrip("/")).read_text() == "before\nafter\n"
+    assert hosts.world.check() == ("none", "run")
+
+
+async def test_a_cold_migration_makes_no_rounds(hosts: Hosts) -> None:
+    result = await hosts.migrate(cold=True)
+    assert result.outcome is Outcome.MIGRATED and result.rounds == []
+    assert hosts.engine is not None and "round" not in hosts.engine.calls

@@ -1,0 +1,145 @@
+"""What stands in the way is found before anything is done, with the object, the reason and the remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from migrator.engine.base import Capability, FileFact, Survey
+from migrator.session import messages as m
+from migrator.session.preflight import (
+    collect_files,
+    collect_host,
+    compare,
+    file_problem,
+    taken,
+    with_digests,
+)
+
+A = m.HostFacts("a", "6.18", "x86_64", "Intel", "Xeon", frozenset({"avx2", "avx512f"}), 2696, "user")
+B = msgspec.structs.replace(A, host="b")
+FILE = FileFact("/usr/bin/redis", 100, 0o100755, 5, "ab" * 20, False)
+LOG = FileFact("/var/log/x", 100, 0o100644, 5, "", True)
+SURVEY = Survey([7], 1, 1 << 30, [], frozenset({"avx2", "avx512f", "ibrs"}), 2696, "wp-async", 0, [])
+
+
+def judge(
+    here: m.HostFacts = B, files: dict[str, FileFact | None] | None = None, pids: list[int] | None = None, **survey: Any
+) -> list[m.Reason]:
+    proposal = m.Propose("test-0001", A, replace(SURVEY, **survey))
+    return compare(proposal, here, files or {}, pids or [])[0]
+
+
+def only(reasons: list[m.Reason]) -> m.Reason:
+    (reason,) = reasons
+    return reason
+
+
+def test_an_equal_host_has_nothing_against_it() -> None:
+    assert judge() == []
+
+
+def test_a_processor_that_lacks_instructions_is_named_with_them() -> None:
+    reason = only(judge(msgspec.structs.replace(B, cpu_features=frozenset({"avx2"}))))
+    assert reason.blocking and "avx512f" in reason.problem and "ibrs" not in reason.problem
+
+
+def test_another_size_of_the_extended_state_blocks() -> None:
+    assert "2696" in only(judge(msgspec.structs.replace(B, xstate_size=832))).problem
+
+
+def test_another_architecture_is_all_that_needs_to_be_said() -> None:
+    assert "aarch64" in only(judge(msgspec.structs.replace(B, machine="aarch64", xstate_size=1))).problem
+
+
+def test_another_kernel_is_worth_knowing_but_no_obstacle() -> None:
+    assert not only(judge(msgspec.structs.replace(B, kernel="6.12"))).blocking
+
+
+def test_too_little_memory_is_told_in_mebibytes() -> None:
+    reason = only(judge(msgspec.structs.replace(B, memory_available=512 << 20)))
+    assert reason.blocking and "512 MiB available" in reason.problem
+
+
+def test_a_taken_pid_is_told_with_the_remedy() -> None:
+    reason = only(judge(pids=[7]))
+    assert reason.object == "pid 7" and "container" in reason.remedy
+
+
+def test_a_pid_beyond_the_limit_is_told_with_the_sysctl() -> None:
+    reason = only(judge(msgspec.structs.replace(B, pid_max=32768), wanted_pids=[40000]))
+    assert reason.remedy == "sysctl kernel.pid_max=40001 there"
+
+
+def test_a_differing_file_blocks_unless_files_are_copied() -> None:
+    proposal = m.Propose("test-0001", A, replace(SURVEY, files=[FILE, LOG]))
+    there: dict[str, FileFact | None] = {FILE.path: None, LOG.path: LOG}
+    reasons, wanted = compare(proposal, B, there)
+    assert only(reasons).object == FILE.path and wanted == []
+    proposal = msgspec.structs.replace(proposal, copy_files=True)
+    assert compare(proposal, B, there) == ([], [FILE.path])
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "problem"),
+    [
+        (FILE, FILE, ""),
+        (FILE, None, "is missing"),
+        (FILE, replace(FILE, mtime_ns=9), ""),
+        (FILE, replace(FILE, mode=0o100644), "has mode"),
+        (FILE, replace(FILE, build_id="cd" * 20), "another build"),
+        (FILE, replace(FILE, build_id=""), "another file"),
+        (FILE, replace(FILE, size=99), "has 99 bytes"),
+        (replace(LOG, writable=False, digest="x"), replace(LOG, writable=False, digest="y"), "other contents"),
+        (LOG, replace(LOG, size=150, mtime_ns=9), ""),  # the same file, written to meanwhile
+        (LOG, replace(LOG, size=50), "is older"),
+        (LOG, replace(LOG, mtime_ns=1), "is older"),
+    ],
+)
+def test_files_are_compared_by_what_identifies_them(there: FileFact, here: FileFact | None, problem: str) -> None:
+    found = file_problem(there, here)
+    assert found.startswith(problem) if problem == "" else problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_facts_of_files_come_from_this_host(tmp_path: Path) -> None:
+    program = tmp_path / "bin/program"
+    program.parent.mkdir()
+    shutil.copy(os.path.realpath(sys.executable), program)
+    plain = tmp_path / "plain"
+    plain.write_text("text")
+    facts = [FileFact(path, 0, 0, 0, "", False, "wanted") for path in ("/bin/program", "/plain", "/gone")]
+    found = collect_files(facts, root=str(tmp_path))
+    assert found["/gone"] is None
+    copied, text = found["/bin/program"], found["/plain"]
+    assert copied is not None and copied.size == program.stat().st_size
+    assert text is not None and (text.size, text.build_id, len(text.digest)) == (4, "", 64)
+
+
+def test_only_files_that_nothing_else_identifies_get_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("text")
+    plain = FileFact("/f", 4, 0o100644, 0, "", False)
+    same, elf, written, large = with_digests(
+        [plain, replace(plain, build_id="ab"), replace(plain, writable=True), replace(plain, size=1 << 30)],
+        root=str(tmp_path),
+    )
+    assert same.digest and not elf.digest and not written.digest and not large.digest
+
+
+def test_pids_in_use_are_found() -> None:
+    assert taken([1, os.getpid(), 2**22 + 5]) == [1, os.getpid()]
+
+
+def test_the_facts_of_this_host_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIGRATOR_HOST", "here")
+    facts = collect_host("user", [Capability("fly", False, "no wings")], 2696)
+    assert facts.host == "here" and facts.abilities == {"fly": False}
+    assert facts.memory_available > 0 and facts.pid_max > 0 and "sse2" in facts.cpu_features
+    assert m.decode(m.encode(m.Verdict(facts))) == m.Verdict(facts)
