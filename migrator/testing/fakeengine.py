@@ -154,7 +154,7 @@ class FakeSource(_Phases):
     def survey(self) -> Survey:
         self._play("survey")
         wanted = self._script.wanted_pids
-        return Survey([TASK], 1, 1 << 20, self._script.files, frozenset(), 2696, "wp-async", 0, wanted)
+        return Survey([os.getpid()], 1, 1 << 20, self._script.files, frozenset(), 2696, "wp-async", 0, wanted)
 
     def arm(self) -> None:
         self._play("arm")
