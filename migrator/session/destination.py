@@ -473,7 +473,8 @@ class DestinationSession:
         if isinstance(message, m.Clock):
             await self._send(m.Clock(message.asked, time.monotonic_ns()))
         elif isinstance(message, m.FileBegin | m.FileData | m.FileEnd):
-            if self._files is None or self.state is not DestinationState.BUILDING:
+            # BEGIN may still be waiting for its turn: what may be written was settled with the verdict.
+            if self._files is None or self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
                 raise m.MessageError("a file that was not asked for")
             await asyncio.to_thread(self._files.take, message)
         elif isinstance(message, m.FilesSync):
