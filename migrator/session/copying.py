@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from migrator.engine.base import Phase, Round, Source, Survey
 from migrator.linux import procfs
-from migrator.session import precopy
+from migrator.session import calibration, precopy
 from migrator.session.calm import Calm, prepare
 from migrator.session.faults import fault
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
@@ -57,6 +57,7 @@ class Copying:
 
     async def survey(self) -> Survey:
         """Make the engine's object and let it look. Raises Refused; the workload runs on."""
+        prepare()
         self._read_fd, self._write_fd = os.pipe()
         os.set_inheritable(self._write_fd, False)
         self.source = await self.thread.run(self._factory, self._write_fd)
@@ -82,7 +83,8 @@ class Copying:
         """One round, ended when the destination has taken all of it: what is on its way would have to be
         waited for when frozen, so it belongs to the round."""
         made = await self.thread.run(self._source.round)
-        await self._drain()
+        with self._phase("drain"):
+            await self._drain()
         made = dataclasses.replace(made, end=time.monotonic_ns())
         self.rounds.append(made)
         fault("source.round")
@@ -103,7 +105,6 @@ class Copying:
 
     def facts(self, facts: Facts) -> Facts:
         """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
-        prepare()
         pids = []
         for pid in self._source.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -248,17 +249,15 @@ def conditions(
     elapsed: float,
     timeout: float,
     tasks: int,
+    factor: float,
 ) -> precopy.Conditions:
-    """What the stop rule needs to know, as it is now.
-
-    The times to stop and to restore grow with the number of tasks; the figures are those of the user engine
-    (docs/safety.md does not depend on them).
-    """
+    """What the stop rule needs to know, as it is now; `factor` is that of `calibration.load()`."""
+    freeze, restore = calibration.modelled(tasks)
     return precopy.Conditions(
         throughput=precopy.measured_throughput(rounds) or link.throughput,
         rtt=link.rtt,
-        freeze=0.0015 + 0.0002 * tasks,
-        restore=0.0010 + 0.0002 * tasks,
+        freeze=freeze * factor,
+        restore=restore * factor,
         budget=budget,
         elapsed=elapsed,
         timeout=timeout,

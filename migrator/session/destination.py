@@ -95,6 +95,7 @@ class DestinationSession:
         self._tell = on_event
         self._events: asyncio.Queue[tuple[DestinationEvent, BaseException | None]] = asyncio.Queue()
         self._thread = OwnThread("engine")
+        self._network = OwnThread("network")  # frames must not wait for an engine that tidies up
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
         self._files: FileReceiver | None = None
@@ -286,6 +287,7 @@ class DestinationSession:
             texts = getattr(error, "reasons", None) or [error.message]
             reasons += [m.Reason(self.settings.host.host, m.text(text), m.text(error.hint)) for text in texts]
         self._files = FileReceiver(wanted, root)
+        prepare()
         await self._send(m.Verdict(self.settings.host, reasons, wanted))
         fault("destination.proposed")
         self._after(_BEGIN_SECONDS, DestinationState.PREFLIGHT)
@@ -412,13 +414,13 @@ class DestinationSession:
         with contextlib.suppress(MigratorError, OSError):
             while True:
                 frames = await self._link.receive_packets()
-                await self._thread.run(arrival.inject, frames)
+                await self._network.run(arrival.inject, frames)
 
     async def _announce(self, arrival: NetworkArrival) -> None:
         with contextlib.suppress(OSError):
             for pause in ANNOUNCE_AGAIN:
                 await asyncio.sleep(pause)
-                await self._thread.run(arrival.announce)
+                await self._network.run(arrival.announce)
 
     async def _discard(self) -> None:
         await self._stop_pump()
@@ -483,7 +485,6 @@ class DestinationSession:
             self._rounds.append(message.round)
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:
-                prepare()
                 self._spawn(self._prepare_early())
             elif message.verdict == "freeze":
                 self._calm.enter()
@@ -544,6 +545,7 @@ class DestinationSession:
         if self.state is DestinationState.ENDED and self._prepared is not None:
             await self._thread.run(self._prepared.cleanup)
         await self._thread.close()
+        await self._network.close()
         if self._journal is not None:
             self._journal.close()
 

@@ -28,8 +28,8 @@ from migrator.errors import (
     Undecided,
 )
 from migrator.model import OnEvent, Outcome, Span, Where
+from migrator.session import calibration, precopy, preflight
 from migrator.session import messages as m
-from migrator.session import precopy, preflight
 from migrator.session.copying import Copying, conditions
 from migrator.session.faults import fault
 from migrator.session.files import FileSender
@@ -91,6 +91,8 @@ class SourceSession:
         self._error: BaseException | None = None
         self._undecided: Undecided | None = None
         self._survey_pids: list[int] = []
+        self._tasks_there = 1
+        self._factor = 1.0
         self._decision: precopy.Decision | None = None
         self._clock = model.ClockOffset()
         self._spans: list[Span] = []
@@ -276,6 +278,8 @@ class SourceSession:
         began = time.monotonic_ns()
         survey = await self._copying.survey()
         self._survey_pids = survey.pids
+        self._tasks_there = survey.threads
+        self._factor = calibration.load(self.settings.journal)
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
@@ -315,7 +319,8 @@ class SourceSession:
                 budget=settings.max_downtime,
                 elapsed=elapsed,
                 timeout=settings.timeout,
-                tasks=len(self._survey_pids),
+                tasks=self._tasks_there,
+                factor=self._factor,
             )
             decision = precopy.decide(copying.rounds, weighed)
             self._decision = decision
@@ -496,7 +501,9 @@ class SourceSession:
         survey_files = self._files.known if self._files is not None else set()
         if set(verdict.wanted) - survey_files:
             raise m.MessageError("the destination wants files that are not the workload's")
-        weighed = conditions(self._link, [], budget=None, elapsed=0, timeout=0, tasks=max(len(self._survey_pids), 1))
+        weighed = conditions(
+            self._link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
+        )
         self.report = preflight.Report(
             self.settings.migration,
             self._host,
@@ -551,7 +558,9 @@ class SourceSession:
                 async with asyncio.timeout(_TELL_SECONDS):
                     told = await asyncio.shield(self._destination_report)
         why = str(self._undecided or self._error or "")
-        return self._summary(told).result(self._outcome(), self._fate(), why)
+        result = self._summary(told).result(self._outcome(), self._fate(), why)
+        calibration.learn(self.settings.journal, self._tasks_there, result)
+        return result
 
     def _outcome(self) -> Outcome:
         if self._undecided is not None:
