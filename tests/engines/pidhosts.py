@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import contextlib
 import copyreg
+import hashlib
 import itertools
 import os
 import pickle
@@ -32,7 +33,7 @@ from migrator.engine.base import DestinationOptions, Phase, Round, SourceOptions
 from migrator.errors import Refused
 from migrator.linux import cgroup, procfs
 from migrator.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, unshare
-from migrator.testing.workloads import Workload
+from migrator.testing.workloads import CACHE, CFLAGS, LIBS, SOURCES, Workload
 
 _FIRST_PID = 3000
 _serial = itertools.count()
@@ -280,6 +281,20 @@ class HostedWorkload(Workload):
             self.kill()
             raise
         return self
+
+
+class Program(HostedWorkload):
+    """A small C program on a PidHost, from its source text; it behaves like a workload (workload.h)."""
+
+    def __init__(self, host: PidHost, source: str, directory: Path, *arguments: object) -> None:
+        super().__init__(host, "counter", directory, *arguments, label="program")
+        text = f"#define _GNU_SOURCE\n{source}"
+        program = CACHE / f"program-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if not program.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            command = ["gcc", *CFLAGS, f"-I{SOURCES}", "-xc", "-", "-o", str(program), *LIBS]
+            subprocess.run(command, input=text, check=True, text=True)
+        self.command = [str(program), str(self.out), *map(str, arguments)]
 
 
 def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> Moved:

@@ -127,8 +127,10 @@ class Forest:
 
     def _clone_raw(self, parent: Shell, vpid: int, extra: int = 0, *, channel: bool = True) -> Shell:
         base = parent.remote.data
+        # a sibling ends with the signal that its maker ends with
+        exit_signal = 0 if extra & _CLONE_PARENT else 17
         args = clone_args(
-            _CLONE_PTRACE | extra, exit_signal=17, set_tid=base + CLONE_ARGS_SIZE, set_tid_size=1
+            _CLONE_PTRACE | extra, exit_signal=exit_signal, set_tid=base + CLONE_ARGS_SIZE, set_tid_size=1
         )
         parent.put(args + struct.pack("<i4x", vpid))
         (result,) = parent.call_batch([(NR["clone3"], base, CLONE_ARGS_SIZE)])

@@ -20,36 +20,38 @@ from migrator.linux.procfs import stat
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
 _LOOKS = 100
+_ERESTARTNOHAND = -514 & arch.MINUS_ONE
 _TRIES = 20
 
 
-def resumed(
-    shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs
-) -> arch.Regs:
-    """The registers that a task goes on with whose registers in the image are `regs`."""
+def resumed(shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs) -> arch.Regs:
+    """The registers that a task goes on with whose registers in the image are `regs`.
+
+    An interrupted call is left to the kernel, which makes it again or, if a signal with a handler waits,
+    ends it with EINTR: as it would have been on the source."""
     number, code = arch.interrupted_call(regs)
     if number < 0:
         regs.orig_rax = arch.MINUS_ONE
         return regs
     if block is None or block.remaining < 0 or block.syscall != number:
-        return arch.call_again(regs)
+        return _made_again(regs)
     ms = -(-block.remaining // 1_000_000)
     if number in _EPOLL:  # keeps no restart block: it is made again, its limit is in a register
-        regs = arch.call_again(regs)
         regs.r10 = ms
-        return regs
+        return _made_again(regs)
     if code != RESTART_BLOCK:
-        return arch.call_again(regs)
-    if number == NR["poll"] and not ms:
-        regs = arch.call_again(regs)
-        regs.rdx = 0
         return regs
-    if _replay(shell, thread, number, block.remaining, regs):
+    if (number != NR["poll"] or ms) and _replay(shell, thread, number, block.remaining, regs):
         return regs
-    again = arch.call_again(regs)
     if number == NR["poll"]:  # something is ready, or seems so while sockets are not complete yet
-        again.rdx = ms
-    return again
+        regs.rdx = ms
+    return _made_again(regs)
+
+
+def _made_again(regs: arch.Regs) -> arch.Regs:
+    if arch.interrupted_call(regs)[1] == RESTART_BLOCK:  # of which this kernel knows nothing
+        regs.rax = _ERESTARTNOHAND
+    return regs
 
 
 def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs: arch.Regs) -> bool:

@@ -19,7 +19,7 @@ from migrator.engine.user.pages import PageSender
 from migrator.engine.user.shm import SharedMemory, device_key, is_shm
 from migrator.engine.user.tasks_dump import SCRATCH, TaskDump
 from migrator.engine.user.tracker import WpAsyncTracker
-from migrator.engine.user.tree import Process, ProcessTree, stop_one
+from migrator.engine.user.tree import Process, ProcessTree, stop_one, without_spurious_eintr
 from migrator.engine.user.waits import Waits
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
@@ -102,6 +102,7 @@ class UserSource:
         for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
             if not reasons:
                 break
+            time.sleep(0.015)
             self.tree.refresh()
             survey, again = surveying.survey(self.tree, self.options)
             reasons = [reason for reason in reasons if reason in again]
@@ -219,6 +220,7 @@ class UserSource:
             raise CheckpointFailed("final() before arm()")
         with self._phase("memory"):  # first: it is on its way while the tasks are asked
             for process in self.tree.living:
+                self._waits.confirm(process.pid, process.threads)
                 self._look(process)
                 self._prepare_scratch(process)
             self._write_tree()
@@ -410,7 +412,12 @@ class UserSource:
         try:
             remote = process.remote = Remote(pid)
             remote.way_back = way_back
-            with remote.borrowed():
+            self._waits.confirm(pid, [pid])
+            regs = arch.get_regs(pid)
+            if without_spurious_eintr(regs):
+                self._waits.shorten(pid, pid, regs)
+                arch.set_regs(pid, regs)
+            with remote.borrowed(regs=regs):
                 fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
                 if fd < 0:
                     raise CheckpointFailed(
@@ -506,7 +513,10 @@ class UserSource:
             try:
                 stop_one(process.pid)
                 try:
-                    with remote.borrowed():
+                    regs = arch.get_regs(process.pid)
+                    if without_spurious_eintr(regs):
+                        arch.set_regs(process.pid, regs)
+                    with remote.borrowed(regs=regs):
                         remote.unmap_scratch()
                 finally:
                     ptrace.detach(process.pid)

@@ -98,12 +98,14 @@ def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name:
     pid = process.pid
     who = f"pid {pid} ({name})"
     out = []
+    if state["State"][0] == "Z":
+        if int(state["Threads"]) > 1:
+            return [f"{who}: its main thread has ended while others run, which is not carried yet"]
+        return []
     if state.get("TracerPid", "0") != "0":
         out.append(f"{who} is traced by pid {state['TracerPid']}: detach the debugger first")
     if state.get("Seccomp", "0") != "0":
         out.append(f"{who} runs under seccomp, whose filters cannot be carried")
-    if state["State"][0] == "Z":
-        return []
     for kind in _NAMESPACES:
         link = f"/proc/{pid}/ns/{kind}"
         if os.readlink(link) != os.readlink(f"/proc/{tree.root}/ns/{kind}"):

@@ -18,10 +18,19 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
-_EPOLL_CALLS = {arch.NR["epoll_wait"], arch.NR["epoll_pwait"], arch.NR["epoll_pwait2"]}
+# what answers a mere stop with EINTR (signal(7)); of those on sockets, where a time limit is set on them
+_EINTR_CALLS = {
+    arch.NR[name]
+    for name in (
+        *("epoll_wait", "epoll_pwait", "epoll_pwait2", "rt_sigtimedwait", "semop", "semtimedop"),
+        *("io_getevents", "io_pgetevents", "read", "readv", "write", "writev", "accept", "accept4"),
+        *("sendto", "sendmsg", "recvfrom", "recvmsg", "recvmmsg"),
+    )
+}
 _ERESTARTNOHAND = (1 << 64) - 514
 _EINTR = (1 << 64) - 4
 _SIGTRAP = 5
+LEADERLESS = "such a process is not carried yet"
 _PATIENCE = 3.0  # seconds that a task may take to stop
 _STUCK = 0.002  # seconds after which the others run again for one that may wait for them
 
@@ -97,7 +106,7 @@ class ProcessTree:
                 except (FileNotFoundError, ProcessLookupError):
                     continue
                 if int(now[22]) == known.start_time:
-                    if now[3] == "Z":
+                    if _is_zombie(now):
                         self._to_zombie(known, int(now[52]))
                     continue
             if known is not None:  # the pid was given out again
@@ -178,10 +187,14 @@ class ProcessTree:
             if not process.threads:
                 self._to_zombie(process, int(procfs.stat(process.pid)[52]))
                 continue
+            if process.pid not in process.threads:
+                raise CheckpointFailed(
+                    f"the main thread of pid {process.pid} has ended while others run", hint=LEADERLESS
+                )
             for thread in process.threads.values():
                 thread.rseq = ptrace.rseq_configuration(thread.tid)
                 regs = arch.get_regs(thread.tid)
-                thread.adjusted = _without_spurious_eintr(regs)
+                thread.adjusted = without_spurious_eintr(regs)
                 thread.adjusted |= _out_of_critical_section(process.pid, thread.rseq.pointer, regs)
                 thread.regs = regs
                 thread.xstate = arch.get_xstate(thread.tid)
@@ -248,11 +261,11 @@ class ProcessTree:
         self.processes.clear()
 
 
-def _without_spurious_eintr(regs: arch.Regs) -> bool:
-    """epoll_wait(2) answers a mere stop with EINTR (signal(7)); make it one that is made again.
+def without_spurious_eintr(regs: arch.Regs) -> bool:
+    """epoll_wait(2) and others answer a mere stop with EINTR; make that one that is made again.
 
-    Only where no signal was delivered: then the stop is what interrupted it."""
-    if regs.rax == _EINTR and regs.orig_rax in _EPOLL_CALLS:
+    If a signal with a handler waits as well, the kernel makes it EINTR again: then it was meant."""
+    if regs.rax == _EINTR and regs.orig_rax in _EINTR_CALLS:
         regs.rax = _ERESTARTNOHAND
         return True
     return False
@@ -276,6 +289,10 @@ def _out_of_critical_section(pid: int, rseq: int, regs: arch.Regs) -> bool:
     return False
 
 
+def _is_zombie(fields: list[str]) -> bool:
+    return fields[3] == "Z" and int(fields[20]) <= 1  # else its other threads live on
+
+
 def _open(pid: int) -> Process | None:
     try:
         state = procfs.status(pid)
@@ -288,7 +305,7 @@ def _open(pid: int) -> Process | None:
         os.close(pidfd)
         return None
     process = Process(pid, procfs.ns_pid(state), pidfd, int(fields[22]))
-    if fields[3] == "Z":
+    if _is_zombie(fields):
         ProcessTree._to_zombie(process, int(fields[52]))
     return process
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 import re
 import struct
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from migrator.image.records import RestartBlock
@@ -31,6 +33,7 @@ _TIMED = {_NR["nanosleep"], _NR["clock_nanosleep"], _NR["poll"], _NR["futex"], *
 _FUTEX_WAIT, _FUTEX_CMD = 0, 0x7F
 _TIMER_ABSTIME = 1
 _LONGEST = 1 << 62
+_CALIBRATION = 1.0  # seconds that it holds
 _MARGIN = 500_000  # ns by which the scheduler's clock may differ from the one that we calibrate with
 _SCHED = re.compile(r"se\.exec_start\s*:\s*(\d+)\.(\d+)\n.*?nr_voluntary_switches\s*:\s*(\d+)", re.DOTALL)
 
@@ -50,18 +53,19 @@ class Waits:
 
     def __init__(self) -> None:
         self._seen: dict[int, Wait] = {}
-        self._offset: int | None = None  # ns from the scheduler's clock to CLOCK_MONOTONIC
+        self._offsets: dict[int, tuple[int, float]] = {}  # by processor: see _clock_offset()
 
     def observe(self, pid: int, tid: int) -> None:
         """Look at a task that runs, just before it is stopped. Never raises."""
         try:
             words = procfs.read_text(f"/proc/{pid}/task/{tid}/syscall").split()
-            if len(words) != 9 or int(words[0]) not in _TIMED:
+            if len(words) != 9 or not _is_limited(int(words[0]), [int(w, 16) for w in words[1:7]]):
                 self._seen.pop(tid, None)
                 return
             number = int(words[0])
             place = (int(words[7], 16), int(words[8], 16), *(int(w, 16) for w in words[1:7]))
             ran, switches = _last_ran(pid, tid)
+            offset = self._clock_offset(pid, tid)
         except (OSError, ValueError):
             self._seen.pop(tid, None)
             return
@@ -70,7 +74,7 @@ class Waits:
             number = known.number
             if known.switches == switches:
                 return  # the same wait as before, begun when it was seen first
-        self._seen[tid] = Wait(number, place, ran + self._clock_offset(), switches)
+        self._seen[tid] = Wait(number, place, ran + offset, switches)
 
     def interrupted(self, pid: int, tid: int) -> None:
         """We stopped the task and are about to let it go on: it wakes once more by that. Never raises."""
@@ -80,6 +84,28 @@ class Waits:
                 known.switches = _last_ran(pid, tid)[1] + 1
             except OSError:
                 del self._seen[tid]
+
+    def confirm(self, pid: int, tids: Iterable[int]) -> None:
+        """Right after tasks were stopped: forget those that were awake since they were seen."""
+        for tid in tids:
+            known = self._seen.get(tid)
+            if known is not None:
+                try:
+                    if _last_ran(pid, tid)[1] == known.switches + 1:
+                        continue
+                except OSError:
+                    pass
+                del self._seen[tid]
+
+    def shorten(self, pid: int, tid: int, regs: arch.Regs) -> None:
+        """A stopped task goes on with `regs`: a wait that is then made again takes what is left of it.
+
+        Only for epoll_wait(2), whose limit is in a register; the kernel sees to the others itself."""
+        number, _ = arch.interrupted_call(regs)
+        if number in _EPOLL:
+            _, block = self.block(pid, tid, tid, regs)
+            if block is not None and block.remaining >= 0:
+                regs.r10 = -(-block.remaining // 1_000_000)
 
     def block(self, pid: int, tid: int, vtid: int, regs: arch.Regs) -> tuple[arch.Regs, RestartBlock | None]:
         """The registers to save of a stopped task, and its restart block if it sits in a timed wait."""
@@ -107,26 +133,42 @@ class Waits:
             return regs, None
         remaining = _written(pid, number, args)
         if remaining < 0:
-            remaining = self._reckoned(pid, tid, number, args, known)
+            remaining = self._reckoned(pid, number, args, known)
         return regs, RestartBlock(vtid, number, remaining, struct.pack("<6Q", *args))
 
-    def _reckoned(self, pid: int, tid: int, number: int, args: tuple[int, ...], known: Wait | None) -> int:
+    def _reckoned(self, pid: int, number: int, args: tuple[int, ...], known: Wait | None) -> int:
         whole = _whole(pid, number, args)
         if whole < 0 or known is None:
             return whole
-        try:
-            if _last_ran(pid, tid)[1] != known.switches + 1:
-                return whole  # it was awake in between: this is another wait
-        except OSError:
-            return whole
         return max(0, whole - max(0, time.monotonic_ns() - known.began - _MARGIN))
 
-    def _clock_offset(self) -> int:
-        if self._offset is None:
-            os.sched_yield()  # brings our own `exec_start` up to date
-            now = time.monotonic_ns()
-            self._offset = now - _last_ran(os.getpid(), int(os.readlink("/proc/thread-self").split("/")[2]))[0]
-        return self._offset
+    def _clock_offset(self, pid: int, tid: int) -> int:
+        """ns from the scheduler's clock of the processor that a task ran on last to CLOCK_MONOTONIC.
+
+        Each processor has its own: it leaves out what interrupts and the hypervisor take."""
+        cpu = int(procfs.stat(pid, tid)[39])
+        offset, when = self._offsets.get(cpu, (0, 0.0))
+        if not when or time.monotonic() - when > _CALIBRATION:
+            home = os.sched_getaffinity(0)
+            try:
+                os.sched_setaffinity(0, {cpu})  # which brings our own `exec_start` up to date as well
+                now = time.monotonic_ns()
+                offset = now - _last_ran(os.getpid(), threading.get_native_id())[0]
+            finally:
+                os.sched_setaffinity(0, home)
+            self._offsets[cpu] = offset, time.monotonic()
+        return offset
+
+
+def _is_limited(number: int, args: list[int]) -> bool:
+    """Whether a call is, or may be, a wait with a limit whose rest the kernel does not tell."""
+    if number == _NR["nanosleep"]:
+        return not args[1]
+    if number == _NR["clock_nanosleep"]:
+        return not args[3] and not args[1] & _TIMER_ABSTIME
+    if number == _NR["futex"]:
+        return bool(args[3]) and args[1] & _FUTEX_CMD == _FUTEX_WAIT
+    return number in _TIMED
 
 
 def _last_ran(pid: int, tid: int) -> tuple[int, int]:
