@@ -47,6 +47,7 @@ log = logging.getLogger("migrator.session")
 
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 _BEGIN_SECONDS = 600.0
+_THAW_POLL = 0.0001
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class DestinationSession:
         self._engine: Destination | None = None
         self._arrival: NetworkArrival | None = None
         self._arrival_lock = threading.Lock()
+        self._resumed = threading.Event()
         self._announcing: asyncio.Task[None] | None = None
         self._pump: asyncio.Task[int] | None = None
         self._work: asyncio.Task[None] | None = None
@@ -382,17 +384,20 @@ class DestinationSession:
         return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
 
     async def _resume(self) -> None:
-        await self._thread.run(self._resume_on_thread)
-        if self._arrival is not None:
-            self._spawn(self._take_frames(self._arrival))
-            self._announcing = asyncio.create_task(self._announce(self._arrival))
+        loop = asyncio.get_running_loop()
+        try:
+            await self._thread.run(self._resume_on_thread, loop)
+        finally:
+            self._resumed.set()
 
-    def _resume_on_thread(self) -> None:
+    def _resume_on_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         self._prepare_arrival()
         # The port opens first: what the copy says in its first instant must not be lost.
         if self._arrival is not None:
             with self._phase("open port"):
                 self._arrival.unlock()
+            self._network.submit(self._greet, self._arrival)
+            loop.call_soon_threadsafe(self._begin_to_arrive, self._arrival)
         assert self._engine is not None and self._journal is not None
         try:
             self._engine.resume()
@@ -401,14 +406,20 @@ class DestinationSession:
             if not thaw(self._journal.facts, self.settings.tools):
                 raise
         self._resumed_at = _end_of(self._engine.phases, "resume") or time.monotonic_ns()
-        if self._arrival is not None:
-            with self._phase("announce"):
-                self._arrival.announce()
-        # An engine may leave its tidying up for when the copy runs and its neighbours know.
-        finish = getattr(self._engine, "finish", None)
-        if finish is not None:
-            finish()
         fault("destination.resumed")
+
+    def _greet(self, arrival: NetworkArrival) -> None:
+        """Announce the new place the moment the copy runs; the engine may still be tidying up then."""
+        assert self._engine is not None
+        while not _end_of(self._engine.phases, "resume") and not self._resumed.wait(_THAW_POLL):
+            pass
+        with contextlib.suppress(OSError), self._phase("announce"):
+            arrival.announce()
+
+    def _begin_to_arrive(self, arrival: NetworkArrival) -> None:
+        # Their first calls on the network's thread come after the greeting.
+        self._spawn(self._take_frames(arrival))
+        self._announcing = asyncio.create_task(self._announce(arrival))
 
     async def _take_frames(self, arrival: NetworkArrival) -> None:
         with contextlib.suppress(MigratorError, OSError):
