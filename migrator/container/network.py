@@ -78,7 +78,10 @@ def set_up(spec: ContainerSpec, init_pid: int) -> int:
         mtu = spec.mtu or int(ip.get_links(bridge)[0].get("mtu"))
         peer = {"ifname": "eth0", "net_ns_pid": init_pid, "address": spec.effective_mac, "mtu": mtu}
         remove(spec.veth)
-        ip.link("add", ifname=spec.veth, kind="veth", mtu=mtu, peer=peer)
+        # A bridge takes the least address of its ports (br_stp_recalculate_bridge_id()). Ours is greater than
+        # any other, or the host's own address would change with every container that comes and goes.
+        address = f"fe:{spec.effective_mac[3:]}"
+        ip.link("add", ifname=spec.veth, kind="veth", address=address, mtu=mtu, peer=peer)
         try:
             index = int(ip.link_lookup(ifname=spec.veth)[0])
             ip.link("set", index=index, master=bridge)

@@ -25,10 +25,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from migrator.container import neighbours
+from migrator.container.connections import revive
 from migrator.container.packet import MAX_FRAME, VNET_HDR, PacketSocket, concerning
 from migrator.container.state import Container
 from migrator.container.valve import Valve
 from migrator.errors import ImageError
+from migrator.linux.cgroup import Cgroup
 from migrator.linux.namespaces import entered
 
 CAPTURE_LIMIT = 64 << 20  # bytes; beyond it the clients' own retransmissions have to do
@@ -212,11 +214,13 @@ class NetworkArrival:
 
 
 def reopen(container: Container) -> None:
-    """Open the port of a container that runs here: for an agent that finds it shut after a crash. Frames
-    that came meanwhile are lost."""
+    """Give a container that is about to run here its network back: for an agent that finds it shut after a
+    crash. Frames that came meanwhile are lost; its connections ask for them."""
     if container.ifindex:
         with Valve(container.ifindex) as valve:
             valve.open()
+    with contextlib.suppress(FileNotFoundError):
+        revive(Cgroup.at(container.cgroup).pids())
 
 
 def _checked(frames: Iterable[bytes], mac: bytes) -> list[bytes]:

@@ -20,13 +20,16 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from migrator.container import list_containers, stop
 from migrator.linux import cgroup, procfs
 from migrator.session.faults import EXIT_CODE, POINTS
 from migrator.session.journal import Journal
 from migrator.session.states import Recorded
 from migrator.testing.hosts import Host
+from migrator.testing.redisclient import fill
+from migrator.testing.servers import redis_command
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
-from migrator.testing.workloads import build
+from migrator.testing.workloads import Workload, build
 
 pytestmark = pytest.mark.root
 
@@ -35,6 +38,8 @@ DESTINATION_POINTS = [point for point in POINTS if point.startswith("destination
 # From here on the destination's journal says RUNNING.
 DECIDED = {"destination.decided", "destination.resumed", "destination.told"}
 AWAY = {"source.committed", "source.running", "source.away", "source.released", "source.done"}
+
+ADDRESS, PORT = "10.77.0.50", 6379
 
 _serial = itertools.count()
 
@@ -118,6 +123,13 @@ class Counting:
             host.run([*MIGRATOR, "stop", self.name], check=False)
 
 
+def stop_all(host: Host) -> None:
+    """End the containers of a host."""
+    with host.inside():
+        for container in list_containers():
+            stop(container.name, timeout=1)
+
+
 def veths(host: Host) -> int:
     """Ports of containers on the bridge of a host."""
     with host.inside(), IPRoute() as ip:
@@ -184,3 +196,43 @@ def test_the_remote_agent_dies_and_started_again_exactly_one_copy_runs(
         assert code in (7, 8), text
         assert "running on the source" in text
         counting.check_runs_only_on("a")
+
+
+@pytest.fixture
+def shop(stage: Stage) -> Iterator[str]:
+    """A Redis with a little in it."""
+    stage.start_container("shop", redis_command(stage.folder, PORT), address=ADDRESS)
+    with stage.client.inside():
+        fill(ADDRESS, PORT, 4)
+    yield "shop"
+    for host in (stage.a, stage.b):
+        stop_all(host)
+        assert veths(host) == 0
+        assert_journals_closed(host)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["source.frozen", "source.committing", "source.saved", "source.committed", "destination.held",
+     "destination.commit", "destination.decided", "destination.resumed"],
+)  # fmt: skip
+def test_a_client_keeps_its_connection_whoever_dies(stage: Stage, shop: str, point: str) -> None:
+    client = Workload(
+        "migrator.testing.redisclient", stage.folder, ADDRESS, PORT, "--rate", 500, netns=stage.client.namespace
+    )
+    with client:
+        if point.startswith("source."):
+            code, text = ended(migrating(stage, shop, fault=f"{point}:exit"))
+            assert code == EXIT_CODE, text
+            settle(stage.a)
+        else:
+            stage.stop_agent(stage.b)
+            stage.start_agent(stage.b, env={"MIGRATOR_FAULT": f"{point}:exit"})
+            command = migrating(stage, shop)
+            stage.await_death(stage.b)
+            stage.start_agent(stage.b)
+            code, text = ended(command)
+        client.check_alive_and_progressing()
+        client.finish()
+    report = json.loads(client.stdout.read_text().splitlines()[-1])
+    assert (report["lost_replies"], report["wrong_replies"], report["reconnects"]) == (0, 0, 0), report
