@@ -58,6 +58,7 @@ async def run_daemon(settings: AgentSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGCHLD, host.reap)
     async with await daemon.serve(
         settings.listen_host,
         settings.listen_port,

@@ -102,6 +102,21 @@ def destination_settings(
     )
 
 
+_restarted: list[UserDestination] = []  # those whose root is a child of this process
+
+
+def reap() -> None:
+    """Collect the workloads restarted by this process that have ended or gone on to another host."""
+    for one in list(_restarted):
+        if not one.root_pid:
+            continue
+        try:
+            if os.waitpid(one.root_pid, os.WNOHANG)[0]:
+                _restarted.remove(one)
+        except ChildProcessError:  # discarded: its engine has collected it
+            _restarted.remove(one)
+
+
 def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
     made: list[UserDestination] = []
     options = DestinationOptions(bridge=bridge, cgroup_name=f"restart-{proposal.migration}")
@@ -113,6 +128,7 @@ def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
 
     def factory(fd: int) -> UserDestination:
         made.append(engine.destination(fd, options))
+        _restarted.append(made[-1])
         return made[-1]
 
     def arrival() -> NetworkArrival | None:

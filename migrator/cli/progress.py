@@ -107,7 +107,7 @@ def show_result(console: Console, result: MigrationResult) -> None:
         parts = timeline.downtime_parts()
         console.print(
             f"\ndowntime [bold]{duration(result.downtime)}[/]"
-            f" [dim](predicted {duration(result.predicted_downtime)}; from the freeze to the first instruction there)[/]"
+            f" [dim](predicted {duration(result.predicted_downtime)}; freeze to first instruction there)[/]"
         )
         if parts:
             console.print(_timeline(parts, timeline.frozen_at, timeline.resumed_at))

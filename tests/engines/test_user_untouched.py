@@ -109,7 +109,8 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
     group = f"untouched-{os.getpid()}"
 
     def save() -> None:
-        with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), SourceOptions(cgroup_name=group)) as source:
+        options = SourceOptions(cgroup_name=group)
+        with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), options) as source:
             for stage in STAGES:
                 getattr(source, stage)()
             source.thaw()

@@ -144,3 +144,18 @@ def test_an_echo_server_keeps_its_connection_and_its_bytes(stage: Stage) -> None
     report = json.loads(client.stdout.read_text().splitlines()[-1])
     assert report["errors"] == 0
     assert report["requests"] > 100
+
+
+def test_an_agent_collects_what_it_restarted_and_what_went_on(stage: Stage) -> None:
+    out = stage.folder / "reaped.out"
+    stage.a.run(["migrator", "run", "-d", "--name", "reaped", "--bridge", "", "--", *command("counter", out)])
+    wait_for_ticks(out, 1)
+    stage.migrate("reaped", stage.a, stage.b)
+    stage.migrate("reaped", stage.b, stage.a)
+    stage.a.run(["migrator", "stop", "reaped"])
+    for host in (stage.a, stage.b):
+        agent = stage.agent_pid(host)
+        deadline = time.monotonic() + 5
+        while (children := Path(f"/proc/{agent}/task/{agent}/children").read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not children, f"agent of {host.label} has left {children} uncollected"

@@ -22,6 +22,9 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
+NO_CHECKPOINT_FLAGS = CheckpointFlags(0)
+NO_RESTART_FLAGS = RestartFlags(0)
+
 
 class UserEngine:
     """checkpoint() and restart() on a stock kernel, and the objects of a live migration."""
@@ -40,7 +43,7 @@ class UserEngine:
         self,
         pid: int,
         fd: int,
-        flags: CheckpointFlags = CheckpointFlags(0),
+        flags: CheckpointFlags = NO_CHECKPOINT_FLAGS,
         *,
         after: AfterCheckpoint = AfterCheckpoint.RUN,
         options: SourceOptions | None = None,
@@ -72,7 +75,7 @@ class UserEngine:
         return os.getpid()
 
     def restart(
-        self, fd: int, flags: RestartFlags = RestartFlags(0), *, options: DestinationOptions | None = None
+        self, fd: int, flags: RestartFlags = NO_RESTART_FLAGS, *, options: DestinationOptions | None = None
     ) -> int:
         """Restart the tree saved in `fd`: the seed's restart(2). Returns the pid of its root."""
         with UserDestination(fd, options or DestinationOptions()) as destination:
@@ -121,9 +124,7 @@ def _probe_stub() -> list[Capability]:
         ptrace.wait(pid)
         out.append(Capability("ptrace", True, "seized and stopped"))
         xstate = arch.get_xstate(pid)
-        out.append(
-            Capability("xsave", len(xstate) > 0, f"{len(xstate)} bytes, features {arch.xfeatures(xstate):#x}")
-        )
+        out.append(Capability("xsave", len(xstate) > 0, f"{len(xstate)} bytes, features {arch.xfeatures(xstate):#x}"))
         out.append(_attempt("kcmp", lambda: str(sys.same(pid, pid, sys.KCMP_VM))))
         out.append(_attempt("dirty tracking", lambda: _probe_tracking(pid, pidfd)))
     except OSError as error:

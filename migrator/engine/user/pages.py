@@ -26,7 +26,13 @@ class PageSender:
         self.zero_pages = 0
 
     def send(
-        self, pid: int, objref: int, data: Sequence[Span], absent: Sequence[Span], vmas: Sequence[Vma], mem: memory.MemFile
+        self,
+        pid: int,
+        objref: int,
+        data: Sequence[Span],
+        absent: Sequence[Span],
+        vmas: Sequence[Vma],
+        mem: memory.MemFile,
     ) -> None:
         """Send the pages of an address space: `absent` first, then `data`, then the chunk that ends them.
 
@@ -108,9 +114,7 @@ class PageSender:
             self._writer.pages(objref, ranges)
 
 
-def _extend(
-    out: list[PageRange], parts: list[memoryview], view: memoryview, start: int, run: int, end: int
-) -> None:
+def _extend(out: list[PageRange], parts: list[memoryview], view: memoryview, start: int, run: int, end: int) -> None:
     if end > run:
         out.append(PageRange(start, (end - run) // PAGE_SIZE, PageKind.DATA))
         parts.append(view[run:end])

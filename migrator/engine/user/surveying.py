@@ -77,7 +77,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             continue  # it ended: nothing to carry
     owners = [descriptors.Process(p.pid, p.vpid, p.pidfd) for p in tree.living]
     reasons += descriptors.survey(owners, own_netns=bool(options.container))
-    features, xsize = header.xstate_facts(tree.root)
+    _, xsize = header.xstate_facts(tree.root)
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
     wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
     found = Survey(
