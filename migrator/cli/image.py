@@ -202,6 +202,8 @@ def _let_go(destination: UserDestination, *, frozen: bool) -> None:
     destination.hold()
     if frozen:
         destination.leave_frozen()
+        if destination.sandbox is not None:
+            destination.sandbox.settled()  # its port stays shut until `migrator thaw`
         return
     destination.resume()
     if destination.sandbox is not None:

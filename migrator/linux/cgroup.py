@@ -16,6 +16,7 @@ Our cgroups live below `migrator/` in the root of the hierarchy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
@@ -46,6 +47,11 @@ class Hierarchy:
     @property
     def state_file(self) -> str:
         return "cgroup.freeze" if self.version == 2 else "freezer.state"
+
+    @property
+    def around_us(self) -> bool:
+        """Whether we are in a cgroup namespace, and what is mounted reaches above its root."""
+        return self.root.startswith("/..")
 
     @property
     def words(self) -> tuple[bytes, bytes]:
@@ -117,9 +123,27 @@ def path_in(cgroup_file: str, version: int) -> str:
 def directory_of(pid: int) -> str:
     """The directory of the cgroup that a process is in now, the root cgroup included; "" if out of sight."""
     chosen = hierarchy()
+    if chosen.around_us:
+        return _holding(pid, chosen)
     inside = path_in(Path(f"/proc/{pid}/cgroup").read_text(), chosen.version)
     below = os.path.relpath(inside, chosen.root)
     return "" if below.startswith("..") else str(chosen.mountpoint / below)
+
+
+def _holding(pid: int, chosen: Hierarchy) -> str:
+    """The same from inside a cgroup namespace, whose root has no name there: the one that lists the process."""
+    for folder, _, _ in os.walk(chosen.mountpoint):
+        with contextlib.suppress(OSError):
+            if str(pid) in Path(folder, "cgroup.procs").read_text().split():
+                return folder
+    return ""
+
+
+def _parent(chosen: Hierarchy) -> Path:
+    """Where our cgroups are made. In a container that is below its own cgroup: what freezes or ends the
+    container means them too, and the same name in two containers is not the same cgroup."""
+    own = _holding(1, chosen) if chosen.around_us else ""
+    return Path(own) if own else chosen.mountpoint / PARENT
 
 
 class Cgroup:
@@ -143,7 +167,7 @@ class Cgroup:
                 f"bad cgroup name {name!r}", hint="a name has no slash and does not begin with a dot"
             )
         chosen = hierarchy(version)
-        path = (under or chosen.mountpoint / PARENT) / name
+        path = (under or _parent(chosen)) / name
         path.mkdir(parents=True, exist_ok=True)
         return cls(path, chosen)
 
@@ -151,7 +175,7 @@ class Cgroup:
     def open(cls, name: str, *, version: int | None = None) -> Cgroup:
         """The existing cgroup `migrator/NAME`; raises FileNotFoundError if there is none."""
         chosen = hierarchy(version)
-        return cls(chosen.mountpoint / PARENT / name, chosen)
+        return cls(_parent(chosen) / name, chosen)
 
     @classmethod
     def at(cls, path: str | Path) -> Cgroup:
@@ -164,6 +188,8 @@ class Cgroup:
     def of(cls, pid: int, *, version: int | None = None) -> Cgroup:
         """The cgroup that a process is in now; UsageError for the root cgroup, which has no freezer."""
         chosen = hierarchy(version)
+        if chosen.around_us and (folder := _holding(pid, chosen)):
+            return cls(Path(folder), chosen)
         inside = path_in(Path(f"/proc/{pid}/cgroup").read_text(), chosen.version)
         below = os.path.relpath(inside, chosen.root)
         if below == "." or below.startswith(".."):
