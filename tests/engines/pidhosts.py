@@ -113,10 +113,12 @@ class Agent:
         from migrator.engine.user.destination import UserDestination
 
         options = DestinationOptions(cgroup_name=f"{self.name}-{next(_serial)}")
-        with UserDestination(fd, options) as destination:
-            root = destination.build()
-            destination.hold()
-        os.close(fd)
+        try:
+            with UserDestination(fd, options) as destination:
+                root = destination.build()
+                destination.hold()
+        finally:
+            os.close(fd)
         self.destination = destination
         return Restored(root, destination.phases)
 
@@ -306,9 +308,11 @@ def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> M
     a.begin("save", a.inner(workload.pid), rounds, fd=ours.detach())
     try:
         saved: Saved = a.result()
-    except BaseException:
-        with contextlib.suppress(Exception):
+    except BaseException as error:
+        try:
             b.result()
+        except BaseException as other:
+            error.add_note(f"meanwhile on host {b.label}: {other}")
         raise
     try:
         restored: Restored = b.result()

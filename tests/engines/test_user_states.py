@@ -304,6 +304,84 @@ def test_zeros_and_reservations_cost_no_bytes(hosts: tuple[PidHost, PidHost], tm
     assert os.path.getsize(tmp_path / "image") < 1 << 20
 
 
+BIG = r"""
+#include <sys/mman.h>
+#include "workload.h"
+#define PAGE 4096UL
+#define PAGES 8192UL
+static unsigned long *base;
+static unsigned generation[PAGES];
+static uint64_t state = 88172645463325252ULL;
+static unsigned long pick(unsigned long n) { state ^= state << 13; state ^= state >> 7; state ^= state << 17; return state % n; }
+static void check(unsigned long page)
+{
+	unsigned long *at = base + page * 512;
+	CHECK(at[0] == generation[page] && at[511] == generation[page] * 3, "page %lu: %lu %lu, not %u", page, at[0], at[511], generation[page]);
+}
+static void fill(unsigned long page)
+{
+	base[page * 512] = ++generation[page];
+	base[page * 512 + 511] = generation[page] * 3UL;
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	base = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (unsigned long i = 0; i < PAGES; i++)
+		if (i % 7 < 5)
+			fill(i);
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		unsigned long at = pick(PAGES - 600), count = 1 + pick(n % 3 ? 4 : 600);
+		for (int i = 0; i < 20; i++) {
+			fill(pick(PAGES));
+			check(pick(PAGES));
+		}
+		switch (n % 40) {
+		case 10:
+			TRY(madvise(base + at * 512, count * PAGE, MADV_DONTNEED));
+			memset(&generation[at], 0, count * sizeof(int));
+			break;
+		case 20: /* a hole, filled again */
+			TRY(munmap(base + at * 512, count * PAGE));
+			CHECK(mmap(base + at * 512, count * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED, "mmap");
+			memset(&generation[at], 0, count * sizeof(int));
+			break;
+		case 30: { /* to somewhere else */
+			void *to = mmap(NULL, PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			unsigned long *moved = to;
+			/* several mappings, where holes were filled while they were tracked, move one by one */
+			for (unsigned long i = 0; i < PAGES; i += 512)
+				for (unsigned long j = i; j < i + 512; j += 64)
+					if (mremap(base + j * 512, 64 * PAGE, 64 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, moved + j * 512) == MAP_FAILED) {
+						CHECK(errno == EFAULT, "%s", strerror(errno));
+						for (unsigned long k = j; k < j + 64; k++)
+							CHECK(msync(base + k * 512, PAGE, MS_ASYNC) /* moved already */ || mremap(base + k * 512, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, moved + k * 512) != MAP_FAILED, "%s", strerror(errno));
+					}
+			base = moved;
+			break;
+		}
+		}
+		if (n % 100 == 0) {
+			for (unsigned long i = 0; i < PAGES; i++)
+				check(i);
+			wl_line("tick %ld", n / 100);
+		}
+		wl_sleep_us(200);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_a_big_mapping_that_is_dropped_cut_and_moved_all_the_time(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], BIG, tmp_path) as moving:
+        there_and_back(moving, hosts, 8)
+        moving.finish()
+
+
 EXECUTES = r"""
 #include <sys/wait.h>
 #include <spawn.h>

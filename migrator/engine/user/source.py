@@ -147,7 +147,7 @@ class UserSource:
             if process.pid in self._trackers:
                 try:
                     self._look(process)
-                    self._send_memory(process, refresh=True)
+                    self._send_memory(process, refresh=number <= 2)
                 except (FileNotFoundError, ProcessLookupError):
                     continue
         self._shared.send(self._writer, self._sender, final=False)

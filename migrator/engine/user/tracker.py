@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from migrator.linux.pagemap import (
     CHECK_WPASYNC,
@@ -34,6 +34,10 @@ from migrator.linux.procfs import Vma, read_text
 
 _RETURN = IS_WRITTEN | IS_PRESENT | IS_SWAPPED | IS_FILE | IS_PFNZERO
 _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
+_BIG = 8 << 20  # bytes from which on a mapping is worth a scan of its own
+_LONG = 256 << 10  # bytes of a written stretch that is looked at before it is read
+_SPANS = 256  # populated spans of a big mapping beyond which they are not worth their scans
+_GAP = 64 << 10  # bytes between two of them that are not worth it either
 
 Span = tuple[int, int]
 
@@ -69,6 +73,8 @@ class WpAsyncTracker:
         self._protection = protection
         self._there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
         self._present: list[Span] = []
+        self._owed: list[Span] = []  # to be taken whole by the next sweep
+        self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
         self._first = True
         self._strict = False
 
@@ -79,10 +85,18 @@ class WpAsyncTracker:
         `whole`: spans of which everything is to be sent, written or not."""
         self._strict = strict
         out = Sweep()
-        groups = _adjacent([v for v in vmas if not v.shared and not is_special(v)])
+        private = [v for v in vmas if not v.shared and not is_special(v)]
+        big = [v for v in private if not v.inode and v.end - v.start >= _BIG]
+        groups = _adjacent([v for v in private if v.inode or v.end - v.start < _BIG])
         for group in groups:
             self._sweep_group(group, out)
-        for start, end in whole:
+        owed, self._owed = self._owed, []
+        there: dict[int, list[Span]] = {}
+        for vma in big:
+            there[vma.start] = self._sweep_big(vma, vmas, out)
+        self._big = there
+        mapped = _merge([(v.start, v.end) for v in private])
+        for start, end in [*whole, *_intersect(_merge(owed), mapped)]:
             self._take_whole(start, end, out)
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
@@ -94,6 +108,46 @@ class WpAsyncTracker:
         self._first = False
         out.data = _merge(out.data)
         return out
+
+    def _sweep_big(self, vma: Vma, vmas: Sequence[Vma], out: Sweep) -> list[Span]:
+        """Sweep a big anonymous mapping; the spans of it that are populated.
+
+        Where pages are known to be, the kernel is asked only whether they were written, for which it has a
+        fast path, ten times as fast. It counts dropped pages as written: they read as zeros."""
+        known = _intersect(self._big.get(vma.start, []), [(vma.start, vma.end)])
+        if not known or len(known) > _SPANS:
+            known = []
+        mine = Sweep()
+        try:
+            for start, end in known:
+                for a, b, _ in self._scanner.scan(
+                    start, end, mask=IS_WRITTEN, returned=IS_WRITTEN, flags=WP_MATCHING | CHECK_WPASYNC
+                ):
+                    if b - a < _LONG:
+                        mine.data.append((a, b))
+                    else:
+                        self._sort_out(a, b, mine)
+        except NotRegistered:
+            # moved or mapped anew: nothing that was known of it holds
+            if not self._register(vma, vmas if self._strict else self._list()) and not self._strict:
+                self._owed.append((vma.start, vma.end))
+                return []
+            self._take_whole(vma.start, vma.end, out)
+            return _coarse(self._present_in(vma.start, vma.end))
+        for start, end in _subtract([(vma.start, vma.end)], known):
+            self._sweep_group([replace(vma, start=start, end=end)], mine)
+        out.data += mine.data
+        out.absent += mine.absent
+        if not known:
+            return _coarse(self._present_in(vma.start, vma.end))
+        return _coarse(_merge(known + mine.data))
+
+    def _sort_out(self, start: int, end: int, out: Sweep) -> None:
+        """What of a written stretch has contents."""
+        regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
+        there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
+        out.data += there
+        out.absent += _subtract([(start, end)], there)
 
     @staticmethod
     def everything(scanner: Scanner, vmas: Sequence[Vma]) -> Sweep:
@@ -229,6 +283,17 @@ def _merge(spans: list[Span]) -> list[Span]:
     for start, end in sorted(spans):
         if out and out[-1][1] >= start:
             out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
+
+
+def _coarse(spans: list[Span]) -> list[Span]:
+    """Sorted spans, joined over small gaps."""
+    out: list[Span] = []
+    for start, end in spans:
+        if out and start - out[-1][1] <= _GAP:
+            out[-1] = (out[-1][0], end)
         else:
             out.append((start, end))
     return out
