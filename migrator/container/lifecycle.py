@@ -129,8 +129,9 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
         os.environ["PATH"] = env["PATH"]
         os.execvpe(spec.argv[0], list(spec.argv), env)
     except BaseException as error:
+        why = error.strerror if isinstance(error, OSError) else error
         with contextlib.suppress(OSError):
-            os.write(report, f"{spec.argv[0]}: {error}".encode())
+            os.write(report, f"{spec.argv[0]}: {why}".encode())
     os._exit(127)
 
 

@@ -184,6 +184,8 @@ def spec_for(
         mounts.append(Tmpfs(path, options or "mode=1777"))
     if not argv:
         raise UsageError("no command to run", hint="migrator run --name NAME -- COMMAND ARGUMENTS…")
+    if root and not os.path.isdir(root):
+        raise UsageError(f"{root} is no directory", hint="--root names the directory that is to be its root")
     return ContainerSpec(
         name=name,
         argv=tuple(argv),

@@ -1,0 +1,132 @@
+"""What a person reads who asks for what cannot be: a sentence, what to do, and an exit code of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli import MIGRATOR, counter, migrator
+from typer.testing import CliRunner
+
+from migrator.cli import app
+
+pytestmark = pytest.mark.root
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rev1.img"
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIGRATOR_STATE_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("MIGRATOR_JOURNAL_DIR", str(tmp_path / "journal"))
+    monkeypatch.setenv("MIGRATOR_LOG_DIR", str(tmp_path / "log"))
+
+
+CASES = [
+    (["checkpoint", "99999999"], 2, "there is no process 99999999"),
+    (["checkpoint", "nosuch"], 2, "there is no container 'nosuch'"),
+    (["checkpoint", "0"], 2, "there is no process 0"),
+    (["checkpoint", "2"], 2, "no memory of its own"),
+    (["checkpoint", "{self}", "--kill", "--leave-running"], 2, "exclude one another"),
+    (["checkpoint", "{self}", "-o", "{tmp}/no/image"], 2, "No such file or directory"),
+    (["checkpoint", "{self}", "-o", "{tmp}"], 2, "Is a directory"),
+    (["checkpoint", "{self}", "-o", "{tmp}/image"], 2, "start it as a child"),
+    (["restart", "-i", "{tmp}/nothing"], 2, "No such file or directory"),
+    (["restart", "-i", "{tmp}"], 2, "is a directory"),
+    (["restart", "-i", "/dev/null"], 6, "without a trailer"),
+    (["restart", "-i", "/etc/passwd"], 6, "unknown"),
+    (["image", "info", "{tmp}/nothing"], 2, "No such file or directory"),
+    (["image", "info", "{tmp}"], 2, "is a directory"),
+    (["image", "info", "/etc/passwd"], 6, "BROKEN"),
+    (["stop", "nosuch"], 2, "no container 'nosuch'"),
+    (["thaw", "nosuch"], 2, "no container and no process 'nosuch'"),
+    (["run", "--name", "a/b", "--", "true"], 2, "bad name"),
+    (["run", "--name", "cliname", "--ip", "1.2.3", "--", "true"], 2, "bad address"),
+    (["run", "--name", "cliname", "--root", "/nosuch", "--", "true"], 2, "/nosuch is no directory"),
+    (["run", "--name", "cliname", "--bridge", "", "--", "/no/such"], 127, "No such file or directory"),
+    (["settle", "--here"], 2, "which migration?"),
+    (["settle", "m-nosuchone", "--here"], 2, "m-nosuchone"),
+    (["settle", "--here", "--away", "m-nosuchone"], 2, "exclude one another"),
+    (["check", "{self}", "root@127.0.0.1:1"], 7, "127.0.0.1"),
+    (["migrate", "99999999", "nowhere"], 2, "there is no process 99999999"),
+    (["migrate", "{self}", "h", "--max-downtime", "soon"], 2, "is no duration"),
+    (["migrate", "{self}", "h", "--bandwidth", "much"], 2, "is no number of bytes"),
+    (["agent", "--listen", "here"], 2, "is no ADDRESS:PORT"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), CASES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_an_error_is_a_sentence_and_an_exit_code(arguments: list[str], code: int, text: str, tmp_path: Path) -> None:
+    given = [word.format(self=os.getpid(), tmp=tmp_path) for word in arguments]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == code, done.output
+    assert text in done.output
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.glob("*.img")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "ps", "stop", "thaw", "checkpoint", "restart", "migrate", "check", "settle"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0
+    assert "Usage:" in done.output
+
+
+def test_an_image_is_not_written_to_a_terminal() -> None:
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [*MIGRATOR, "checkpoint", str(os.getpid())], stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 2
+    assert b"not for a terminal" in done.stderr
+    assert b"-o FILE" in done.stderr
+
+
+AS_NOBODY = """
+import os, sys
+import migrator.cli
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+migrator.cli.main()
+"""
+
+
+def test_who_is_not_root_is_told_so_and_nothing_happens(tmp_path: Path) -> None:
+    image = Path(f"/tmp/nobody{os.getpid()}.img")
+    with counter(tmp_path) as program:
+        command = [sys.executable, "-c", AS_NOBODY, "checkpoint", str(program.pid), "-o", str(image)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, done.stderr
+        assert "run migrator as root" in done.stderr
+        program.check_alive_and_progressing()
+        program.finish()
+    assert not image.exists()
+
+
+def test_an_image_of_another_writer_is_shown_and_says_why_it_is_refused() -> None:
+    shown = CliRunner().invoke(app, ["image", "info", str(GOLDEN)])
+    assert shown.exit_code == 0
+    assert "whole:" in shown.output
+
+
+def test_what_cannot_be_carried_is_refused_by_name_before_anything_is_stopped(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with subprocess.Popen(["sleep", "60"], stdin=read, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            done = migrator("checkpoint", child.pid, "-o", tmp_path / "image", code=3)
+            assert f"pid {child.pid} (sleep) fd 0: pipe:" in done.stderr
+            assert "outside of the tree" in done.stderr
+            assert child.poll() is None
+        finally:
+            child.kill()
+            os.close(read)
+            os.close(write)
+    assert list(tmp_path.iterdir()) == []
