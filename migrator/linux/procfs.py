@@ -47,17 +47,25 @@ def maps(pid: int) -> list[Vma]:
 
 
 def parse_maps(text: str) -> list[Vma]:
-    """/proc/PID/maps as values."""
-    out = []
+    """/proc/PID/maps as values.
+
+    The kernel gives it out in pieces, between which a running process may change: of mappings that were
+    seen twice, overlapping, the first is kept."""
+    out: list[Vma] = []
+    end = 0
     for line in text.split("\n"):
         if not line:
             continue
         span, perms, offset, device, inode, *rest = line.split(None, 5)
-        start, _, end = span.partition("-")
+        first, _, last = span.partition("-")
+        start = int(first, 16)
+        if start < end:
+            continue
+        end = int(last, 16)
         out.append(
             Vma(
-                int(start, 16),
-                int(end, 16),
+                start,
+                end,
                 perms[0] == "r",
                 perms[1] == "w",
                 perms[2] == "x",
