@@ -21,6 +21,7 @@ from migrator.engine.user import header
 from migrator.engine.user.destination import UserDestination
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Refused
+from migrator.linux import procfs
 from migrator.session.destination import DestinationSettings, Prepared
 from migrator.session.interfaces import NetworkArrival
 from migrator.session.journal import Facts, journal_directory
@@ -108,13 +109,22 @@ _restarted: list[UserDestination] = []  # those whose root is a child of this pr
 def reap() -> None:
     """Collect the workloads restarted by this process that have ended or gone on to another host."""
     for one in list(_restarted):
-        if not one.root_pid:
+        if not one.root_pid or not _ended(one.root_pid):
             continue
         try:
             if os.waitpid(one.root_pid, os.WNOHANG)[0]:
                 _restarted.remove(one)
         except ChildProcessError:  # discarded: its engine has collected it
             _restarted.remove(one)
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child is a zombie that no engine traces: waiting for another would take its engine's stops away."""
+    try:
+        status = procfs.status(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status["State"][0] == "Z" and status["TracerPid"] == "0"
 
 
 def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
