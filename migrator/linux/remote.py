@@ -34,6 +34,7 @@ _CODE_SIZE = 256
 _TABLE_SIZE = 16384
 _BATCH_SIGNALS = (23, 28)  # SIGURG, SIGWINCH: ignored by default
 _MOST_CODE = 8 << 20
+_SIGSTOP = 19
 
 Call = Sequence[int]
 
@@ -105,7 +106,7 @@ class Remote:
         self.way_back: WayBack | None = None
         self._regs: arch.Regs | None = None
         self._mask = 0
-        self._mask_set = False
+        self._mask_set = self._stop_again = False
         self._signal = _BATCH_SIGNALS[0]
         self._context_written = False
 
@@ -129,6 +130,9 @@ class Remote:
                 ptrace.set_sigmask(tid, self._mask)
             arch.set_regs(tid, self._regs)
             self._regs = None
+            if self._stop_again:
+                self._stop_again = False
+                os.kill(self.pid, _SIGSTOP)
 
     def _block_signals(self) -> None:
         if not self._mask_set:
@@ -274,6 +278,10 @@ class Remote:
                 continue
             if got == signal:
                 return
+            if got == _SIGSTOP and not event:  # the one that no mask holds back: sent again at the end
+                self._stop_again = True
+                go_on(self.tid)
+                continue
             regs = arch.get_regs(self.tid)
             raise RemoteError(4, f"stopped by signal {got} at {regs.rip:#x} while borrowed", f"tid {self.tid}")
 
