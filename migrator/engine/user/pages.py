@@ -38,7 +38,7 @@ class PageSender:
 
         A range that vanishes while it is read (the tasks may run) is left out: whatever is there in the
         end is met by a later sweep."""
-        self._announce(objref, absent, PageKind.ABSENT)
+        self.announce(objref, absent, PageKind.ABSENT)
         readable, hidden = split_readable(data, vmas)
         for ranges, total in chunks(readable):
             got = memory.read_into(pid, self._buffer.address, ranges, total)
@@ -100,7 +100,8 @@ class PageSender:
         self.pages += sum(len(part) for part in parts) // PAGE_SIZE
         self._writer.pages(objref, _join_zeros(out), parts)
 
-    def _announce(self, objref: int, spans: Sequence[Span], kind: PageKind) -> None:
+    def announce(self, objref: int, spans: Sequence[Span], kind: PageKind) -> None:
+        """Say of spans that they are `kind`, without contents."""
         ranges: list[PageRange] = []
         for start, end in spans:
             while start < end:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from dataclasses import dataclass, field
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.pages import PageSender, Span
-from migrator.image.records import PAGE_SIZE, Shm, ShmKind
+from migrator.engine.user.tracker import intersect, subtract
+from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.linux.procfs import Vma
 
 _MEMFD = "/memfd:"
 _ANON = "/dev/zero (deleted)"
 _DELETED = " (deleted)"
+_TIME_STEP = 20_000_000  # ns between two steps of the clock that times of change are taken from, and some
 
 
 def is_shm(vma: Vma) -> bool:
@@ -38,6 +41,9 @@ class Object:
     announced: bool = False  # its contents were sent once
     by_descriptor: bool = False
     dirty: list[Span] = field(default_factory=list)
+    there: list[Span] = field(default_factory=list)  # where it had contents when it was sent last
+    mtime: int = 0  # ns: when it was written, as known when all of it was sent
+    sent: int = 0  # ns: when that was
 
 
 class SharedMemory:
@@ -81,17 +87,23 @@ class SharedMemory:
 
     def send(self, writer: RecordWriter, sender: PageSender, *, final: bool) -> None:
         for item in self.objects.values():
-            size = os.fstat(item.fd).st_size
+            status = os.fstat(item.fd)
+            size = status.st_size
             if not item.described or size != item.size or final:
                 item.size, item.described = size, True
-                mode = os.fstat(item.fd).st_mode & 0o7777
-                writer.write(Shm(item.objref, item.kind, size, item.seals, mode, item.name))
-            if not item.announced or (final and item.by_descriptor):
-                spans = list(_data_spans(item.fd, size))
+                writer.write(Shm(item.objref, item.kind, size, item.seals, status.st_mode & 0o7777, item.name))
+            there = _merged(list(_data_spans(item.fd, size)))
+            # write(2) shows in the time of change; what it shows may be some ms old, though
+            written = status.st_mtime_ns != item.mtime or item.sent - item.mtime < _TIME_STEP
+            if not item.announced or (final and item.by_descriptor and written):
+                spans = there
+                item.mtime, item.sent = status.st_mtime_ns, time.time_ns()
             else:
                 rounded = -(-size // PAGE_SIZE) * PAGE_SIZE
                 spans = [(a, min(b, rounded)) for a, b in _merged(item.dirty) if a < rounded]
-            item.announced, item.dirty = True, []
+                spans = intersect(spans, there)
+            sender.announce(item.objref, subtract(item.there, there), PageKind.ABSENT)
+            item.announced, item.dirty, item.there = True, [], there
             fd = item.fd
             sender.send_file(item.objref, spans, lambda view, at, fd=fd: os.preadv(fd, [view], at))  # type: ignore[misc]
 

@@ -26,7 +26,7 @@ from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundMark
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
-from migrator.linux.cgroup import Cgroup, directory_of
+from migrator.linux.cgroup import PARENT, Cgroup, directory_of
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote, find_way_back
 
@@ -288,6 +288,7 @@ class UserSource:
         self._close()
         if self._own_cgroup:
             self._cgroup.remove()
+            self._remove_former()
 
     def thaw(self) -> None:
         """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
@@ -358,6 +359,15 @@ class UserSource:
                 except OSError:
                     pass  # ended, or its old cgroup is gone: it runs on where it is
         self._cgroup.remove()
+
+    def _remove_former(self) -> None:
+        """The cgroup that a restart of this tree made: nobody else knows that it is empty now."""
+        for folder in set(self._came_from.values()):
+            if os.path.basename(os.path.dirname(folder)) == PARENT:
+                try:
+                    os.rmdir(folder)
+                except OSError:
+                    pass  # somebody is in it
 
     def _write_tree(self, states: dict[int, dict[str, str]] | None = None) -> None:
         self._generation += 1

@@ -96,14 +96,14 @@ class WpAsyncTracker:
             there[vma.start] = self._sweep_big(vma, vmas, out)
         self._big = there
         mapped = _merge([(v.start, v.end) for v in private])
-        for start, end in [*whole, *_intersect(_merge(owed), mapped)]:
+        for start, end in [*whole, *intersect(_merge(owed), mapped)]:
             self._take_whole(start, end, out)
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
         present = _merge([s for g in groups for s in self._present_in(g[0].start, g[-1].end)])
         if not self._first:
             mapped = _merge([(g[0].start, g[-1].end) for g in groups])
-            out.absent += _intersect(_subtract(self._present, present), mapped)
+            out.absent += intersect(subtract(self._present, present), mapped)
         self._present = present
         self._first = False
         out.data = _merge(out.data)
@@ -114,7 +114,7 @@ class WpAsyncTracker:
 
         Where pages are known to be, the kernel is asked only whether they were written, for which it has a
         fast path, ten times as fast. It counts dropped pages as written: they read as zeros."""
-        known = _intersect(self._big.get(vma.start, []), [(vma.start, vma.end)])
+        known = intersect(self._big.get(vma.start, []), [(vma.start, vma.end)])
         if not known or len(known) > _SPANS:
             known = []
         mine = Sweep()
@@ -134,7 +134,7 @@ class WpAsyncTracker:
                 return []
             self._take_whole(vma.start, vma.end, out)
             return _coarse(self._present_in(vma.start, vma.end))
-        for start, end in _subtract([(vma.start, vma.end)], known):
+        for start, end in subtract([(vma.start, vma.end)], known):
             self._sweep_group([replace(vma, start=start, end=end)], mine)
         out.data += mine.data
         out.absent += mine.absent
@@ -147,7 +147,7 @@ class WpAsyncTracker:
         regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
         there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
         out.data += there
-        out.absent += _subtract([(start, end)], there)
+        out.absent += subtract([(start, end)], there)
 
     @staticmethod
     def everything(scanner: Scanner, vmas: Sequence[Vma]) -> Sweep:
@@ -219,7 +219,7 @@ class WpAsyncTracker:
         there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
         out.data += there
         if not self._first:
-            out.absent += _subtract([(start, end)], there)
+            out.absent += subtract([(start, end)], there)
 
     def _register(self, vma: Vma, vmas: Sequence[Vma]) -> bool:
         """False where the kernel does not track: what is there is then sent whole when the tasks are stopped.
@@ -246,7 +246,7 @@ def _has_swap() -> bool:
     return len(read_text("/proc/swaps").strip().split("\n")) > 1
 
 
-def _subtract(old: list[Span], new: list[Span]) -> list[Span]:
+def subtract(old: list[Span], new: list[Span]) -> list[Span]:
     """Parts of `old` that are not in `new`; both sorted and merged."""
     out = []
     i = 0
@@ -264,8 +264,9 @@ def _subtract(old: list[Span], new: list[Span]) -> list[Span]:
     return out
 
 
-def _intersect(a: list[Span], b: list[Span]) -> list[Span]:
-    return _subtract(a, _subtract(a, b))
+def intersect(a: list[Span], b: list[Span]) -> list[Span]:
+    """What is in both; both sorted and merged."""
+    return subtract(a, subtract(a, b))
 
 
 def _adjacent(vmas: Sequence[Vma]) -> list[list[Vma]]:
