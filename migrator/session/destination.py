@@ -47,6 +47,7 @@ log = logging.getLogger("migrator.session")
 
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 _BEGIN_SECONDS = 600.0
+_MOST_ROUNDS = 10_000
 _THAW_POLL = 0.0001
 
 
@@ -493,6 +494,8 @@ class DestinationSession:
         elif isinstance(message, m.FilesSync):
             await self._send(message)
         elif isinstance(message, m.Progress):
+            if len(self._rounds) >= _MOST_ROUNDS:
+                raise m.MessageError(f"more than {_MOST_ROUNDS} rounds")
             self._rounds.append(message.round)
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:

@@ -18,7 +18,7 @@ from pathlib import Path
 from migrator.errors import Fate, MigratorError, Undecided, UsageError
 from migrator.linux import procfs
 from migrator.session.interfaces import Groups, NoSurroundings, Surroundings, open_group
-from migrator.session.journal import Facts, Journal, Role, boot_id, unattended
+from migrator.session.journal import Facts, Journal, Role, boot_id, forget_old, unattended
 from migrator.session.messages import AnyMessage, Discarded, Running
 from migrator.session.states import (
     DESTINATION_RECOVERY,
@@ -204,6 +204,7 @@ def _tasks(facts: Facts) -> str:
 async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settlement]:
     """Settle every journal that no living agent attends to. Never raises for one of them: see the fates."""
     made = []
+    forget_old(directory, now=time.time())
     for journal in unattended(directory):
         with journal:
             facts = journal.facts

@@ -220,6 +220,8 @@ class SourceSession:
             await self._send(m.Hello([m.VERSION], "migrator", self._host.host))
             await self._propose()
         elif action is a.JOURNAL_OPEN:
+            # With the cgroup of a container: should we die once its network is shut, that tells whose.
+            self._facts = await self._copying.thread.run(self._copying.facts, self._facts)
             self._journal = await self._copying.journal_thread.run(Journal.create, self.settings.journal, self._facts)
         elif action is a.SEND_BEGIN:
             await self._send(m.Begin(migration))
