@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 from migrator.engine.base import Phase, Round, Source, Survey
+from migrator.errors import MigrationAborted
 from migrator.linux import procfs
 from migrator.session import calibration, precopy
 from migrator.session.calm import Calm, prepare
@@ -28,7 +29,7 @@ from migrator.session.thread import OwnThread
 FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
 _FORWARD_EVERY = 0.002
 _DRAIN_POLL = 0.0003
-_DRAIN_LIMIT = 10.0
+_STALLED = 10.0  # seconds
 
 
 class Copying:
@@ -91,9 +92,17 @@ class Copying:
         return made
 
     async def _drain(self) -> None:
-        quiet, limit = 0, time.monotonic() + _DRAIN_LIMIT
-        while quiet < 2 and time.monotonic() < limit and self.pump is not None and not self.pump.done():
-            quiet = quiet + 1 if not self._unread() and not in_flight(self._link) else 0
+        quiet, least, since = 0, float("inf"), time.monotonic()
+        while quiet < 2 and self.pump is not None and not self.pump.done():
+            left = self._unread() + in_flight(self._link)
+            if left < least:
+                least, since = left, time.monotonic()
+            elif left and time.monotonic() - since > _STALLED:
+                raise MigrationAborted(
+                    f"{self._link.peer} has taken nothing for {_STALLED:g} s; {left} bytes are on their way",
+                    hint="look at the agent there: its log says what it waits for",
+                )
+            quiet = quiet + 1 if not left else 0
             await asyncio.sleep(_DRAIN_POLL)
 
     def _unread(self) -> int:

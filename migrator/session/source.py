@@ -45,6 +45,7 @@ Reconnect = Callable[[], Awaitable[Link]]
 
 _CLOCK_SAMPLES = 5
 _CLOCK_LIMIT = 0.5
+_ROUND_GRACE = 5.0
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 _STANDING_SECONDS = 60.0
 _WORTH_A_ROUND = 0.005
@@ -420,9 +421,18 @@ class SourceSession:
         self._spawn(later())
 
     def _timed_out(self) -> None:
-        # Rounds know the timeout themselves and freeze or give up. This is for a peer that does not answer.
+        limit = self.settings.timeout
         if self.state is SourceState.PREFLIGHT:
-            self._post(SourceEvent.CANCEL, MigrationAborted(f"no verdict within {self.settings.timeout:g} s"))
+            self._post(SourceEvent.CANCEL, MigrationAborted(f"no verdict within {limit:g} s, the timeout"))
+        elif self.state is SourceState.PRECOPY:
+            # At its end a round knows the timeout by itself, and whether to freeze or to give up.
+            self._after(_ROUND_GRACE, self._round_too_long)
+
+    def _round_too_long(self) -> None:
+        if self.state is SourceState.PRECOPY:
+            why = f"{self.settings.timeout:g} s, the timeout, have passed in the middle of a round"
+            hint = "the link or the other host is slow for this workload: give it a longer --timeout"
+            self._post(SourceEvent.CANCEL, MigrationAborted(why, hint=hint))
 
     def _too_long_frozen(self) -> None:
         if self.state in (SourceState.SAVING, SourceState.SAVING_READY, SourceState.SAVED):

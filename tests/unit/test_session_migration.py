@@ -24,6 +24,7 @@ from migrator.errors import (
     Undecided,
 )
 from migrator.model import Outcome
+from migrator.session import copying, source
 from migrator.session import messages as m
 from migrator.session.destination import DestinationSettings, Prepared
 from migrator.session.journal import Journal, Role
@@ -349,3 +350,25 @@ async def test_a_cold_migration_makes_no_rounds(hosts: Hosts) -> None:
     result = await hosts.migrate(cold=True)
     assert result.outcome is Outcome.MIGRATED and result.rounds == []
     assert hosts.engine is not None and "round" not in hosts.engine.calls
+
+
+async def test_a_round_that_never_ends_is_given_up_after_the_timeout(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_ROUND_GRACE", 0.1)
+    hosts.source.slow = {"round": 1.0}
+    with pytest.raises(MigrationAborted, match="in the middle of a round"):
+        await hosts.migrate(timeout=0.1)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_frozen(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "_STALLED", 0.2)
+    monkeypatch.setattr(copying, "in_flight", lambda link: 4096)
+    with pytest.raises(MigrationAborted, match="has taken nothing for"):
+        await hosts.migrate()
+    await hosts.quiet()
+    assert "source stop" not in " ".join(hosts.world.log)
