@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 
 IS_WPALLOWED, IS_WRITTEN, IS_FILE, IS_PRESENT, IS_SWAPPED, IS_PFNZERO, IS_HUGE, IS_SOFT_DIRTY = (
     1 << bit for bit in range(8)
@@ -67,14 +68,23 @@ class NotRegistered(Exception):
         self.resume = resume
 
 
+class _Vector(threading.local):
+    """Where the kernel puts regions; one for each thread, as it is big and a tree has many processes."""
+
+    def __init__(self) -> None:
+        self.words = (ctypes.c_uint64 * (3 * _VECTOR))()
+        self.used = 0
+        self.arg = _ScanArg()
+
+
+_vector = _Vector()
+
+
 class Scanner:
-    """PAGEMAP_SCAN on one process. Keeps a vector of its own; not for several threads."""
+    """PAGEMAP_SCAN on one process."""
 
     def __init__(self, pid: int) -> None:
         self.fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._vector = (ctypes.c_uint64 * (3 * _VECTOR))()
-        self._used = 0
-        self._arg = _ScanArg()
 
     def close(self) -> None:
         os.close(self.fd)
@@ -86,13 +96,14 @@ class Scanner:
 
         Raises NotRegistered (only with CHECK_WPASYNC) or OSError."""
         out: list[Region] = []
-        arg = self._arg
+        vector = _vector
+        arg = vector.arg
         while start < end:
-            if self._used:
-                ctypes.memset(self._vector, 0, 24 * self._used)
-                self._used = 0
+            if vector.used:
+                ctypes.memset(vector.words, 0, 24 * vector.used)
+                vector.used = 0
             arg.size, arg.flags, arg.start, arg.end, arg.walk_end = 96, flags, start, end, 0
-            arg.vec, arg.vec_len, arg.max_pages = ctypes.addressof(self._vector), _VECTOR, 0
+            arg.vec, arg.vec_len, arg.max_pages = ctypes.addressof(vector.words), _VECTOR, 0
             arg.category_inverted, arg.category_mask, arg.category_anyof_mask = 0, mask, anyof
             arg.return_mask = returned
             count = _ioctl(self.fd, _PAGEMAP_SCAN, ctypes.addressof(arg))
@@ -103,21 +114,22 @@ class Scanner:
                 # EPERM at the first unregistered mapping: what was reported before it is in the vector,
                 # but the count is not returned; the vector was zeroed, so its end can be seen
                 count = 0
-                while count < _VECTOR and self._vector[3 * count + 1]:
+                while count < _VECTOR and vector.words[3 * count + 1]:
                     count += 1
-                self._collect(out, count)
+                _collect(vector, out, count)
                 raise NotRegistered(out, out[-1][1] if out else start)
-            self._collect(out, count)
+            _collect(vector, out, count)
             if arg.walk_end <= start:
                 break
             start = arg.walk_end
         return out
 
-    def _collect(self, out: list[Region], count: int) -> None:
-        self._used = count
-        if count:
-            flat = iter(self._vector[: 3 * count])
-            out.extend(zip(flat, flat, flat, strict=True))
+
+def _collect(vector: _Vector, out: list[Region], count: int) -> None:
+    vector.used = count
+    if count:
+        flat = iter(vector.words[: 3 * count])
+        out.extend(zip(flat, flat, flat, strict=True))
 
 
 class WriteProtection:

@@ -134,6 +134,24 @@ class Remote:
                 self._stop_again = False
                 os.kill(self.pid, _SIGSTOP)
 
+    def prepare(self) -> None:
+        """Look for code to call by, while the process runs: confirm() then takes microseconds."""
+        self.instruction = find_syscall_instruction(self.pid)
+        self.way_back = find_way_back(self.pid)
+
+    def confirm(self) -> None:
+        """Once it is stopped: look again if it has become another program since prepare()."""
+        try:
+            same = memory.read(self.pid, self.instruction, 2) == arch.SYSCALL_INSTRUCTION
+            way = self.way_back
+            if same and way is not None:
+                same = memory.read(self.pid, way.call, 3) == arch.SYSCALL_RETURN
+                same = same and any(memory.read(self.pid, way.restorer, len(c)) == c for c in arch.RESTORERS)
+        except OSError:
+            same = False
+        if not same:
+            self.prepare()
+
     def _block_signals(self) -> None:
         if not self._mask_set:
             ptrace.set_sigmask(self.tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)

@@ -28,7 +28,7 @@ from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import PARENT, Cgroup, directory_of
 from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.remote import Remote, find_way_back
+from migrator.linux.remote import Remote
 
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
 _ACCEPT_SECONDS = 0.02
@@ -416,12 +416,13 @@ class UserSource:
     def _arm_process(self, process: Process) -> None:
         pid = process.pid
         process.mm_objref = self._mm_objref(process)
-        way_back = find_way_back(pid)
+        remote = Remote(pid)
+        remote.prepare()
         self._waits.observe(pid, pid)
         stop_one(pid)
         try:
-            remote = process.remote = Remote(pid)
-            remote.way_back = way_back
+            process.remote = remote
+            remote.confirm()
             self._waits.confirm(pid, [pid])
             regs = arch.get_regs(pid)
             if without_spurious_eintr(regs):
@@ -470,7 +471,7 @@ class UserSource:
             )
         process.mm_objref = self._mm_objref(process)
         remote = process.remote = Remote(process.pid)
-        remote.way_back = find_way_back(process.pid)
+        remote.prepare()
         with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
             self._map_scratch(remote)
 
