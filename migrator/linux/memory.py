@@ -74,9 +74,7 @@ def _vector(name: str, pid: int, local: int, ranges: Sequence[tuple[int, int]], 
     remote = (ctypes.c_uint64 * len(flat))(*flat)
     mine = (ctypes.c_uint64 * 2)(local, total)
     call = _calls[name, total <= 65536]
-    return int(
-        call(pid, ctypes.addressof(mine), 1, ctypes.addressof(remote), len(flat) // 2, 0)
-    )
+    return int(call(pid, ctypes.addressof(mine), 1, ctypes.addressof(remote), len(flat) // 2, 0))
 
 
 class MemFile:

@@ -143,9 +143,7 @@ class WriteProtection:
 
     def register(self, start: int, end: int) -> None:
         """Track writes to [start, end), which must lie in mappings of private anonymous, file or shmem memory."""
-        self._ioctl(
-            UFFDIO_REGISTER, (ctypes.c_uint64 * 4)(start, end - start, _MODE_WP, 0), f"{start:#x}-{end:#x}"
-        )
+        self._ioctl(UFFDIO_REGISTER, (ctypes.c_uint64 * 4)(start, end - start, _MODE_WP, 0), f"{start:#x}-{end:#x}")
 
     def _ioctl(self, code: int, arg: ctypes.Array[ctypes.c_uint64], about: str) -> None:
         if _ioctl(self.fd, code, ctypes.addressof(arg)) < 0:

@@ -274,9 +274,7 @@ class Remote:
                 frame = way_of_return(self.pid, self._regs, xstate, self._mask, context)
                 memory.write(self.pid, context, frame)
                 self._context_written = True
-        arch.start_batch(
-            self.tid, self._regs, self.scratch, table or self.table, count, self._signal, context
-        )
+        arch.start_batch(self.tid, self._regs, self.scratch, table or self.table, count, self._signal, context)
         self._block_signals()
         ptrace.cont(self.tid)
 

@@ -39,18 +39,14 @@ def test_absolute_timeouts_hold_on_a_host_that_booted_later(
         moving.finish()
 
 
-def test_a_host_with_the_same_clocks_needs_no_time_namespace(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_a_host_with_the_same_clocks_needs_no_time_namespace(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     with HostedWorkload(hosts[0], "counter", tmp_path) as moving:
         migrate(moving, *hosts)
         assert Path(f"/proc/{moving.pid}/ns/time").readlink() == Path("/proc/self/ns/time").readlink()
         moving.finish()
 
 
-def test_from_a_file_the_clocks_go_on_from_the_checkpoint(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_from_a_file_the_clocks_go_on_from_the_checkpoint(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     with HostedWorkload(hosts[0], "threads", tmp_path) as moving:
         save_to_file(moving, hosts[0], tmp_path / "image")
         stopped = time.monotonic_ns()

@@ -18,6 +18,7 @@ from migrator.testing.workloads import Workload
 pytestmark = pytest.mark.root
 
 SUBTREE = CheckpointFlags.SUBTREE
+RUNNING = RestartFlags(0)
 
 
 def checkpoint(workload: Workload, path: Path, after: AfterCheckpoint) -> int:
@@ -25,7 +26,7 @@ def checkpoint(workload: Workload, path: Path, after: AfterCheckpoint) -> int:
         return UserEngine().checkpoint(workload.pid, image.fileno(), SUBTREE, after=after)
 
 
-def restart(path: Path, flags: RestartFlags = RestartFlags(0)) -> int:
+def restart(path: Path, flags: RestartFlags = RUNNING) -> int:
     with path.open("rb") as image:
         return UserEngine().restart(image.fileno(), flags)
 

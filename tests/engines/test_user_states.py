@@ -149,9 +149,7 @@ int main(int argc, char **argv)
 """
 
 
-def test_a_stopped_process_stays_stopped_and_can_be_continued(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_a_stopped_process_stays_stopped_and_can_be_continued(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     with Program(hosts[0], STOPPED, tmp_path) as moving:
         there_and_back(moving, hosts)
         moving.finish()
@@ -209,9 +207,7 @@ def relations(host: PidHost) -> dict[int, tuple[int, int, int, str]]:
     return out
 
 
-def test_groups_and_sessions_of_ended_leaders_and_zombies(
-    hosts: tuple[PidHost, PidHost], tmp_path: Path
-) -> None:
+def test_groups_and_sessions_of_ended_leaders_and_zombies(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     with Program(hosts[0], RELATIONS, tmp_path) as moving:
         before = relations(hosts[0])
         assert len(before) == 9
@@ -312,11 +308,30 @@ BIG = r"""
 static unsigned long *base;
 static unsigned generation[PAGES];
 static uint64_t state = 88172645463325252ULL;
-static unsigned long pick(unsigned long n) { state ^= state << 13; state ^= state >> 7; state ^= state << 17; return state % n; }
+static unsigned long pick(unsigned long n)
+{
+	state = wl_mix(state + 1);
+	return state % n;
+}
 static void check(unsigned long page)
 {
 	unsigned long *at = base + page * 512;
-	CHECK(at[0] == generation[page] && at[511] == generation[page] * 3, "page %lu: %lu %lu, not %u", page, at[0], at[511], generation[page]);
+	CHECK(at[0] == generation[page] && at[511] == generation[page] * 3,
+		"page %lu: %lu %lu, not %u", page, at[0], at[511], generation[page]);
+}
+static int moves(unsigned long *from, unsigned long *to, unsigned long pages)
+{
+	return mremap(from, pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
+}
+/* Where a hole was filled while it was tracked there are several mappings: they move page by page. */
+static void move(unsigned long *from, unsigned long *to, unsigned long pages)
+{
+	if (moves(from, to, pages))
+		return;
+	CHECK(errno == EFAULT, "%s", strerror(errno));
+	for (unsigned long i = 0; i < pages; i++)
+		if (!msync(from + i * 512, PAGE, MS_ASYNC)) /* not moved yet */
+			CHECK(moves(from + i * 512, to + i * 512, 1), "%s", strerror(errno));
 }
 static void fill(unsigned long page)
 {
@@ -344,20 +359,15 @@ int main(int argc, char **argv)
 			break;
 		case 20: /* a hole, filled again */
 			TRY(munmap(base + at * 512, count * PAGE));
-			CHECK(mmap(base + at * 512, count * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED, "mmap");
+			CHECK(mmap(base + at * 512, count * PAGE, PROT_READ | PROT_WRITE,
+					MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED, "mmap");
 			memset(&generation[at], 0, count * sizeof(int));
 			break;
 		case 30: { /* to somewhere else */
-			void *to = mmap(NULL, PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-			unsigned long *moved = to;
-			/* several mappings, where holes were filled while they were tracked, move one by one */
-			for (unsigned long i = 0; i < PAGES; i += 512)
-				for (unsigned long j = i; j < i + 512; j += 64)
-					if (mremap(base + j * 512, 64 * PAGE, 64 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, moved + j * 512) == MAP_FAILED) {
-						CHECK(errno == EFAULT, "%s", strerror(errno));
-						for (unsigned long k = j; k < j + 64; k++)
-							CHECK(msync(base + k * 512, PAGE, MS_ASYNC) /* moved already */ || mremap(base + k * 512, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, moved + k * 512) != MAP_FAILED, "%s", strerror(errno));
-					}
+			unsigned long *moved = mmap(NULL, PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+			for (unsigned long i = 0; i < PAGES; i += 64)
+				move(base + i * 512, moved + i * 512, 64);
 			base = moved;
 			break;
 		}
@@ -503,8 +513,10 @@ static void *run(void *unused)
 		wl_sleep_us(20000);
 		for (int i = 0; i < 40; i++) {
 			int number = i < 14 ? i * 3 : i < 27 ? (i - 14) * 3 + 1 : (i - 27) * 3 + 2;
-			CHECK(sigtimedwait(&set, &info, &none) == SIGRTMIN + 3 + number % 3, "queue %d: %d", i, info.si_signo);
-			CHECK(info.si_value.sival_int == n * 100 + number && info.si_code == SI_QUEUE, "value %d is %d", number, info.si_value.sival_int);
+			CHECK(sigtimedwait(&set, &info, &none) == SIGRTMIN + 3 + number % 3,
+				"queue %d: %d", i, info.si_signo);
+			CHECK(info.si_value.sival_int == n * 100 + number && info.si_code == SI_QUEUE,
+				"value %d is %d", number, info.si_value.sival_int);
 		}
 		CHECK(sigtimedwait(&set, &info, &none) < 0, "one too many");
 		sigset_t user;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +26,7 @@ def pages(ranges: list[Span]) -> set[int]:
 def test_merged_spans_hold_the_same_pages_apart_and_in_order(ranges: list[Span]) -> None:
     merged = _merge(ranges)
     assert pages(merged) == pages(ranges)
-    assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in pairwise(merged))
 
 
 @given(spans, spans)
@@ -42,7 +44,7 @@ def test_coarse_spans_leave_nothing_out(ranges: list[Span]) -> None:
     scaled = [(a * 16384, b * 16384) for a, b in ranges]
     coarse = _coarse(scaled)
     assert subtract(scaled, coarse) == []
-    assert all(b[0] - a[1] > 65536 for a, b in zip(coarse, coarse[1:], strict=False))
+    assert all(b[0] - a[1] > 65536 for a, b in pairwise(coarse))
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 700)), max_size=30))

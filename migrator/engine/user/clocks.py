@@ -99,8 +99,7 @@ def within(clocks: Offsets | None, act: Callable[[], T]) -> T:
     thread.join()
     if failure and isinstance(failure[0], OSError):
         raise RestartFailed(
-            f"the clocks of the source differ by {clocks.monotonic / 1e9:.3f} s and cannot be set here:"
-            f" {failure[0]}",
+            f"the clocks of the source differ by {clocks.monotonic / 1e9:.3f} s and cannot be set here: {failure[0]}",
             hint="a kernel with CONFIG_TIME_NS, and CAP_SYS_TIME, are needed",
         ) from failure[0]
     if failure:

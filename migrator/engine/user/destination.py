@@ -122,9 +122,7 @@ class UserDestination:
                 self._take(rec)
             self._complete()
         except OSError as error:
-            raise RestartFailed(
-                f"{error.strerror or error} ({error.filename or 'no object named'})"
-            ) from error
+            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
         return self.root_pid
 
     def hold(self) -> None:
@@ -212,9 +210,7 @@ class UserDestination:
                 if not rec.flags:
                     self.on_round(rec.number)
             case Error():
-                raise ImageError(
-                    f"saving failed: {rec.text}", hint="this is the first cause, from the source"
-                )
+                raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
                 if not self._tasks.record(rec):
                     assert self._descriptors is not None
@@ -276,9 +272,7 @@ class UserDestination:
             assert self._forest is not None
             shell = self._forest.shells.get(mm.pid)
             if shell is None:
-                raise ImageError(
-                    f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree"
-                )
+                raise ImageError(f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree")
             for former in [o for o, m in self._mms.items() if m.pid == mm.pid and o != mm.objref]:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program

@@ -151,9 +151,7 @@ class Forest:
                 return pid
         raise RestartFailed(f"pid {vpid} was cloned and cannot be found")
 
-    def _clone_into_session(
-        self, parent_vpid: int, child: TaskPids, siblings: list[TaskPids], extra: int = 0
-    ) -> None:
+    def _clone_into_session(self, parent_vpid: int, child: TaskPids, siblings: list[TaskPids], extra: int = 0) -> None:
         """A session whose leader has ended: a helper leads it for as long as it takes to clone its members."""
         parent = self.shells[parent_vpid]
         helper = self._clone_raw(parent, child.sid, extra, channel=False)

@@ -133,17 +133,13 @@ class LayoutDump:
         self._flags.pop(objref, None)
         self._items.pop(objref, None)
 
-    def _flags_of(
-        self, pid: int, objref: int, vmas: list[Vma], refresh: bool
-    ) -> dict[tuple[int, int, str], int]:
+    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
         before = self._flags.get(objref)
         if before is not None and not refresh:
             for vma in vmas:  # a grown, split or merged mapping keeps the flags of what it was
                 key = (vma.start, vma.end, vma.path)
                 if key not in before:
-                    near = [
-                        f for (s, e, p), f in before.items() if p == vma.path and s < vma.end and vma.start < e
-                    ]
+                    near = [f for (s, e, p), f in before.items() if p == vma.path and s < vma.end and vma.start < e]
                     if not near:
                         break
                     before[key] = near[0]
@@ -195,9 +191,7 @@ class LayoutDump:
             build_id = elf.build_id(link)
             known, _ = self._objrefs.get(("mapped", path))
             self._files[path] = known
-            self._writer.write(
-                MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id)
-            )
+            self._writer.write(MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id))
         return known
 
     def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:

@@ -107,8 +107,7 @@ class Shell:
         sizes = {n: v.end - v.start for n, v in have.items()}
         if sizes != {n: e - s for n, (s, e) in wanted.items()}:
             raise RestartFailed(
-                f"the kernel's own mappings differ: here {sizes}, saved"
-                f" { {n: e - s for n, (s, e) in wanted.items()} }",
+                f"the kernel's own mappings differ: here {sizes}, saved { {n: e - s for n, (s, e) in wanted.items()} }",
                 hint="restart on a host that runs the same kernel build",
             )
         calls: list[Call] = []

@@ -81,9 +81,7 @@ class SharedMemory:
             status = os.fstat(item.fd)
             item.size = status.st_size
             item.described = True
-            writer.write(
-                Shm(item.objref, item.kind, item.size, item.seals, status.st_mode & 0o7777, item.name)
-            )
+            writer.write(Shm(item.objref, item.kind, item.size, item.seals, status.st_mode & 0o7777, item.name))
 
     def send(self, writer: RecordWriter, sender: PageSender, *, final: bool) -> None:
         for item in self.objects.values():

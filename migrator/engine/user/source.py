@@ -87,9 +87,7 @@ class UserSource:
     ) -> None:
         if not self._held and not self._done:
             if value is not None:
-                text = (
-                    value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
-                )
+                text = value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
                 self._writer.error(text)
             self.thaw()
 
@@ -446,9 +444,7 @@ class UserSource:
         process.maps = ""
         process.scanner = Scanner(pid)
         process.mem = memory.MemFile(pid)
-        self._trackers[pid] = WpAsyncTracker(
-            process.scanner, process.protection, lambda: procfs.maps(pid)
-        )
+        self._trackers[pid] = WpAsyncTracker(process.scanner, process.protection, lambda: procfs.maps(pid))
 
     @staticmethod
     def _map_scratch(remote: Remote) -> None:
@@ -481,9 +477,7 @@ class UserSource:
         refresh = refresh or not self._layout.knows(process.mm_objref)
         # the exact program break is only known from inside; until then the one known last
         brk = self._layout.brk_of(process.mm_objref) if final else 0
-        rebacked = self._layout.write(
-            process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh
-        )
+        rebacked = self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
         tracker = self._trackers.get(process.pid)
         if tracker is not None:
             try:

@@ -27,9 +27,7 @@ SIGCHLD = 17
 _PID_PATIENCE = 2.0  # seconds
 
 
-def clone_args(
-    flags: int, *, pidfd: int = 0, exit_signal: int = 0, set_tid: int = 0, set_tid_size: int = 0
-) -> bytes:
+def clone_args(flags: int, *, pidfd: int = 0, exit_signal: int = 0, set_tid: int = 0, set_tid_size: int = 0) -> bytes:
     """struct clone_args (clone3(2)); `pidfd` and `set_tid` are addresses."""
     return struct.pack("<11Q", flags, pidfd, 0, 0, exit_signal, 0, 0, 0, set_tid, set_tid_size, 0)
 

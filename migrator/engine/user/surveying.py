@@ -162,5 +162,3 @@ def _note(files: dict[str, FileFact], path: str, link: str, writable: bool) -> N
     if status.st_mode & 0o170000 == 0o100000:
         build_id = elf.build_id(link) if not writable else ""
         files[path] = FileFact(path, status.st_size, status.st_mode, status.st_mtime_ns, build_id, writable)
-
-

@@ -123,9 +123,7 @@ class TaskRestore:
             base + 128, len(mm.auxv), fd,
         )  # fmt: skip
         shell.put(layout.ljust(128, b"\0") + mm.auxv)
-        shell.checked(
-            [(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}"
-        )
+        shell.checked([(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}")
         if before is None or before[0].oom_score_adj != mm.oom_score_adj:
             try:
                 with open(f"/proc/{shell.pid}/oom_score_adj", "w") as file:
@@ -149,8 +147,7 @@ class TaskRestore:
         shell.put(actions + limits + directory)
         limits_at = base + len(actions)
         calls = [
-            (call[0], limits_at + len(limits)) if call[0] in (NR["chdir"], NR["chroot"]) else call
-            for call in inside
+            (call[0], limits_at + len(limits)) if call[0] in (NR["chdir"], NR["chroot"]) else call for call in inside
         ]
         calls.append((NR["umask"], fs.umask))
         for n in range(1, _NSIG + 1):
@@ -260,9 +257,7 @@ class TaskRestore:
         memory.write(shell.pid, at, packed)
         for (thread, _), start, calls in zip(group, starts, tables, strict=True):
             ptrace.set_sigmask(thread.tid, ~(1 << 22) & arch.MINUS_ONE)
-            arch.start_batch(
-                thread.tid, arch.get_regs(thread.tid), shell.remote.scratch, start, len(calls), 23, 0
-            )
+            arch.start_batch(thread.tid, arch.get_regs(thread.tid), shell.remote.scratch, start, len(calls), 23, 0)
             ptrace.cont(thread.tid)
         for thread, _ in group:
             while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
@@ -430,9 +425,7 @@ def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
     high = struct.pack("<3I", *[s >> 32 & 0xFFFFFFFF for s in sets])
     blob = groups + header + low + high
     capabilities = at + len(groups)
-    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (
-        0,
-    ) * 8
+    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (0,) * 8
     calls: list[Call] = [(NR["setgroups"], len(cred.groups), at)]
     calls += inside
     if not plain_root:

@@ -49,9 +49,7 @@ _RLIMITS = 16
 _GROUP = 32  # threads that run their tables at the same time
 _SIGURG = 23
 SCRATCH = 256 << 10  # room for the tables, answers and contexts of one group
-_TIMER = re.compile(
-    r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\w+)\.(-?\d+)\nClockID: (-?\d+)"
-)
+_TIMER = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\w+)\.(-?\d+)\nClockID: (-?\d+)")
 _NOTIFY = {"signal": 0, "none": 1, "thread": 2}
 
 
@@ -127,18 +125,14 @@ class TaskDump:
         cred = self._cred(process, state)
         fs = self._fs(process, state)
         for index, thread in enumerate(process.threads.values()):
-            self._thread(
-                process, thread, answers[index], (files_objref, fs, sighand, signal, cred), state, bits
-            )
+            self._thread(process, thread, answers[index], (files_objref, fs, sighand, signal, cred), state, bits)
         shared = ptrace.peek_siginfo(process.pid, shared=True)
         if shared:
             self._writer.write(SigPending(process.vpid, 1, shared))
 
     def write_zombie(self, process: Process) -> None:
         fields = procfs.stat(process.pid)
-        self._writer.write(
-            _blank_task(process.vpid, TaskState.ZOMBIE, process.exit_code, int(fields[38]), fields[2])
-        )
+        self._writer.write(_blank_task(process.vpid, TaskState.ZOMBIE, process.exit_code, int(fields[38]), fields[2]))
 
     # ------------------------------------------------------------------ inside the process
 
@@ -154,10 +148,7 @@ class TaskDump:
         base = _THREAD_OUT  # the leader's own answers come first
         calls: list[tuple[int, ...]] = _thread_calls(out)
         actions_at = base
-        calls += [
-            (_NR["rt_sigaction"], n, 0, out + actions_at + i * _SIGACTION_SIZE, 8)
-            for i, n in enumerate(asked)
-        ]
+        calls += [(_NR["rt_sigaction"], n, 0, out + actions_at + i * _SIGACTION_SIZE, 8) for i, n in enumerate(asked)]
         itimers_at = actions_at + len(asked) * _SIGACTION_SIZE
         calls += [(_NR["getitimer"], which, out + itimers_at + 32 * which) for which in range(3)]
         timers_at = itimers_at + 96
@@ -222,9 +213,7 @@ class TaskDump:
             group = threads[first : first + _GROUP]
             at = remote.data + _GROUP * _THREAD_OUT  # tables after the answers, contexts after the tables
             context = (at + _GROUP * per_thread + 63) & ~63
-            tables = b"".join(
-                pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group))
-            )
+            tables = b"".join(pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group)))
             blob = bytearray(tables.ljust(context - at, b"\0"))
             contexts = []
             for thread in group:
@@ -237,9 +226,7 @@ class TaskDump:
                 assert thread.regs is not None
                 # registers first: they lead back by themselves, whenever we die
                 table = at + i * per_thread
-                arch.start_batch(
-                    thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i]
-                )
+                arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i])
                 ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
                 ptrace.cont(thread.tid)
             for thread in group:

@@ -64,9 +64,7 @@ class WpAsyncTracker:
 
     name = "wp-async"
 
-    def __init__(
-        self, scanner: Scanner, protection: WriteProtection, list_vmas: Callable[[], Sequence[Vma]]
-    ) -> None:
+    def __init__(self, scanner: Scanner, protection: WriteProtection, list_vmas: Callable[[], Sequence[Vma]]) -> None:
         """`list_vmas`: the mappings as they are now."""
         self._scanner = scanner
         self._list = list_vmas
