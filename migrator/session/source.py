@@ -93,6 +93,7 @@ class SourceSession:
         self._undecided: Undecided | None = None
         self._survey_pids: list[int] = []
         self._tasks_there = 1
+        self._compared = self._rss = 0  # files, bytes
         self._factor = 1.0
         self._decision: precopy.Decision | None = None
         self._clock = model.ClockOffset()
@@ -282,6 +283,7 @@ class SourceSession:
         survey = await self._copying.survey()
         self._survey_pids = survey.pids
         self._tasks_there = survey.threads
+        self._compared, self._rss = len(survey.files), survey.rss_bytes
         self._factor = calibration.load(self.settings.journal)
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
@@ -394,13 +396,14 @@ class SourceSession:
         """Reach the destination again and post LINK_BACK, or UNREACHABLE."""
         self._lost_at = self._lost_at or time.monotonic()
         pause = 0.1
+        unreachable: BaseException | None = None
         self._spawn(self._link.close())
         while time.monotonic() - self._lost_at < self.settings.ask_for and self._reconnect is not None:
             try:
                 link = await self._reconnect()
                 await link.send(m.encode(m.Hello([m.VERSION], "migrator", self._host.host)))
             except (MigratorError, OSError) as error:
-                self._error = error
+                unreachable = error  # no reason of the outcome, if there is an answer after all
                 self._tell(model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}"))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)
@@ -409,6 +412,7 @@ class SourceSession:
                 self._listen(link)
                 self._post(SourceEvent.LINK_BACK)
                 return
+        self._error = unreachable or self._error
         self._post(SourceEvent.UNREACHABLE, self._error)
 
     # Time
@@ -521,8 +525,8 @@ class SourceSession:
             self._host,
             verdict.destination,
             verdict.reasons,
-            len(survey_files),
-            0,
+            self._compared,
+            self._rss,
             weighed.freeze + weighed.restore + precopy.ROUND_TRIPS * weighed.rtt,
         )
         if self._files is not None:

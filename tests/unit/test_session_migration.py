@@ -150,7 +150,7 @@ async def test_a_dry_run_ends_with_a_report_and_leaves_no_trace(hosts: Hosts) ->
     result = await session.run()
     await hosts.quiet()
     assert result.outcome is Outcome.DRY_RUN
-    assert session.report is not None and session.report.ok
+    assert session.report is not None and session.report.ok and session.report.rss_bytes == 1 << 20
     assert hosts.engine is not None and "arm" not in hosts.engine.calls
     assert hosts.journal(Role.SOURCE) is None and hosts.journal(Role.DESTINATION) is None
     assert hosts.world.log == ["source run", "destination none"]
