@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -105,3 +107,10 @@ def test_peers_without_a_common_version_part_with_a_hint() -> None:
     with pytest.raises(m.MessageError) as caught:
         m.common_version([2])
     assert "release" in caught.value.hint
+
+
+def test_every_message_is_documented_and_only_those() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/protocol.md").read_text()
+    rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| (?:source|destination|both|a tool)", text, re.M)
+    documented = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}
+    assert documented == {kind.__struct_config__.tag for kind in m.AnyMessage.__args__}

@@ -372,3 +372,30 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
         await hosts.migrate()
     await hosts.quiet()
     assert "source stop" not in " ".join(hosts.world.log)
+
+
+async def test_a_destination_that_is_silent_after_commit_is_asked_over_a_new_link(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_ANSWER_SECONDS", 0.05)
+    hosts.destination.slow = {"resume": 0.4}
+    assert (await hosts.migrate()).outcome is Outcome.MIGRATED
+    await hosts.quiet()
+    assert len(hosts.servers) > 1
+    assert hosts.world.check() == ("none", "run")
+    journal = hosts.journal(Role.DESTINATION)
+    assert journal is not None and journal.settled and journal.decision is Recorded.RUNNING
+
+
+async def test_an_agent_that_is_stopped_discards_what_was_not_decided(hosts: Hosts) -> None:
+    hosts.source.slow = {"round": 0.2}
+    task = asyncio.create_task(hosts.migrate())
+    while hosts.engine is None or "round" not in hosts.engine.calls:
+        await asyncio.sleep(0.001)
+    hosts.servers[0].cancel()
+    with pytest.raises(MigratorError, match="being stopped") as caught:
+        await task
+    assert caught.value.fate is Fate.SOURCE
+    assert hosts.world.check() == ("run", "none")
+    journal = hosts.journal(Role.DESTINATION)
+    assert journal is not None and journal.decision is Recorded.DISCARDED and journal.settled
