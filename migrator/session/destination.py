@@ -48,7 +48,7 @@ log = logging.getLogger("migrator.session")
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 _BEGIN_SECONDS = 600.0
 _MOST_ROUNDS = 10_000
-_THAW_POLL = 0.0001
+_THAW_POLL = 0.0003
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class DestinationSession:
 
     async def _prepare_early(self) -> None:
         try:
-            await asyncio.to_thread(self._prepare_arrival)
+            await self._network.run(self._prepare_arrival)
         except Exception as error:
             log.debug("%s: the network cannot be prepared yet: %s", self._migration, error)
 
@@ -397,8 +397,7 @@ class DestinationSession:
         if self._arrival is not None:
             with self._phase("open port"):
                 self._arrival.unlock()
-            self._network.submit(self._greet, self._arrival)
-            loop.call_soon_threadsafe(self._begin_to_arrive, self._arrival)
+            self._network.submit(self._greet, self._arrival, loop)
         assert self._engine is not None and self._journal is not None
         try:
             self._engine.resume()
@@ -409,16 +408,16 @@ class DestinationSession:
         self._resumed_at = _end_of(self._engine.phases, "resume") or time.monotonic_ns()
         fault("destination.resumed")
 
-    def _greet(self, arrival: NetworkArrival) -> None:
+    def _greet(self, arrival: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
         """Announce the new place the moment the copy runs; the engine may still be tidying up then."""
         assert self._engine is not None
-        while not _end_of(self._engine.phases, "resume") and not self._resumed.wait(_THAW_POLL):
+        while not self._resumed.wait(_THAW_POLL) and not _end_of(self._engine.phases, "resume"):
             pass
         with contextlib.suppress(OSError), self._phase("announce"):
             arrival.announce()
+        loop.call_soon_threadsafe(self._begin_to_arrive, arrival)
 
     def _begin_to_arrive(self, arrival: NetworkArrival) -> None:
-        # Their first calls on the network's thread come after the greeting.
         self._spawn(self._take_frames(arrival))
         self._announcing = asyncio.create_task(self._announce(arrival))
 
