@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import stat
@@ -236,7 +235,7 @@ def info(
     with reported():
         found = read_info(path)
         if as_json:
-            print(json.dumps(to_json(found), indent=2))
+            print(to_json(found))
         else:
             print(render_text(found, errors=errors, tree=tree, verbose=verbose))
     if not found.whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -104,6 +105,11 @@ def test_an_image_of_another_writer_is_shown_and_says_why_it_is_refused() -> Non
     shown = CliRunner().invoke(app, ["image", "info", str(GOLDEN)])
     assert shown.exit_code == 0
     assert "whole:" in shown.output
+    told = json.loads(CliRunner().invoke(app, ["image", "info", "--json", str(GOLDEN)]).output)
+    assert told["whole"] is True
+    refused = CliRunner().invoke(app, ["restart", "-i", str(GOLDEN)])
+    assert refused.exit_code != 0
+    assert "error:" in refused.output
 
 
 def test_what_cannot_be_carried_is_refused_by_name_before_anything_is_stopped(tmp_path: Path) -> None:
