@@ -14,6 +14,7 @@ import pytest
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.source import UserSource
+from migrator.errors import CheckpointFailed, MigratorError
 from migrator.linux import cgroup, procfs, ptrace
 from migrator.linux import x86_64 as arch
 from migrator.testing.workloads import Workload
@@ -134,3 +135,27 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
         for left_over in cgroup.hierarchy().mountpoint.glob(f"{cgroup.PARENT}/{group}"):
             with cgroup.Cgroup.at(left_over) as left:
                 left.remove()
+
+
+@pytest.mark.parametrize("last", ["arm", "round", "freeze", "final"])
+@pytest.mark.parametrize("victim", ["counter", "tree"])
+def test_a_workload_killed_in_between_ends_the_attempt_and_nothing_else(
+    last: str, victim: str, tmp_path: Path
+) -> None:
+    with Workload(victim, tmp_path) as killed, open(os.devnull, "wb") as sink:
+        group = f"untouched-{os.getpid()}"
+        with (
+            pytest.raises(MigratorError),
+            UserSource(killed.pid, sink.fileno(), SourceOptions(cgroup_name=group)) as source,
+        ):
+            for stage in STAGES[: STAGES.index(last) + 1]:
+                getattr(source, stage)()
+            os.kill(killed.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 5
+            while killed.alive() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            for stage in STAGES[STAGES.index(last) + 1 :]:
+                getattr(source, stage)()
+            source.thaw()
+            raise CheckpointFailed("held, and gone")
+        assert not (cgroup.hierarchy().mountpoint / cgroup.PARENT / group).exists()

@@ -28,7 +28,7 @@ from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import PARENT, Cgroup, directory_of
 from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.remote import Remote
+from migrator.linux.remote import Remote, RemoteError
 
 _UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
 _ACCEPT_SECONDS = 0.02
@@ -209,13 +209,17 @@ class UserSource:
             self._listeners.close()
             self._listeners = None
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
-        with self._phase("freeze"):
+        with self._phase("freeze"), _killed_is_failed():
             self.tree.stop()
 
     def final(self) -> None:
         """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
         if not self._armed:
             raise CheckpointFailed("final() before arm()")
+        with _killed_is_failed():
+            self._final()
+
+    def _final(self) -> None:
         with self._phase("memory"):  # first: it is on its way while the tasks are asked
             for process in self.tree.living:
                 self._waits.confirm(process.pid, process.threads)
@@ -560,6 +564,15 @@ def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
             select.select([pidfd], [], [], 5.0)
+
+
+@contextmanager
+def _killed_is_failed() -> Iterator[None]:
+    """A stopped task can still be killed: what is asked of it then fails as of one that never was."""
+    try:
+        yield
+    except (ProcessLookupError, FileNotFoundError, ChildProcessError, RemoteError) as error:
+        raise CheckpointFailed(f"a task ended while it was stopped: {error}") from error
 
 
 def _has_mapping(maps: str, start: int) -> bool:

@@ -185,7 +185,10 @@ class ProcessTree:
             waiting = {t.tid: (p, t) for p in self.living for t in self._seize_threads(p)}
         for process in list(self.living):
             if not process.threads:
-                self._to_zombie(process, int(procfs.stat(process.pid)[52]))
+                try:
+                    self._to_zombie(process, int(procfs.stat(process.pid)[52]))
+                except OSError:  # reaped already
+                    self.processes.pop(process.pid).close()
                 continue
             if process.pid not in process.threads:
                 raise CheckpointFailed(
@@ -199,6 +202,13 @@ class ProcessTree:
                 thread.regs = regs
                 thread.xstate = arch.get_xstate(thread.tid)
                 thread.mask = ptrace.get_sigmask(thread.tid)
+        self.check_root()
+
+    def check_root(self) -> None:
+        """Raises CheckpointFailed if the root task has ended."""
+        root = self.processes.get(self.root)
+        if root is None or root.zombie:
+            raise CheckpointFailed(f"pid {self.root} has ended", hint="there is nothing left to save")
 
     def _halt(
         self,
