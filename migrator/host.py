@@ -16,7 +16,7 @@ from migrator import container
 from migrator.container import state, switchover
 from migrator.container.sandbox import take_down
 from migrator.container.spec import ContainerSpec
-from migrator.engine.base import DestinationOptions, SourceOptions
+from migrator.engine.base import DestinationOptions
 from migrator.engine.user import header
 from migrator.engine.user.destination import UserDestination
 from migrator.engine.user.engine import UserEngine
@@ -176,20 +176,6 @@ def _has_link(name: str) -> bool:
 
     with IPRoute() as ip:
         return bool(ip.link_lookup(ifname=name))
-
-
-def source_options(found: container.Container | None) -> SourceOptions:
-    """What the engine must know of a container, or of none. Raises Refused for what would be lost silently."""
-    if found is None:
-        return SourceOptions()
-    reasons = container.obstacles(found)
-    if reasons:
-        raise Refused(reasons, hint="the container runs on")
-    return SourceOptions(
-        container=found.name,
-        container_spec=container.describe(found).to_json(),
-        container_cgroup=found.cgroup,
-    )
 
 
 async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:

@@ -29,9 +29,7 @@ from transport import keys, ssh
 T = TypeVar("T")
 
 Target = Annotated[str, typer.Argument(metavar="PID|NAME", help="Root of a process tree, or a container.")]
-Peer = Annotated[
-    str, typer.Argument(metavar="[USER@]HOST[:PORT]", help="The other host: any sshd, or an agent.")
-]
+Peer = Annotated[str, typer.Argument(metavar="[USER@]HOST[:PORT]", help="The other host: any sshd, or an agent.")]
 Identity = Annotated[
     Path | None,
     typer.Option("-i", "--identity", envvar="MIGRATOR_IDENTITY", help="Private key to log in with."),
@@ -40,9 +38,7 @@ KnownHosts = Annotated[
     Path | None,
     typer.Option(envvar="MIGRATOR_KNOWN_HOSTS", help="File of host keys; those of ssh by default."),
 ]
-AcceptNew = Annotated[
-    bool, typer.Option("--accept-new-host-key", help="Pin the key of a host never seen before.")
-]
+AcceptNew = Annotated[bool, typer.Option("--accept-new-host-key", help="Pin the key of a host never seen before.")]
 RemoteCommand = Annotated[str, typer.Option(help="What starts migrator there, over a plain sshd.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
 CopyFiles = Annotated[bool, typer.Option("--copy-files", help="Carry along files that differ or lack there.")]
@@ -94,9 +90,7 @@ def check(
     """Find out whether a workload can be moved to a host, and if not why. Touches nothing."""
     with reported():
         login = host.Login(identity, known_hosts, remote_command, accept_new_host_key)
-        settings = SourceSettings(
-            migration=host.new_migration(), peer=peer, dry_run=True, copy_files=copy_files
-        )
+        settings = SourceSettings(migration=host.new_migration(), peer=peer, dry_run=True, copy_files=copy_files)
         _finish(_interruptible(_migrate(find_workload(target), settings, login)), as_json)
 
 
@@ -121,12 +115,10 @@ async def _migrate(
 ) -> tuple[model.MigrationResult, Report | None]:
     engine = UserEngine()
     for one in await host.settle(login):
-        err.print(
-            f"[yellow]settled[/] migration {one.migration} of an earlier run: {one.detail}", markup=True
-        )
+        err.print(f"[yellow]settled[/] migration {one.migration} of an earlier run: {one.detail}", markup=True)
         if one.fate is Fate.FROZEN:
             err.print("  [dim]it stays open; `migrator settle` tries again[/]")
-    options = host.source_options(workload.container)
+    options = workload.source_options()
     here = await asyncio.to_thread(host.facts, engine)
     link = await login.connect(settings.peer)
     network = None
@@ -180,9 +172,7 @@ def _interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 
 def agent(
-    stdio: Annotated[
-        bool, typer.Option("--stdio", help="Serve one link on standard input and output.")
-    ] = False,
+    stdio: Annotated[bool, typer.Option("--stdio", help="Serve one link on standard input and output.")] = False,
     listen: Annotated[str, typer.Option(help="ADDRESS:PORT of the SSH server.")] = "0.0.0.0:7022",
     host_key: Annotated[Path | None, typer.Option(help="Private host key; made if missing.")] = None,
     authorized_keys: Annotated[Path | None, typer.Option(help="Who may come in.")] = None,
@@ -219,9 +209,7 @@ def agent(
 
 def settle(
     migration: Annotated[str, typer.Argument(help="One that awaits a decision; all, if not given.")] = "",
-    here: Annotated[
-        bool, typer.Option("--here", help="Let it run here: it does not and will not run there.")
-    ] = False,
+    here: Annotated[bool, typer.Option("--here", help="Let it run here: it does not and will not run there.")] = False,
     away: Annotated[bool, typer.Option("--away", help="Kill it here: it runs there.")] = False,
     identity: Identity = None,
     known_hosts: KnownHosts = None,
@@ -237,6 +225,10 @@ def settle(
             out.print(f"migration {migration}: {fate.value}")
             return
         settled = host.settle_now(host.Login(identity, known_hosts))
+        if migration and migration not in [one.migration for one in settled]:
+            raise UsageError(
+                f"migration {migration!r} is not open on this host", hint="`migrator settle` lists those that are"
+            )
         for one in settled:
             out.print(f"migration {one.migration}, as its {one.role.value}: {one.detail}", markup=False)
         if not settled:

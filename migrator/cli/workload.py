@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from migrator import container
 from migrator.container.state import of_pid
 from migrator.engine.base import SourceOptions
+from migrator.engine.contained import source_options
 from migrator.errors import UsageError
-from migrator.host import source_options
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 

@@ -11,10 +11,11 @@ import pytest
 from cli import MIGRATOR, migrator
 from typer.testing import CliRunner
 
-from migrator.cli import app
+from migrator.cli.app import make
 
 pytestmark = pytest.mark.root
 
+app = make()
 GOLDEN = Path(__file__).parents[1] / "golden" / "rev1.img"
 
 
@@ -47,6 +48,7 @@ CASES = [
     (["run", "--name", "cliname", "--ip", "1.2.3", "--", "true"], 2, "bad address"),
     (["run", "--name", "cliname", "--root", "/nosuch", "--", "true"], 2, "/nosuch is no directory"),
     (["run", "--name", "cliname", "--bridge", "", "--", "/no/such"], 127, "No such file or directory"),
+    (["settle", "m-nosuchone"], 2, "is not open on this host"),
     (["settle", "--here"], 2, "which migration?"),
     (["settle", "m-nosuchone", "--here"], 2, "m-nosuchone"),
     (["settle", "--here", "--away", "m-nosuchone"], 2, "exclude one another"),

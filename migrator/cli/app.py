@@ -1,0 +1,38 @@
+"""All commands under one name."""
+
+from __future__ import annotations
+
+import typer
+
+from migrator.cli import containers, image
+
+LOCAL = ("run", "ps", "stop", "thaw", "checkpoint", "restart", "image")
+
+
+def make(*, local: bool = False) -> typer.Typer:
+    """The command line. `local`: only the commands of one host (LOCAL); what talks to others, which takes as long
+    to load as all the rest, is left out."""
+    app = typer.Typer(
+        name="migrator",
+        help="Move running processes and containers between hosts.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.command(no_args_is_help=True)(containers.run)
+    app.command()(containers.ps)
+    app.command(no_args_is_help=True)(containers.stop)
+    app.command(no_args_is_help=True)(containers.thaw)
+    if not local:
+        from migrator.cli import migrate
+
+        app.command(no_args_is_help=True)(migrate.migrate)
+        app.command(no_args_is_help=True)(migrate.check)
+        app.command()(migrate.agent)
+        app.command()(migrate.settle)
+        app.command()(migrate.keygen)
+    app.command(no_args_is_help=True)(image.checkpoint)
+    app.command()(image.restart)
+    app.add_typer(image.images, name="image")
+    return app
