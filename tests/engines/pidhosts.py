@@ -172,6 +172,9 @@ class PidHost:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
+        for folder in (cgroup.hierarchy().mountpoint / cgroup.PARENT).glob(f"{self.name}-*"):
+            with contextlib.suppress(OSError), cgroup.Cgroup.at(folder) as left:
+                left.thaw()  # frozen tasks may not die
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid or self._keeper, signal.SIGKILL)
         os.waitpid(self._keeper, 0)
@@ -206,6 +209,13 @@ class PidHost:
                 if procfs.ns_pid(procfs.status(child)) == pid:
                     return child
         raise ProcessLookupError(3, f"no pid {pid} on host {self.label}")
+
+    def wait_until_empty(self, seconds: float = 5.0) -> None:
+        """Until nothing is left but process 1, which reaps what was orphaned. Raises AssertionError."""
+        deadline = time.monotonic() + seconds
+        while len(left := procfs.descendants(self.pid)) > 1:
+            assert time.monotonic() < deadline, f"on host {self.label}: {left}"
+            time.sleep(0.01)
 
     def inner(self, pid: int) -> int:
         return procfs.ns_pid(procfs.status(pid))
@@ -324,6 +334,17 @@ def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> M
     outer = b.outer(restored.root)
     workload.adopt(outer)
     return Moved(outer, saved.rounds, _times(saved.phases), _times(phases))
+
+
+def try_in_vain(workload: Workload, a: PidHost, b: PidHost) -> None:
+    """All of a migration but its end: the copy is thrown away when it stands, and the workload runs on."""
+    ours, theirs = socket.socketpair()
+    b.begin("restore", fd=theirs.detach())
+    a.begin("save", a.inner(workload.pid), 2, fd=ours.detach())
+    a.result()
+    b.result()
+    b.call("discard")
+    a.call("thaw")
 
 
 def save_to_file(workload: Workload, a: PidHost, path: Path, *, rounds: int = 1) -> Saved:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pidhosts import HostedWorkload, PidHost, migrate, restore_from_file, save_to_file
+from pidhosts import HostedWorkload, PidHost, migrate, restore_from_file, save_to_file, try_in_vain
 
 pytestmark = pytest.mark.root
 
@@ -56,3 +56,16 @@ def test_a_workload_restarts_from_a_file_on_another_host(
         restore_from_file(moving, hosts[1], tmp_path / "image")
         moving.check_alive_and_progressing()
         moving.finish()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: " ".join(map(str, w)))
+def test_a_workload_whose_copy_is_thrown_away_runs_on_where_it_was(
+    workload: tuple[object, ...], hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    name, *arguments = workload
+    with HostedWorkload(hosts[0], str(name), tmp_path, *arguments) as staying:
+        for _ in range(2):
+            try_in_vain(staying, *hosts)
+            hosts[1].wait_until_empty()
+            staying.check_alive_and_progressing()
+        staying.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 import time
@@ -209,6 +210,8 @@ class UserDestination:
             case RoundMark():
                 if not rec.flags:
                     self.on_round(rec.number)
+                else:  # the tasks are stopped: every millisecond from here on is felt
+                    gc.disable()
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
@@ -365,6 +368,7 @@ class UserDestination:
         return fd
 
     def _close(self) -> None:
+        gc.enable()
         if self._forest is not None:
             self._forest.close()
         self._shared.close()
