@@ -176,9 +176,12 @@ class Remote:
         arch.start_call(self.tid, self._regs, instruction, number, args, stack)
         self._block_signals()
         if not self.survivable:
-            ptrace.singlestep(self.tid)
-            self._expect(5, ptrace.singlestep)  # SIGTRAP
-            return arch.result(arch.get_regs(self.tid))
+            while True:
+                ptrace.singlestep(self.tid)
+                self._expect(5, ptrace.singlestep)  # SIGTRAP
+                now = arch.get_regs(self.tid)
+                if now.rip != instruction:  # else it was another's, that had waited
+                    return arch.result(now)
         # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
         # program runs. Nothing of it outlives a tracer that dies, as a single step would.
         ptrace.until_syscall(self.tid)

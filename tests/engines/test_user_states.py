@@ -392,6 +392,56 @@ def test_a_big_mapping_that_is_dropped_cut_and_moved_all_the_time(
         moving.finish()
 
 
+TRAPS = r"""
+#include "workload.h"
+static volatile long traps;
+static void on_trap(int sig) { (void)sig; traps++; }
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	signal(SIGTRAP, on_trap);
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		asm volatile("int3");
+		CHECK(traps == n, "%ld traps, not %ld", traps, n);
+		wl_line("tick %ld", n);
+		usleep(n % 3 * 3000);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_a_program_that_handles_its_own_breakpoints(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    with Program(hosts[0], TRAPS, tmp_path) as moving:
+        there_and_back(moving, hosts, 6)
+        moving.finish()
+
+
+SHORT = r"""
+#include "workload.h"
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		struct timespec ts = { 0, n % 40 * 25000 };
+		CHECK(!nanosleep(&ts, NULL) || wl_stopping, "%s", strerror(errno));
+		if (n % 500 == 0)
+			wl_line("tick %ld", n);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_sleeps_that_are_almost_over_leave_nothing_behind(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    with Program(hosts[0], SHORT, tmp_path) as moving:
+        there_and_back(moving, hosts, 12)
+        assert min(v.start for v in procfs.maps(moving.pid)) > 4 << 20  # where the restarting code stood
+        moving.finish()
+
+
 EXECUTES = r"""
 #include <sys/wait.h>
 #include <spawn.h>

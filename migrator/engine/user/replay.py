@@ -19,6 +19,8 @@ from migrator.linux.procfs import stat
 
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
+# A breakpoint or a single step under a mask that blocks SIGTRAP would undo the program's action for it.
+ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
 _LOOKS = 100
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
 _TRIES = 20
@@ -69,7 +71,7 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
         call.r10 = at
     else:
         return False
-    ptrace.set_sigmask(thread.tid, arch.MINUS_ONE)
+    ptrace.set_sigmask(thread.tid, ALL_BUT_TRAP)
     for _ in range(_TRIES):
         arch.set_regs(thread.tid, call)
         ptrace.cont(thread.tid)
@@ -79,6 +81,10 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
         if not ptrace.is_stop(status):
             raise RestartFailed(f"tid {thread.vtid} ended while its wait was begun anew")
         now = arch.get_regs(thread.tid)
+        if ptrace.stop_event(status) == ptrace.EVENT_STOP and now.rip == call.rip + len(arch.CALL_CODE):
+            # the call was over just before it was interrupted: the breakpoint's SIGTRAP waits behind this stop
+            ptrace.cont(thread.tid)
+            ptrace.wait(thread.tid)
         if now.rip != call.rip or arch.interrupted_call(now)[0] >= 0:
             break
     if arch.interrupted_call(now)[1] == RESTART_BLOCK:

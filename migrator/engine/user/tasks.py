@@ -399,7 +399,8 @@ class TaskRestore:
         """Take the scratch area away and put every thread where it was. Nothing runs yet."""
         final = self.registers(shell)
         remote = shell.remote
-        with remote.borrowed(regs=arch.get_regs(shell.pid), mask=0):
+        ptrace.set_sigmask(shell.pid, replay.ALL_BUT_TRAP)
+        with remote.borrowed():
             remote.unmap_scratch()
         for thread in shell.threads.values():
             arch.set_regs(thread.tid, final[thread.tid])
