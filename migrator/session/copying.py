@@ -23,6 +23,7 @@ from migrator.session.calm import Calm, prepare
 from migrator.session.faults import fault
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journal import Facts, Journal
+from migrator.session.pump import Pump
 from migrator.session.states import Recorded
 from migrator.session.thread import OwnThread
 
@@ -46,7 +47,7 @@ class Copying:
         self.thread = OwnThread("engine")
         self.journal_thread = OwnThread("journal")
         self.source: Source | None = None
-        self.pump: asyncio.Task[int] | None = None
+        self.pump: Pump | None = None
         self._read_fd, self._write_fd = -1, -1
         self.rounds: list[Round] = []
         self.phases: list[Phase] = []  # our own, beside those of the engine
@@ -67,13 +68,13 @@ class Copying:
     def start_pump(self, lost: Callable[[BaseException], None]) -> None:
         """Begin to send what the engine writes; `lost` is called if that fails."""
         read_fd, self._read_fd = self._read_fd, -1
-        self.pump = asyncio.create_task(self._link.pump_in(read_fd), name="stream")
+        pump = self.pump = Pump(self._link.pump_in, read_fd)
 
-        def ended(pump: asyncio.Task[int]) -> None:
-            if not pump.cancelled() and (error := pump.exception()) is not None:
-                lost(error)
+        def ended(_: object) -> None:
+            if pump.error is not None:
+                lost(pump.error)
 
-        self.pump.add_done_callback(ended)
+        pump.task.add_done_callback(ended)
 
     async def arm(self) -> None:
         await self.thread.run(self._source.arm)
@@ -93,7 +94,7 @@ class Copying:
 
     async def _drain(self) -> None:
         quiet, least, since = 0, float("inf"), time.monotonic()
-        while quiet < 2 and self.pump is not None and not self.pump.done():
+        while quiet < 2 and self.pump is not None and not self.pump.done:
             left = self._unread() + in_flight(self._link)
             if left < least:
                 least, since = left, time.monotonic()
@@ -181,9 +182,7 @@ class Copying:
     async def stop(self) -> None:
         """End the stream where it is, and wait until the engine has noticed."""
         if self.pump is not None:
-            self.pump.cancel()
-            with contextlib.suppress(BaseException):
-                await self.pump
+            await self.pump.stop()
         elif self._read_fd >= 0:
             os.close(self._read_fd)
             self._read_fd = -1
@@ -225,10 +224,8 @@ class Copying:
     async def close(self) -> None:
         """Close what is open. Leaves the workload as it is."""
         self._calm.leave()
-        if self.pump is not None and not self.pump.done():
-            self.pump.cancel()
-            with contextlib.suppress(BaseException):
-                await self.pump
+        if self.pump is not None and not self.pump.done:
+            await self.pump.stop()
         await self.thread.close()
         await self.journal_thread.close()
         self.close_stream()

@@ -33,6 +33,7 @@ from migrator.session.files import FileReceiver
 from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
 from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
 from migrator.session.outcome import round_done
+from migrator.session.pump import Pump
 from migrator.session.settle import Tools, kill, thaw
 from migrator.session.states import (
     DestinationAction,
@@ -107,7 +108,7 @@ class DestinationSession:
         self._arrival_lock = threading.Lock()
         self._resumed = threading.Event()
         self._announcing: asyncio.Task[None] | None = None
-        self._pump: asyncio.Task[int] | None = None
+        self._pump: Pump | None = None
         self._work: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._error: BaseException | None = None
@@ -222,9 +223,7 @@ class DestinationSession:
 
     async def _stop_pump(self) -> None:
         if self._pump is not None:
-            self._pump.cancel()
-            with contextlib.suppress(BaseException):
-                await self._pump
+            await self._pump.stop()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -317,15 +316,15 @@ class DestinationSession:
     async def _build(self) -> None:
         assert self._prepared is not None
         read_fd, write_fd = os.pipe()
-        self._pump = asyncio.create_task(self._link.pump_out(write_fd), name="stream")
+        self._pump = Pump(self._link.pump_out, write_fd)
         loop = asyncio.get_running_loop()
         try:
             await self._thread.run(self._build_and_hold, self._prepared, read_fd, loop)
         except Exception as error:
             # A stream that was cut off is the symptom; why it was cut off is the cause.
             cause: BaseException = error
-            if self._pump.done() and not self._pump.cancelled() and self._pump.exception() is not None:
-                cause = self._pump.exception() or error
+            if self._pump.error is not None:
+                cause = self._pump.error
             elif not isinstance(error, MigratorError | OSError):
                 log.exception("%s: building failed", self._migration)
             self._post(DestinationEvent.FAILED, cause)

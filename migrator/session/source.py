@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from migrator import model
@@ -36,12 +36,11 @@ from migrator.session.files import FileSender
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journal import Facts, Journal, Role, boot_id
 from migrator.session.outcome import SourceSettings, Summary, round_done
+from migrator.session.peer import Peer, Reconnect
 from migrator.session.settle import undecided
 from migrator.session.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
 
 log = logging.getLogger("migrator.session")
-
-Reconnect = Callable[[], Awaitable[Link]]
 
 _CLOCK_SAMPLES = 5
 _CLOCK_LIMIT = 0.5
@@ -70,15 +69,13 @@ class SourceSession:
         self.state = SourceState.START
         self.report: preflight.Report | None = None
         self._host = host
-        self._link = link
-        self._reconnect = reconnect
+        self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._tell = on_event
         self._copying = Copying(factory, link, network)
         self._files: FileSender | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
-        self._listener: asyncio.Task[None] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._journal: Journal | None = None
         self._facts = Facts(
@@ -149,7 +146,7 @@ class SourceSession:
         self._began = time.monotonic_ns()
         self._destination_report = asyncio.get_running_loop().create_future()
         self._tell(model.Started(self.settings.migration, self.settings.peer, self._began))
-        self._listen(self._link)
+        self._peer.listen()
         self._post(SourceEvent.BEGIN)
         try:
             while self.state not in (SourceState.HERE, SourceState.AWAY) and self._undecided is None:
@@ -219,7 +216,7 @@ class SourceSession:
     async def _act(self, action: SourceAction) -> None:
         migration, a = self.settings.migration, SourceAction
         if action is a.SEND_HELLO:
-            await self._send(m.Hello([m.VERSION], "migrator", self._host.host))
+            await self._peer.greet()
             await self._propose()
         elif action is a.JOURNAL_OPEN:
             # With the cgroup of a container: should we die once its network is shut, that tells whose.
@@ -262,7 +259,7 @@ class SourceSession:
             self._undecided = undecided(self._facts, self._error or "no answer")
 
     async def _send(self, message: m.AnyMessage) -> None:
-        await self._link.send(m.encode(message))
+        await self._peer.send(message)
 
     async def _record(self, action: SourceAction) -> None:
         if self._journal is None:
@@ -307,7 +304,7 @@ class SourceSession:
     async def _copy(self) -> None:
         settings, copying = self.settings, self._copying
         if settings.bandwidth:
-            self._link.set_cap(settings.bandwidth)
+            self._peer.link.set_cap(settings.bandwidth)
         if self._files is not None:
             with self._span("files"):
                 await self._files.send_wanted()
@@ -319,7 +316,7 @@ class SourceSession:
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
             weighed = conditions(
-                self._link,
+                self._peer.link,
                 copying.rounds,
                 budget=settings.max_downtime,
                 elapsed=elapsed,
@@ -374,7 +371,7 @@ class SourceSession:
 
     async def _forward(self) -> None:
         with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
-            await self._copying.forward(self._link, self._arrived)
+            await self._copying.forward(self._peer.link, self._arrived)
 
     async def _release(self) -> None:
         self._arrived.set()
@@ -395,25 +392,16 @@ class SourceSession:
     async def _ask_again(self) -> None:
         """Reach the destination again and post LINK_BACK, or UNREACHABLE."""
         self._lost_at = self._lost_at or time.monotonic()
-        pause = 0.1
-        unreachable: BaseException | None = None
-        self._spawn(self._link.close())
-        while time.monotonic() - self._lost_at < self.settings.ask_for and self._reconnect is not None:
-            try:
-                link = await self._reconnect()
-                await link.send(m.encode(m.Hello([m.VERSION], "migrator", self._host.host)))
-            except (MigratorError, OSError) as error:
-                unreachable = error  # no reason of the outcome, if there is an answer after all
-                self._tell(model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}"))
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 5.0)
-            else:
-                self._link = link
-                self._listen(link)
-                self._post(SourceEvent.LINK_BACK)
-                return
-        self._error = unreachable or self._error
-        self._post(SourceEvent.UNREACHABLE, self._error)
+
+        def waiting(error: BaseException) -> None:
+            self._tell(model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}"))
+
+        failed = await self._peer.reach(self._lost_at + self.settings.ask_for, waiting)
+        if failed is None:
+            self._post(SourceEvent.LINK_BACK)
+        else:
+            self._error = failed
+            self._post(SourceEvent.UNREACHABLE, failed)
 
     # Time
 
@@ -464,20 +452,9 @@ class SourceSession:
 
     # Messages
 
-    def _listen(self, link: Link) -> None:
-        async def listen() -> None:
-            try:
-                while True:
-                    self._heard(m.decode(await link.receive()))
-            except m.MessageError as error:
-                self._post(SourceEvent.PROTOCOL_ERROR, error)
-            except (TransportError, OSError) as error:
-                if link is self._link:
-                    self._post(SourceEvent.LINK_LOST, error)
-
-        if self._listener is not None:
-            self._listener.cancel()
-        self._listener = asyncio.create_task(listen(), name="messages")
+    def _broken(self, error: BaseException) -> None:
+        wrong = isinstance(error, m.MessageError)
+        self._post(SourceEvent.PROTOCOL_ERROR if wrong else SourceEvent.LINK_LOST, error)
 
     def _heard(self, message: m.AnyMessage) -> None:
         about = getattr(message, "migration", self.settings.migration)
@@ -489,7 +466,7 @@ class SourceSession:
             self._running = self._running or message
             self._post(SourceEvent.RUNNING)
         elif isinstance(message, m.Discarded):
-            self._post(SourceEvent.DISCARDED, MigrationAborted(f"{self._link.peer}: {message.reason}"))
+            self._post(SourceEvent.DISCARDED, MigrationAborted(f"{self._peer.link.peer}: {message.reason}"))
         elif isinstance(message, m.Verdict):
             self._judge(message)
         elif isinstance(message, m.Standing):
@@ -504,7 +481,7 @@ class SourceSession:
         elif isinstance(message, m.FilesSync) and self._files is not None:
             self._files.synced(message.number)
         elif isinstance(message, m.Failure):
-            error = MigrationAborted(f"{self._link.peer}: {message.reason}", hint=message.hint)
+            error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
             self._post(SourceEvent.FAILED, error)
         elif isinstance(message, m.Hello):
             m.common_version(message.versions)
@@ -518,7 +495,7 @@ class SourceSession:
         if set(verdict.wanted) - survey_files:
             raise m.MessageError("the destination wants files that are not the workload's")
         weighed = conditions(
-            self._link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
+            self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
         )
         self.report = preflight.Report(
             self.settings.migration,
@@ -547,7 +524,7 @@ class SourceSession:
             host=self._host,
             report=self.report,
             copying=self._copying,
-            link=self._link,
+            link=self._peer.link,
             began=self._began,
             spans=self._spans,
             clock=self._clock,
@@ -600,15 +577,14 @@ class SourceSession:
         return MigrationAborted(f"{type(error).__name__}: {error}")
 
     async def _close(self) -> None:
-        for task in [*self._tasks, self._listener]:
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(BaseException):
-                    await task
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
         await self._copying.close()
         if self._journal is not None:
             self._journal.close()
-        await self._link.close()
+        await self._peer.close()
 
 
 _TOLERATED = frozenset(
