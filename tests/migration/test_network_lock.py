@@ -111,9 +111,11 @@ def test_an_aborted_lock_loses_and_repeats_no_datagram(two_hosts: TwoHosts, clie
         lock = NetworkLock(container)
         lock.prepare()
         send(client, range(0, 100))
+        # all are answered before the lock: an answer that comes after it is cut off, as is the container
+        assert drain(client) == [f"a {n}".encode() for n in range(100)]
         lock.lock()
         send(client, range(100, 200))
-        assert drain(client) == [f"a {n}".encode() for n in range(100)]
+        assert drain(client) == []
         lock.captured()
         send(client, range(200, 250))
         lock.unlock()

@@ -167,7 +167,7 @@ async def test_an_agent_that_crashes_is_quoted_to_whoever_waits(sshd: Sshd) -> N
 
 
 async def test_an_agent_that_is_stopped_is_taken_for_dead(sshd: Sshd) -> None:
-    async with await sshd.connect(keepalive=0.05, dead_after=0.5) as link:
+    async with await sshd.connect(keepalive=0.1, dead_after=3.0) as link:
         await link.send(b"pid")
         pid = int(await link.receive(10))
         os.kill(pid, signal.SIGSTOP)

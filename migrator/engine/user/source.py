@@ -487,7 +487,7 @@ class UserSource:
             try:
                 sweep = tracker.sweep(vmas, strict=final, whole=rebacked)
             except OSError as error:
-                if not final and isinstance(error, ProcessLookupError):
+                if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
                     raise  # it has ended
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
         else:
