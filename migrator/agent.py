@@ -6,6 +6,7 @@ Whatever an earlier agent left unfinished is settled before anybody is answered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from migrator import host, model
 from migrator.engine.user.engine import UserEngine
-from migrator.errors import Fate
+from migrator.errors import Fate, TransportError
 from migrator.session import messages as m
 from migrator.session.journal import journal_directory
 from migrator.session.serve import serve as serve_link
@@ -23,7 +24,9 @@ from transport.link import Link
 
 log = logging.getLogger("migrator.agent")
 
+_LINGER = 5.0  # seconds
 _SETTLE_EVERY = 10.0  # seconds between attempts while something awaits its peer
+_LOOK_EVERY = 60.0  # and else, for what another program of this host has left
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ async def run_daemon(settings: AgentSettings) -> None:
         if "receive" not in rights:
             reason = f"the key of {peer} has no right to bring workloads here"
             await link.send(m.encode(m.Failure(reason, 'add "receive" to its migrator-rights there')))
+            await _linger(link)
             return
         await serve_link(link, here, on_event=on_event)
 
@@ -70,7 +74,7 @@ async def run_daemon(settings: AgentSettings) -> None:
         _notify("READY=1")
         while not stop.is_set():
             try:
-                await asyncio.wait_for(stop.wait(), _SETTLE_EVERY if open_ones else 3600.0)
+                await asyncio.wait_for(stop.wait(), _SETTLE_EVERY if open_ones else _LOOK_EVERY)
             except TimeoutError:
                 open_ones = await _settle(settings.login)
         _notify("STOPPING=1")
@@ -83,6 +87,14 @@ async def run_stdio(bridge: str = "") -> None:
     await _settle(login)
     await serve_link(link, host.destination_settings(UserEngine(), bridge=bridge))
     await link.close()
+
+
+async def _linger(link: Link) -> None:
+    """Leave the end to the peer: a link that we close may lose our last words on the way."""
+    with contextlib.suppress(TransportError, TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while True:
+                await link.receive()
 
 
 async def _settle(login: host.Login) -> bool:

@@ -149,10 +149,11 @@ def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
 
 
 def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> None:
-    reasons = []
+    reasons, hints = [], []
     there = container.find(spec.name)
     if there is not None and there.alive:
         reasons.append(f"container {spec.name}: one of that name lives here already (pid {there.init_pid})")
+        hints.append(f"end that one there: migrator stop {spec.name}")
     if spec.name != proposal.container:
         reasons.append(f"container {proposal.container}: its specification is that of {spec.name}")
     wanted = bridge or spec.bridge
@@ -164,10 +165,12 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
         and not _has_link(wanted)
     ):
         reasons.append(f"container {spec.name}: there is no bridge {wanted} here")
+        hints.append("make it there, or name another for what arrives: migrator agent --bridge NAME")
     if spec.root and not os.path.isdir(spec.root):
         reasons.append(f"container {spec.name}: its root directory {spec.root} is not here")
+        hints.append("copy it there first")
     if reasons:
-        raise Refused(reasons, hint="put it right on that host, or name another bridge: agent --bridge")
+        raise Refused(reasons, hint="; ".join(hints))
 
 
 def _has_link(name: str) -> bool:

@@ -323,7 +323,7 @@ class _HostKeyCheck:
                 hint="do not trust this host; ask its operator",
             )
         if self.found is not None and (self.found.trusted or self.found.authorities):
-            expected = ", ".join(keys.fingerprint(key) for key in self.found.trusted)
+            expected = ", ".join(sorted({keys.fingerprint(key) for key in self.found.trusted}))
             return TransportError(
                 f"THE HOST KEY OF {name} HAS CHANGED: it offers {seen}, known is "
                 f"{expected or 'an authority'}. Somebody may be in between, or it was installed anew",
@@ -386,5 +386,8 @@ def _explained(
             f"nothing listens at {name}", hint="start sshd or `migrator agent` there, or give another port"
         )
     if isinstance(error, socket.gaierror):
-        return TransportError(f"{where.host} cannot be resolved: {error.strerror}")
+        return TransportError(
+            f"{where.host} cannot be resolved: {error.strerror}",
+            hint="is the name right? An address works too, as USER@10.0.0.2",
+        )
     return TransportError(f"cannot connect to {name}: {error}")

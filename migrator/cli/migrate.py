@@ -118,9 +118,13 @@ async def _migrate(
         err.print(f"[yellow]settled[/] migration {one.migration} of an earlier run: {one.detail}", markup=True)
         if one.fate is Fate.FROZEN:
             err.print("  [dim]it stays open; `migrator settle` tries again[/]")
-    options = workload.source_options()
-    here = await asyncio.to_thread(host.facts, engine)
-    link = await login.connect(settings.peer)
+    try:
+        options = workload.source_options()
+        here = await asyncio.to_thread(host.facts, engine)
+        link = await login.connect(settings.peer)
+    except MigratorError as error:
+        error.fate = Fate.SOURCE
+        raise
     network = None
     if workload.container is not None:
         if workload.container.ifindex:
