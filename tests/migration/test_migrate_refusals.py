@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,9 +20,11 @@ from migrator.container import list_containers, stop
 from migrator.testing.hosts import Host
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
 from migrator.testing.workloads import build
-from transport.keys import ensure_key, host_pattern, public_line
+from transport.keys import ensure_key, host_pattern, pin, public_line
 
 pytestmark = pytest.mark.root
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ticking:
@@ -222,3 +226,62 @@ def stopped(pid: int) -> bool:
 def test_nothing_was_left_behind_by_any_of_these(stage: Stage, ticking: Ticking) -> None:
     await_nothing_left(stage.b)
     ticking.check_runs_on()
+
+
+# ---------------------------------------------------------------------- over a plain sshd, without a daemon
+
+SSHD_PORT = 2222
+OVER_SSHD = f"root@10.77.0.2:{SSHD_PORT}"
+
+
+@pytest.fixture(scope="module")
+def sshd(stage: Stage) -> Iterator[str]:
+    """OpenSSH's own server on host b; the command that starts migrator there."""
+    folder = stage.b.folder
+    (folder / "sshd_config").write_text(
+        f"Port {SSHD_PORT}\nListenAddress {stage.b.address}\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nPasswordAuthentication no\n"
+        "PermitRootLogin prohibit-password\nKbdInteractiveAuthentication no\n"
+    )
+    pin(stage.folder / "known_hosts", stage.b.address, SSHD_PORT, ensure_key(folder / "host_key"))
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd wants it; the boot scripts make it
+    program = shutil.which("sshd") or "/usr/sbin/sshd"
+    server = stage.b.popen([program, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    line = server.stderr.readline()
+    assert "listening" in line, line
+    # sshd gives its sessions none of our environment: the host's own directories go with the command.
+    settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in stage.b.env.items())
+    yield f"cd {ROOT} && {settings} {shlex.join(MIGRATOR)} agent --stdio"
+    server.terminate()
+    server.wait()
+
+
+def test_a_remote_command_that_is_not_there_says_what_to_install(stage: Stage, sshd: str, ticking: Ticking) -> None:
+    text = refused(stage, "ticking", "--remote-command", "no-such-migrator agent --stdio", peer=OVER_SSHD)
+    assert re.match(r"7: error: .*no-such-migrator.*not found", text), text
+    assert "--remote-command" in text
+    ticking.check_runs_on()
+
+
+def test_over_a_plain_sshd_the_copy_lives_on_when_the_session_has_ended(stage: Stage, sshd: str) -> None:
+    out = stage.folder / "away.out"
+    argv = ["run", "-d", "--name", "away", "--bridge", "", "--", str(build("counter")), str(out), "5"]
+    stage.a.run([*MIGRATOR, *argv])
+    done = stage.a.run([*MIGRATOR, "migrate", "away", OVER_SSHD, "--remote-command", sshd, "--json"], check=False)
+    assert done.returncode == 0, done.stderr
+    with stage.a.inside():
+        assert "away" not in [container.name for container in list_containers()]
+    with stage.b.inside():
+        (copy,) = list_containers()
+    for _ in range(2):
+        size = out.stat().st_size
+        time.sleep(0.5)
+        assert out.stat().st_size > size, "it ended with the session"
+    parent = int(Path(f"/proc/{copy.init_pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert Path(f"/proc/{parent}/comm").read_text().strip() != "sshd"
+    numbers = [int(n) for n in re.findall(r"^tick (\d+) .*\n", out.read_text(), re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    with stage.b.inside():
+        stop("away", timeout=5)
+    assert out.read_text().endswith("ok\n")
