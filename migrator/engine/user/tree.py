@@ -118,6 +118,7 @@ class ProcessTree:
         for pid in set(self.processes) - set(pids):
             gone.append(self.processes.pop(pid))
         for process in gone:
+            _let_go_of_ended(process)
             process.close()
         return born, gone
 
@@ -125,7 +126,7 @@ class ProcessTree:
     def _to_zombie(process: Process, exit_code: int) -> None:
         process.zombie = True
         process.exit_code = exit_code
-        process.threads.clear()
+        _let_go_of_ended(process)
 
     @property
     def living(self) -> list[Process]:
@@ -147,22 +148,14 @@ class ProcessTree:
             if tid in process.threads:
                 continue
             try:
-                ptrace.seize(tid, ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP)
-            except ProcessLookupError:
-                continue
-            except PermissionError:
-                try:
-                    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-                except ProcessLookupError:
+                if not _seize(process.pid, tid):
                     continue
-                except PermissionError as error:
-                    if procfs.stat(process.pid, tid)[3] == "Z":
-                        continue
-                    raise CheckpointFailed(
-                        f"pid {process.pid} cannot be traced (tid {tid})",
-                        hint="a debugger may be attached; `grep TracerPid /proc/PID/status` tells",
-                    ) from error
-            vtid = tid if process.vpid == process.pid else procfs.ns_pid(procfs.status(process.pid, tid))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            try:
+                vtid = tid if process.vpid == process.pid else procfs.ns_pid(procfs.status(process.pid, tid))
+            except (FileNotFoundError, ProcessLookupError):
+                vtid = tid  # it has ended, which waiting for it will tell
             thread = Thread(tid, vtid)
             process.threads[tid] = thread
             new.append(thread)
@@ -318,6 +311,36 @@ def _open(pid: int) -> Process | None:
     if _is_zombie(fields):
         ProcessTree._to_zombie(process, int(fields[52]))
     return process
+
+
+def _seize(pid: int, tid: int) -> bool:
+    """Attach to a task; False for one that has ended and waits for its parent."""
+    options = ptrace.O_TRACESYSGOOD
+    try:
+        ptrace.seize(tid, options | ptrace.O_SUSPEND_SECCOMP)
+        return True
+    except PermissionError:
+        pass  # not for this option, perhaps
+    try:
+        ptrace.seize(tid, options)
+        return True
+    except PermissionError as error:
+        if procfs.stat(pid, tid)[3] in "ZX":
+            return False
+        raise CheckpointFailed(
+            f"pid {pid} cannot be traced (tid {tid})",
+            hint="a debugger may be attached; `grep TracerPid /proc/PID/status` tells",
+        ) from error
+
+
+def _let_go_of_ended(process: Process) -> None:
+    """Take the end of seized tasks: until their tracer has, their parent cannot."""
+    for tid in process.threads:
+        try:
+            os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+        except ChildProcessError:
+            pass
+    process.threads.clear()
 
 
 def stop_one(tid: int) -> None:
