@@ -150,8 +150,8 @@ def _wire(spec: ContainerSpec, keep: int) -> int:
 
 
 def _reset_signals() -> None:
-    """Python ignores some signals, and ignoring is inherited through execve(2)."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    """Ignoring is inherited through execve(2): Python ignores some signals, a shell others for its background."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

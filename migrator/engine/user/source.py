@@ -383,8 +383,8 @@ class UserSource:
             self._arm_process(process)
         except OSError as error:
             process.remote = None
-            try:
-                alive = procfs.stat(process.pid)[3] not in "ZX"
+            try:  # one that is ending has lost its memory before it is a zombie
+                alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
             except OSError:
                 alive = False
             if alive and not isinstance(error, ProcessLookupError):
