@@ -9,6 +9,7 @@ command that needs an init brings its own (`migrator run … -- tini -- CMD`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -23,7 +24,8 @@ from migrator.container.spec import DEFAULT_ENV, ContainerSpec
 from migrator.container.state import Container
 from migrator.errors import MigratorError, UsageError
 from migrator.linux import namespaces as ns
-from migrator.linux import procfs
+from migrator.linux import procfs, sys
+from migrator.linux.x86_64 import NR
 
 BEFORE = ns.CLONE_NEWNS | ns.CLONE_NEWIPC | ns.CLONE_NEWUTS | ns.CLONE_NEWNET
 
@@ -153,6 +155,9 @@ def _reset_signals() -> None:
     """Ignoring is inherited through execve(2): Python ignores some signals, a shell others for its background."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
+    default = ctypes.create_string_buffer(32)  # struct sigaction of the kernel, all zero
+    for internal in (32, 33):  # the C library's own two, which it lets nobody touch
+        sys.call(NR["rt_sigaction"], internal, ctypes.addressof(default), 0, 8, name="rt_sigaction")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -366,6 +366,9 @@ def test_a_link_that_breaks_aborts_before_commit_and_leaves_the_copy_frozen_afte
         assert [len(tasks) for tasks in counting.where().values()] == [1, 1]
         settle(stage.a)
         counting.await_progress()
+        deadline = time.monotonic() + 10
+        while counting.where()["a"] and time.monotonic() < deadline:  # killed; it is being taken down
+            time.sleep(0.05)
         counting.check_one_history()
         assert [len(tasks) for tasks in counting.where().values()] == [0, 1]
         client.check_alive_and_progressing()

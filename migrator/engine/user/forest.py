@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 
 from migrator.engine.user.clocks import Offsets, within
 from migrator.engine.user.shell import Shell, ShellThread, await_birth
@@ -312,16 +313,26 @@ class Forest:
                 os.kill(shell.pid, 9)
             except ProcessLookupError:
                 pass
-        for shell in reversed(list(self.shells.values())):
-            for thread in reversed(list(shell.threads.values())):
-                try:
-                    while ptrace.is_stop(os.waitpid(thread.tid, ptrace.WALL)[1]):
-                        pass
-                except ChildProcessError:
-                    continue
+        left = {tid for shell in self.shells.values() for tid in (shell.pid, *(t.tid for t in shell.threads.values()))}
+        # In no fixed order: the last thread of the init of a pid namespace does not end before all others have been
+        # collected (zap_pid_ns_processes()), and any of them may be that one.
+        while left:
+            gone = {tid for tid in left if _collected(tid)}
+            left -= gone
+            if not gone:
+                time.sleep(0.0005)
         self.close()
 
     def close(self) -> None:
         for shell in self.shells.values():
             shell.close()
         self.shells.clear()
+
+
+def _collected(tid: int) -> bool:
+    """Whether a task that was killed has ended and nobody needs to wait for it any more."""
+    try:
+        pid, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return pid != 0 and not ptrace.is_stop(status)
