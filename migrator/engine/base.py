@@ -170,7 +170,7 @@ class Source(Protocol):
 
 
 class Destination(Protocol):
-    on_round: Callable[[int], None]  # called when a pre-copy round begins: all before it is in place
+    on_round: Callable[[int], None]  # called when a pre-copy round has ended: all of it is in place
 
     def build(self) -> int: ...  # the root's pid in the caller's pid namespace
     def hold(self) -> None: ...

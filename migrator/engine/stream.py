@@ -7,6 +7,7 @@ contents of pages into one buffer that it reuses. Neither holds more than a reco
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from migrator.image.codec import HEADER, MAX_RECORD, REGISTRY, Record
 from migrator.image.records import TRAILER_MAGIC, Error, PageRange, Pages, Trailer
 
 _FLUSH_AT = 256 << 10
+_SMALL = 32 << 10  # bytes of pages that are copied, to go out with what follows
+
+RangeOfPages = tuple[int, int, int]  # the fields of a PageRange: start, nr_pages, kind
 
 
 class RecordWriter:
@@ -28,25 +32,31 @@ class RecordWriter:
         self._pending_bytes = 0
 
     def write(self, rec: Record) -> None:
-        self._put(rec.encode())
+        self.encoded(rec.encode())
+
+    def encoded(self, raw: bytes) -> None:
+        """As write(), of a record that is encoded already."""
+        self._put(raw)
         self.records += 1
 
     def pages(
-        self, objref: int, ranges: Sequence[PageRange], data: Sequence[memoryview | bytes] = (), crc: int = 0
+        self, objref: int, ranges: Sequence[RangeOfPages], data: Sequence[memoryview | bytes] = (), crc: int = 0
     ) -> None:
         """Write a `Pages` record whose contents are `data`: sent from where they are, then free for reuse."""
         size_of_data = sum(len(part) for part in data)
-        head = Pages(objref=objref, crc=crc, ranges=list(ranges), data=b"").encode()[HEADER.size :]
-        # the last u32 of the fixed part is the length of `data`
-        fixed = bytearray(head)
-        size = Pages._packer.size
-        fixed[size - 4 : size] = size_of_data.to_bytes(4, "little")
-        length = HEADER.size + len(fixed) + size_of_data
+        flat: list[int] = []
+        for start, nr_pages, kind in ranges:
+            flat += (start, nr_pages | kind << 32)  # two u32, as PageRange has them
+        head = Pages._packer.pack(objref, crc, len(ranges), size_of_data) + struct.pack(f"<{len(flat)}Q", *flat)
+        length = HEADER.size + len(head) + size_of_data
         if length > MAX_RECORD:
             raise ImageError(f"a chunk of {size_of_data} bytes of pages is longer than a record may be")
-        self._put(HEADER.pack(Pages.TYPE, length) + fixed)
+        self._put(HEADER.pack(Pages.TYPE, length) + head)
         self.records += 1
-        if data:
+        if size_of_data <= _SMALL:
+            for part in data:
+                self._put(bytes(part))
+        else:
             for part in data:
                 self._put(part)
             self.flush()

@@ -89,6 +89,12 @@ class TaskInfo:
     registers: bool = False
     pending_signals: int = 0
 
+    def take(self, draft: TaskInfo) -> None:
+        """What its own record said ahead of this tree, unless it ended since."""
+        if draft.zombie == self.zombie:
+            self.comm, self.state = draft.comm, draft.state
+            self.mm_objref, self.files_objref = draft.mm_objref, draft.files_objref
+
 
 @dataclass
 class DescriptorInfo:
@@ -197,7 +203,9 @@ class Summary:
             case r.Container():
                 info.container = record_fields(record)
             case r.Tree():
-                self._tasks = {item.pid: _task_info(item) for item in record.tasks}
+                drafts, self._tasks = self._tasks, {item.pid: _task_info(item) for item in record.tasks}
+                for pid in drafts.keys() & self._tasks.keys():
+                    self._tasks[pid].take(drafts[pid])
             case r.Task():
                 self._take_task(record)
             case r.Cpu():
@@ -205,8 +213,9 @@ class Summary:
             case r.SigPending():
                 self._task(record.pid).pending_signals += len(record.infos) // 128
             case r.RoundMark():
-                self._round = RoundInfo(record.number, bool(record.flags), record.time)
-                info.rounds.append(self._round)
+                if record.flags != r.RoundFlag.END:
+                    self._round = RoundInfo(record.number, bool(record.flags), record.time)
+                    info.rounds.append(self._round)
             case r.Mm():
                 self._of(record.objref, "mm").what = self._named.get(record.exe_objref, "")
             case r.Shm():
@@ -262,6 +271,11 @@ class Summary:
                 what = record.path or self._named.get(record.inode_objref, "")
                 made = DescriptorInfo(-1, False, record.objref, kind, what, record.pos, record.flags)
                 self._files[record.objref] = made
+                for table in self.info.tables.values():  # it comes again, and they need not
+                    table[:] = [
+                        replace(item, pos=made.pos, flags=made.flags) if item.file_objref == made.file_objref else item
+                        for item in table
+                    ]
             case f.FileTable():
                 unknown = DescriptorInfo(-1, False, 0, "?", "", 0, 0)
                 self.info.tables[record.objref] = [

@@ -64,7 +64,7 @@ class Order:
         self._tree_seen = False
         self._generation = 0
         self._round = 0
-        self._last_round = False
+        self._round_open = self._last_round = False
         self._tasks: dict[int, r.Task] = {}
         self._cpus: set[int] = set()
         self._once: set[tuple[type[Record], int, int]] = set()
@@ -154,12 +154,16 @@ class Order:
     # -- hierarchy ----------------------------------------------------------------------------------
 
     def _tree_record(self, tree: r.Tree) -> None:
-        if self._tasks or self._cpus:
+        if self._cpus:
             self._fail("the tree changes after the state of its tasks began")
         if self._tree_seen and tree.generation < self._generation:
             self._fail(f"generation {tree.generation} after {self._generation}")
         known = check_tasks(tree.tasks, self._fail)
         self._tree, self._tree_seen, self._generation = known, True, tree.generation
+        for pid, task in list(self._tasks.items()):  # drafts of those that have ended, or ended and were born anew
+            entry = known.get(pid)
+            if entry is None or bool(entry.flags & r.TaskFlag.ZOMBIE) != (task.state == r.TaskState.ZOMBIE):
+                del self._tasks[pid]
         for pid, objref in list(self._spaces.items()):
             if pid not in known or known[pid].flags & (r.TaskFlag.THREAD | r.TaskFlag.ZOMBIE):
                 self._forget(pid, objref)
@@ -176,6 +180,8 @@ class Order:
         return task
 
     def _of_task(self, pid: int) -> None:
+        if not self._final:
+            self._fail(f"pid {pid}: comes while the tasks still run")
         self._in_tree(pid)
         if pid not in self._tasks:
             self._fail(f"pid {pid}: comes ahead of its task")
@@ -184,8 +190,8 @@ class Order:
 
     def _task(self, task: r.Task) -> None:
         entry = self._in_tree(task.pid)
-        if task.pid in self._tasks:
-            self._fail(f"pid {task.pid} comes twice")
+        if task.pid in self._cpus:
+            self._fail(f"pid {task.pid} comes again after its registers")
         if task.state > max(r.TaskState):
             self._fail(f"pid {task.pid}: unknown state {task.state}")
         zombie = task.state == r.TaskState.ZOMBIE
@@ -199,8 +205,15 @@ class Order:
             for name in _NEEDED:
                 if not getattr(task, name):
                     self._fail(f"pid {task.pid} lives, and has no {name}")
-            if self._owners.get(task.mm_objref) != entry.tgid:
-                self._fail(f"address space {task.mm_objref} is not that of pid {entry.tgid}")
+        self._agrees(task, entry)
+        self._tasks[task.pid] = task
+
+    def _agrees(self, task: r.Task, entry: r.TaskPids) -> None:
+        """A task with the others of its process, as it comes and in the end: drafts may have grown old."""
+        if entry.flags & r.TaskFlag.ZOMBIE:
+            return
+        if self._owners.get(task.mm_objref) != entry.tgid:
+            self._fail(f"address space {task.mm_objref} is not that of pid {entry.tgid}")
         if entry.flags & r.TaskFlag.THREAD:
             leader = self._tasks.get(entry.tgid)
             if leader is None:
@@ -208,7 +221,11 @@ class Order:
             for name in _SHARED_BY_THREADS:
                 if getattr(task, name) != getattr(leader, name):
                     self._fail(f"thread {task.pid} has another {name} than its leader {entry.tgid}")
-        self._tasks[task.pid] = task
+
+    @property
+    def _final(self) -> bool:
+        """Whether what comes now is about tasks that stand still."""
+        return self._last_round or not self._round
 
     def _cpu(self, cpu: r.Cpu) -> None:
         assert self.header is not None
@@ -315,13 +332,19 @@ class Order:
             self._fail(f"{nr_data} pages announced, {len(pages.data)} bytes of contents")
 
     def _round_mark(self, mark: r.RoundMark) -> None:
-        if mark.flags > 1:
+        if mark.flags > max(r.RoundFlag):
             self._fail(f"unknown flags {mark.flags:#x}")
-        if not self._round < mark.number <= MAX_ROUNDS:
-            self._fail(f"round {mark.number} after round {self._round}")
         if self._last_round:
             self._fail("the last round was announced already")
-        self._round, self._last_round = mark.number, bool(mark.flags)
+        if mark.flags == r.RoundFlag.END:
+            if not self._round_open or mark.number != self._round:
+                self._fail(f"round {mark.number} ends, which is not open")
+            self._round_open = False
+            return
+        if not self._round < mark.number <= MAX_ROUNDS:
+            self._fail(f"round {mark.number} after round {self._round}")
+        self._round, self._round_open = mark.number, True
+        self._last_round = bool(mark.flags & r.RoundFlag.LAST)
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -338,6 +361,7 @@ class Order:
                 continue
             if pid not in self._cpus:
                 self._fail(f"pid {pid}: its registers never came")
+            self._agrees(task, entry)
             if task.mm_objref and task.mm_objref not in self._mapped:
                 self._fail(f"pid {pid}: the mappings of its address space {task.mm_objref} never came")
         self._references.finish()

@@ -31,7 +31,8 @@ _INODES = {
     _Kind.SOCKET: "Socket",
     _Kind.PIDFD: "PidFd",
 }
-_BY_PATH = (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE, _Kind.FIFO)
+_RESENT = (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE)  # have no state but offset and flags
+_BY_PATH = (*_RESENT, _Kind.FIFO)
 
 
 class FilesOrder:
@@ -47,6 +48,7 @@ class FilesOrder:
         self._fail = fail
         self._in_tree = in_tree
         self._sizes: dict[int, int] = {}  # of DeletedFiles, by objref
+        self._opened: dict[int, int] = {}  # of Files: hash of kind and path, which stay when it comes again
         self._connections: set[int] = set()  # Sockets whose SocketTcp came
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             f.FileTable: self._table,
@@ -86,6 +88,12 @@ class FilesOrder:
             self._fail(f"path {file.path!r} is not absolute")
         if file.pos < 0 or file.size > MAX_OFFSET:
             self._fail(f"impossible offset {file.pos} or size {file.size}")
+        opened = hash((kind, file.path))
+        if self._opened.get(file.objref, opened) != opened:
+            self._fail(f"file {file.objref} comes again as another one")
+        if file.objref in self._opened and kind not in _RESENT:
+            self._fail(f"a file of kind {kind.name} comes twice")
+        self._opened[file.objref] = opened
         if file.lock > 2:
             self._fail(f"unknown lock {file.lock}")
         if file.owner_type > max(f.OwnerType) or not 0 <= file.owner_signal <= NSIG:

@@ -27,7 +27,7 @@ from migrator.image.codec import (
 
 MAGIC = 0x4D49475241544F52  # "MIGRATOR" read as a big-endian number
 TRAILER_MAGIC = 0x524F544152474944  # a different one, so that a header never passes for a trailer
-REV = 1
+REV = 2
 PAGE_SIZE = 4096
 
 
@@ -338,12 +338,17 @@ class MappedFile(Record):
     build_id: str
 
 
+class RoundFlag(enum.IntFlag):
+    LAST = 1  # the tasks are stopped: what follows is final
+    END = 2  # the round that is open is complete
+
+
 @record(406)
 class RoundMark(Record):
-    """The pages that follow belong to round `number`; `flags` 1: the tasks are stopped, this is the last."""
+    """The pages and drafts that follow belong to round `number`; or, with END, that round is complete."""
 
     number: u32
-    flags: u32
+    flags: u32  # enum RoundFlag
     time: u64
 
 

@@ -15,7 +15,7 @@ from migrator.image.codec import Record
 MAX_OBJECTS = 1 << 20
 
 # Objects that come again in later rounds, because they change while the tasks still run.
-RESENT = frozenset({"Mm", "Shm"})
+RESENT = frozenset({"Mm", "Shm", "Fs", "Sighand", "Signal", "File", "FileTable"})
 
 # The kind of object that a field wants. A field that is not here takes any kind.
 WANTED = {

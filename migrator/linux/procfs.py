@@ -129,12 +129,9 @@ def descendants(pid: int) -> list[int]:
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
-    out = {}
-    for line in read_text(path).split("\n"):
-        key, colon, value = line.partition(":")
-        if colon:
-            out[key] = value.strip()
-    return out
+    # a name with a line break in it shows it escaped
+    pairs = (line.split(":\t", 1) for line in read_text(path).split("\n") if ":\t" in line)
+    return {key: value.strip() for key, value in pairs}
 
 
 def stat(pid: int, tid: int | None = None) -> list[str]:

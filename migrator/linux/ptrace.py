@@ -52,6 +52,9 @@ class RseqConfiguration:
     flags: int
 
 
+NO_RSEQ = RseqConfiguration(0, 0, 0, 0)
+
+
 def request(code: int, tid: int, addr: int = 0, data: int = 0, name: str = "") -> int:
     ctypes.set_errno(0)
     result = int(_ptrace(code, tid, addr, data))

@@ -106,14 +106,18 @@ class Remote:
         self.way_back: WayBack | None = None
         self._regs: arch.Regs | None = None
         self._mask = 0
+        self._xstate = b""
         self._mask_set = self._stop_again = False
         self._signal = _BATCH_SIGNALS[0]
         self._context_written = False
 
     @contextmanager
-    def borrowed(self, *, regs: arch.Regs | None = None, mask: int | None = None) -> Iterator[Remote]:
-        """Borrow the thread. `regs` and `mask`, where known already, save two requests."""
+    def borrowed(
+        self, *, regs: arch.Regs | None = None, mask: int | None = None, xstate: bytes = b""
+    ) -> Iterator[Remote]:
+        """Borrow the thread. `regs`, `mask` and `xstate`, where known already, save requests."""
         tid = self.tid
+        self._xstate = xstate
         if not self.survivable:  # nothing to give back, and the mask stays what it is
             if self._regs is None:
                 self._regs = arch.get_regs(tid)
@@ -198,7 +202,7 @@ class Remote:
             return None
         assert self._regs is not None
         low, high = way.stack
-        xstate = arch.get_xstate(self.tid)
+        xstate = self._xstate or arch.get_xstate(self.tid)
         address = (self._regs.rsp - arch.RED_ZONE - arch.CONTEXT_SIZE - len(xstate) - 64) & ~63
         if not low + 8 <= address < self._regs.rsp < high:
             return None
@@ -206,23 +210,25 @@ class Remote:
         memory.write(self.pid, address - 8, struct.pack("<Q", way.restorer) + frame)
         return way.call, address - 8
 
-    def map_scratch(self, size: int, address: int = 0) -> int:
-        """Map the scratch area: code, context and table first, then memory for whoever asks."""
+    def map_scratch(self, size: int, address: int = 0, *, reserved: int = 0) -> int:
+        """Map the scratch area: code, context and table first, then memory for whoever asks.
+
+        The last `reserved` bytes are not given out by put(): they are the caller's."""
         flags = _MAP_PRIVATE_ANONYMOUS | (_MAP_FIXED_NOREPLACE if address else 0)
         got = self.call(arch.NR["mmap"], address, size, _PROT_RWX, flags, -1, 0)
         if -4096 < got < 0:
             raise RemoteError(-got, f"mmap of {size} bytes of scratch: {os.strerror(-got)}", f"pid {self.pid}")
-        self.adopt_scratch(got, size)
+        self.adopt_scratch(got, size, reserved=reserved)
         memory.write(self.pid, got, arch.BATCH_CODE)
         return got
 
-    def adopt_scratch(self, address: int, size: int) -> None:
+    def adopt_scratch(self, address: int, size: int, *, reserved: int = 0) -> None:
         """Use a scratch area that is there already (after a fork, or from another thread)."""
         self.scratch, self.scratch_size = address, size
         self._context = address + _CODE_SIZE
         self.table = address + _TABLE_SIZE
         self.data = address + 2 * _TABLE_SIZE
-        self.data_size = size - 2 * _TABLE_SIZE
+        self.data_size = size - 2 * _TABLE_SIZE - reserved
         self.max_calls = _TABLE_SIZE // arch.BATCH_ENTRY
 
     def unmap_scratch(self) -> None:
@@ -273,7 +279,7 @@ class Remote:
         if self.survivable:
             context = (self._context + 63) & ~63
             if not self._context_written:
-                xstate = arch.get_xstate(self.tid)
+                xstate = self._xstate or arch.get_xstate(self.tid)
                 frame = way_of_return(self.pid, self._regs, xstate, self._mask, context)
                 memory.write(self.pid, context, frame)
                 self._context_written = True

@@ -1,29 +1,40 @@
 """Running before everybody else, for the milliseconds in which a workload stands still.
 
-A frozen workload waits for this program; so, meanwhile, this program waits for nobody (sched(7)). All
-threads of the process are raised, since any of them may be the next in the chain.
+A frozen workload waits for this program; so, meanwhile, this program waits for nobody (sched(7)), and neither
+do the shells of the copy, which it has do things. All threads of the process are raised, since any of them may
+be the next in the chain.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 _PRIORITY = 1  # the lowest of SCHED_FIFO: above all ordinary tasks, below everything of real time
 
 
 def raise_all() -> None:
     """Put all threads of this process above ordinary tasks. Where that is not allowed, nothing changes."""
-    _set(os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, _PRIORITY)
+    raise_tasks(_own())
+
+
+def raise_tasks(tids: Iterable[int]) -> None:
+    """The same for other tasks; what they become afterwards is the caller's to set."""
+    _set(tids, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, _PRIORITY)
 
 
 def lower_all() -> None:
     """Ordinary tasks again."""
-    _set(os.SCHED_OTHER, 0)
+    _set(_own(), os.SCHED_OTHER, 0)
 
 
-def _set(policy: int, priority: int) -> None:
-    for tid in os.listdir("/proc/self/task"):
+def _own() -> list[int]:
+    return [int(tid) for tid in os.listdir("/proc/self/task")]
+
+
+def _set(tids: Iterable[int], policy: int, priority: int) -> None:
+    for tid in tids:
         try:
-            os.sched_setscheduler(int(tid), policy, os.sched_param(priority))
+            os.sched_setscheduler(tid, policy, os.sched_param(priority))
         except (PermissionError, ProcessLookupError):
             continue

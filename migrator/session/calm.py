@@ -14,7 +14,7 @@ import threading
 
 from migrator.linux import urgency
 
-_SWITCH_SECONDS = 0.0005
+_SWITCH_SECONDS = 0.0001
 _lock = threading.Lock()
 _count = 0
 _before = 0.005

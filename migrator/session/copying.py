@@ -29,8 +29,9 @@ from migrator.session.thread import OwnThread
 
 FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
 _FORWARD_EVERY = 0.002
-_DRAIN_POLL = 0.0003
-_STALLED = 10.0  # seconds
+_LOOK_EVERY = 0.5  # seconds
+_STALLED = 10.0  # seconds without a byte taken
+_STANDING_SECONDS = 60.0  # from the last byte taken until all of it is in place
 
 
 class Copying:
@@ -52,6 +53,8 @@ class Copying:
         self.rounds: list[Round] = []
         self.phases: list[Phase] = []  # our own, beside those of the engine
         self.frozen_at = 0
+        self._standing = 0  # the last round that the destination has in place
+        self._stood = asyncio.Event()
         self._calm = Calm()
         self._pids: list[tuple[int, int]] = []
 
@@ -82,19 +85,28 @@ class Copying:
             await self.thread.run(self.network.prepare)
 
     async def round(self) -> Round:
-        """One round, ended when the destination has taken all of it: what is on its way would have to be
+        """One round, ended when the destination has all of it in place: what is on its way would have to be
         waited for when frozen, so it belongs to the round."""
         made = await self.thread.run(self._source.round)
         with self._phase("drain"):
-            await self._drain()
+            await self._drain(made.number)
         made = dataclasses.replace(made, end=time.monotonic_ns())
         self.rounds.append(made)
         fault("source.round")
         return made
 
-    async def _drain(self) -> None:
-        quiet, least, since = 0, float("inf"), time.monotonic()
-        while quiet < 2 and self.pump is not None and not self.pump.done:
+    def stands(self, number: int) -> None:
+        """The destination has said that it has all up to this round in place."""
+        self._standing = max(self._standing, number)
+        self._stood.set()
+
+    async def _drain(self, number: int) -> None:
+        least, since = float("inf"), time.monotonic()
+        while self._standing < number and self.pump is not None and not self.pump.done:
+            self._stood.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY):
+                    await self._stood.wait()
             left = self._unread() + in_flight(self._link)
             if left < least:
                 least, since = left, time.monotonic()
@@ -103,8 +115,11 @@ class Copying:
                     f"{self._link.peer} has taken nothing for {_STALLED:g} s; {left} bytes are on their way",
                     hint="look at the agent there: its log says what it waits for",
                 )
-            quiet = quiet + 1 if not left else 0
-            await asyncio.sleep(_DRAIN_POLL)
+            elif time.monotonic() - since > _STANDING_SECONDS:
+                raise MigrationAborted(
+                    f"{self._link.peer} has not built up round {number} after {_STANDING_SECONDS:g} s",
+                    hint="is that host overloaded, or short of memory?",
+                )
 
     def _unread(self) -> int:
         """Bytes in the pipe."""

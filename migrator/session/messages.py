@@ -132,7 +132,7 @@ class FilesSync(Message, tag="files-sync", frozen=True):
 
 
 class Standing(Message, tag="standing", frozen=True):
-    """destination: the shells stand, and all that came before pre-copy round `round` is in place."""
+    """destination: the shells stand, and all that came up to the end of pre-copy round `round` is in place."""
 
     migration: Id
     round: Count

@@ -46,8 +46,6 @@ _CLOCK_SAMPLES = 5
 _CLOCK_LIMIT = 0.5
 _ROUND_GRACE = 5.0
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
-_STANDING_SECONDS = 60.0
-_WORTH_A_ROUND = 0.005
 _ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
 
 
@@ -96,8 +94,6 @@ class SourceSession:
         self._clock = model.ClockOffset()
         self._spans: list[Span] = []
         self._arrived = asyncio.Event()
-        self._standing = 0  # the round up to which the destination has built
-        self._stood = asyncio.Event()
         self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
         self._running: m.Running | None = None
@@ -340,28 +336,12 @@ class SourceSession:
                 raise MigrationAborted(
                     decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
                 )
-            if decision.verdict is precopy.Verdict.FREEZE and not await self._wait_standing(made.number):
+            if decision.verdict is precopy.Verdict.FREEZE:
                 break
         if settings.cold:
             await self._ask_clock()
         # Slow things now, so that nothing is left for the time in which the workload stands still.
         self._facts = await copying.thread.run(copying.facts, self._facts)
-
-    async def _wait_standing(self, number: int) -> bool:
-        """Wait until the destination's shells stand and are filled up to round `number`: building them is not
-        for the time of the freeze. True if it took a while, so that another round is worth it."""
-        began = time.monotonic()
-        while self._standing < number:
-            self._stood.clear()
-            try:
-                async with asyncio.timeout(_STANDING_SECONDS):
-                    await self._stood.wait()
-            except TimeoutError:
-                raise MigrationAborted(
-                    f"{self.settings.peer} has not built up round {number} after {_STANDING_SECONDS:g} s",
-                    hint="is that host overloaded, or short of memory?",
-                ) from None
-        return time.monotonic() - began > _WORTH_A_ROUND
 
     async def _save(self) -> None:
         assert self._journal is not None
@@ -470,8 +450,7 @@ class SourceSession:
         elif isinstance(message, m.Verdict):
             self._judge(message)
         elif isinstance(message, m.Standing):
-            self._standing = max(self._standing, message.round)
-            self._stood.set()
+            self._copying.stands(message.round)
         elif isinstance(message, m.Clock):
             self._clock.sample(message.asked, message.answered, time.monotonic_ns())
             self._clock_answered.set()

@@ -11,7 +11,7 @@ import pytest
 from fakeshell import Child, hide_control
 
 from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore
-from migrator.image.codec import REGISTRY, Record
+from migrator.image.codec import HEADER, REGISTRY, Record
 from migrator.image.objhash import ObjHash
 
 T = TypeVar("T", bound=Record)
@@ -24,8 +24,11 @@ class Bytes:
         self.records: list[Record] = []
 
     def write(self, rec: Record) -> None:
-        raw = rec.encode()
-        self.records.append(REGISTRY[rec.TYPE].decode(raw[8:]))
+        self.encoded(rec.encode())
+
+    def encoded(self, raw: bytes) -> None:
+        kind, _ = HEADER.unpack_from(raw)
+        self.records.append(REGISTRY[kind].decode(raw[8:]))
 
     def of(self, kind: type[T]) -> list[T]:
         return [rec for rec in self.records if isinstance(rec, kind)]

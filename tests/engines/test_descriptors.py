@@ -288,7 +288,7 @@ def test_links_do_not_lead_out_of_the_root(tmp_path: Path) -> None:
     with pytest.raises(RestartFailed, match="No such file"):
         restore.record(_file(path="/link"))
     with pytest.raises(RestartFailed, match="No such file"):
-        restore.record(_file(path="/../../../../../../etc/hostname"))
+        restore.record(_file(objref=2, path="/../../../../../../etc/hostname"))
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,10 @@ def test_a_pipe_does_not_take_more_than_it_holds() -> None:
         restore.record(PipeBuffer(1, 0, b"x"))
 
 
-def _file(kind: int = FileKind.REGULAR, path: str = "/etc/hostname", pos: int = 0, inode_objref: int = 0) -> File:
-    return File(1, kind, 0o100000, 0o100644, pos, 0, 0, 0, 0, 0, inode_objref, 0, 0, 0, 0, 0, path)
+def _file(
+    kind: int = FileKind.REGULAR, path: str = "/etc/hostname", pos: int = 0, inode_objref: int = 0, objref: int = 1
+) -> File:
+    return File(objref, kind, 0o100000, 0o100644, pos, 0, 0, 0, 0, 0, inode_objref, 0, 0, 0, 0, 0, path)
 
 
 def _fetch(child: Child, number: int) -> int:

@@ -338,6 +338,21 @@ def body() -> list[Record]:
     ]
 
 
+def drafted() -> list[Record]:
+    """The same in revision 2: what of the state was known ahead came with the first round."""
+    records = body()
+    records[0].rev = 2  # type: ignore[attr-defined]
+    marks = [at for at, record in enumerate(records) if isinstance(record, r.RoundMark)]
+    state = [at for at, record in enumerate(records) if at > marks[1] and not isinstance(record, _ONLY_AT_LAST)]
+    drafts = [records[at] for at in state]
+    last = [record for at, record in enumerate(records) if at >= marks[1] and at not in state]
+    end = r.RoundMark(number=1, flags=r.RoundFlag.END, time=1_700_000_000_000_000_002)
+    return [*records[: marks[1]], *drafts, end, *last]
+
+
+_ONLY_AT_LAST = (r.Pages, r.Cpu, r.RestartBlock, r.SigPending)
+
+
 def closed(records: Iterable[Record]) -> list[Record]:
     """`records` and the trailer that belongs to them."""
     done = [copy.deepcopy(record) for record in records]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_samples import HEAP, body, closed, cpu, mm, pages, pids, task, tree, vma, vmas
+from image_samples import HEAP, body, closed, cpu, drafted, mm, pages, pids, task, tree, vma, vmas
 
 from migrator.errors import ImageError
 from migrator.image import records as r
@@ -79,8 +79,26 @@ def swap(first: type[Record], second: type[Record]) -> Callable[[Stream], None]:
     return change
 
 
-def again(kind: type[Record]) -> Callable[[Stream], None]:
-    return lambda stream: stream.insert(index(stream, kind) + 1, find(stream, kind))
+def again(kind: type[Record], which: int = 0) -> Callable[[Stream], None]:
+    return lambda stream: stream.insert(index(stream, kind, which) + 1, find(stream, kind, which))
+
+
+def late_last_round(stream: Stream) -> None:
+    """All state comes ahead of the mark that says that the tasks stand still."""
+    last = find(stream, r.RoundMark, 1)
+    stream.remove(last)
+    stream.insert(-1, last)
+
+
+def reopened(path: str) -> Callable[[Stream], None]:
+    """The first file comes again, on another path."""
+
+    def change(stream: Stream) -> None:
+        file = copy.deepcopy(find(stream, f.File))
+        file.path = path
+        stream.insert(index(stream, f.File) + 1, file)
+
+    return change
 
 
 def tasks(*entries: r.TaskPids) -> Callable[[Stream], None]:
@@ -109,7 +127,7 @@ THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
     ("another magic", put(r.Header, magic=1), "this is no image"),
-    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 2 is not known"),
+    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 3 is not known"),
     ("revision 0", put(r.Header, rev=0), "revision 0 is not known"),
     ("another architecture", put(r.Header, arch_id=r.Arch.AARCH64), "architecture 5 is not x86-64"),
     ("other pages", put(r.Header, page_shift=16), r"pages of 2\^16 bytes"),
@@ -138,7 +156,7 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("a tree behind tasks", add(tree(), r.Cpu), "after the state of its tasks began"),
     ("objref 0 defined", put(r.Name, objref=0), "objref 0 is not positive"),
     ("a negative objref", put(r.Name, objref=-4), "objref -4 is not positive"),
-    ("an object twice", again(r.Fs), "objref 8 comes twice"),
+    ("an object twice", again(r.Cred), "objref 7 comes twice"),
     ("an objref of two kinds", put(r.Name, objref=1), "objref 1 is a MappedFile already"),
     ("a reference ahead", swap(r.MappedFile, r.Mm), "exe_objref 1 is not defined"),
     ("a reference to another kind", put(r.Task, mm_objref=8), "mm_objref 8 is a Fs, not a Mm"),
@@ -176,10 +194,15 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("an impossible shm", put(r.Shm, size=1 << 63), "impossible size"),
     ("rounds backwards", put(r.RoundMark, 1, number=1), "round 1 after round 1"),
     ("a round without end", put(r.RoundMark, 1, number=1 << 20), "round 1048576 after"),
-    ("unknown round flags", put(r.RoundMark, flags=2), "unknown flags 0x2"),
+    ("unknown round flags", put(r.RoundMark, flags=4), "unknown flags 0x4"),
+    ("the end of no round", put(r.RoundMark, flags=2), "round 1 ends, which is not open"),
+    ("the end of another round", put(r.RoundMark, 1, number=2, flags=2), "round 2 ends, which is not open"),
     ("a round behind the last", put(r.RoundMark, flags=1), "the last round was announced"),
     ("a task that is not in the tree", put(r.Task, pid=77), "pid 77 is not in the tree"),
-    ("a task twice", again(r.Task), "pid 1 comes twice"),
+    ("a task after its registers", lambda s: s.insert(-1, find(s, r.Task)), "pid 1 comes again after its registers"),
+    ("registers of a task that runs", late_last_round, "pid 2: comes while the tasks still run"),
+    ("a path file that becomes another", reopened("/elsewhere"), "file 21 comes again as another one"),
+    ("a pipe opened twice", again(f.File, 1), "of kind PIPE comes twice"),
     ("an unknown state", put(r.Task, state=9), "unknown state 9"),
     ("a zombie that lives", put(r.Task, 3, state=0), "differ on whether it is a zombie"),
     ("a zombie unknown to the tree", put(r.Task, 1, state=2), "differ on whether it is a zombie"),
@@ -281,6 +304,31 @@ def test_what_changes_while_tasks_run_may_come_again(kind: type[Record]) -> None
     stream = body()
     stream.insert(index(stream, r.RoundMark, 1), find(stream, kind))
     assert run(closed(stream)).done
+
+
+@pytest.mark.parametrize("kind", [r.Fs, r.Sighand, r.Signal, r.Task, f.File, f.FileTable])
+def test_what_was_drafted_may_come_again_and_need_not(kind: type[Record]) -> None:
+    stream = closed(drafted())
+    assert run(stream).done
+    stream.insert(index(stream, r.Cpu), find(stream, kind))
+    count(stream)
+    assert run(stream).done
+
+
+def test_the_draft_of_a_process_that_ended_is_no_state() -> None:
+    stream = drafted()
+    at = index(stream, r.RoundMark, 2)
+    stream[at:at] = [without(5), tree(), mm(41, pid=5), vmas(41)]
+    with pytest.raises(ImageError, match="pid 5 is in the tree, its state never"):
+        run(closed([record for record in stream if not (isinstance(record, r.Cpu) and record.pid == 5)]))
+
+
+def test_a_draft_that_another_program_has_made_old_does_not_pass() -> None:
+    stream = drafted()
+    at = index(stream, r.RoundMark, 2)
+    stream[at:at] = [mm(41, pid=5), vmas(41)]
+    with pytest.raises(ImageError, match="address space 6 is not that of pid 5"):
+        run(closed(stream))
 
 
 def test_a_later_tree_replaces_the_earlier_one() -> None:

@@ -367,8 +367,22 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copying, "_STALLED", 0.2)
+    monkeypatch.setattr(copying, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(copying, "in_flight", lambda link: 4096)
+    monkeypatch.setattr(copying.Copying, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has taken nothing for"):
+        await hosts.migrate()
+    await hosts.quiet()
+    assert "source stop" not in " ".join(hosts.world.log)
+
+
+async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_before_anything_is_frozen(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "_STANDING_SECONDS", 0.2)
+    monkeypatch.setattr(copying, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(copying.Copying, "stands", lambda self, number: None)
+    with pytest.raises(MigrationAborted, match="has not built up round 1"):
         await hosts.migrate()
     await hosts.quiet()
     assert "source stop" not in " ".join(hosts.world.log)

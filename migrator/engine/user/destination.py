@@ -33,6 +33,7 @@ from migrator.image.records import (
     Mm,
     Name,
     Pages,
+    RoundFlag,
     RoundMark,
     Shm,
     TaskState,
@@ -43,7 +44,7 @@ from migrator.image.records import (
     VmaKind,
     Vmas,
 )
-from migrator.linux import elf, openat2, ptrace
+from migrator.linux import elf, openat2, ptrace, urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup
 
@@ -208,16 +209,31 @@ class UserDestination:
             case Container():
                 self._container = rec
             case RoundMark():
-                if not rec.flags:
-                    self.on_round(rec.number)
-                else:  # the tasks are stopped: every millisecond from here on is felt
-                    gc.disable()
+                self._mark(rec)
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
                 if not self._tasks.record(rec):
                     assert self._descriptors is not None
                     self._descriptors.record(rec)
+
+    def _mark(self, mark: RoundMark) -> None:
+        assert self._descriptors is not None
+        self._descriptors.final = mark.flags == RoundFlag.LAST
+        if mark.flags == RoundFlag.END:
+            self._prepare()
+            self.on_round(mark.number)
+        elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
+            gc.disable()
+            assert self._forest is not None
+            for shell in self._forest.shells.values():
+                urgency.raise_tasks(t.tid for t in shell.threads.values())
+
+    def _prepare(self) -> None:
+        """Between two rounds: whatever can be done of the end already."""
+        assert self._forest is not None
+        for shell in self._forest.shells.values():
+            self._tasks.prepare(shell)
 
     @staticmethod
     def _check_processor(saved: HeaderX86) -> None:
@@ -241,6 +257,7 @@ class UserDestination:
             self._spaces.pop(objref, None)
             self._mms.pop(objref)
         self._tree = tree
+        self._tasks.keep(tree)
 
     def _begin(self, tree: Tree) -> None:
         """The first tree: make the root's stub and everything that stands around it."""
@@ -294,6 +311,7 @@ class UserDestination:
             forest.make_zombies(codes)
         shells = list(forest.shells.values())
         with self._phase("descriptors"):
+            self._descriptors.settle(self._tasks.tasks[shell.vpid].task.files_objref for shell in shells)
             for shell in shells:
                 self._descriptors.install(shell, self._tasks.tasks[shell.vpid].task.files_objref)
             self._descriptors.finish(shells)
@@ -303,8 +321,7 @@ class UserDestination:
                 mm = self._mms[self._tasks.tasks[shell.vpid].task.mm_objref]
                 self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
                 self._lock_memory(shell, mm)
-                self._tasks.process(shell, shell.closing_channel())
-                self._tasks.threads(shell)
+                self._tasks.dress(shell)
                 self._tasks.pending(shell)
         with self._phase("registers"):
             for shell in shells:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from migrator.engine.user.shell import Shell
+from migrator.engine.user.spans import merge
 from migrator.errors import RestartFailed
 from migrator.image.records import (
     PAGE_SIZE,
@@ -237,7 +238,7 @@ class AddressSpace:
 
     def _drop(self, spans: Sequence[tuple[int, int]]) -> None:
         calls: list[Call] = []
-        for start, end in _joined(spans):
+        for start, end in merge(spans):
             for a, b, _ in self._writable_parts(start, end):
                 calls.append((NR["madvise"], a, b - a, _MADV_DONTNEED))
         self.shell.checked(calls, "dropping pages")
@@ -313,12 +314,3 @@ class AddressSpace:
 def _overlapping(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
     return [p for p in pieces if p.start < end and start < p.end]
 
-
-def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    out: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if out and out[-1][1] >= start:
-            out[-1] = (out[-1][0], max(out[-1][1], end))
-        else:
-            out.append((start, end))
-    return out

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from migrator.engine.stream import RecordWriter
-from migrator.image.records import PAGE_SIZE, PageKind, PageRange
+from migrator.engine.stream import RangeOfPages, RecordWriter
+from migrator.engine.user.spans import Span
+from migrator.image.records import PAGE_SIZE, PageKind
 from migrator.linux import memory
 from migrator.linux.procfs import Vma
 
-Span = tuple[int, int]
-
 CHUNK = 1 << 20  # bytes of contents in one record: big enough for throughput, small enough to pipeline
-_ZERO_WORD = bytes(8)
+_WORDS = PAGE_SIZE // 8
+_DATA, _ZERO = int(PageKind.DATA), int(PageKind.ZERO)
 
 
 class PageSender:
@@ -34,7 +34,7 @@ class PageSender:
         vmas: Sequence[Vma],
         mem: memory.MemFile,
     ) -> None:
-        """Send the pages of an address space: `absent` first, then `data`, then the chunk that ends them.
+        """Send pages of an address space: `absent` first, then `data`. end() is to follow, once.
 
         A range that vanishes while it is read (the tasks may run) is left out: whatever is there in the
         end is met by a later sweep."""
@@ -48,6 +48,9 @@ class PageSender:
                 self._one_by_one(objref, ranges, mem)
         for ranges, _ in chunks(hidden):
             self._one_by_one(objref, ranges, mem)
+
+    def end(self, objref: int) -> None:
+        """Say that an object is complete in this round."""
         self._writer.pages(objref, [])
 
     def send_file(self, objref: int, spans: Iterable[Span], read: Callable[[memoryview, int], int]) -> None:
@@ -61,7 +64,7 @@ class PageSender:
                     view[got:] = bytes(length - got)
                 position += length
             self._emit(objref, ranges)
-        self._writer.pages(objref, [])
+        self.end(objref)
 
     def _one_by_one(self, objref: int, ranges: Sequence[Span], mem: memory.MemFile) -> None:
         position = 0
@@ -80,33 +83,38 @@ class PageSender:
             self._emit(objref, got)
 
     def _emit(self, objref: int, ranges: Sequence[Span]) -> None:
-        view = self._buffer.view
-        address = self._buffer.address
-        out: list[PageRange] = []
+        view, address = self._buffer.view, self._buffer.address
+        total = sum(length for _, length in ranges)
+        first_words = view[:total].cast("Q")[::_WORDS].tolist()
+        if 0 not in first_words:
+            self.pages += total // PAGE_SIZE
+            self._writer.pages(objref, [(start, n // PAGE_SIZE, _DATA) for start, n in ranges], [view[:total]])
+            return
+        out: list[RangeOfPages] = []
         parts: list[memoryview] = []
         position = 0
         for start, length in ranges:
             run = position  # where the current run of data pages began in the buffer
             for at in range(position, position + length, PAGE_SIZE):
-                if view[at : at + 8] == _ZERO_WORD and memory.is_zero(address + at, PAGE_SIZE):
+                if not first_words[at // PAGE_SIZE] and memory.is_zero(address + at, PAGE_SIZE):
                     _extend(out, parts, view, start, run, at)
                     start += at - run
-                    out.append(PageRange(start, 1, PageKind.ZERO))
+                    _extend_zeros(out, start)
                     self.zero_pages += 1
                     start += PAGE_SIZE
                     run = at + PAGE_SIZE
             position += length
             _extend(out, parts, view, start, run, position)
         self.pages += sum(len(part) for part in parts) // PAGE_SIZE
-        self._writer.pages(objref, _join_zeros(out), parts)
+        self._writer.pages(objref, out, parts)
 
     def announce(self, objref: int, spans: Sequence[Span], kind: PageKind) -> None:
         """Say of spans that they are `kind`, without contents."""
-        ranges: list[PageRange] = []
+        ranges: list[RangeOfPages] = []
         for start, end in spans:
             while start < end:
                 count = min((end - start) // PAGE_SIZE, 1 << 30)
-                ranges.append(PageRange(start, count, kind))
+                ranges.append((start, count, int(kind)))
                 start += count * PAGE_SIZE
                 if len(ranges) == 8192:
                     self._writer.pages(objref, ranges)
@@ -115,25 +123,21 @@ class PageSender:
             self._writer.pages(objref, ranges)
 
 
-def _extend(out: list[PageRange], parts: list[memoryview], view: memoryview, start: int, run: int, end: int) -> None:
+def _extend(
+    out: list[RangeOfPages], parts: list[memoryview], view: memoryview, start: int, run: int, end: int
+) -> None:
     if end > run:
-        out.append(PageRange(start, (end - run) // PAGE_SIZE, PageKind.DATA))
+        out.append((start, (end - run) // PAGE_SIZE, _DATA))
         parts.append(view[run:end])
 
 
-def _join_zeros(ranges: list[PageRange]) -> list[PageRange]:
-    out: list[PageRange] = []
-    for item in ranges:
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and item.kind == last.kind == PageKind.ZERO
-            and last.start + last.nr_pages * PAGE_SIZE == item.start
-        ):
-            last.nr_pages += item.nr_pages
-        else:
-            out.append(item)
-    return out
+def _extend_zeros(out: list[RangeOfPages], start: int) -> None:
+    if out:
+        first, count, kind = out[-1]
+        if kind == _ZERO and first + count * PAGE_SIZE == start:
+            out[-1] = first, count + 1, kind
+            return
+    out.append((start, 1, _ZERO))
 
 
 def chunks(spans: Iterable[Span]) -> Iterator[tuple[list[Span], int]]:

@@ -7,7 +7,6 @@ are those of the interruption again: nothing in the program's own registers or m
 from __future__ import annotations
 
 import struct
-import time
 
 from migrator.engine.user.shell import Shell, ShellThread
 from migrator.engine.user.waits import RESTART_BLOCK
@@ -15,15 +14,12 @@ from migrator.errors import RestartFailed
 from migrator.image.records import RestartBlock
 from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.procfs import stat
 
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
 # A breakpoint or a single step under a mask that blocks SIGTRAP would undo the program's action for it.
 ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
-_LOOKS = 100
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
-_TRIES = 20
 
 
 def resumed(shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs) -> arch.Regs:
@@ -72,21 +68,14 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
     else:
         return False
     ptrace.set_sigmask(thread.tid, ALL_BUT_TRAP)
-    for _ in range(_TRIES):
-        arch.set_regs(thread.tid, call)
-        ptrace.cont(thread.tid)
-        _await_sleep(shell.pid, thread.tid)
-        ptrace.interrupt(thread.tid)
-        status = ptrace.wait(thread.tid)
-        if not ptrace.is_stop(status):
-            raise RestartFailed(f"tid {thread.vtid} ended while its wait was begun anew")
-        now = arch.get_regs(thread.tid)
-        if ptrace.stop_event(status) == ptrace.EVENT_STOP and now.rip == call.rip + len(arch.CALL_CODE):
-            # the call was over just before it was interrupted: the breakpoint's SIGTRAP waits behind this stop
-            ptrace.cont(thread.tid)
-            ptrace.wait(thread.tid)
-        if now.rip != call.rip or arch.interrupted_call(now)[0] >= 0:
-            break
+    arch.set_regs(thread.tid, call)
+    # Stopped at the entry, then asked to stop again: the call finds that waiting for it before it sleeps.
+    ptrace.until_syscall(thread.tid)
+    _await(thread, ptrace.SYSCALL_STOP)
+    ptrace.interrupt(thread.tid)
+    ptrace.cont(thread.tid)
+    _await(thread, 0)
+    now = arch.get_regs(thread.tid)
     if arch.interrupted_call(now)[1] == RESTART_BLOCK:
         regs.rax, regs.orig_rax = now.rax, now.orig_rax
         return True
@@ -96,9 +85,17 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
     return False
 
 
-def _await_sleep(pid: int, tid: int) -> None:
-    """Until a task sleeps, or stops: an interruption before that would find nothing to interrupt."""
-    for _ in range(_LOOKS):
-        time.sleep(0.00002)  # it may need this very processor
-        if stat(pid, tid)[3] != "R":
+def _await(thread: ShellThread, signal: int) -> None:
+    """Wait for a stop by `signal`, 0 for that of an interruption."""
+    while True:
+        status = ptrace.wait(thread.tid)
+        if not ptrace.is_stop(status):
+            raise RestartFailed(f"tid {thread.vtid} ended while its wait was begun anew")
+        if ptrace.stop_event(status) == ptrace.EVENT_STOP:
+            if not signal:
+                return
+            ptrace.until_syscall(thread.tid)  # a late interruption of before
+        elif ptrace.stop_signal(status) == signal:
             return
+        else:
+            raise RestartFailed(f"tid {thread.vtid} stopped with {status:#x} while its wait was begun anew")

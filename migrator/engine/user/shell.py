@@ -22,6 +22,8 @@ _O_CLOEXEC = 0o2000000
 _RLIMIT_NOFILE = 7
 _CHANNEL = 1023  # number of the channel's end inside: a low one, as the table of descriptors grows up to it
 _SYSTEM = ("[vvar]", "[vvar_vclock]", "[vdso]")
+PREPARED_SIZE = SCRATCH_SIZE // 2  # of the scratch area, for migrator.engine.user.outfit
+PREPARED = SCRATCH_ADDRESS + SCRATCH_SIZE - PREPARED_SIZE
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Shell:
     mem: memory.MemFile = field(init=False)
     _socket: socket.socket | None = None
     _their_fd: int = -1
+    _segments: arch.Regs | None = None
 
     def __post_init__(self) -> None:
         self.remote = Remote(self.pid)
@@ -55,7 +58,7 @@ class Shell:
         """First steps of the root's stub, just seized and stopped: scratch area, nothing else left."""
         remote = self.remote
         with remote.borrowed():
-            remote.map_scratch(SCRATCH_SIZE, SCRATCH_ADDRESS)
+            remote.map_scratch(SCRATCH_SIZE, SCRATCH_ADDRESS, reserved=PREPARED_SIZE)
             calls: list[Call] = [(NR["munmap"], STUB_ADDRESS, 4096)]
             for vma in procfs.maps(self.pid):
                 if vma.path == "[stack]":
@@ -67,7 +70,7 @@ class Shell:
         """First steps of a forked stub: it has its parent's scratch area at the same place.
 
         Whatever else its parent had mapped by then goes. Without a channel it is nothing but a pid."""
-        self.remote.adopt_scratch(SCRATCH_ADDRESS, SCRATCH_SIZE)
+        self.remote.adopt_scratch(SCRATCH_ADDRESS, SCRATCH_SIZE, reserved=PREPARED_SIZE)
         if channel:
             calls: list[Call] = [
                 (NR["munmap"], vma.start, vma.end - vma.start)
@@ -128,7 +131,8 @@ class Shell:
                     f"pid {self.vpid}: the vdso cannot be moved: {error}",
                     hint="a kernel with CONFIG_MSEAL_SYSTEM_MAPPINGS forbids it",
                 ) from error
-        self.remote.instruction = 0
+        if self.remote.instruction:
+            self.remote.instruction += wanted["[vdso]"][0] - have["[vdso]"].start
 
     # ------------------------------------------------------------------ for those who build
 
@@ -218,11 +222,21 @@ class Shell:
         self.checked([(NR["close"], self._their_fd)], "moving the channel")
         self._their_fd = number
 
-    def closing_channel(self) -> list[Call]:
+    @property
+    def channel(self) -> list[Call]:
         """The call that closes the channel inside: after it no descriptors can be passed."""
-        calls: list[Call] = [(NR["close"], self._their_fd)] if self._their_fd >= 0 else []
+        return [(NR["close"], self._their_fd)] if self._their_fd >= 0 else []
+
+    def channel_closed(self) -> None:
+        """That call is made, or about to be."""
         self._their_fd = -1
-        return calls
+
+    @property
+    def segments(self) -> arch.Regs:
+        """Registers to begin from: all shells have the same segments."""
+        if self._segments is None:
+            self._segments = arch.get_regs(self.pid)
+        return self._segments
 
     def close(self) -> None:
         if self._socket is not None:

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass, field
 
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.pages import PageSender, Span
-from migrator.engine.user.tracker import intersect, subtract
+from migrator.engine.user.pages import PageSender
+from migrator.engine.user.spans import Span, intersect, merge, subtract
 from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.linux.procfs import Vma
 
@@ -90,7 +90,7 @@ class SharedMemory:
             if not item.described or size != item.size or final:
                 item.size, item.described = size, True
                 writer.write(Shm(item.objref, item.kind, size, item.seals, status.st_mode & 0o7777, item.name))
-            there = _merged(list(_data_spans(item.fd, size)))
+            there = merge(_data_spans(item.fd, size))
             # write(2) shows in the time of change; what it shows may be some ms old, though
             written = status.st_mtime_ns != item.mtime or item.sent - item.mtime < _TIME_STEP
             if not item.announced or (final and item.by_descriptor and written):
@@ -98,7 +98,7 @@ class SharedMemory:
                 item.mtime, item.sent = status.st_mtime_ns, time.time_ns()
             else:
                 rounded = -(-size // PAGE_SIZE) * PAGE_SIZE
-                spans = [(a, min(b, rounded)) for a, b in _merged(item.dirty) if a < rounded]
+                spans = [(a, min(b, rounded)) for a, b in merge(item.dirty) if a < rounded]
                 spans = intersect(spans, there)
             sender.announce(item.objref, subtract(item.there, there), PageKind.ABSENT)
             item.announced, item.dirty, item.there = True, [], there
@@ -132,12 +132,3 @@ def _data_spans(fd: int, size: int) -> list[Span]:
         position = end
     return out
 
-
-def _merged(spans: list[Span]) -> list[Span]:
-    out: list[Span] = []
-    for start, end in sorted(spans):
-        if out and out[-1][1] >= start:
-            out[-1] = (out[-1][0], max(out[-1][1], end))
-        else:
-            out.append((start, end))
-    return out

@@ -12,28 +12,25 @@ from types import TracebackType
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user import header, surveying
-from migrator.engine.user.descriptors import DescriptorDump, Listeners
+from migrator.engine.user.arming import Arming
+from migrator.engine.user.descriptors import DescriptorDump, FileDrafts, Listeners
 from migrator.engine.user.descriptors import Process as DescriptorOwner
 from migrator.engine.user.layout_dump import LayoutDump
 from migrator.engine.user.pages import PageSender
 from migrator.engine.user.shm import SharedMemory, device_key, is_shm
-from migrator.engine.user.tasks_dump import SCRATCH, TaskDump
+from migrator.engine.user.tasks_dump import TaskDump, list_timers
 from migrator.engine.user.tracker import WpAsyncTracker
-from migrator.engine.user.tree import Process, ProcessTree, stop_one, without_spurious_eintr
+from migrator.engine.user.tree import Process, ProcessTree
 from migrator.engine.user.waits import Waits
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
-from migrator.image.records import PAGE_SIZE, Container, RoundMark
-from migrator.linux import memory, procfs, ptrace, sys
-from migrator.linux import x86_64 as arch
+from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
+from migrator.linux import memory, procfs, sys
 from migrator.linux.cgroup import PARENT, Cgroup, directory_of
-from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.remote import Remote, RemoteError
+from migrator.linux.pagemap import Scanner
+from migrator.linux.remote import RemoteError
 
-_UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
 _ACCEPT_SECONDS = 0.02
-_PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
-_SCRATCH_NAME = b"migrator\0"
 _SURVEYS = 4
 
 
@@ -56,10 +53,13 @@ class UserSource:
         self._layout = LayoutDump(self._writer, self._objhash, self._shared)
         self._sender = PageSender(self._writer)
         self._waits = Waits()
+        self._arming = Arming(self._waits)
         self._tasks = TaskDump(self._writer, self._objhash, self._waits)
+        self._file_drafts = FileDrafts(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
         self._trackers: dict[int, WpAsyncTracker] = {}
         self._generation = 0
+        self._hierarchy: list[TaskPids] = []  # as it was written last
         self._rounds: list[Round] = []
         self._phases: list[Phase] = []
         self._armed = self._held = self._done = self._seized = False
@@ -128,7 +128,7 @@ class UserSource:
         start = time.monotonic_ns()
         before = self._sender.pages, self._sender.zero_pages, self._writer.bytes
         number = len(self._rounds) + 1
-        born, gone = self.tree.refresh()
+        _, gone = self.tree.refresh()
         for process in gone:
             self._trackers.pop(process.pid, None)
         for process in self.tree.living:
@@ -138,8 +138,7 @@ class UserSource:
                 continue  # it has ended: the next round knows
             if process.pid not in self._trackers:
                 self._try_arm(process)
-        if born or gone:
-            self._write_tree()
+        self._write_tree()
         self._writer.write(RoundMark(number, 0, time.time_ns()))
         for process in self.tree.living:
             if process.pid in self._trackers:
@@ -149,7 +148,8 @@ class UserSource:
                 except (FileNotFoundError, ProcessLookupError):
                     continue
         self._shared.send(self._writer, self._sender, final=False)
-        self._tasks.warm(self.tree.living)
+        self._draft()
+        self._writer.write(RoundMark(number, RoundFlag.END, time.time_ns()))
         self._writer.flush()
         end = time.monotonic_ns()
         pages = self._sender.pages - before[0]
@@ -181,7 +181,7 @@ class UserSource:
             tracker = self._trackers.get(process.pid)
             if tracker is not None:
                 self._look(process)
-                pages += tracker.sweep(process.vmas).pages
+                pages += sum(piece.pages for piece in tracker.sweep(process.vmas))
         return pages
 
     # ------------------------------------------------------------------ stopped
@@ -191,10 +191,10 @@ class UserSource:
         with self._phase("seize"):
             self.tree.seize()
             for process in self.tree.living:
+                self._tasks.warm(process)
                 for tid in process.threads:
                     self._waits.observe(process.pid, tid)
-            owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
-            self._listeners = Listeners(owners)
+            self._listeners = Listeners(self._owners())
         self._seized = True
 
     def freeze(self) -> None:
@@ -220,31 +220,30 @@ class UserSource:
             self._final()
 
     def _final(self) -> None:
+        living = self.tree.living
         with self._phase("memory"):  # first: it is on its way while the tasks are asked
-            for process in self.tree.living:
+            states = {}
+            for process in living:
                 self._waits.confirm(process.pid, process.threads)
                 self._look(process)
                 self._prepare_scratch(process)
-            self._write_tree()
-            self._writer.write(RoundMark(len(self._rounds) + 1, 1, time.time_ns()))
-            for process in self.tree.living:
+                states[process.pid] = procfs.status(process.pid)
+            self._write_tree(states)
+            self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
+            for process in living:
                 self._send_memory(process, final=True)
-            self._writer.flush()
         with self._phase("ask"):
-            said = {}
-            for process in self.tree.living:
-                said[process.pid] = self._tasks.collect(process)
-                self._layout.write(
-                    process.pid,
-                    process.vpid,
-                    process.mm_objref,
-                    process.vmas,
-                    said[process.pid].brk,
-                    refresh_flags=False,
-                )
+            said, others, timers = {}, {}, {}
+            for process in living:
+                pid, leader, asking = process.pid, process.leader, process.asking
+                assert asking is not None and leader.regs is not None
+                timers[pid] = list_timers(process)
+                said[pid] = asking.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                others[pid] = asking.threads([t for t in process.threads.values() if t is not leader])
+                brk = said[pid].brk
+                self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         with self._phase("descriptors"):
-            owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
-            self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
+            self._descriptors = DescriptorDump(self._owners(), self._objhash, self._writer, self._file_drafts)
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
                 key = (memfd.dev, memfd.ino)
@@ -254,10 +253,12 @@ class UserSource:
             tables = self._descriptors.write()
         with self._phase("tasks"):
             for process in self.tree.processes.values():
+                pid = process.pid
                 if process.zombie:
                     self._tasks.write_zombie(process)
                 else:
-                    self._tasks.write(process, said[process.pid], tables[process.pid])
+                    answers = [said[pid].leader, *others[pid]]
+                    self._tasks.write(process, states[pid], said[pid], timers[pid], answers, tables[pid])
             self._writer.trailer()
 
     def hold(self) -> None:
@@ -307,11 +308,11 @@ class UserSource:
             if self._descriptors is not None:
                 self._descriptors.undo()
             if self.tree.stopped:
-                self._drop_scratch()
+                self._arming.disarm_stopped(self.tree.living)
                 self.tree.detach()
             elif self._armed:
                 self.tree.detach()
-        self._unscratch_running()
+        self._arming.disarm_running(self.tree.living)
         self._close()
         self._send_home()
 
@@ -371,16 +372,54 @@ class UserSource:
                 except OSError:
                     pass  # somebody is in it
 
+    def _owners(self) -> list[DescriptorOwner]:
+        return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
+
     def _write_tree(self, states: dict[int, dict[str, str]] | None = None) -> None:
-        self._generation += 1
-        self._writer.write(surveying.hierarchy(self.tree, self._generation, states or {}))
+        """Write the hierarchy, if it is not what was written last."""
+        tree = surveying.hierarchy(self.tree, self._generation + 1, states or {})
+        if tree.tasks != self._hierarchy:
+            self._generation += 1
+            self._hierarchy = tree.tasks
+            self._writer.write(tree)
+            self._tasks.keep({task.pid for task in tree.tasks if not task.flags & TaskFlag.ZOMBIE})
+
+    def _draft(self) -> None:
+        """Write the state of tasks that are new, as far as it can be known while they run."""
+        known = {task.pid for task in self._hierarchy if not task.flags & TaskFlag.ZOMBIE}
+        for process in self.tree.living:
+            if process.vpid in known and process.pid in self._trackers:
+                try:
+                    self._draft_process(process, known)
+                except OSError:
+                    continue  # it has ended, or does not stop: what there is to say is said in the end
+
+    def _draft_process(self, process: Process, known: set[int]) -> None:
+        pid, asking = process.pid, process.asking
+        new = [tid for tid in procfs.tids(pid) if tid not in process.drafted]
+        if not new or asking is None:
+            return
+        table = self._file_drafts.draft(DescriptorOwner(pid, process.vpid, process.pidfd))
+        with self._arming.stopped(process, pid) as leader:
+            assert leader.regs is not None
+            said = asking.process(leader.regs, leader.mask, (), leader.xstate)
+        threads = [(leader, said.leader)]
+        for tid in new:
+            if tid != pid and procfs.stat(pid, tid)[3] != "D":
+                with self._arming.stopped(process, tid) as thread:
+                    (answers,) = asking.threads([thread])
+                if thread.vtid in known:
+                    threads.append((thread, answers))
+        self._tasks.draft(process, procfs.status(pid), said, threads, table)
+        process.drafted.update(new)
 
     def _try_arm(self, process: Process) -> None:
         """Arm a process; one that ends meanwhile, or sits in its parent's memory, is left for later."""
         try:
             if self._in_parents_memory(process):
                 return
-            self._arm_process(process)
+            process.mm_objref = self._mm_objref(process)
+            self._trackers[process.pid] = self._arming.arm(process)
         except OSError as error:
             process.remote = None
             try:  # one that is ending has lost its memory before it is a zombie
@@ -405,7 +444,7 @@ class UserSource:
             for thing in (process.protection, process.scanner, process.mem):
                 if thing is not None:
                     thing.close()
-            process.protection = process.scanner = process.mem = process.remote = remote = None
+            process.protection = process.scanner = process.mem = process.remote = process.asking = remote = None
             process.executed += 1
         if text != process.maps:
             process.maps = text
@@ -414,52 +453,6 @@ class UserSource:
 
     def _mm_objref(self, process: Process) -> int:
         return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
-
-    def _arm_process(self, process: Process) -> None:
-        pid = process.pid
-        process.mm_objref = self._mm_objref(process)
-        remote = Remote(pid)
-        remote.prepare()
-        self._waits.observe(pid, pid)
-        stop_one(pid)
-        try:
-            process.remote = remote
-            remote.confirm()
-            self._waits.confirm(pid, [pid])
-            regs = arch.get_regs(pid)
-            if without_spurious_eintr(regs):
-                self._waits.shorten(pid, pid, regs)
-                arch.set_regs(pid, regs)
-            with remote.borrowed(regs=regs):
-                fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
-                if fd < 0:
-                    raise CheckpointFailed(
-                        f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-fd)}",
-                        hint="the workload runs on; its descriptor limit or a seccomp filter may forbid it",
-                    )
-                try:
-                    process.protection = WriteProtection(sys.pidfd_getfd(process.pidfd, fd))
-                finally:
-                    remote.call(arch.NR["close"], fd)
-                self._map_scratch(remote)
-            self._waits.interrupted(pid, pid)
-        finally:
-            ptrace.detach(pid)
-        process.maps = ""
-        process.scanner = Scanner(pid)
-        process.mem = memory.MemFile(pid)
-        self._trackers[pid] = WpAsyncTracker(process.scanner, process.protection, lambda: procfs.maps(pid))
-
-    @staticmethod
-    def _map_scratch(remote: Remote) -> None:
-        remote.map_scratch(SCRATCH)
-        name = remote.put(_SCRATCH_NAME)
-        remote.batch(
-            [
-                (arch.NR["madvise"], remote.scratch, SCRATCH, _MADV_DONTFORK),
-                (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
-            ]
-        )
 
     def _prepare_scratch(self, process: Process) -> None:
         """A process born since the last round has no scratch area, and nothing of its memory was sent."""
@@ -470,10 +463,7 @@ class UserSource:
                 f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
             )
         process.mm_objref = self._mm_objref(process)
-        remote = process.remote = Remote(process.pid)
-        remote.prepare()
-        with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
-            self._map_scratch(remote)
+        self._arming.prepare_stopped(process)
 
     def _send_memory(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
         """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
@@ -483,54 +473,29 @@ class UserSource:
         brk = self._layout.brk_of(process.mm_objref) if final else 0
         rebacked = self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
         tracker = self._trackers.get(process.pid)
+        process.scanner = process.scanner or Scanner(process.pid)
+        process.mem = process.mem or memory.MemFile(process.pid)
         if tracker is not None:
+            pieces = tracker.sweep(vmas, strict=final, whole=rebacked)
+        else:
+            pieces = WpAsyncTracker.everything(process.scanner, vmas)
+        while True:
             try:
-                sweep = tracker.sweep(vmas, strict=final, whole=rebacked)
+                piece = next(pieces, None)
             except OSError as error:
                 if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
                     raise  # it has ended
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
-        else:
-            process.scanner = process.scanner or Scanner(process.pid)
-            sweep = WpAsyncTracker.everything(process.scanner, vmas)
-        process.mem = process.mem or memory.MemFile(process.pid)
-        self._sender.send(process.pid, process.mm_objref, sweep.data, sweep.absent, vmas, process.mem)
+            if piece is None:
+                break
+            self._sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
+        self._sender.end(process.mm_objref)
         for vma in vmas:
             if is_shm(vma):
                 shared = self._shared.objects[device_key(vma)]
                 spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
                 shift = vma.offset - vma.start
                 shared.dirty += [(a + shift, b + shift) for a, b in spans]
-
-    def _drop_scratch(self) -> None:
-        for process in self.tree.living:
-            remote = process.remote
-            if remote is None or not remote.scratch or not process.threads:
-                continue
-            try:
-                with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
-                    remote.unmap_scratch()
-            except OSError:
-                pass  # it was killed meanwhile
-
-    def _unscratch_running(self) -> None:
-        """Take the scratch areas out of tasks that run: each stops for a moment."""
-        for process in self.tree.living:
-            remote = process.remote
-            if remote is None or not remote.scratch:
-                continue
-            try:
-                stop_one(process.pid)
-                try:
-                    regs = arch.get_regs(process.pid)
-                    if without_spurious_eintr(regs):
-                        arch.set_regs(process.pid, regs)
-                    with remote.borrowed(regs=regs):
-                        remote.unmap_scratch()
-                finally:
-                    ptrace.detach(process.pid)
-            except OSError:
-                pass  # it ended by itself
 
     def _reap(self) -> None:
         for pid in self.tree.processes:

@@ -19,6 +19,8 @@ _SHARED_KINDS = {
     sys.KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)",
 }
 
+_SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
+
 
 def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
     """The tree as a record, in its own pid namespace. `states`: /proc/PID/status, where read already."""
@@ -118,6 +120,10 @@ def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name:
         for resource, what in _SHARED_KINDS.items():
             if sys.same(pid, parent.pid, resource):
                 out.append(f"{who} shares {what} with its parent {parent.pid}")
+    for tid in procfs.tids(pid)[1:]:
+        for resource, what in _SHARED_BY_THREADS.items():
+            if not sys.same(pid, tid, resource):
+                out.append(f"{who}: its thread {tid} has {what} of its own (unshare(2)), which is not carried")
     flags = procfs.vm_flags(pid)
     for vma in procfs.maps(pid):
         reason = obstacle(vma, flags.get(vma.start, frozenset()))

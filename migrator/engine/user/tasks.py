@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from migrator.engine.user import replay
+from migrator.engine.user import outfit, replay
 from migrator.engine.user.shell import Shell, ShellThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -25,28 +25,18 @@ from migrator.image.records import (
     Signal,
     SigPending,
     Task,
-    TaskBits,
+    TaskFlag,
+    Tree,
 )
-from migrator.linux import memory, ptrace
+from migrator.image.records import TaskState as SavedState
+from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.procfs import read_text
-from migrator.linux.remote import Call, name_of, pack_calls
+from migrator.linux.remote import Call
 
 NR = arch.NR
-_NSIG = 64
-_UNBLOCKABLE = (9, 19)
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
-_PR_SET_TIMERSLACK, _PR_SET_MM, _PR_SET_CHILD_SUBREAPER = 29, 35, 36
-_PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
-_PR_SET_KEEPCAPS = 8
-_PR_SET_MM_MAP = 14
-_SS_ONSTACK = 1
-_CAP_VERSION_3 = 0x20080522
-_RLIMITS = 16
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _ITIMER_REAL = 0
-_DEFAULT_ACTION = bytes(32)
 _DEFAULT_SLACK = 50_000
-_LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
 
 
 @dataclass(slots=True)
@@ -68,11 +58,19 @@ class TaskRestore:
         self._open_path = open_path
         self._own_root = own_root
         self._shaped: dict[int, tuple[Mm, str]] = {}
+        self._outfits: dict[int, outfit.Outfit] = {}
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
         self._fs: dict[int, Fs] = {}
         self._sighands: dict[int, Sighand] = {}
         self._signals: dict[int, Signal] = {}
+
+    def keep(self, tree: Tree) -> None:
+        """Forget drafts of tasks that are not in the tree any more, or have ended."""
+        zombies = {t.pid: bool(t.flags & TaskFlag.ZOMBIE) for t in tree.tasks}
+        for pid, state in list(self.tasks.items()):
+            if zombies.get(pid) != (state.task.state == SavedState.ZOMBIE):
+                del self.tasks[pid]
 
     def record(self, rec: object) -> bool:
         """Take a record; False if it is none of a task's."""
@@ -131,62 +129,64 @@ class TaskRestore:
             except PermissionError:
                 pass  # lowering it wants CAP_SYS_RESOURCE; it is advice to the OOM killer only
 
-    def process(self, shell: Shell, last: list[Call]) -> None:
-        """What its threads share: limits, file system, signal actions; then the calls `last`."""
-        task = self.tasks[shell.vpid].task
-        signal = self._signals[task.signal_objref]
-        actions = self._sighands[task.sighand_objref].actions
-        if len(actions) != 32 * _NSIG:
-            raise RestartFailed(f"pid {shell.vpid}: {len(actions)} bytes of signal actions")
-        base = shell.remote.data
-        fs = self._fs[task.fs_objref]
-        directory, inside = self._file_system(shell, fs)
-        limits = struct.pack(
-            f"<{2 * len(signal.rlimits)}Q", *[value for limit in signal.rlimits for value in (limit.soft, limit.hard)]
-        )
-        shell.put(actions + limits + directory)
-        limits_at = base + len(actions)
-        calls = [
-            (call[0], limits_at + len(limits)) if call[0] in (NR["chdir"], NR["chroot"]) else call for call in inside
-        ]
-        calls.append((NR["umask"], fs.umask))
-        for n in range(1, _NSIG + 1):
-            at = (n - 1) * 32
-            if n not in _UNBLOCKABLE and actions[at : at + 32] != _DEFAULT_ACTION:
-                calls.append((NR["rt_sigaction"], n, base + at, 0, 8))
-        if task.flags & TaskBits.CHILD_SUBREAPER:
-            calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-        if task.flags & TaskBits.THP_DISABLED:
-            calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
-        first_limit = len(calls)
-        nr_limits = min(len(signal.rlimits), _RLIMITS)
-        calls += [(NR["prlimit64"], 0, which, limits_at + 16 * which, 0) for which in range(nr_limits)]
-        results = shell.call_batch(calls + last)
-        for at, (call, result) in enumerate(zip(calls + last, results, strict=True)):
-            if not -4096 < result < 0:
-                continue
-            which = at - first_limit
-            if 0 <= which < nr_limits:
-                if not self._limit_is(shell, which, signal):
+    def prepare(self, shell: Shell) -> None:
+        """Work out ahead what is to be set inside, as far as is known yet. Can come again."""
+        state = self.tasks.get(shell.vpid)
+        if state is None or not all(v in self.tasks for v in list(shell.threads)[: outfit.GROUP]):
+            return
+        fs = self._fs.get(state.task.fs_objref)
+        if fs is not None and self._is_plain(fs):
+            self._outfit(shell, self._process_part(shell, fs, shell.channel), list(shell.threads)[: outfit.GROUP])
+
+    def dress(self, shell: Shell) -> None:
+        """Set everything of the tasks of a shell that is set from inside. No descriptors can be passed after it."""
+        fs = self._fs[self.tasks[shell.vpid].task.fs_objref]
+        part: outfit.ProcessPart | None = self._process_part(shell, fs, shell.channel)
+        shell.channel_closed()
+        vtids = list(shell.threads)
+        # the leader is in the first group, which runs last
+        groups = [vtids[first : first + outfit.GROUP] for first in range(0, len(vtids), outfit.GROUP)]
+        for group in reversed(groups):
+            made = self._outfit(shell, part if group is groups[0] else None, group)
+            for vtid, call, error in made.put_on():
+                which = outfit.limit_of(call)
+                assert part is not None
+                if which < 0:
+                    raise RestartFailed(f"tid {vtid}: {outfit.about(call, part)}: {os.strerror(error)}")
+                if not self._limit_is(shell, which, part.limits[which]):
+                    soft, hard = part.limits[which]
+                    why = os.strerror(error)
                     raise RestartFailed(
-                        f"pid {shell.vpid}: resource limit {which} cannot be set to"
-                        f" {signal.rlimits[which].soft}/{signal.rlimits[which].hard}: {os.strerror(-result)}",
+                        f"pid {shell.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
                         hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
                     )
-                continue
-            about = f"{fs.cwd}: " if call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
-            raise RestartFailed(f"pid {shell.vpid}: {about}{name_of(call[0])}: {os.strerror(-result)}")
+
+    def _process_part(self, shell: Shell, fs: Fs, channel: list[Call]) -> outfit.ProcessPart:
+        task = self.tasks[shell.vpid].task
+        signal, sighand = self._signals[task.signal_objref], self._sighands[task.sighand_objref]
+        place = self._file_system(shell, fs)
+        return outfit.process_part(task, sighand, signal, fs, place, channel)
+
+    def _outfit(self, shell: Shell, process: outfit.ProcessPart | None, vtids: Sequence[int]) -> outfit.Outfit:
+        """The outfit of a group of threads: the one that was made last, if it is the same."""
+        parts = [outfit.thread_part(self.tasks[vtid].task) for vtid in vtids]
+        known = self._outfits.get(shell.vpid)
+        if known is None or known.parts != (process, *parts):
+            known = self._outfits[shell.vpid] = outfit.Outfit(shell, process, parts, self._creds)
+        return known
 
     @staticmethod
-    def _limit_is(shell: Shell, which: int, signal: Signal) -> bool:
+    def _limit_is(shell: Shell, which: int, wanted: tuple[int, int]) -> bool:
         at = shell.put(bytes(16))
         shell.checked([(NR["prlimit64"], 0, which, 0, at)], "reading a limit")
-        have = struct.unpack("<QQ", shell.remote.get(16))
-        return have == (signal.rlimits[which].soft, signal.rlimits[which].hard)
+        return struct.unpack("<QQ", shell.remote.get(16)) == wanted
+
+    def _is_plain(self, fs: Fs) -> bool:
+        return fs.root == "/" and self._own_root
 
     def _file_system(self, shell: Shell, fs: Fs) -> tuple[bytes, list[Call]]:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
-        if fs.root == "/" and self._own_root:
+        if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
         fds = [self._open_path(fs.cwd, os.O_PATH | os.O_DIRECTORY)]
         if fs.root != "/":
@@ -203,110 +203,21 @@ class TaskRestore:
         calls += [(NR["close"], n) for n in numbers]
         return b".\0", calls
 
-    # ------------------------------------------------------------------ the threads
-
-    def threads(self, shell: Shell) -> None:
-        """What each thread has of its own, set from inside; all threads at the same time."""
-        group: list[tuple[ShellThread, TaskState]] = []
-        for thread in shell.threads.values():
-            state = self.tasks[thread.vtid]
-            self._from_outside(thread, state.task)
-            group.append((thread, state))
-        for first in range(0, len(group), 64):
-            self._thread_batches(shell, group[first : first + 64])
-        if len(group) > 1:  # another thread's change of credentials may have cleared it
-            shell.checked([self._dumpable(shell)], "dumpable")
-
-    def _dumpable(self, shell: Shell) -> Call:
-        dumpable = 0 if self.tasks[shell.vpid].task.flags & TaskBits.NOT_DUMPABLE else 1
-        return (NR["prctl"], _PR_SET_DUMPABLE, dumpable, 0, 0, 0)
-
     @staticmethod
     def _from_outside(thread: ShellThread, task: Task) -> None:
         tid = thread.tid
         try:
-            if (task.sched_policy, task.sched_priority) != (0, 0):
-                os.sched_setscheduler(tid, task.sched_policy, os.sched_param(task.sched_priority))
+            os.sched_setscheduler(tid, task.sched_policy, os.sched_param(task.sched_priority))
             if task.nice:
                 os.setpriority(os.PRIO_PROCESS, tid, task.nice)
-            mask = int.from_bytes(task.affinity, "little")
-            cpus = {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1}
-            here = _affinity()
-            if cpus & here and not here <= cpus:
-                os.sched_setaffinity(tid, cpus & here)
+            cpus = _processors(task.affinity)
+            if cpus:
+                os.sched_setaffinity(tid, cpus)
+            if task.timerslack not in (0, _DEFAULT_SLACK):  # which a change of policy sets back
+                with open(f"/proc/{tid}/timerslack_ns", "w") as file:
+                    file.write(str(task.timerslack))
         except PermissionError as error:
             raise RestartFailed(f"tid {task.pid}: scheduling parameters: {error}") from error
-
-    def _thread_batches(self, shell: Shell, group: list[tuple[ShellThread, TaskState]]) -> None:
-        data = b""
-        tables: list[list[Call]] = []
-        base = shell.remote.data
-        for thread, state in group:
-            blob, calls = self._thread_calls(state, base + len(data))
-            if thread.vtid == shell.vpid:
-                calls.append(self._dumpable(shell))
-            data += blob.ljust(-(-len(blob) // 8) * 8, b"\0")
-            tables.append(calls)
-        shell.put(data)
-        at = base + ((len(data) + 63) & ~63)
-        starts = []
-        packed = b""
-        for calls in tables:
-            starts.append(at + len(packed))
-            packed += pack_calls(calls)
-        memory.write(shell.pid, at, packed)
-        for (thread, _), start, calls in zip(group, starts, tables, strict=True):
-            ptrace.set_sigmask(thread.tid, ~(1 << 22) & arch.MINUS_ONE)
-            arch.start_batch(thread.tid, arch.get_regs(thread.tid), shell.remote.scratch, start, len(calls), 23, 0)
-            ptrace.cont(thread.tid)
-        for thread, _ in group:
-            while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                ptrace.cont(thread.tid)
-            if not ptrace.is_stop(status) or ptrace.stop_signal(status) != 23:
-                raise RestartFailed(f"tid {thread.vtid} stopped with {status:#x} while it was set up")
-        raw = memory.read(shell.pid, at, len(packed))
-        results = struct.unpack(f"<{len(packed) // 8}q", raw)[7::8]
-        position = 0
-        for (thread, _), calls in zip(group, tables, strict=True):
-            for call in calls:
-                result = results[position]
-                position += 1
-                if -4096 < result < 0:
-                    raise RestartFailed(
-                        f"tid {thread.vtid}: {name_of(call[0])}{tuple(call[1:])}: {os.strerror(-result)}"
-                    )
-
-    def _thread_calls(self, state: TaskState, at: int) -> tuple[bytes, list[Call]]:
-        task = state.task
-        # a thread that is on its alternate stack cannot say so to the kernel: its stack pointer does
-        flags = task.altstack_flags & ~_SS_ONSTACK
-        blob = struct.pack("<QixxxxQ", task.altstack_sp, flags, task.altstack_size)
-        name_at = at + len(blob)
-        blob += task.comm.encode("utf-8", "surrogateescape")[:15].ljust(16, b"\0")
-        calls: list[Call] = [
-            (NR["set_tid_address"], task.clear_child_tid),
-            (NR["prctl"], _PR_SET_NAME, name_at, 0, 0, 0),
-            (NR["sigaltstack"], at, 0),
-        ]
-        if task.robust_list:
-            calls.append((NR["set_robust_list"], task.robust_list, task.robust_len))
-        if task.rseq_ptr:
-            calls.append((NR["rseq"], task.rseq_ptr, task.rseq_len, 0, task.rseq_sig))
-        if task.personality:
-            calls.append((NR["personality"], task.personality))
-        if task.ioprio:
-            calls.append((NR["ioprio_set"], 1, 0, task.ioprio))
-        if task.timerslack and task.timerslack != _DEFAULT_SLACK:
-            calls.append((NR["prctl"], _PR_SET_TIMERSLACK, task.timerslack, 0, 0, 0))
-        cred = self._creds[task.cred_objref]
-        more, extra = _cred_calls(cred, at + len(blob))
-        blob += more
-        calls += extra
-        if task.flags & TaskBits.NO_NEW_PRIVS:
-            calls.append((NR["prctl"], _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        if task.pdeath_signal:
-            calls.append((NR["prctl"], _PR_SET_PDEATHSIG, task.pdeath_signal, 0, 0, 0))
-        return blob, calls
 
     # ------------------------------------------------------------------ the last steps
 
@@ -403,51 +314,19 @@ class TaskRestore:
         with remote.borrowed():
             remote.unmap_scratch()
         for thread in shell.threads.values():
+            task = self.tasks[thread.vtid].task
             arch.set_regs(thread.tid, final[thread.tid])
-            ptrace.set_sigmask(thread.tid, self.tasks[thread.vtid].task.blocked)
+            ptrace.set_sigmask(thread.tid, task.blocked)
+            self._from_outside(thread, task)
 
 
 @functools.cache
-def _affinity() -> set[int]:
-    return os.sched_getaffinity(0)
-
-
-def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
-    """System calls that give the calling thread its credentials, beginning as root with all it can have."""
-    inside: list[Call] = []
-    for cap in range(_LAST_CAP + 1):
-        if not cred.cap_bounding >> cap & 1:
-            inside.append((NR["prctl"], _PR_CAPBSET_DROP, cap, 0, 0, 0))
-    groups = struct.pack(f"<{len(cred.groups)}I", *[g.gid for g in cred.groups])
-    groups = groups.ljust(-(-len(groups) // 8) * 8, b"\0")
-    header = struct.pack("<Ii", _CAP_VERSION_3, 0)
-    sets = (cred.cap_effective, cred.cap_permitted, cred.cap_inheritable)
-    low = struct.pack("<3I", *[s & 0xFFFFFFFF for s in sets])
-    high = struct.pack("<3I", *[s >> 32 & 0xFFFFFFFF for s in sets])
-    blob = groups + header + low + high
-    capabilities = at + len(groups)
-    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (0,) * 8
-    calls: list[Call] = [(NR["setgroups"], len(cred.groups), at)]
-    calls += inside
-    if not plain_root:
-        calls += [
-            (NR["prctl"], _PR_SET_KEEPCAPS, 1, 0, 0, 0),
-            (NR["setresgid"], cred.gid, cred.egid, cred.sgid),
-            (NR["setresuid"], cred.uid, cred.euid, cred.suid),
-        ]
-        if cred.fsgid != cred.egid:
-            calls.append((NR["setfsgid"], cred.fsgid))
-        if cred.fsuid != cred.euid:
-            calls.append((NR["setfsuid"], cred.fsuid))
-    calls.append((NR["capset"], capabilities, capabilities + 8))
-    if not plain_root:
-        calls.append((NR["prctl"], _PR_SET_KEEPCAPS, 0, 0, 0, 0))
-    for cap in range(_LAST_CAP + 1):
-        if cred.cap_ambient >> cap & 1:
-            calls.append((NR["prctl"], _PR_CAP_AMBIENT, 2, cap, 0, 0))
-    if cred.securebits:
-        calls.append((NR["prctl"], _PR_SET_SECUREBITS, cred.securebits, 0, 0, 0))
-    return blob, calls
+def _processors(affinity: bytes) -> frozenset[int]:
+    """Those of a mask that are here; none if that is no restriction, or nothing that can be kept to."""
+    mask = int.from_bytes(affinity, "little")
+    cpus = {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1}
+    here = os.sched_getaffinity(0)
+    return frozenset() if here <= cpus else frozenset(cpus & here)
 
 
 def _timeval_pair(interval_us: int, value_us: int) -> bytes:

@@ -1,7 +1,7 @@
 """Tasks as records: credentials, signals, timers, limits, registers.
 
-What can only be asked from inside (signal actions, alternate stacks, timers) is asked by one batch of
-injected calls per thread. What seldom changes is read before the freeze by warm(), and the rest after it.
+What can only be asked from inside is asked by migrator.engine.user.asking. Everything but registers, restart
+blocks and pending signals is drafted while the tasks run, and written again only where it has changed since.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from migrator.engine.stream import RecordWriter
+from migrator.engine.user.asking import Answers, ProcessAnswers
 from migrator.engine.user.layout_dump import Objrefs
 from migrator.engine.user.tree import Process, Thread
 from migrator.engine.user.waits import Waits
+from migrator.image.codec import Record
 from migrator.image.records import (
     Arch,
     Cpu,
@@ -31,31 +34,18 @@ from migrator.image.records import (
     TaskBits,
     TaskState,
 )
-from migrator.linux import memory, procfs, ptrace, sys
-from migrator.linux import x86_64 as arch
-from migrator.linux.remote import pack_calls, way_of_return
+from migrator.linux import procfs, ptrace, sys
 
-_NR = arch.NR
-_PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
-_PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
-_SIGACTION_SIZE = 32
-_NSIG = 64
-_UNBLOCKABLE = (9, 19)
-
-_THREAD_OUT = 64  # bytes of answers per thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
-_THREAD_CALLS = 5
-_SLACK = 3  # which of them answers with the timer slack
-_RLIMITS = 16
-_GROUP = 32  # threads that run their tables at the same time
-_SIGURG = 23
-SCRATCH = 256 << 10  # room for the tables, answers and contexts of one group
 _TIMER = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\w+)\.(-?\d+)\nClockID: (-?\d+)")
 _NOTIFY = {"signal": 0, "none": 1, "thread": 2}
+_CREDENTIALS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+Credentials = tuple[str, ...]  # as proc(5) has them
 
 
 @dataclass(slots=True)
 class Static:
-    """What seldom changes of a thread, read while it runs."""
+    """What seldom changes of a thread, read just before it is stopped."""
 
     policy: int
     priority: int
@@ -63,32 +53,18 @@ class Static:
     ioprio: int
     affinity: bytes
     personality: int
+    cred: Credentials | None  # None for a leader, whose status is read when it is stopped
 
 
 @dataclass(slots=True)
-class Answers:
-    """What a thread said of itself."""
+class Shared:
+    """What all tasks of a process have in common, as their records name it."""
 
-    altstack: tuple[int, int, int]  # sp, flags, size
-    tid_address: int
-    pdeathsig: int
-    timerslack: int
-    comm: str
-
-
-@dataclass(slots=True)
-class Collected:
-    """What a process said of itself; `threads` in the order of Process.threads."""
-
-    state: dict[str, str]
-    threads: list[Answers]
-    brk: int
-    signal_objref: int
-    sighand_objref: int
-    actions: bytes
-    limits: list[Rlimit]
-    itimers: list[Itimer]
-    timers: list[PosixTimer]
+    files: int
+    fs: int
+    sighand: int
+    signal: int
+    cred: int  # of the leader
     securebits: int
     bits: int
 
@@ -101,164 +77,102 @@ class TaskDump:
         self._waits = waits
         self._objrefs = objrefs
         self._static: dict[int, Static] = {}
+        self._sent: dict[object, bytes] = {}  # records as they stand in the stream
 
-    def warm(self, processes: list[Process]) -> None:
-        """Read what seldom changes, of running tasks; never raises for those that vanish."""
-        for process in processes:
+    def warm(self, process: Process) -> None:
+        """Read what seldom changes, of a running process; nothing of one that vanishes."""
+        for tid in process.threads:
             try:
-                for tid in procfs.tids(process.pid):
-                    self._static[tid] = _read_static(process.pid, tid)
+                self._static[tid] = _read_static(process.pid, tid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
 
-    def collect(self, process: Process) -> Collected:
-        """Ask a stopped process, from inside, for what cannot be seen from outside."""
-        return self._ask(process, procfs.status(process.pid))
+    def keep(self, vpids: Container[int]) -> None:
+        """A new hierarchy was written: drafts of tasks that are not in it are forgotten by whoever reads it."""
+        for key in [k for k in self._sent if isinstance(k, int) and k not in vpids]:
+            del self._sent[key]
 
-    def write(self, process: Process, said: Collected, files_objref: int) -> None:
-        """Write a stopped process with all its threads."""
-        state = said.state
-        self._writer.write(Sighand(said.sighand_objref, 0, said.actions))
-        self._writer.write(Signal(said.signal_objref, 0, said.limits, said.itimers, said.timers))
-        answers, signal, sighand, bits = said.threads, said.signal_objref, said.sighand_objref, said.bits
-        self._securebits = said.securebits
-        cred = self._cred(process, state)
-        fs = self._fs(process, state)
-        for index, thread in enumerate(process.threads.values()):
-            self._thread(process, thread, answers[index], (files_objref, fs, sighand, signal, cred), state, bits)
-        shared = ptrace.peek_siginfo(process.pid, shared=True)
-        if shared:
-            self._writer.write(SigPending(process.vpid, 1, shared))
+    def draft(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        threads: Sequence[tuple[Thread, Answers]],
+        files_objref: int,
+    ) -> None:
+        """Write what is known of tasks that run on: `threads` with what each said of itself."""
+        shared = self._shared(process, state, said, [], files_objref)
+        for thread, answers in threads:
+            self._task(process, thread, answers, shared)
+
+    def write(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        timers: list[PosixTimer],
+        threads: Sequence[Answers],
+        files_objref: int,
+    ) -> None:
+        """Write a stopped process with all its threads; `threads` in the order of Process.threads."""
+        shared = self._shared(process, state, said, timers, files_objref)
+        for thread, answers in zip(process.threads.values(), threads, strict=True):
+            self._task(process, thread, answers, shared)
+            self._stopped(process, thread)
+        pending = ptrace.peek_siginfo(process.pid, shared=True)
+        if pending:
+            self._writer.write(SigPending(process.vpid, 1, pending))
 
     def write_zombie(self, process: Process) -> None:
         fields = procfs.stat(process.pid)
         self._writer.write(_blank_task(process.vpid, TaskState.ZOMBIE, process.exit_code, int(fields[38]), fields[2]))
 
-    # ------------------------------------------------------------------ inside the process
+    # ------------------------------------------------------------------ the records
 
-    def _ask(self, process: Process, state: dict[str, str]) -> Collected:
-        remote = process.remote
-        assert remote is not None
-        threads = list(process.threads.values())
-        out = remote.data
-        caught = int(state["SigCgt"], 16) | int(state["SigIgn"], 16)
-        asked = [n for n in range(1, _NSIG + 1) if caught >> (n - 1) & 1 and n not in _UNBLOCKABLE]
-        timers = _list_timers(process)
+    def _put(self, key: object, rec: Record) -> None:
+        raw = rec.encode()
+        if self._sent.get(key) != raw:
+            self._sent[key] = raw
+            self._writer.encoded(raw)
 
-        base = _THREAD_OUT  # the leader's own answers come first
-        calls: list[tuple[int, ...]] = _thread_calls(out)
-        actions_at = base
-        calls += [(_NR["rt_sigaction"], n, 0, out + actions_at + i * _SIGACTION_SIZE, 8) for i, n in enumerate(asked)]
-        itimers_at = actions_at + len(asked) * _SIGACTION_SIZE
-        calls += [(_NR["getitimer"], which, out + itimers_at + 32 * which) for which in range(3)]
-        timers_at = itimers_at + 96
-        calls += [(_NR["timer_gettime"], t.timer_id, out + timers_at + 32 * i) for i, t in enumerate(timers)]
-        limits_at = timers_at + 32 * len(timers)
-        calls += [(_NR["prlimit64"], 0, which, 0, out + limits_at + 16 * which) for which in range(_RLIMITS)]
-        subreaper_at = limits_at + 16 * _RLIMITS
-        fixed = len(calls)
-        calls += [
-            (_NR["brk"], 0),
-            (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
-            (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
-            (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
-            (_NR["prctl"], _PR_GET_CHILD_SUBREAPER, out + subreaper_at, 0, 0, 0),
-        ]
-        calls += [(_NR["timer_getoverrun"], t.timer_id) for t in timers]
-        leader = threads[0]
-        with remote.borrowed(regs=leader.regs, mask=leader.mask):
-            results = remote.batch(calls)
-            raw = remote.get(subreaper_at + 8)
-        answers = [_answers(raw, 0, results[_SLACK])]
-        answers += self._ask_threads(process, threads[1:])
-
-        actions = bytearray(_NSIG * _SIGACTION_SIZE)
-        for i, n in enumerate(asked):
-            at = actions_at + i * _SIGACTION_SIZE
-            actions[(n - 1) * _SIGACTION_SIZE : n * _SIGACTION_SIZE] = raw[at : at + _SIGACTION_SIZE]
+    def _shared(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        timers: list[PosixTimer],
+        files_objref: int,
+    ) -> Shared:
         sighand, _ = self._objrefs.get(("sighand", process.pid))
-
-        itimers = []
-        for which in range(3):
-            i_s, i_us, v_s, v_us = struct.unpack_from("<4q", raw, itimers_at + 32 * which)
-            itimers.append(Itimer(v_s * 1_000_000 + v_us, i_s * 1_000_000 + i_us))
-        for i, timer in enumerate(timers):
-            i_s, i_ns, v_s, v_ns = struct.unpack_from("<4q", raw, timers_at + 32 * i)
-            timer.interval, timer.value = i_s * 10**9 + i_ns, v_s * 10**9 + v_ns
-            timer.overrun = max(0, results[fixed + 5 + i])
         signal, _ = self._objrefs.get(("signal", process.pid))
-
-        brk, securebits, dumpable, thp, _ = results[fixed : fixed + 5]
-        (subreaper,) = struct.unpack_from("<i", raw, subreaper_at)
+        self._put(("sighand", sighand), Sighand(sighand, 0, said.actions))
+        limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", said.limits)]
+        itimers = [Itimer(value, interval) for value, interval in said.itimers]
+        self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
         bits = (
             (TaskBits.NO_NEW_PRIVS if state.get("NoNewPrivs") == "1" else 0)
-            | (TaskBits.CHILD_SUBREAPER if subreaper else 0)
-            | (TaskBits.THP_DISABLED if thp == 1 else 0)
-            | (TaskBits.NOT_DUMPABLE if dumpable != 1 else 0)
+            | (TaskBits.CHILD_SUBREAPER if said.subreaper else 0)
+            | (TaskBits.THP_DISABLED if said.thp_disabled == 1 else 0)
+            | (TaskBits.NOT_DUMPABLE if said.dumpable != 1 else 0)
         )
-        limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", raw[limits_at:subreaper_at])]
-        return Collected(
-            state, answers, brk, signal, sighand, bytes(actions), limits, itimers, timers, securebits, int(bits)
-        )
+        cred, fs = self._cred(_credentials(state), said.securebits), self._fs(process, state)
+        return Shared(files_objref, fs, sighand, signal, cred, said.securebits, int(bits))
 
-    @staticmethod
-    def _ask_threads(process: Process, threads: list[Thread]) -> list[Answers]:
-        """All threads run their tables at the same time, each with its own."""
-        remote = process.remote
-        assert remote is not None
-        out: list[Answers] = []
-        per_call = arch.BATCH_ENTRY
-        per_thread = _THREAD_CALLS * per_call
-        for first in range(0, len(threads), _GROUP):
-            group = threads[first : first + _GROUP]
-            at = remote.data + _GROUP * _THREAD_OUT  # tables after the answers, contexts after the tables
-            context = (at + _GROUP * per_thread + 63) & ~63
-            tables = b"".join(pack_calls(_thread_calls(remote.data + i * _THREAD_OUT)) for i in range(len(group)))
-            blob = bytearray(tables.ljust(context - at, b"\0"))
-            contexts = []
-            for thread in group:
-                assert thread.regs is not None
-                contexts.append(at + len(blob))
-                blob += way_of_return(process.pid, thread.regs, thread.xstate, thread.mask, contexts[-1])
-                blob += bytes(-len(blob) & 63)
-            memory.write(process.pid, at, bytes(blob))
-            for i, thread in enumerate(group):
-                assert thread.regs is not None
-                # registers first: they lead back by themselves, whenever we die
-                table = at + i * per_thread
-                arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i])
-                ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
-                ptrace.cont(thread.tid)
-            for thread in group:
-                while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                    ptrace.cont(thread.tid)
-            raw = memory.read(process.pid, remote.data, _GROUP * _THREAD_OUT + len(tables))
-            for i, thread in enumerate(group):
-                assert thread.regs is not None
-                ptrace.set_sigmask(thread.tid, thread.mask)
-                arch.set_regs(thread.tid, thread.regs)
-                slack_at = _GROUP * _THREAD_OUT + i * per_thread + _SLACK * per_call + 56
-                (slack,) = struct.unpack_from("<q", raw, slack_at)
-                out.append(_answers(raw, i * _THREAD_OUT, slack))
-        return out
-
-    # ------------------------------------------------------------------ from outside
-
-    def _cred(self, process: Process, state: dict[str, str]) -> int:
-        uids = [int(n) for n in state["Uid"].split()]
-        gids = [int(n) for n in state["Gid"].split()]
-        groups = [int(n) for n in state["Groups"].split()]
-        caps = [int(state[k], 16) for k in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
-        objref, first = self._objrefs.get(
-            ("cred", tuple(uids), tuple(gids), tuple(groups), tuple(caps), self._securebits)
-        )
+    def _cred(self, credentials: Credentials, securebits: int) -> int:
+        objref, first = self._objrefs.get(("cred", credentials, securebits))
         if first:
+            uids, gids, groups, caps = (
+                [int(n) for n in credentials[0].split()],
+                [int(n) for n in credentials[1].split()],
+                [int(n) for n in credentials[2].split()],
+                [int(n, 16) for n in credentials[3:]],
+            )
             self._writer.write(
                 Cred(
                     objref,
                     *(uids[0], uids[1], uids[2], uids[3]),
                     *(gids[0], gids[1], gids[2], gids[3]),
-                    self._securebits,
+                    securebits,
                     *(caps[0], caps[1], caps[2], caps[3], caps[4]),
                     [Gid(g, 0) for g in groups],
                 )
@@ -269,25 +183,17 @@ class TaskDump:
         objref, _ = self._objrefs.get(("fs", process.pid))
         cwd = os.readlink(f"/proc/{process.pid}/cwd")
         root = os.readlink(f"/proc/{process.pid}/root")
-        self._writer.write(Fs(objref, int(state.get("Umask", "0022"), 8), cwd, root))
+        self._put(("fs", objref), Fs(objref, int(state.get("Umask", "0022"), 8), cwd, root))
         return objref
 
-    def _thread(
-        self,
-        process: Process,
-        thread: Thread,
-        said: Answers,
-        objrefs: tuple[int, int, int, int, int],
-        state: dict[str, str],
-        bits: int,
-    ) -> None:
+    def _task(self, process: Process, thread: Thread, said: Answers, shared: Shared) -> None:
         tid = thread.tid
         static = self._static.get(tid) or _read_static(process.pid, tid)
-        rseq = thread.rseq or ptrace.rseq_configuration(tid)
+        cred = shared.cred if static.cred is None else self._cred(static.cred, shared.securebits)
+        rseq = thread.rseq or ptrace.NO_RSEQ
         robust, robust_len = sys.get_robust_list(tid)
-        files, fs, sighand, signal, cred = objrefs
-        assert thread.regs is not None
-        self._writer.write(
+        self._put(
+            thread.vtid,
             Task(
                 pid=thread.vtid,
                 state=TaskState.STOPPED if thread.stop_signal else TaskState.RUNNING,
@@ -295,10 +201,10 @@ class TaskDump:
                 exit_signal=17,
                 pdeath_signal=said.pdeathsig,
                 mm_objref=process.mm_objref,
-                files_objref=files,
-                fs_objref=fs,
-                sighand_objref=sighand,
-                signal_objref=signal,
+                files_objref=shared.files,
+                fs_objref=shared.fs,
+                sighand_objref=shared.sighand,
+                signal_objref=shared.signal,
                 cred_objref=cred,
                 personality=static.personality,
                 sched_policy=static.policy,
@@ -308,7 +214,7 @@ class TaskDump:
                 rseq_len=rseq.length if rseq.pointer else 0,
                 rseq_sig=rseq.signature if rseq.pointer else 0,
                 altstack_flags=said.altstack[1],
-                flags=bits,
+                flags=shared.bits,
                 clear_child_tid=said.tid_address,
                 robust_list=robust,
                 robust_len=robust_len,
@@ -319,31 +225,19 @@ class TaskDump:
                 timerslack=said.timerslack,
                 comm=said.comm,
                 affinity=static.affinity,
-            )
+            ),
         )
-        regs, block = self._waits.block(process.pid, tid, thread.vtid, thread.regs)
+
+    def _stopped(self, process: Process, thread: Thread) -> None:
+        """What only a stopped task has."""
+        assert thread.regs is not None
+        regs, block = self._waits.block(process.pid, thread.tid, thread.vtid, thread.regs)
         if block is not None:
             self._writer.write(block)
         self._writer.write(Cpu(thread.vtid, Arch.X86_64, bytes(regs), thread.xstate))
-        own = ptrace.peek_siginfo(tid, shared=False)
+        own = ptrace.peek_siginfo(thread.tid, shared=False)
         if own:
             self._writer.write(SigPending(thread.vtid, 0, own))
-
-
-def _thread_calls(out: int) -> list[tuple[int, ...]]:
-    return [
-        (_NR["sigaltstack"], 0, out),
-        (_NR["prctl"], _PR_GET_TID_ADDRESS, out + 24, 0, 0, 0),
-        (_NR["prctl"], _PR_GET_PDEATHSIG, out + 32, 0, 0, 0),
-        (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
-        (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
-    ]
-
-
-def _answers(raw: bytes, at: int, slack: int) -> Answers:
-    sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
-    comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return Answers((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)
 
 
 def _read_static(pid: int, tid: int) -> Static:
@@ -357,10 +251,16 @@ def _read_static(pid: int, tid: int) -> Static:
         ioprio=sys.ioprio_get(tid),
         affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
         personality=int(procfs.read_text(f"/proc/{pid}/task/{tid}/personality"), 16),
+        cred=_credentials(procfs.status(pid, tid)) if tid != pid else None,
     )
 
 
-def _list_timers(process: Process) -> list[PosixTimer]:
+def _credentials(state: dict[str, str]) -> Credentials:
+    return tuple(state[key] for key in _CREDENTIALS)
+
+
+def list_timers(process: Process) -> list[PosixTimer]:
+    """The POSIX timers of a process; what is left of each, the process itself must say."""
     out = []
     by_tid = {thread.tid: thread.vtid for thread in process.threads.values()}
     for m in _TIMER.finditer(procfs.read_text(f"/proc/{process.pid}/timers")):

@@ -1,7 +1,8 @@
 """Which pages of an address space must be sent: dirty tracking without stopping anybody.
 
-A sweep gives page ranges in three lists: `data` (contents to be read and sent), `absent` (dropped, or
-never there: the destination drops its own) and keeps the write protection armed for the next sweep.
+A sweep gives page ranges in two lists: `data` (contents to be read and sent) and `absent` (dropped, or
+never there: the destination drops its own), and keeps the write protection armed for the next sweep. Big
+mappings come in pieces, each as fresh as can be and small enough to be held in memory.
 The tracker knows only private memory; shared memory is migrator.engine.user.shm.
 
 What the kernel does that one must know:
@@ -14,9 +15,10 @@ What the kernel does that one must know:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 
+from migrator.engine.user.spans import Span, coarse, intersect, merge, subtract, windows
 from migrator.linux.pagemap import (
     CHECK_WPASYNC,
     IS_FILE,
@@ -38,8 +40,7 @@ _BIG = 8 << 20  # bytes from which on a mapping is worth a scan of its own
 _LONG = 256 << 10  # bytes of a written stretch that is looked at before it is read
 _SPANS = 256  # populated spans of a big mapping beyond which they are not worth their scans
 _GAP = 64 << 10  # bytes between two of them that are not worth it either
-
-Span = tuple[int, int]
+_WINDOW = 128 << 20  # bytes of a big mapping that are swept at a time
 
 
 def is_special(vma: Vma) -> bool:
@@ -64,100 +65,116 @@ class WpAsyncTracker:
 
     name = "wp-async"
 
-    def __init__(self, scanner: Scanner, protection: WriteProtection, list_vmas: Callable[[], Sequence[Vma]]) -> None:
-        """`list_vmas`: the mappings as they are now."""
+    def __init__(
+        self,
+        scanner: Scanner,
+        protection: WriteProtection,
+        list_vmas: Callable[[], Sequence[Vma]],
+        hidden: Span = (0, 0),
+    ) -> None:
+        """`list_vmas`: the mappings as they are now. `hidden`: where one lies that nobody lists."""
         self._scanner = scanner
         self._list = list_vmas
+        self._hidden = hidden
         self._protection = protection
-        self._there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
+        self._there = _populated()
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
         self._first = True
         self._strict = False
 
-    def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Sweep:
+    def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Iterator[Sweep]:
         """What was written since the last sweep in the private mappings of `vmas`; all of it, the first time.
 
         `strict`: the tasks are stopped, so `vmas` are what is there, and nothing may be left out.
         `whole`: spans of which everything is to be sent, written or not."""
         self._strict = strict
+        private = [v for v in vmas if _is_private(v)]
+        owed, self._owed = self._owed, []
+        mapped = merge((v.start, v.end) for v in private)
+        yield self._sweep_small(vmas)
+        there: dict[int, list[Span]] = {}
+        for vma in private:
+            if _is_big(vma):
+                there[vma.start] = yield from self._sweep_big(vma, vmas)
+        self._big = there
+        for start, end in windows([*whole, *intersect(merge(owed), mapped)], _WINDOW):
+            yield self._taken_whole(start, end)
+        self._first = False
+
+    def _sweep_small(self, vmas: Sequence[Vma]) -> Sweep:
         out = Sweep()
-        private = [v for v in vmas if not v.shared and not is_special(v)]
-        big = [v for v in private if not v.inode and v.end - v.start >= _BIG]
-        groups = _adjacent([v for v in private if v.inode or v.end - v.start < _BIG])
+        groups = groups_of(vmas, self._hidden if self._strict else None)
         for group in groups:
             self._sweep_group(group, out)
-        owed, self._owed = self._owed, []
-        there: dict[int, list[Span]] = {}
-        for vma in big:
-            there[vma.start] = self._sweep_big(vma, vmas, out)
-        self._big = there
-        mapped = _merge([(v.start, v.end) for v in private])
-        for start, end in [*whole, *intersect(_merge(owed), mapped)]:
-            self._take_whole(start, end, out)
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
-        present = _merge([s for g in groups for s in self._present_in(g[0].start, g[-1].end)])
+        present = merge(s for g in groups for s in self._present_in(g[0].start, g[-1].end))
         if not self._first:
-            mapped = _merge([(g[0].start, g[-1].end) for g in groups])
+            mapped = merge((v.start, v.end) for group in groups for v in group)
             out.absent += intersect(subtract(self._present, present), mapped)
         self._present = present
-        self._first = False
-        out.data = _merge(out.data)
+        out.data = merge(out.data)
         return out
 
-    def _sweep_big(self, vma: Vma, vmas: Sequence[Vma], out: Sweep) -> list[Span]:
-        """Sweep a big anonymous mapping; the spans of it that are populated.
+    def _sweep_big(self, vma: Vma, vmas: Sequence[Vma]) -> Generator[Sweep, None, list[Span]]:
+        """Sweep a big anonymous mapping, in pieces; returns the spans of it that are populated.
 
         Where pages are known to be, the kernel is asked only whether they were written, for which it has a
         fast path, ten times as fast. It counts dropped pages as written: they read as zeros."""
-        known = intersect(self._big.get(vma.start, []), [(vma.start, vma.end)])
-        if not known or len(known) > _SPANS:
+        all_of_it = [(vma.start, vma.end)]
+        known = intersect(self._big.get(vma.start, []), all_of_it)
+        if len(known) > _SPANS:
             known = []
-        mine = Sweep()
+        there = list(known)
         try:
-            for start, end in known:
-                for a, b, _ in self._scanner.scan(
-                    start, end, mask=IS_WRITTEN, returned=IS_WRITTEN, flags=WP_MATCHING | CHECK_WPASYNC
-                ):
-                    if b - a < _LONG:
-                        mine.data.append((a, b))
-                    else:
-                        self._sort_out(a, b, mine)
+            for start, end in windows(known, _WINDOW):
+                yield self._written(start, end)
+            for start, end in windows(subtract(all_of_it, known), _WINDOW):
+                piece = Sweep()
+                self._classify(self._scan(start, end), piece)
+                piece.data = merge(piece.data)
+                if known:
+                    there += piece.data
+                yield piece
         except NotRegistered:
             # moved or mapped anew: nothing that was known of it holds
             if not self._register(vma, vmas if self._strict else self._list()) and not self._strict:
                 self._owed.append((vma.start, vma.end))
                 return []
-            self._take_whole(vma.start, vma.end, out)
-            return _coarse(self._present_in(vma.start, vma.end))
-        for start, end in subtract([(vma.start, vma.end)], known):
-            self._sweep_group([replace(vma, start=start, end=end)], mine)
-        out.data += mine.data
-        out.absent += mine.absent
+            for start, end in windows(all_of_it, _WINDOW):
+                yield self._taken_whole(start, end)
+            known = []
         if not known:
-            return _coarse(self._present_in(vma.start, vma.end))
-        return _coarse(_merge(known + mine.data))
+            there = self._present_in(vma.start, vma.end)
+        return coarse(merge(there), _GAP)
+
+    def _written(self, start: int, end: int) -> Sweep:
+        out = Sweep()
+        for a, b, _ in self._scanner.scan(
+            start, end, mask=IS_WRITTEN, returned=IS_WRITTEN, flags=WP_MATCHING | CHECK_WPASYNC
+        ):
+            if b - a < _LONG:
+                out.data.append((a, b))
+            else:
+                self._sort_out(a, b, out)
+        return out
 
     def _sort_out(self, start: int, end: int, out: Sweep) -> None:
         """What of a written stretch has contents."""
         regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
-        there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
+        there = merge((a, b) for a, b, categories in regions if self._has_content(categories))
         out.data += there
         out.absent += subtract([(start, end)], there)
 
     @staticmethod
-    def everything(scanner: Scanner, vmas: Sequence[Vma]) -> Sweep:
+    def everything(scanner: Scanner, vmas: Sequence[Vma]) -> Iterator[Sweep]:
         """All that is in the private mappings of a stopped process that was never tracked."""
-        there = IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
-        out = Sweep()
-        for group in _adjacent([v for v in vmas if not v.shared and not is_special(v)]):
-            for start, end, categories in scanner.scan(group[0].start, group[-1].end, anyof=there, returned=_RETURN):
-                if not categories & (IS_FILE | IS_PFNZERO):
-                    out.data.append((start, end))
-        out.data = _merge(out.data)
-        return out
+        mapped = merge((v.start, v.end) for v in vmas if _is_private(v))
+        for window in windows(mapped, _WINDOW):
+            regions = scanner.scan(*window, anyof=_populated(), returned=_RETURN)
+            yield Sweep(merge((a, b) for a, b, categories in regions if not categories & (IS_FILE | IS_PFNZERO)))
 
     def sweep_shared(self, vma: Vma) -> list[Span]:
         """Addresses of a shared mapping that were written through it since the last sweep."""
@@ -181,7 +198,7 @@ class WpAsyncTracker:
         # a hole was made and filled since, the list has one mapping and the kernel three.
         now = self._list() if not self._strict else group
         for vma in now:
-            if vma.end <= start or vma.start >= end or vma.shared or is_special(vma):
+            if vma.end <= start or vma.start >= end or vma.shared or is_special(vma) or vma.start == self._hidden[0]:
                 continue
             low, high = max(vma.start, start), min(vma.end, end)
             try:
@@ -189,7 +206,9 @@ class WpAsyncTracker:
             except NotRegistered as stop:
                 self._classify(stop.regions, out)
                 if self._register(vma, now) or self._strict:
-                    self._take_whole(low, high, out)
+                    taken = self._taken_whole(low, high)
+                    out.data += taken.data
+                    out.absent += taken.absent
                 # else it changed since it was listed; the next sweep meets what is there now
 
     def _scan(self, start: int, end: int) -> list[Region]:
@@ -207,17 +226,17 @@ class WpAsyncTracker:
         regions = self._scanner.scan(start, end, anyof=self._there, returned=self._there)
         return [(a, b) for a, b, _ in regions]
 
-    def _take_whole(self, start: int, end: int, out: Sweep) -> None:
-        """Send everything that is in a mapping, and drop the rest.
+    def _taken_whole(self, start: int, end: int) -> Sweep:
+        """Everything that is in a stretch of a mapping; the rest of it is to be dropped.
 
         Not only what is written: parts of it may have been tracked before, and are dropped with the rest."""
         with contextlib.suppress(NotRegistered):
             self._scan(start, end)
-        regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
-        there = _merge([(a, b) for a, b, categories in regions if self._has_content(categories)])
-        out.data += there
-        if not self._first:
-            out.absent += subtract([(start, end)], there)
+        out = Sweep()
+        self._sort_out(start, end, out)
+        if self._first:
+            out.absent = []
+        return out
 
     def _register(self, vma: Vma, vmas: Sequence[Vma]) -> bool:
         """False where the kernel does not track: what is there is then sent whole when the tasks are stopped.
@@ -240,59 +259,37 @@ class WpAsyncTracker:
         return bool(categories & self._there) and not categories & (IS_FILE | IS_PFNZERO)
 
 
-def _has_swap() -> bool:
-    return len(read_text("/proc/swaps").strip().split("\n")) > 1
+def groups_of(vmas: Sequence[Vma], hidden: Span | None) -> list[list[Vma]]:
+    """Small private mappings that one scan can sweep: nothing else is mapped between those of a group.
 
-
-def subtract(old: list[Span], new: list[Span]) -> list[Span]:
-    """Parts of `old` that are not in `new`; both sorted and merged."""
-    out = []
-    i = 0
-    for start, end in old:
-        while i < len(new) and new[i][1] <= start:
-            i += 1
-        j = i
-        while j < len(new) and new[j][0] < end:
-            if new[j][0] > start:
-                out.append((start, new[j][0]))
-            start = max(start, new[j][1])
-            j += 1
-        if start < end:
-            out.append((start, end))
-    return out
-
-
-def intersect(a: list[Span], b: list[Span]) -> list[Span]:
-    """What is in both; both sorted and merged."""
-    return subtract(a, subtract(a, b))
-
-
-def _adjacent(vmas: Sequence[Vma]) -> list[list[Vma]]:
+    While the tasks run, `hidden` is None and those of a group touch: in a gap something may appear after
+    `vmas` were listed, and a scan would take its pages for sent. Later, `hidden` is the only such thing."""
     groups: list[list[Vma]] = []
+    last: Vma | None = None  # of the group that is open
     for vma in vmas:
-        if groups and groups[-1][-1].end == vma.start:
-            groups[-1].append(vma)
-        else:
-            groups.append([vma])
+        if not _is_private(vma) or _is_big(vma):
+            last = None
+            continue
+        if last is not None and last.end < vma.start and (hidden is None or last.end <= hidden[0] < vma.start):
+            last = None
+        if last is None:
+            groups.append([])
+        groups[-1].append(vma)
+        last = vma
     return groups
 
 
-def _merge(spans: list[Span]) -> list[Span]:
-    out: list[Span] = []
-    for start, end in sorted(spans):
-        if out and out[-1][1] >= start:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        else:
-            out.append((start, end))
-    return out
+def _is_private(vma: Vma) -> bool:
+    return not vma.shared and not is_special(vma)
 
 
-def _coarse(spans: list[Span]) -> list[Span]:
-    """Sorted spans, joined over small gaps."""
-    out: list[Span] = []
-    for start, end in spans:
-        if out and start - out[-1][1] <= _GAP:
-            out[-1] = (out[-1][0], end)
-        else:
-            out.append((start, end))
-    return out
+def _is_big(vma: Vma) -> bool:
+    return not vma.inode and vma.end - vma.start >= _BIG
+
+
+def _populated() -> int:
+    return IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
+
+
+def _has_swap() -> bool:
+    return len(read_text("/proc/swaps").strip().split("\n")) > 1

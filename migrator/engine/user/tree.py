@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from migrator.engine.user.asking import Asking
 from migrator.errors import CheckpointFailed
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -61,6 +62,8 @@ class Process:
     zombie: bool = False
     exit_code: int = 0
     remote: Remote | None = None
+    asking: Asking | None = None
+    drafted: set[int] = field(default_factory=set)  # tids whose state was drafted
     protection: WriteProtection | None = None
     scanner: Scanner | None = None
     mem: memory.MemFile | None = None
@@ -153,7 +156,7 @@ class ProcessTree:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             try:
-                vtid = tid if process.vpid == process.pid else procfs.ns_pid(procfs.status(process.pid, tid))
+                vtid = vtid_of(process, tid)
             except (FileNotFoundError, ProcessLookupError):
                 vtid = tid  # it has ended, which waiting for it will tell
             thread = Thread(tid, vtid)
@@ -191,7 +194,7 @@ class ProcessTree:
                 thread.rseq = ptrace.rseq_configuration(thread.tid)
                 regs = arch.get_regs(thread.tid)
                 thread.adjusted = without_spurious_eintr(regs)
-                thread.adjusted |= _out_of_critical_section(process.pid, thread.rseq.pointer, regs)
+                thread.adjusted |= out_of_critical_section(process.pid, thread.rseq.pointer, regs)
                 thread.regs = regs
                 thread.xstate = arch.get_xstate(thread.tid)
                 thread.mask = ptrace.get_sigmask(thread.tid)
@@ -264,6 +267,13 @@ class ProcessTree:
         self.processes.clear()
 
 
+def vtid_of(process: Process, tid: int) -> int:
+    """The id of a task as the tree itself sees it."""
+    if process.vpid == process.pid:
+        return tid
+    return process.vpid if tid == process.pid else procfs.ns_pid(procfs.status(process.pid, tid))
+
+
 def without_spurious_eintr(regs: arch.Regs) -> bool:
     """epoll_wait(2) and others answer a mere stop with EINTR; make that one that is made again.
 
@@ -274,7 +284,7 @@ def without_spurious_eintr(regs: arch.Regs) -> bool:
     return False
 
 
-def _out_of_critical_section(pid: int, rseq: int, regs: arch.Regs) -> bool:
+def out_of_critical_section(pid: int, rseq: int, regs: arch.Regs) -> bool:
     """Abort a restartable sequence (rseq(2)) that the stop fell into, as the kernel would do later.
 
     Later is too late: with other code to run in between, the kernel forgets the sequence."""

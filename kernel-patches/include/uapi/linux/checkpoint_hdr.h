@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		1
+#define CKPT_REV		2
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -423,7 +423,7 @@ struct ckpt_hdr_mapped_file {
 struct ckpt_hdr_round_mark {
 	struct ckpt_hdr h;
 	__u32 number;
-	__u32 flags;
+	__u32 flags; /* enum RoundFlag */
 	__u64 time;
 } __attribute__((aligned(8)));
 
@@ -754,5 +754,10 @@ struct ckpt_hdr_file_lock {
 	__u64 start; /* in bytes */
 	__u64 length; /* 0: up to the end of the file, however it grows */
 } __attribute__((aligned(8)));
+
+enum ckpt_round_flag {
+	CKPT_ROUND_FLAG_LAST = 0x1, /* the tasks are stopped: what follows is final */
+	CKPT_ROUND_FLAG_END = 0x2, /* the round that is open is complete */
+};
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

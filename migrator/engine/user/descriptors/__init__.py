@@ -4,9 +4,19 @@ What is carried and what is refused is listed in docs/descriptors.md.
 """
 
 from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.drafts import FileDrafts
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.listeners import Listeners
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
 
-__all__ = ["Context", "DescriptorDump", "DescriptorRestore", "Listeners", "Memfd", "Process", "survey"]
+__all__ = [
+    "Context",
+    "DescriptorDump",
+    "DescriptorRestore",
+    "FileDrafts",
+    "Listeners",
+    "Memfd",
+    "Process",
+    "survey",
+]

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Process
+from migrator.engine.user.descriptors.drafts import FileDrafts
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -23,6 +24,7 @@ class Refs(Protocol):
 
 class Writer(Protocol):
     def write(self, rec: Record) -> None: ...
+    def encoded(self, raw: bytes) -> None: ...
 
 
 class Memfd(NamedTuple):
@@ -46,7 +48,11 @@ class DescriptorDump:
     Raises CheckpointFailed, naming pid and descriptor; whatever happens, undo() leaves every file and
     connection as it was."""
 
-    def __init__(self, processes: Sequence[Process], objhash: Refs, writer: Writer) -> None:
+    def __init__(
+        self, processes: Sequence[Process], objhash: Refs, writer: Writer, drafts: FileDrafts | None = None
+    ) -> None:
+        """`drafts`: what was written of them while they ran."""
+        self._drafts = drafts or FileDrafts(objhash, writer)
         self._processes = list(processes)
         self._objhash = objhash
         self._writer = writer
@@ -121,9 +127,9 @@ class DescriptorDump:
         for rec in self._sockets.records(self._objref):
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
-        for index, item in enumerate(collection.descriptions):
-            item.objref, _ = self._objhash.get(("file", index))
-            write(self._file(item, pids))
+        for item in collection.descriptions:
+            item.objref = self._drafts.objref_of(item)
+            self._drafts.put(self._file(item, pids))
         for item in collection.descriptions:
             if item.kind == FileKind.EPOLL:
                 items = epolls.save(item, collection.tables, collection.descriptions)
@@ -133,10 +139,10 @@ class DescriptorDump:
             for lock in locks.save(table):
                 write(lock)
         out = {}
-        for index, table in enumerate(collection.tables):
-            objref, _ = self._objhash.get(("files", index))
+        for table in collection.tables:
+            objref, _ = self._objhash.get(("files", table.processes[0].pid))
             entries = [Descriptor(s.number, s.description.objref, int(s.cloexec), 0) for s in table.slots]
-            write(FileTable(objref, 0, entries))
+            self._drafts.put(FileTable(objref, 0, entries))
             out.update({process.pid: objref for process in table.processes})
         return out
 

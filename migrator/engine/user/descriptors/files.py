@@ -78,21 +78,40 @@ def open_path(rec: File, root_fd: int) -> int:
             hint="the file must be at the same path on this host: see --copy-files",
         ) from error
     try:
-        _verify(fd, rec, where)
-        if rec.kind == FileKind.PATH:
-            return fd
-        if not rec.flags & os.O_NONBLOCK:
-            fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & ~os.O_NONBLOCK)
-        if rec.pos:
-            os.lseek(fd, rec.pos, os.SEEK_SET)
-        take_lock(fd, rec.lock, where)
-    except OSError as error:
-        os.close(fd)
-        raise RestartFailed(f"{where}: {error}") from error
+        adjust(fd, rec)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def adjust(fd: int, rec: File) -> None:
+    """Bring what was opened for `rec` to its offset, flags and lock, having checked that it is of its kind."""
+    where = f"{rec.path} (file {rec.objref})"
+    try:
+        _verify(fd, rec, where)
+        if rec.kind == FileKind.PATH:
+            return
+        fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags)
+        os.lseek(fd, rec.pos, os.SEEK_SET)
+        take_lock(fd, rec.lock, where)
+    except OSError as error:
+        raise RestartFailed(f"{where}: {error}") from error
+
+
+def still_there(fd: int, rec: File, root_fd: int) -> bool:
+    """Whether the path of `rec` still leads to what was opened for it, opened in the same way."""
+    try:
+        place = calls.openat2(root_fd, rec.path.lstrip("/") or ".", calls.O_PATH, calls.RESOLVE_IN_ROOT)
+    except OSError:
+        return False
+    try:
+        ours, there = os.fstat(fd), os.fstat(place)
+    finally:
+        os.close(place)
+    how = os.O_ACCMODE | os.O_SYNC | calls.O_PATH
+    same_way = fcntl.fcntl(fd, fcntl.F_GETFL) & how == rec.flags & how
+    return same_way and (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _verify(fd: int, rec: File, where: str) -> None:

@@ -17,6 +17,7 @@ class Found:
     name: str  # of the process
     number: int
     link: str
+    status: os.stat_result
     info: FdInfo
     verdict: Verdict
 

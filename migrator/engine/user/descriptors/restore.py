@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks
+from migrator.engine.user.descriptors.drafts import BY_PATH
 from migrator.engine.user.descriptors.epolls import Shell
 from migrator.engine.user.descriptors.pipes import PipeRestore
 from migrator.engine.user.descriptors.socket_restore import SocketRestore
@@ -21,7 +22,6 @@ _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIM
 _MAX_NUMBER = 1 << 30
 T = TypeVar("T")
 _ANONYMOUS = frozenset({r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD})
-_STREAMED = frozenset({r.FileKind.REGULAR, r.FileKind.DIRECTORY, r.FileKind.PATH, r.FileKind.DEVICE})
 
 
 class Context(Protocol):
@@ -44,6 +44,8 @@ class DescriptorRestore:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.tables: dict[int, r.FileTable] = {}
+        self.final = True  # else the tasks still run, and what comes are drafts
+        self._early: set[int] = set()  # Files that came as drafts
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -84,6 +86,12 @@ class DescriptorRestore:
         except (OSError, OverflowError, ValueError) as error:
             raise RestartFailed(f"{_about(rec)}: {error}") from error
 
+    def settle(self, tables: Iterable[int]) -> None:
+        """Once all records are there, and ahead of install(): make the drafts good that `tables` name."""
+        named = {d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors}
+        for objref in self._early & named:
+            self._make_good(self._records[objref])
+
     def install(self, shell: Shell, files_objref: int) -> None:
         """Give a stopped shell the descriptors of a table, and no others."""
         table = self._known(self.tables, files_objref, "table of descriptors")
@@ -101,6 +109,10 @@ class DescriptorRestore:
             self._epoll(rec)
         self._owners()
         for lock in self._locks:
+            if not lock.pid:
+                fd = self._known(self._files, lock.file_objref, "file")
+                locks.take_for_file(fd, lock, self._records[lock.file_objref].path)
+                continue
             entry = self._installed.get(lock.pid)
             installed = self.tables[entry[1]].descriptors if entry is not None else []
             if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
@@ -153,17 +165,45 @@ class DescriptorRestore:
         self._ready[objref] = fd
 
     def _file(self, rec: r.File) -> None:
-        self._new(self._files, rec.objref)
         if rec.pos < 0:
             raise ImageError(f"file {rec.objref}: offset {rec.pos}")
-        self._files[rec.objref] = fd = self._open(rec)
+        before = self._records.get(rec.objref)
+        if before is not None and (before.kind, before.path) != (rec.kind, rec.path):
+            raise ImageError(f"file {rec.objref} comes again as another one")
+        if rec.kind not in BY_PATH:
+            self._new(self._records, rec.objref)
         self._records[rec.objref] = rec
+        if before is not None:
+            return  # made good when all is there
+        if not self.final:
+            self._early.add(rec.objref)
+            try:
+                self._files[rec.objref] = files.open_path(rec, self._context.root_fd)
+            except RestartFailed:
+                pass  # it may be closed by the end
+            return
+        self._files[rec.objref] = fd = self._open(rec)
         self._configure(fd, rec)
+
+    def _make_good(self, rec: r.File) -> None:
+        """A file that was opened early, as its last record has it; opened now if that is not the file any more."""
+        fd = self._files.pop(rec.objref, -1)
+        try:
+            if fd >= 0 and files.still_there(fd, rec, self._context.root_fd):
+                files.adjust(fd, rec)
+            else:
+                if fd >= 0:
+                    os.close(fd)
+                fd = -1
+                fd = files.open_path(rec, self._context.root_fd)
+        finally:
+            if fd >= 0:
+                self._files[rec.objref] = fd
 
     def _open(self, rec: r.File) -> int:
         """A description of our own, which is still to be configured."""
         kind, inode = rec.kind, rec.inode_objref
-        if kind in _STREAMED:
+        if kind in BY_PATH:
             return files.open_path(rec, self._context.root_fd)
         if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
             return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
@@ -186,7 +226,7 @@ class DescriptorRestore:
         if kind in (r.FileKind.DELETED, r.FileKind.MEMFD):
             os.lseek(fd, rec.pos, os.SEEK_SET)
             files.take_lock(fd, rec.lock, f"a file without a name, once {rec.path}")
-        elif kind in (r.FileKind.PIPE, r.FileKind.FIFO) or (kind not in _STREAMED and rec.flags & _SETTABLE):
+        elif kind in (r.FileKind.PIPE, r.FileKind.FIFO) or (kind not in BY_PATH and rec.flags & _SETTABLE):
             fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & _SETTABLE)
         if kind == r.FileKind.TIMERFD:
             self._started.append((fd, self._timers[rec.inode_objref]))
@@ -194,7 +234,7 @@ class DescriptorRestore:
     def _table(self, rec: r.FileTable) -> None:
         last = -1
         for item in rec.descriptors:
-            if not last < item.fd < _MAX_NUMBER or item.cloexec > 1 or item.file_objref not in self._files:
+            if not last < item.fd < _MAX_NUMBER or item.cloexec > 1 or item.file_objref not in self._records:
                 raise ImageError(f"table {rec.objref}: fd {item.fd} is out of order or refers to no file")
             last = item.fd
         self.tables[rec.objref] = rec
@@ -206,11 +246,8 @@ class DescriptorRestore:
         self._epolls.append(rec)
 
     def _lock(self, rec: r.FileLock) -> None:
-        fd = self._known(self._files, rec.file_objref, "file")
-        if rec.pid:
-            self._locks.append(rec)  # taken by the process itself, once it has its descriptors
-        else:
-            locks.take_for_file(fd, rec, self._records[rec.file_objref].path)
+        self._known(self._records, rec.file_objref, "file")
+        self._locks.append(rec)  # taken once the processes have their descriptors
 
     @staticmethod
     def _new(table: Mapping[int, object], objref: int) -> None:

@@ -30,7 +30,7 @@ def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
         return reasons  # it ended
     try:
         for process in processes:
-            found += _look(process, root, reasons)
+            found += look(process, root, reasons)
     finally:
         root.close()
     reasons += _outside(found, processes)
@@ -40,7 +40,8 @@ def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
     return reasons
 
 
-def _look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
+def look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
+    """The descriptors of a running process in a tree with this root; a reason for each that cannot be carried."""
     pid = process.pid
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
@@ -53,7 +54,7 @@ def _look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
             link = os.readlink(f"/proc/{pid}/fd/{number}")
             status = os.stat(f"/proc/{pid}/fd/{number}")
             info = fdinfo.read(pid, number)
-            yield Found(process, name, number, link, info, classify(link, status, info, root))
+            yield Found(process, name, number, link, status, info, classify(link, status, info, root))
         except Obstacle as obstacle:
             reasons.append(f"pid {pid} ({name}) fd {number}: {obstacle}")
         except OSError:

@@ -1,0 +1,206 @@
+"""State that was written ahead of the freeze and has changed since: what counts is how it stood in the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pidhosts import PidHost, Program, migrate
+
+from migrator.engine.user.descriptors import DescriptorRestore, FileDrafts
+from migrator.engine.user.descriptors import Process as Owner
+from migrator.image.codec import HEADER, REGISTRY, Record
+from migrator.image.objhash import ObjHash
+from migrator.image.records_files import File, FileTable
+
+pytestmark = pytest.mark.root
+
+# Changes everything that is drafted, all the time, and checks that each change is still there when it comes back.
+RESTLESS = """
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <pthread.h>
+#include "workload.h"
+static void on_usr(int sig) { (void)sig; }
+static char stacks[2][65536];
+static void *other(void *arg)
+{
+	unsigned long turn = 0;
+	char name[16], seen[16];
+	while (!wl_stopping) {
+		stack_t want = { .ss_sp = stacks[turn % 2], .ss_size = 32768 + 4096 * (turn % 2) }, have;
+		snprintf(name, sizeof(name), "other-%lu", turn % 1000);
+		TRY(sigaltstack(&want, NULL));
+		TRY(prctl(PR_SET_NAME, name, 0, 0, 0));
+		wl_sleep_us(700);
+		TRY(sigaltstack(NULL, &have));
+		TRY(prctl(PR_GET_NAME, seen, 0, 0, 0));
+		CHECK(have.ss_sp == want.ss_sp && have.ss_size == want.ss_size, "turn %lu", turn);
+		CHECK(!strcmp(name, seen), "%s %s", name, seen);
+		turn++;
+	}
+	return arg;
+}
+int main(int argc, char **argv)
+{
+	unsigned long turn = 0, ticks = 0;
+	char here[4096];
+	pthread_t thread;
+	int fd, copy;
+
+	wl_start(argc, argv);
+	pthread_create(&thread, NULL, other, NULL);
+	TRY(mkdir(wl_beside("one"), 0755));
+	TRY(mkdir(wl_beside("two"), 0755));
+	fd = TRY(open(wl_beside("data"), O_RDWR | O_CREAT | O_TRUNC, 0600));
+	TRY(ftruncate(fd, 1 << 20));
+	copy = TRY(dup(fd));
+	wl_ready();
+	for (turn = 0; !wl_stopping; turn++) {
+		struct sigaction want = { .sa_handler = turn % 3 ? on_usr : SIG_IGN, .sa_flags = turn % 2 ? SA_RESTART : 0 };
+		struct sigaction have;
+		struct rlimit limit = { 100 + turn % 50, 4096 }, seen;
+		struct stat a, b;
+		off_t at = turn * 37 % (1 << 20);
+
+		TRY(sigaction(SIGUSR1, &want, NULL));
+		umask(turn % 0777);
+		TRY(chdir(wl_beside(turn % 2 ? "one" : "two")));
+		TRY(setrlimit(RLIMIT_CORE, &limit));
+		TRY(lseek(fd, at, SEEK_SET));
+		if (turn % 5 == 0) { /* shared with `fd`, or a description of its own */
+			TRY(close(copy));
+			copy = turn % 2 ? TRY(dup(fd)) : TRY(open(wl_beside("data"), O_RDWR));
+		}
+		wl_sleep_us(500);
+		TRY(sigaction(SIGUSR1, NULL, &have));
+		CHECK(have.sa_handler == want.sa_handler, "turn %lu", turn);
+		CHECK((have.sa_flags & SA_RESTART) == want.sa_flags, "turn %lu", turn);
+		CHECK(umask(0) == turn % 0777, "turn %lu", turn);
+		TRY(stat(".", &a));
+		TRY(stat(wl_beside(turn % 2 ? "one" : "two"), &b));
+		CHECK(a.st_ino == b.st_ino, "turn %lu in %s", turn, getcwd(here, sizeof(here)));
+		TRY(getrlimit(RLIMIT_CORE, &seen));
+		CHECK(seen.rlim_cur == limit.rlim_cur, "turn %lu", turn);
+		CHECK(lseek(fd, 0, SEEK_CUR) == at, "turn %lu", turn);
+		TRY(lseek(fd, 7, SEEK_SET));
+		CHECK((lseek(copy, 0, SEEK_CUR) == 7) == (turn / 5 * 5 % 2), "turn %lu", turn);
+		if (turn % 100 == 0)
+			wl_line("tick %lu", ++ticks);
+	}
+	pthread_join(thread, NULL);
+	wl_ok();
+}
+"""
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[PidHost, PidHost]]:
+    with PidHost("a") as a, PidHost("b") as b:
+        yield a, b
+
+
+def test_a_program_that_never_rests_is_moved_as_it_was_in_the_end(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    here, there = hosts
+    with Program(here, RESTLESS, tmp_path) as program:
+        for _ in range(6):
+            migrate(program, here, there)
+            program.check_alive_and_progressing(ticks=1)
+            here, there = there, here
+        program.finish()
+
+
+class Stream:
+    """What is written, as the reader will have it."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def encoded(self, raw: bytes) -> None:
+        kind, _ = HEADER.unpack_from(raw)
+        self.records.append(REGISTRY[kind].decode(raw[HEADER.size :]))
+
+
+class Surroundings:
+    netns = None
+
+    def __init__(self) -> None:
+        self.root_fd = os.open("/", os.O_PATH)
+
+    def pid_of(self, vpid: int) -> int:
+        return 0
+
+    def shm_fd(self, objref: int) -> int:
+        return -1
+
+
+def opened(restore: DescriptorRestore, table: FileTable, number: int) -> int:
+    (objref,) = [d.file_objref for d in table.descriptors if d.fd == number]
+    return restore._files[objref]
+
+
+def draft_of_us() -> tuple[FileDrafts, Stream]:
+    stream = Stream()
+    drafts = FileDrafts(ObjHash(), stream, os.getpid())
+    pidfd = os.pidfd_open(os.getpid())
+    drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+    os.close(pidfd)
+    return drafts, stream
+
+
+def test_a_drafted_file_that_was_replaced_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_text("old")
+    with path.open() as file:
+        _, stream = draft_of_us()
+        number = file.fileno()
+        restore = DescriptorRestore(Surroundings())
+        restore.final = False
+        for rec in stream.records:
+            restore.record(rec)
+        table = next(rec for rec in stream.records if isinstance(rec, FileTable))
+        (tmp_path / "new").write_text("new")
+        (tmp_path / "new").rename(path)
+        restore.final = True
+        restore.settle([table.objref])
+        assert os.read(opened(restore, table, number), 10) == b"new"
+        restore.close()
+
+
+def test_a_drafted_file_that_is_gone_matters_only_if_it_is_still_open_in_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_text("old")
+    with path.open() as file:
+        _, stream = draft_of_us()
+        number = file.fileno()
+    path.unlink()
+    restore = DescriptorRestore(Surroundings())
+    restore.final = False
+    for rec in stream.records:
+        restore.record(rec)
+    table = next(rec for rec in stream.records if isinstance(rec, FileTable))
+    restore.final = True
+    table.descriptors = [d for d in table.descriptors if d.fd != number]
+    restore.record(table)
+    restore.settle([table.objref])
+    restore.close()
+
+
+def test_what_stands_in_the_stream_is_not_written_again(tmp_path: Path) -> None:
+    with (tmp_path / "state").open("w+") as file:
+        drafts, stream = draft_of_us()
+        known = len(stream.records)
+        pidfd = os.pidfd_open(os.getpid())
+        drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+        file.write("more")
+        file.flush()
+        drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+        os.close(pidfd)
+        later = stream.records[known:]
+        files = [rec for rec in later if isinstance(rec, File) and rec.path.startswith(str(tmp_path))]
+        assert [(rec.path, rec.pos) for rec in files] == [(str(tmp_path / "state"), 4)]
