@@ -49,6 +49,8 @@ log = logging.getLogger("migrator.transport")
 WINDOW = 8 << 20
 INBOX = 4 << 20  # bytes of messages and packets not yet received at which we stop reading
 CLOSE_SECONDS = 2.0
+LITTLE = 64 << 10  # bytes of a block whose credit can wait: what comes behind it may be urgent
+LITTLE_SECONDS = 0.005
 
 
 class Wire(Protocol):
@@ -113,6 +115,7 @@ class Link:
         self._writable.set()
         self._blocks = stream.StreamQueue()
         self._receive_window = ReceiveWindow(max(window, MIN_WINDOW))
+        self._granting: asyncio.TimerHandle | None = None
         self._send_window = SendWindow(0)
         self._room = asyncio.Event()
         self._sequence = 0
@@ -292,6 +295,8 @@ class Link:
         log.debug("link to %s: %s", self.peer, error)
         if self._keepalive is not None:
             self._keepalive.cancel()
+        if self._granting is not None:
+            self._granting.cancel()
         for event in (
             self._ready,
             self._message_there,
@@ -401,9 +406,19 @@ class Link:
 
     def consumed(self, block: Block) -> None:
         idle = not len(self._blocks)
-        grant = self._receive_window.consumed(stream.charge(len(block.data)), idle=idle)
-        if grant and self._error is None:
-            self._write(encode_u64(Channel.CREDIT, grant, 0 if idle else CreditFlags.BACKLOG))
+        little = len(block.data) < LITTLE
+        self._grant(self._receive_window.consumed(stream.charge(len(block.data)), idle=idle and not little), idle)
+        if idle and little and self._granting is None:
+            self._granting = self._loop.call_later(LITTLE_SECONDS, self._grant_what_is_owed)
+
+    def _grant_what_is_owed(self) -> None:
+        self._granting = None
+        idle = not len(self._blocks)
+        self._grant(self._receive_window.consumed(0, idle=True), idle)
+
+    def _grant(self, size: int, idle: bool) -> None:
+        if size and self._error is None:
+            self._write(encode_u64(Channel.CREDIT, size, 0 if idle else CreditFlags.BACKLOG))
 
     # Inside
 

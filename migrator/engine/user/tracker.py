@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from migrator.engine.user.spans import Span, coarse, intersect, merge, subtract, windows
+from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import (
     CHECK_WPASYNC,
     IS_FILE,
@@ -245,6 +246,7 @@ class WpAsyncTracker:
         in two, which the program would notice: mremap(2) refuses to work on two mappings."""
         start = max([v.end for v in vmas if v.end <= vma.start], default=vma.start)
         end = min([v.start for v in vmas if v.start >= vma.end], default=vma.end)
+        end = min(end, arch.USER_END)  # above the last mapping there may be only [vsyscall], which is the kernel's
         try:
             self._protection.register(start, end)
         except OSError:

@@ -46,6 +46,7 @@ class DescriptorRestore:
         self.tables: dict[int, r.FileTable] = {}
         self.final = True  # else the tasks still run, and what comes are drafts
         self._early: set[int] = set()  # Files that came as drafts
+        self._changed: set[int] = set()  # those of them that came again
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -174,7 +175,8 @@ class DescriptorRestore:
             self._new(self._records, rec.objref)
         self._records[rec.objref] = rec
         if before is not None:
-            return  # made good when all is there
+            self._changed.add(rec.objref)  # and made good when all is there
+            return
         if not self.final:
             self._early.add(rec.objref)
             try:
@@ -190,7 +192,8 @@ class DescriptorRestore:
         fd = self._files.pop(rec.objref, -1)
         try:
             if fd >= 0 and files.still_there(fd, rec, self._context.root_fd):
-                files.adjust(fd, rec)
+                if rec.objref in self._changed:
+                    files.adjust(fd, rec)
             else:
                 if fd >= 0:
                     os.close(fd)
