@@ -4,9 +4,13 @@ Every workload is moved live from host a to host b and back, several times, and 
 is stopped, copied over the same transport and restarted (`migrate --cold`). The downtime is what a user
 of the workload saw: the longest gap that the program itself, or its client, measured with its own clock.
 
+    live     the longest gap of the whole migration
+    freeze   the gap in which the freeze lies; where it is shorter, the longest one had another cause, as a
+             processor that had to be shared with the copying
+    alone    the longest gap in 3 s in which nobody migrates it
     floor    round trip + last dirty bytes / measured throughput: what no method can beat on this link
     ratio    downtime stopped-and-copied / downtime live
-    total/bytes   total time / (bytes sent / throughput)
+    total/bytes   total time / (bytes sent / throughput), where the bytes are more than 64 MiB
 
 Numbers of one machine with both hosts, both agents, the workload and its client on the same processors.
 """
@@ -36,14 +40,17 @@ from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage, require_root
 from migrator.testing.workloads import Workload, build
 
 ADDRESS, PORT = "10.77.0.50", 6379
+ALONE_SECONDS = 3.0
 TARGETS_MS = {"small process": 5.0, "1 GiB, 50 MB/s": 10.0, "Redis 1 GiB, load": 20.0}
 
 
 @dataclass
 class Move:
-    """One migration: seconds and bytes; `gap` is what the workload's user saw."""
+    """One migration: seconds and bytes; `gap` is the longest that the workload's user saw, `freeze` that of the
+    freeze."""
 
     gap: float
+    freeze: float
     result: dict[str, Any]
     source_cpu: float
     source_rss: int
@@ -61,12 +68,21 @@ class Move:
 @dataclass
 class Row:
     name: str
+    alone: float = 0.0
     live: list[Move] = field(default_factory=list)
     cold: list[Move] = field(default_factory=list)
 
 
-def move(stage: Stage, source: Host, destination: Host, gap: Callable[[int], float], *options: str) -> Move:
-    """Migrate container `w` and measure everything about it."""
+Waits = list[tuple[int, int]]  # (from, to) in ns of CLOCK_MONOTONIC, each a time in which nothing was done
+
+
+def longest(waits: Waits, start: int, end: int) -> float:
+    """Seconds of the longest of those that touch `start`..`end`; 2 ms if none was as long as that."""
+    return max((b - a for a, b in waits if b > start and a < end), default=2_000_000) / 1e9
+
+
+def move(stage: Stage, source: Host, destination: Host, waits: Callable[[], Waits], *options: str) -> Move:
+    """Migrate container `w` and measure everything about it; `waits` gives those seen by its user so far."""
     agent = stage.agent_pid(destination)
     before = _cpu_of(agent)
     argv = [*MIGRATOR, "migrate", "w", f"root@{destination.address}:{AGENT_PORT}", "--json", *options]
@@ -78,10 +94,14 @@ def move(stage: Stage, source: Host, destination: Host, gap: Callable[[int], flo
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"migrate failed: {err.decode()}\n{stage.agent_log(destination)}")
+    ended = time.monotonic_ns()
     time.sleep(2.2)
+    result, seen = json.loads(out), waits()
+    timeline = result["timeline"]
     return Move(
-        gap=gap(started),
-        result=json.loads(out),
+        gap=longest(seen, started, ended),
+        freeze=longest(seen, timeline["frozen_at"], timeline["resumed_at"]),
+        result=result,
         source_cpu=usage.ru_utime + usage.ru_stime,
         source_rss=usage.ru_maxrss * 1024,
         agent_cpu=_cpu_of(agent) - before,
@@ -102,23 +122,30 @@ def _peak_rss(pid: int) -> int:
 
 
 def self_timed(stage: Stage, name: str, command: list[str], out: Path, repeat: int, warm: float) -> Row:
-    """A workload that measures its own gaps: lines `tick … gap_us N` in `out`, one a second."""
+    """A workload that measures its own gaps: lines `gap FROM TO` in `out`, of those above 2 ms."""
     row = Row(name)
 
-    def gap(_started: int) -> float:
-        ticks = [line for line in out.read_text().splitlines() if line.startswith("tick")][seen:]
-        return max(int(line.split("gap_us ")[1].split()[0]) for line in ticks) / 1e6
+    def waits() -> Waits:
+        lines = (line.split() for line in out.read_text().splitlines() if line.startswith("gap"))
+        return [(int(start), int(end)) for _, start, end in lines]
 
     stage.a.run([*MIGRATOR, "run", "-d", "--name", "w", "--bridge", "", "--", *command])
     time.sleep(warm)
+    row.alone = alone(waits)
     here, there = stage.a, stage.b
     for options, moves in ((("--cold",), row.cold), ((), row.live)):
         for _ in range(repeat):
-            seen = sum(line.startswith("tick") for line in out.read_text().splitlines())
-            moves.append(move(stage, here, there, gap, *options))
+            moves.append(move(stage, here, there, waits, *options))
             here, there = there, here
     here.run([*MIGRATOR, "stop", "w"])
     return row
+
+
+def alone(waits: Callable[[], Waits]) -> float:
+    """The longest gap in a while in which nothing happens."""
+    started = time.monotonic_ns()
+    time.sleep(ALONE_SECONDS)
+    return longest(waits(), started, time.monotonic_ns())
 
 
 def redis(stage: Stage, mib: int, rate: float, repeat: int) -> Row:
@@ -127,36 +154,40 @@ def redis(stage: Stage, mib: int, rate: float, repeat: int) -> Row:
     with stage.client.inside():
         fill(ADDRESS, PORT, mib)
     here, there = stage.a, stage.b
+    where = (stage.folder, ADDRESS, PORT, "--rate", rate)
+    with Workload("migrator.testing.redisclient", *where, netns=stage.client.namespace) as client:
+        time.sleep(ALONE_SECONDS)
+        client.finish()
+        sent, received = longest_wait(samples_of(client))
+        row.alone = (received - sent) / 1e9
     for options, moves in ((("--cold",), row.cold), ((), row.live)):
         for _ in range(repeat):
-            client = Workload(
-                "migrator.testing.redisclient",
-                stage.folder,
-                ADDRESS,
-                PORT,
-                "--rate",
-                rate,
-                netns=stage.client.namespace,
-            )
+            client = Workload("migrator.testing.redisclient", *where, netns=stage.client.namespace)
+
+            def waits(client: Workload = client) -> Waits:
+                client.finish()
+                return samples_of(client)
+
             with client:
                 time.sleep(1)
-                moves.append(move(stage, here, there, lambda _started: 0.0, *options))
-                client.finish()
-            report = json.loads(client.stdout.read_text().splitlines()[-1])
-            if report["lost_replies"] or report["wrong_replies"] or report["reconnects"]:
-                raise SystemExit(f"the client noticed: {report}")
-            samples = read_samples(client.out.with_name(client.out.name + ".samples"))
-            sent, received = longest_wait(samples)
-            moves[-1].gap = (received - sent) / 1e9
+                moves.append(move(stage, here, there, waits, *options))
             here, there = there, here
     here.run([*MIGRATOR, "stop", "w"])
     return row
 
 
+def samples_of(client: Workload) -> Waits:
+    """The exchanges of a client that has ended, none of them lost or wrong."""
+    report = json.loads(client.stdout.read_text().splitlines()[-1])
+    if report["lost_replies"] or report["wrong_replies"] or report["reconnects"]:
+        raise SystemExit(f"the client noticed: {report}")
+    return read_samples(client.out.with_name(client.out.name + ".samples"))
+
+
 def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="user-visible downtime, medians", header_style="dim", title_justify="left")
     for title in (
-        "workload", "live", "target", "stop+copy", "ratio", "floor", "total", "total/bytes",
+        "workload", "live", "freeze", "target", "alone", "stop+copy", "ratio", "floor", "total", "total/bytes",
         "sent", "source cpu", "agent cpu", "source rss", "agent rss",
     ):  # fmt: skip
         table.add_column(title, justify="left" if title == "workload" else "right")
@@ -169,12 +200,14 @@ def show(console: Console, rows: list[Row]) -> None:
         table.add_row(
             row.name,
             f"{live * 1e3:.1f} ms",
+            f"{_median(row.live, 'freeze') * 1e3:.1f} ms",
             f"{target:.0f} ms" if target else "",
+            f"{row.alone * 1e3:.1f} ms",
             f"{cold * 1e3:.0f} ms",
             f"{cold / live:.0f}x",
             f"{_median(row.live, 'floor') * 1e3:.1f} ms",
             f"{total:.2f} s",
-            f"{total / (sent / rate):.2f}" if rate else "",
+            f"{total / (sent / rate):.2f}" if rate and sent > 64 << 20 else "",
             f"{sent / 2**20:.0f} MiB",
             f"{_median(row.live, 'source_cpu'):.2f} s",
             f"{_median(row.live, 'agent_cpu'):.2f} s",
@@ -233,7 +266,10 @@ def main() -> None:
             rows.append(redis(stage, 1024, 1000.0, options.repeat))
     show(console, rows)
     if options.json:
-        data = {r.name: {"live": [vars(m) for m in r.live], "cold": [vars(m) for m in r.cold]} for r in rows}
+        data = {
+            r.name: {"alone": r.alone, "live": [vars(m) for m in r.live], "cold": [vars(m) for m in r.cold]}
+            for r in rows
+        }
         options.json.write_text(json.dumps(data, indent=1))
 
 

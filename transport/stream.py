@@ -25,7 +25,7 @@ from transport.frame import BLOCK_HEADER, CHARGE, Block
 if TYPE_CHECKING:
     from transport.link import Link
 
-LARGEST = 1 << 20
+LARGEST = 256 << 10
 SMALLEST = 64 << 10
 BLOCK_SECONDS = 0.01  # a control message waits for at most the block that is being written
 

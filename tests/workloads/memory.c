@@ -8,7 +8,8 @@
  * measurements); "all" adds file, shared, dropped, moved, protected and growing memory.
  *
  * It also measures: once a second it prints the longest time in microseconds that passed between
- * two turns of its own loop (gap_us: this second, gap_ever_us: ever). A turn is about 1 ms.
+ * two turns of its own loop (gap_us: this second, gap_ever_us: ever). A turn is about 1 ms. Of a gap
+ * above 2 ms it also prints "gap FROM TO", in nanoseconds of CLOCK_MONOTONIC.
  */
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -258,6 +259,8 @@ int main(int argc, char **argv)
 
 		wl_sleep_us(1000);
 		now = now_ns();
+		if (now - last > 2000000)
+			wl_line("gap %ld %ld", last, now);
 		gap_us = (now - last) / 1000 > gap_us ? (now - last) / 1000 : gap_us;
 		/* After a long gap the missed writes are not made up for: that would be a burst. */
 		debt += rate * (now - last < 10000000 ? now - last : 10000000) / 1e9;

@@ -53,6 +53,18 @@ def offsets(header: Header, reader: RecordReader) -> Offsets | None:
     return Offsets(monotonic + ours[0], boottime + ours[1])
 
 
+def since_stop(header: Header, stopped: int, given: Offsets | None) -> int:
+    """ns that passed on the tree's own clock since it was stopped at `stopped` of the source's wall clock.
+
+    `given`: its offsets here. A wait that ends at a time of that clock ends that much sooner."""
+    if not header.monotonic or not stopped:
+        return 0
+    now = time.monotonic_ns()
+    if given is not None:
+        now += given.monotonic - clock_offsets(os.getpid())[0]
+    return max(0, now - (header.monotonic + stopped - header.time))
+
+
 def time_of_stop(reader: RecordReader) -> int:
     """When the tasks of an image in a regular file were stopped, in ns of the wall clock; else 0.
 

@@ -74,6 +74,8 @@ class UserDestination:
         self._files: dict[int, MappedFile] = {}
         self._names: dict[int, str] = {}
         self._shared = SharedObjects()
+        self._clocks: clocks.Offsets | None = None
+        self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
         self._root_fd = -1
         self._tasks = TaskRestore(self._open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
@@ -225,13 +227,16 @@ class UserDestination:
             self.on_round(mark.number)
         elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
             gc.disable()
+            if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
+                self._stopped_at = mark.time
             assert self._forest is not None
             for shell in self._forest.shells.values():
                 urgency.raise_tasks(t.tid for t in shell.threads.values())
 
     def _prepare(self) -> None:
         """Between two rounds: whatever can be done of the end already."""
-        assert self._forest is not None
+        assert self._forest is not None and self._tree is not None
+        self._forest.set_groups(self._tree)
         for shell in self._forest.shells.values():
             self._tasks.prepare(shell)
 
@@ -265,7 +270,8 @@ class UserDestination:
         self._forest = Forest(_CONTAINER_NAMESPACES if contained else 0)
         with self._phase("shells"):
             assert self._header is not None
-            root = self._forest.grow_root(tree, clocks.offsets(self._header, self._reader))
+            self._clocks = clocks.offsets(self._header, self._reader)
+            root = self._forest.grow_root(tree, self._clocks)
             if self._container is not None:
                 spec = ContainerSpec.from_json(self._container.spec)
                 bridge = self.options.bridge or None
@@ -324,6 +330,8 @@ class UserDestination:
                 self._tasks.dress(shell)
                 self._tasks.pending(shell)
         with self._phase("registers"):
+            assert self._header is not None
+            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
             for shell in shells:
                 self._tasks.timers(shell)
                 self._tasks.finish(shell)

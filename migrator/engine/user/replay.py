@@ -22,8 +22,13 @@ ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
 
 
-def resumed(shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs) -> arch.Regs:
+def resumed(
+    shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs, passed: int = 0
+) -> arch.Regs:
     """The registers that a task goes on with whose registers in the image are `regs`.
+
+    `passed`: ns that its clock has run on since it was stopped. As of a task that is frozen and thawed on one
+    host, its wait ends when it would have ended.
 
     An interrupted call is left to the kernel, which makes it again or, if a signal with a handler waits,
     ends it with EINTR: as it would have been on the source."""
@@ -33,13 +38,14 @@ def resumed(shell: Shell, thread: ShellThread, block: RestartBlock | None, regs:
         return regs
     if block is None or block.remaining < 0 or block.syscall != number:
         return _made_again(regs)
-    ms = -(-block.remaining // 1_000_000)
+    remaining = max(0, block.remaining - passed)
+    ms = -(-remaining // 1_000_000)
     if number in _EPOLL:  # keeps no restart block: it is made again, its limit is in a register
         regs.r10 = ms
         return _made_again(regs)
     if code != RESTART_BLOCK:
         return regs
-    if (number != NR["poll"] or ms) and _replay(shell, thread, number, block.remaining, regs):
+    if (number != NR["poll"] or ms) and _replay(shell, thread, number, remaining, regs):
         return regs
     if number == NR["poll"]:  # something is ready, or seems so while sockets are not complete yet
         regs.rdx = ms

@@ -229,6 +229,7 @@ class UserSource:
                 self._prepare_scratch(process)
                 states[process.pid] = procfs.status(process.pid)
             self._write_tree(states)
+            self._waits.stopped()
             self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
             for process in living:
                 self._send_memory(process, final=True)

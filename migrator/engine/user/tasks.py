@@ -57,6 +57,7 @@ class TaskRestore:
         `own_root`: that file system is the one that the shells see."""
         self._open_path = open_path
         self._own_root = own_root
+        self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
         self._shaped: dict[int, tuple[Mm, str]] = {}
         self._outfits: dict[int, outfit.Outfit] = {}
         self.tasks: dict[int, TaskState] = {}
@@ -303,7 +304,7 @@ class TaskRestore:
                     hint="the processors differ: `migrator check` compares them before anything is stopped",
                 ) from error
             regs = arch.Regs.from_buffer_copy(state.cpu.regs)
-            out[thread.tid] = replay.resumed(shell, thread, state.restart_block, regs)
+            out[thread.tid] = replay.resumed(shell, thread, state.restart_block, regs, self.passed)
         return out
 
     def finish(self, shell: Shell) -> None:

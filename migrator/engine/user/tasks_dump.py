@@ -78,6 +78,7 @@ class TaskDump:
         self._objrefs = objrefs
         self._static: dict[int, Static] = {}
         self._sent: dict[object, bytes] = {}  # records as they stand in the stream
+        self._heard: dict[int, tuple[object, ...]] = {}  # what each process said of itself last
 
     def warm(self, process: Process) -> None:
         """Read what seldom changes, of a running process; nothing of one that vanishes."""
@@ -145,10 +146,13 @@ class TaskDump:
     ) -> Shared:
         sighand, _ = self._objrefs.get(("sighand", process.pid))
         signal, _ = self._objrefs.get(("signal", process.pid))
-        self._put(("sighand", sighand), Sighand(sighand, 0, said.actions))
-        limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", said.limits)]
-        itimers = [Itimer(value, interval) for value, interval in said.itimers]
-        self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
+        heard = (said.actions, said.limits, said.itimers, timers)
+        if self._heard.get(process.pid) != heard:  # else the records are what they were
+            self._heard[process.pid] = heard
+            self._put(("sighand", sighand), Sighand(sighand, 0, said.actions))
+            limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", said.limits)]
+            itimers = [Itimer(value, interval) for value, interval in said.itimers]
+            self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
         bits = (
             (TaskBits.NO_NEW_PRIVS if state.get("NoNewPrivs") == "1" else 0)
             | (TaskBits.CHILD_SUBREAPER if said.subreaper else 0)

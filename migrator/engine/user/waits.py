@@ -54,6 +54,11 @@ class Waits:
     def __init__(self) -> None:
         self._seen: dict[int, Wait] = {}
         self._offsets: dict[int, tuple[int, float]] = {}  # by processor: see _clock_offset()
+        self._stopped_at = 0
+
+    def stopped(self) -> None:
+        """All tasks stand still: what block() says from now on is how it is now."""
+        self._stopped_at = time.monotonic_ns()
 
     def observe(self, pid: int, tid: int) -> None:
         """Look at a task that runs, just before it is stopped. Never raises."""
@@ -140,7 +145,8 @@ class Waits:
         whole = _whole(pid, number, args)
         if whole < 0 or known is None:
             return whole
-        return max(0, whole - max(0, time.monotonic_ns() - known.began - _MARGIN))
+        now = self._stopped_at or time.monotonic_ns()
+        return max(0, whole - max(0, now - known.began - _MARGIN))
 
     def _clock_offset(self, pid: int, tid: int) -> int:
         """ns from the scheduler's clock of the processor that a task ran on last to CLOCK_MONOTONIC.
