@@ -50,7 +50,7 @@ WINDOW = 8 << 20
 INBOX = 4 << 20  # bytes of messages and packets not yet received at which we stop reading
 CLOSE_SECONDS = 2.0
 LITTLE = 64 << 10  # bytes of a block whose credit can wait: what comes behind it may be urgent
-LITTLE_SECONDS = 0.005
+LITTLE_SECONDS = 0.03
 
 
 class Wire(Protocol):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import time
 
 from migrator.linux import urgency
 
 _SWITCH_SECONDS = 0.0001
+_WAY_SECONDS = 0.00005
 _lock = threading.Lock()
 _count = 0
 _before = 0.005
@@ -25,6 +27,11 @@ def prepare() -> None:
     no thread does anything else: to be called before anything has begun."""
     gc.collect()
     gc.freeze()
+
+
+def give_way() -> None:
+    """Let another thread have the interpreter that was just woken by what this one did, and is more urgent."""
+    time.sleep(_WAY_SECONDS)
 
 
 class Calm:

@@ -19,7 +19,7 @@ from migrator.engine.base import Phase, Round, Source, Survey
 from migrator.errors import MigrationAborted
 from migrator.linux import procfs
 from migrator.session import calibration, precopy
-from migrator.session.calm import Calm, prepare
+from migrator.session.calm import Calm, give_way, prepare
 from migrator.session.faults import fault
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journal import Facts, Journal
@@ -176,6 +176,7 @@ class Copying:
                 asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
         self._source.final()
         self.close_stream()
+        give_way()  # the last of the image is to be sent
         with self._phase("journal"):
             committing.result()
         fault("source.committing")

@@ -27,7 +27,7 @@ from migrator.errors import Fate, MigrationAborted, MigratorError, TransportErro
 from migrator.model import OnEvent, Outcome, Where
 from migrator.session import messages as m
 from migrator.session import preflight
-from migrator.session.calm import Calm, prepare
+from migrator.session.calm import Calm, give_way, prepare
 from migrator.session.faults import fault
 from migrator.session.files import FileReceiver
 from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
@@ -341,6 +341,7 @@ class DestinationSession:
             os.close(read_fd)
         # Told from here: what follows has the time of a round trip.
         loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
+        give_way()
         self._prepare_arrival()
 
     @staticmethod

@@ -102,11 +102,12 @@ def check_migration_id(text: str) -> str:
 class Journal:
     """An open journal. Methods may be called from any thread, one at a time."""
 
-    def __init__(self, path: Path, fd: int, records: list[Record]) -> None:
+    def __init__(self, path: Path, fd: int) -> None:
         """Use `create` or `open`."""
         self.path = path
         self._fd = fd
-        self._records = records
+        self._records: list[Record] = []
+        self._size = 0  # bytes of the file that they are from
 
     @classmethod
     def create(cls, directory: Path, facts: Facts, *, reason: str = "") -> Journal:
@@ -126,7 +127,7 @@ class Journal:
                 f"cannot create {path}: {error.strerror}",
                 hint="choose a writable place with MIGRATOR_JOURNAL_DIR; it must survive a restart",
             ) from error
-        journal = cls(path, fd, [])
+        journal = cls(path, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal.record(Recorded.OPEN, facts=facts, reason=reason)
@@ -146,7 +147,7 @@ class Journal:
             raise
         except OSError as error:
             raise JournalError(f"cannot open {path}: {error.strerror}") from error
-        journal = cls(path, fd, [])
+        journal = cls(path, fd)
         journal.reload()
         return journal
 
@@ -183,7 +184,11 @@ class Journal:
             os.fdatasync(self._fd)
         except OSError as error:
             raise JournalError(f"cannot write {self.path}: {error.strerror}", hint="is the disk full?") from error
-        self._records.append(record)
+        if os.fstat(self._fd).st_size == self._size + len(line):  # nobody else has written meanwhile
+            self._size += len(line)
+            self._records.append(record)
+        else:
+            self.reload()
 
     def decide(self, decision: Recorded, *, reason: str = "") -> Recorded:
         """Record RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
@@ -204,7 +209,9 @@ class Journal:
         """Read the file again: another process may have appended to it."""
         try:
             size = min(os.fstat(self._fd).st_size, _MAX_FILE)
-            self._records = list(decode_lines(os.pread(self._fd, size, 0)))
+            if size != self._size:
+                self._records = list(decode_lines(os.pread(self._fd, size, 0)))
+                self._size = size
         except OSError as error:
             raise JournalError(f"cannot read {self.path}: {error.strerror}") from error
 

@@ -177,7 +177,8 @@ class ProcessTree:
             for tid in waiting:
                 _interrupt(tid)
             self._halt(waiting, halted, deadline)
-            self.refresh()
+            if any(pid not in self.processes for pid in self._list_pids()):
+                self.refresh()
             waiting = {t.tid: (p, t) for p in self.living for t in self._seize_threads(p)}
         for process in list(self.living):
             if not process.threads:
