@@ -71,7 +71,7 @@ class FileSender:
         for path in self._wanted:
             await self._send_whole(self._files[path])
         if self._wanted:
-            await self._sync()
+            await self.sync()
 
     async def send_changes(self) -> None:
         """Send what has changed in the files sent; the workload must stand still. Waits if there was any."""
@@ -80,14 +80,15 @@ class FileSender:
             if _stamp(below(self._root, sent.fact.path)) != sent.stamp or sent.fact.writable:
                 changed |= await self._send_changed(sent)
         if changed:
-            await self._sync()
+            await self.sync()
 
     def synced(self, number: int) -> None:
         """The destination has said that all is in place."""
         self._last_answer = number
         self._answered.set()
 
-    async def _sync(self) -> None:
+    async def sync(self) -> None:
+        """Wait until the destination has all that was sent so far in place."""
         self._number += 1
         await self._send(FilesSync(self._number))
         async with asyncio.timeout(_SYNC_SECONDS):
