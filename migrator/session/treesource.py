@@ -133,6 +133,7 @@ class TreeSource:
                 self._refusal = error.args[-1]
         self._surplus: list[bytes] = []  # only on the destination
         self._dirty: dict[Node, dict[bytes, bool]] = {}
+        self._unlisted: set[Node] = set()
         self._written: dict[tuple[Node, bytes], bytes] = {}
         self._shared: set[Inode] = set()  # with names outside of the tree
         self._listed: dict[int, tuple[Node, list[Node | None]]] = {}
@@ -157,7 +158,9 @@ class TreeSource:
         while waiting:
             node = waiting.pop()
             with self._opened(node) as fd:
-                if fd is None:
+                if fd is None:  # it was renamed just now: what it has there is not known
+                    self._unlisted.add(node)
+                    self._mark(node.parent or node, node.name)
                     continue
                 self._know(node, fd)
                 directory, entries, nodes, after = node.path, list[Entry](), list[Node | None](), b""
@@ -464,11 +467,11 @@ class TreeSource:
     def _still(self, node: Node, fd: int, name: bytes) -> bool:
         """Whether a directory is the one that it was, and not another with the same inode number."""
         if not node.handle or not node.there:
-            return True
+            return node not in self._unlisted
         try:
             return fanotify.handle_of(fd, name) == node.handle
-        except OSError:
-            return False
+        except OSError:  # it was renamed just now: we shall hear of it
+            return True
 
     def _same_directory(self, node: Node, parent: Node, name: bytes) -> bool:
         """An inode number may be used again, a handle is not. Without one we look for no renamed directories, as
@@ -575,23 +578,25 @@ class TreeSource:
     def _new_directory(
         self, parent: Node, fd: int, name: bytes, status: os.stat_result, now: _Pass
     ) -> Iterator[TreeOps]:
-        mount = self._is_mount(fd, name)
-        node = self.model.add(parent, name, _inode(status), directory=not mount)
-        node.mount = mount
-        yield from self._do(Put(_entry(node.path, status, mount=mount)))
-        if mount:
+        path = os.path.join(parent.path, name)
+        if self._is_mount(fd, name):
+            node = self.model.add(parent, name, _inode(status), directory=False)
+            node.mount = True
+            yield from self._do(Put(_entry(path, status, mount=True)))
             return
         try:
             inner = open_beneath(fd, name, _DIRECTORY)
         except OSError as error:
-            if error.errno in _GONE:
-                return  # the next pass will hear of it
-            raise self._failed(node.path, error) from error
+            if error.errno in _GONE:  # we shall hear of it
+                return
+            raise self._failed(path, error) from error
         try:
-            self._know(node, inner)  # before the names are read: from now on we are told
-            names = self._names(node, inner)
-            now.seen[node] = {n: self._see(node, inner, n, True) for n in names}
-            now.touched[node] = None
+            if os.path.samestat(os.fstat(inner), status):
+                node = self.model.add(parent, name, _inode(status), directory=True)
+                self._know(node, inner)  # before the names are read: from now on we are told
+                now.seen[node] = {n: self._see(node, inner, n, True) for n in self._names(node, inner)}
+                now.touched[node] = None
+                yield from self._do(Put(_entry(path, status)))
         finally:
             os.close(inner)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import stat
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 import pytest
 
 from migrator.session import messages as m
+from migrator.session.files import FileError
 from migrator.session.messages import Tree
 from migrator.session.treesource import Mapped, TreeSource
-from migrator.session.treetarget import TreeTarget
+from migrator.session.treetarget import TreeTarget, TreeTargets
 
 pytestmark = pytest.mark.root
 
@@ -161,6 +164,11 @@ def replace(path: Path, content: bytes) -> None:
     new.rename(path)
 
 
+def append(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
 def swap(top: Path) -> None:
     (top / "a").rename(top / "t")
     (top / "b").rename(top / "a")
@@ -170,7 +178,7 @@ def swap(top: Path) -> None:
 CHANGES: dict[str, Callable[[Path], Any]] = {
     "create": lambda top: (top / "new").write_text("x"),
     "create deep": lambda top: ((top / "n/e/w").mkdir(parents=True), (top / "n/e/w/f").write_text("x")),
-    "append": lambda top: open(top / "a", "ab").write(b"more"),
+    "append": lambda top: append(top / "a"),
     "overwrite": lambda top: os.pwrite(os.open(top / "big", os.O_RDWR), b"x", 300_000),
     "truncate": lambda top: os.truncate(top / "big", 200_000),
     "truncate to nothing": lambda top: os.truncate(top / "big", 0),
@@ -203,7 +211,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
         os.utime(top / "a", ns=(status.st_atime_ns, status.st_mtime_ns)),
     ),
     "link": lambda top: os.link(top / "a", top / "d/linked"),
-    "link and write": lambda top: (os.link(top / "big", top / "two"), open(top / "two", "ab").write(b"x")),
+    "link and write": lambda top: (os.link(top / "big", top / "two"), append(top / "two")),
     "link and delete first": lambda top: (os.link(top / "a", top / "two"), (top / "a").unlink()),
     "write to linked": lambda top: (top / "d/g").write_text("both change"),
     "unlink one name, write through it": lambda top: written_unlinked(top),
@@ -213,7 +221,8 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "write to what a link outside leads to": lambda top: (top.parent / "outside").write_text("through outside"),
     "move out of the tree": lambda top: (top / "d").rename(top.parent / "gone"),
     "move into the tree": lambda top: (
-        (top.parent / "in/x").mkdir(parents=True), (top.parent / "in/x/f").touch(), (top.parent / "in").rename(top / "i"),
+        (top.parent / "in/x").mkdir(parents=True), (top.parent / "in/x/f").touch(),
+        (top.parent / "in").rename(top / "i"),
     ),
     "attribute": lambda top: os.setxattr(top / "a", "user.colour", b"green"),
 }  # fmt: skip
@@ -305,6 +314,30 @@ def test_a_tree_that_never_rests_is_the_same_once_it_does(sides: Sides, seed: in
         sides.target.close(True)
 
 
+def test_a_tree_that_changes_within_every_step_is_the_same_once_it_rests(sides: Sides) -> None:
+    chance, over = random.Random(7), threading.Event()
+    for _ in range(60):
+        shake(sides.here, chance)
+
+    def never_rest() -> None:
+        while not over.is_set():
+            shake(sides.here, chance)
+
+    shaker = threading.Thread(target=never_rest)
+    shaker.start()
+    try:
+        sides.start()
+        for _ in range(6):
+            sides.step()
+    finally:
+        over.set()
+        shaker.join()
+    with sides.source:
+        sides.step()
+        sides.same()
+        sides.target.close(True)
+
+
 def shake(top: Path, chance: random.Random) -> None:
     """Do something to a tree, anything."""
     folders = [Path(folder) for folder, _, _ in os.walk(top)]
@@ -363,3 +396,143 @@ def test_sockets_and_devices_are_named_and_left_out(sides: Sides) -> None:
             assert (source.difference.skipped, source.difference.skipped_names) == (2, ["/null", "/socket"])
             sides.target.close(True)
     assert os.listdir(sides.there) == []
+
+
+FILE = m.Entry(b"a", 0o100644, 1)
+HOSTILE: dict[str, list[m.TreeOp]] = {
+    "above": [m.Put(m.Entry(b"../a", 0o100644))],
+    "absolute": [m.Put(m.Entry(b"/etc/passwd", 0o100644))],
+    "dots": [m.Put(m.Entry(b"d/../../a", 0o100644))],
+    "nul": [m.Put(m.Entry(b"a\0b", 0o100644))],
+    "device": [m.Put(m.Entry(b"a", 0o020666))],
+    "socket": [m.Put(m.Entry(b"a", 0o140666))],
+    "our own": [m.Remove(b".migrator-m-test")],
+    "the top": [m.Remove(b"")],
+    "the top is moved": [m.Stash(b"", 1)],
+    "contents of nothing": [m.Write(0, b"x")],
+    "end of nothing": [m.Close()],
+    "two at once": [m.Open(FILE), m.Open(FILE)],
+    "in the middle of a file": [m.Open(FILE), m.Remove(b"a")],
+    "never kept": [m.Unstash(7, b"a")],
+    "twice the same number": [m.Put(FILE), m.Stash(b"a", 1), m.Put(FILE), m.Stash(b"a", 1)],
+    "link from above": [m.Join(b"a", b"../secret")],
+    "strange attribute": [m.Put(m.Entry(b"a", 0o100644, xattrs={"security.selinux": b"x"}))],
+}
+
+
+@pytest.mark.parametrize("ops", HOSTILE.values(), ids=HOSTILE)
+def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, ops: list[m.TreeOp]) -> None:
+    (tmp_path / "secret").write_text("mine")
+    top = tmp_path / "top"
+    target = TreeTarget(Tree("/"), str(top), "m-test")
+    with pytest.raises(m.MessageError):
+        target.apply(ops)
+    target.close(False)
+    assert sorted(os.listdir(tmp_path)) == ["secret", "top"]
+    assert [name for name in os.listdir(top) if name != "a"] == []
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        m.Put(m.Entry(b"link/secret", 0o100644)),
+        m.Open(m.Entry(b"link/secret", 0o100644), True),
+        m.Touch(m.Entry(b"link/secret", 0o100777)),
+        m.Open(m.Entry(b"to-secret", 0o100644), True),
+        m.Touch(m.Entry(b"to-secret", 0o100777)),
+        m.Remove(b"link/secret"),
+        m.Join(b"a", b"link/secret"),
+        m.Put(m.Entry(b"mounted/a", 0o100644)),
+    ],
+    ids=str,
+)
+def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.TreeOp) -> None:
+    outside, top = tmp_path / "outside", tmp_path / "top"
+    outside.mkdir()
+    (top / "mounted").mkdir(parents=True)
+    (outside / "secret").write_text("mine")
+    (outside / "secret").chmod(0o600)
+    (top / "link").symlink_to(outside)
+    (top / "to-secret").symlink_to(outside / "secret")
+    subprocess.run(["mount", "--bind", outside, top / "mounted"], check=True)
+    try:
+        target = TreeTarget(Tree("/"), str(top), "m-test")
+        with pytest.raises(FileError, match=r"/(link/secret|to-secret|mounted/a|a) cannot be written"):
+            target.apply([op])
+        target.close(False)
+    finally:
+        subprocess.run(["umount", top / "mounted"], check=True)
+    assert (outside / "secret").read_text() == "mine"
+    assert (outside / "secret").stat().st_mode == 0o100600
+    assert os.listdir(outside) == ["secret"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "root"), [(Tree("/"), ""), (Tree("/"), "/"), (Tree("/../etc"), "/srv"), (Tree("/a\0b"), "")]
+)
+def test_a_tree_that_is_nobodys_to_replace_is_refused(tree: Tree, root: str) -> None:
+    with pytest.raises(m.MessageError):
+        TreeTargets([tree], root, "m-test")
+
+
+def test_a_tree_that_was_not_agreed_upon_or_is_over_is_refused(tmp_path: Path) -> None:
+    targets = TreeTargets([Tree("/")], str(tmp_path / "top"), "m-test")
+    with pytest.raises(m.MessageError):
+        targets.apply(m.TreeOps(1, []))
+    targets.close(False)
+    with pytest.raises(m.MessageError):
+        targets.apply(m.TreeOps(0, [m.Put(FILE)]))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("directory", "after", "names"),
+    [(b"..", b"", [b"a"]), (b"", b"", [b"a/b"]), (b"", b"", [b"b", b"a"]), (b"", b"b", [b"a"]), (b"", b"", [b""])],
+)
+def test_a_list_of_what_cannot_be_there_is_refused(
+    tmp_path: Path, directory: bytes, after: bytes, names: list[bytes]
+) -> None:
+    target = TreeTarget(Tree("/"), str(tmp_path), "m-test")
+    with pytest.raises(m.MessageError):
+        target.compare(m.TreeList(0, 0, directory, after, True, [m.Entry(name, 0o100644) for name in names]))
+    target.close(False)
+
+
+@pytest.mark.parametrize(
+    "answer", [m.TreeAnswer(99), m.TreeAnswer(0, [9]), m.TreeAnswer(0, [], [b"../a"]), m.TreeAnswer(0, [], [b"a/b"])]
+)
+def test_an_answer_to_what_was_not_asked_is_refused(sides: Sides, answer: m.TreeAnswer) -> None:
+    (sides.here / "a").touch()
+    fd = os.open(sides.here, os.O_RDONLY | os.O_DIRECTORY)
+    with TreeSource(0, sides.tree, fd, watched=False) as source:
+        next(source.listing())
+        with pytest.raises(m.MessageError):
+            source.answered(answer)
+
+
+def test_a_file_that_is_cut_off_on_its_way_leaves_the_old_one(sides: Sides) -> None:
+    big, content = sides.here / "big", os.urandom(3 << 20)
+    big.write_bytes(content)
+    with sides.start():
+        sides.step()
+        with open(big, "r+b") as file:
+            file.write(b"x" * (2 << 20))
+        for message in sides.source.changes(Mapped()):
+            sides.target.apply([op for op in message.ops if not isinstance(op, m.Close)])
+            break
+        sides.target.close(False)
+    assert (sides.there / "big").read_bytes() == content
+    assert sorted(os.listdir(sides.there.parent)) == ["here", "there"]
+
+
+def test_names_of_a_large_directory_are_compared_in_parts(sides: Sides) -> None:
+    for number in range(1300):
+        (sides.here / f"f{number}").touch()
+    sides.there.mkdir()
+    for number in range(0, 3000, 3):
+        (sides.there / f"g{number}").touch()
+    with sides.start() as source:
+        assert (source.difference.files, source.difference.surplus) == (1300, 1000)
+        sides.step()
+        sides.same()
+        sides.target.close(True)
