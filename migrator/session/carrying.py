@@ -17,7 +17,8 @@ from migrator.linux.openat2 import open_in_root
 from migrator.session.messages import AnyMessage, MessageError, Tree, TreeAnswer
 from migrator.session.preflight import Difference
 from migrator.session.thread import OwnThread
-from migrator.session.treesource import Mapped, TreeSource
+from migrator.session.treesource import TreeSource
+from migrator.session.treeview import Mapped
 
 _WINDOW = 8  # lists without an answer
 _ANSWER_SECONDS = 60.0
@@ -55,10 +56,10 @@ class Carrying:
         self.bytes = 0
         self.seconds = 0.0  # of the last pass: what the freeze will need, about
 
-    async def compare(self, forced: Sequence[str], *, watched: bool) -> tuple[Difference, list[str]]:
-        """What differs there; and those of `forced` that are in no tree. From now on changes are noted, if
-        `watched`. Raises FileError, MessageError."""
-        await self._thread.run(self._open, watched)
+    async def compare(self, forced: Sequence[str]) -> tuple[Difference, list[str]]:
+        """What differs there; and those of `forced` that are in no tree. From now on changes are noted. Raises
+        FileError, MessageError."""
+        await self._thread.run(self._open)
         for tree in self._trees:
             lists = tree.listing()
             while (listed := await self._thread.run(next, lists, None)) is not None:
@@ -120,7 +121,7 @@ class Carrying:
             tree.close()
         await self._thread.close()
 
-    def _open(self, watched: bool) -> None:
+    def _open(self) -> None:
         root = os.open(self._root or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for number, tree in enumerate(self._chosen):
@@ -128,7 +129,7 @@ class Carrying:
                     top = open_in_root(root, tree.path, os.O_RDONLY | os.O_DIRECTORY, links=False)
                 except OSError as error:
                     raise UsageError(f"{tree.path}: {os.strerror(error.errno or 0)}") from error
-                self._trees.append(TreeSource(number, tree, top, watched=watched, tell=self._note))
+                self._trees.append(TreeSource(number, tree, top, tell=self._note))
         finally:
             os.close(root)
 

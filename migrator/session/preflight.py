@@ -39,7 +39,8 @@ _MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
 @dataclass
 class Difference:
     """What a preflight found: how much is to be carried along, what of the destination's will be set aside, what
-    is not carried; each with the paths of the first few."""
+    is not carried; each with the paths of the first few. `walked`: trees of which the kernel does not tell what
+    changes in them, and why."""
 
     files: int = 0
     bytes: int = 0
@@ -48,6 +49,7 @@ class Difference:
     surplus_names: list[str] = field(default_factory=list)
     skipped: int = 0
     skipped_names: list[str] = field(default_factory=list)
+    walked: list[str] = field(default_factory=list)
 
     def __add__(self, other: Difference) -> Difference:
         return Difference(
@@ -58,6 +60,7 @@ class Difference:
             (self.surplus_names + other.surplus_names)[:FEW],
             self.skipped + other.skipped,
             (self.skipped_names + other.skipped_names)[:FEW],
+            self.walked + other.walked,
         )
 
     def reasons(self, here: str) -> list[Reason]:
@@ -72,6 +75,9 @@ class Difference:
         if self.skipped:
             what = f"{self.skipped} sockets and devices are not copied"
             found.append(Reason("files", f"{what}: {_some(self.skipped_names, self.skipped)}", "", False))
+        for tree in self.walked:
+            what = f"the kernel does not tell what changes below {tree}: every file is looked at again in the freeze"
+            found.append(Reason("files", what, "", False))
         return found
 
 

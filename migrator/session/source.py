@@ -541,8 +541,7 @@ class SourceSession:
         """Compare what is carried along, and go on."""
         try:
             if self._files is not None and self._trees is not None:
-                watched = not self.settings.dry_run
-                found, left = await self._trees.compare(verdict.wanted, watched=watched)
+                found, left = await self._trees.compare(verdict.wanted)
                 self._files.want(left)
                 assert self.report is not None
                 notes = found.reasons(verdict.destination.host)

@@ -39,13 +39,12 @@ from migrator.session.messages import (
     TreeOps,
     Write,
 )
+from migrator.session.treefile import WORK, carried, dress, dress_name, mount_of, reserve, write_all
 
-WORK = b".migrator-"  # what begins so at the top of a tree is ours, and never carried
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
 _MOST_STASHED = 1 << 20
 _IN_MEMORY = 4 << 20  # bytes of changes of one file; more wait in a file without a name
 _COPY = 1 << 20
-_XATTRS = ("user.", "security.capability", "system.posix_acl_")
 
 
 class TreeTarget:
@@ -213,7 +212,7 @@ class TreeTarget:
                 places.insert(0, os.path.join(head, b"." + tail[:100] + WORK + self._name))
             for place in places:
                 os.mkdir(place, 0o700)
-                if _mount_of(place) == _mount_of(top):
+                if mount_of(place) == mount_of(top):
                     break
                 os.rmdir(place)  # nothing can be renamed from there
             self._work = place
@@ -276,9 +275,9 @@ class TreeTarget:
         if kind == stat.S_IFREG:
             fd, staged = self._stage()
             try:
-                _write_all(fd, op.data, 0)
+                write_all(fd, op.data, 0)
                 self.bytes += len(op.data)
-                _dress(fd, entry)
+                dress(fd, entry)
             finally:
                 os.close(fd)
         else:
@@ -287,7 +286,7 @@ class TreeTarget:
                 os.symlink(entry.target, staged, dir_fd=self._work_fd)
             else:
                 os.mkfifo(staged, 0o600, dir_fd=self._work_fd)
-            _dress_name(self._work_fd, staged, entry)
+            dress_name(self._work_fd, staged, entry)
         self._clear(entry.path, None)
         self._move_out(staged, entry.path)
 
@@ -310,13 +309,13 @@ class TreeTarget:
             folder, name = self._place(entry.path)
             if stat.S_IFMT(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode) != kind:
                 raise OSError(errno.ESTALE, "is another file by now")
-            return _dress_name(folder, name, entry)
+            return dress_name(folder, name, entry)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if kind == stat.S_IFDIR else 0)
         fd = open_beneath(self._top_fd, entry.path, flags)
         try:
             if stat.S_IFMT(os.fstat(fd).st_mode) != kind:
                 raise OSError(errno.ESTALE, "is another file by now")
-            _dress(fd, entry)
+            dress(fd, entry)
         finally:
             os.close(fd)
 
@@ -369,7 +368,7 @@ class TreeTarget:
     def _write(self, op: Write) -> None:
         self.bytes += len(op.data)
         if self._spool is None:
-            _write_all(self._fd, op.data, op.offset)
+            write_all(self._fd, op.data, op.offset)
             return
         self._spool.write(op.data)
         if self._writes and sum(self._writes[-1]) == op.offset:
@@ -383,15 +382,15 @@ class TreeTarget:
         if self._spool is not None:
             # Room first: a file that is half changed because the disk is full helps nobody.
             for offset, length in self._writes:
-                _reserve(self._fd, offset, length)
+                reserve(self._fd, offset, length)
             self._spool.seek(0)
             for offset, length in self._writes:
                 while length:
                     data = self._spool.read(min(length, _COPY))
-                    _write_all(self._fd, data, offset)
+                    write_all(self._fd, data, offset)
                     offset, length = offset + len(data), length - len(data)
         os.ftruncate(self._fd, entry.size)
-        _dress(self._fd, entry)
+        dress(self._fd, entry)
         if self._spool is None:
             self._clear(entry.path, None)
             self._move_out(self._staged, entry.path)
@@ -523,74 +522,6 @@ def _top_of(tree: Tree, root: str) -> str:
     if os.path.realpath(top) != top:
         raise FileError(f"{top} leads over a symbolic link here", hint="make it a directory there")
     return top
-
-
-def carried(mode: int) -> bool:
-    """Sockets are made by who binds them, devices belong to the host."""
-    return stat.S_IFMT(mode) in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO)
-
-
-def xattrs_of(fd: int) -> dict[str, bytes]:
-    """The extended attributes of a file that are carried: a user's, capabilities, access control lists."""
-    try:
-        names = os.listxattr(fd)
-    except OSError:  # a file system without any
-        return {}
-    found = {}
-    for name in names:
-        if name.startswith(_XATTRS):
-            with contextlib.suppress(OSError):
-                found[name] = os.getxattr(fd, name)
-    return found
-
-
-def _dress(fd: int, entry: Entry) -> None:
-    """Owner before mode and capabilities, which it would take away; times last."""
-    status = os.fstat(fd)
-    if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
-        os.fchown(fd, entry.uid, entry.gid)
-    os.fchmod(fd, stat.S_IMODE(entry.mode))
-    before = xattrs_of(fd)
-    for name in before.keys() - entry.xattrs.keys():
-        os.removexattr(fd, name)
-    for name, value in entry.xattrs.items():
-        if not name.startswith(_XATTRS):
-            raise MessageError(f"{_shown(entry.path)} has the attribute {name!r}")
-        if before.get(name) != value:
-            os.setxattr(fd, name, value)
-    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
-
-
-def _dress_name(folder: int, name: bytes, entry: Entry) -> None:
-    """The same for what cannot be opened."""
-    os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
-    if stat.S_ISFIFO(entry.mode):
-        os.chmod(name, stat.S_IMODE(entry.mode), dir_fd=folder)
-    os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder, follow_symlinks=False)
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
-def _reserve(fd: int, offset: int, length: int) -> None:
-    try:
-        os.posix_fallocate(fd, offset, length)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-
-
-def _mount_of(path: bytes) -> str:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with open(f"/proc/self/fdinfo/{fd}") as file:
-            return next(line for line in file if line.startswith("mnt_id"))
-    finally:
-        os.close(fd)
 
 
 def _path_of(op: TreeOp) -> bytes:

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -180,6 +181,7 @@ int main(int argc, char **argv)
 	int log, fd;
 
 	top = argv[1];
+	signal(SIGTERM, _exit);
 	for (int n = 0; n < DIRS; n++) {
 		snprintf(path, sizeof(path), "%s/d%d", top, n);
 		mkdir(path, 0755);

@@ -17,8 +17,9 @@ import pytest
 from migrator.session import messages as m
 from migrator.session.files import FileError
 from migrator.session.messages import Tree
-from migrator.session.treesource import Mapped, TreeSource
+from migrator.session.treesource import TreeSource
 from migrator.session.treetarget import TreeTarget, TreeTargets
+from migrator.session.treeview import Mapped
 
 pytestmark = pytest.mark.root
 
