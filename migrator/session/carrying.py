@@ -31,7 +31,7 @@ class Carrying:
 
     send:  sends a message
     sync:  waits until the destination has done all that was sent
-    tell:  called with the bytes of files sent so far
+    tell:  called with the bytes of files in each message sent
     pids:  the processes of the workload, as they are now
     """
 
@@ -53,7 +53,7 @@ class Carrying:
         self._waiting: set[int] = set()
         self._answers: list[TreeAnswer] = []
         self._answered = asyncio.Event()
-        self.bytes = 0
+        self._count = 0  # bytes since that was told
         self.seconds = 0.0  # of the last pass: what the freeze will need, about
 
     async def compare(self, forced: Sequence[str]) -> tuple[Difference, list[str]]:
@@ -109,8 +109,9 @@ class Carrying:
             changes = tree.changes(mapped)
             while (message := await self._thread.run(next, changes, None)) is not None:
                 await self._send(message)
-                self._tell(self.bytes)
                 sent += 1
+                count, self._count = self._count, 0
+                self._tell(count)
         if sent:
             await self._sync()
         self.seconds = time.monotonic() - began
@@ -134,7 +135,7 @@ class Carrying:
             os.close(root)
 
     def _note(self, count: int) -> None:
-        self.bytes += count
+        self._count += count
 
 
 def mapped_files(pids: Sequence[int]) -> Mapped:

@@ -95,6 +95,7 @@ class SourceSession:
         self._survey_pids: list[int] = []
         self._tasks_there = 1
         self._compared = self._rss = 0  # files, bytes
+        self._file_bytes = 0  # sent
         self._factor = 1.0
         self._decision: precopy.Decision | None = None
         self._clock = model.ClockOffset()
@@ -290,13 +291,13 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._files = FileSender(files, self._send, root)
+            self._files = FileSender(files, self._send, root, self._sent_files)
             self._trees = Carrying(
                 self.settings.trees,
                 root,
                 send=self._send,
                 sync=self._files.sync,
-                tell=lambda count: self._tell(model.Transferred(self.settings.migration, "files", count, 0)),
+                tell=self._sent_files,
                 pids=self._copying.pids,
             )
         proposal = m.Propose(
@@ -385,6 +386,11 @@ class SourceSession:
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
         late = self._send_last if self._files is not None and (self._files.sent or self.settings.trees) else None
         await self._copying.save(self._journal, self._facts, late)
+
+    def _sent_files(self, count: int) -> None:
+        self._file_bytes += count
+        phase = "files" if self.state is SourceState.PRECOPY else "changed files"
+        self._tell(model.Transferred(self.settings.migration, phase, self._file_bytes, 0))
 
     async def _send_last(self) -> None:
         """What has changed in the files since; the workload stands still."""

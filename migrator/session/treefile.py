@@ -6,11 +6,54 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
+from typing import IO
 
 from migrator.session.messages import Entry, MessageError
 
 WORK = b".migrator-"  # what begins so at the top of a tree is ours, and never carried
+_IN_MEMORY = 4 << 20  # bytes of changes of one file
+_COPY = 1 << 20
 _XATTRS = ("user.", "security.capability", "system.posix_acl_")
+
+
+class Held:
+    """Changes of one file, kept until all of them are there: a file is never left half changed because the other
+    side went away. Beyond some MiB they wait in a file without a name in `folder`."""
+
+    def __init__(self, folder: str) -> None:
+        self._spool: IO[bytes] = _spool(folder)
+        self._writes: list[tuple[int, int]] = []  # offset, length
+
+    def write(self, data: bytes, offset: int) -> None:
+        self._spool.write(data)
+        if self._writes and sum(self._writes[-1]) == offset:
+            self._writes[-1] = (self._writes[-1][0], self._writes[-1][1] + len(data))
+        else:
+            self._writes.append((offset, len(data)))
+
+    def apply(self, fd: int) -> None:
+        """Write them. Room is made first: a full disk leaves the file as it was."""
+        size = os.fstat(fd).st_size
+        try:
+            for offset, length in self._writes:
+                reserve(fd, offset, length)
+        except OSError:
+            os.ftruncate(fd, size)
+            raise
+        self._spool.seek(0)
+        for offset, length in self._writes:
+            while length:
+                data = self._spool.read(min(length, _COPY))
+                write_all(fd, data, offset)
+                offset, length = offset + len(data), length - len(data)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def _spool(folder: str) -> IO[bytes]:
+    return tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
 
 
 def carried(mode: int) -> bool:

@@ -13,10 +13,8 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator
-from typing import IO
 
 from migrator.linux.openat2 import open_beneath
 from migrator.session.files import FileError
@@ -39,12 +37,10 @@ from migrator.session.messages import (
     TreeOps,
     Write,
 )
-from migrator.session.treefile import WORK, carried, dress, dress_name, mount_of, reserve, write_all
+from migrator.session.treefile import WORK, Held, carried, dress, dress_name, mount_of, write_all
 
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
 _MOST_STASHED = 1 << 20
-_IN_MEMORY = 4 << 20  # bytes of changes of one file; more wait in a file without a name
-_COPY = 1 << 20
 
 
 class TreeTarget:
@@ -67,8 +63,7 @@ class TreeTarget:
         self._file: Open | None = None
         self._fd = -1
         self._staged = b""
-        self._spool: IO[bytes] | None = None
-        self._writes: list[tuple[int, int]] = []
+        self._held: Held | None = None
 
     # Comparing
 
@@ -360,54 +355,39 @@ class TreeTarget:
                 os.close(fd)
                 raise OSError(errno.ESTALE, "is another file by now")
             self._fd = fd
-            self._spool = self._new_spool()
+            self._held = Held(os.fsdecode(self._dir(b"new")))
         else:
             self._fd, self._staged = self._stage()
-        self._file, self._writes = op, []
+        self._file = op
 
     def _write(self, op: Write) -> None:
         self.bytes += len(op.data)
-        if self._spool is None:
-            write_all(self._fd, op.data, op.offset)
-            return
-        self._spool.write(op.data)
-        if self._writes and sum(self._writes[-1]) == op.offset:
-            self._writes[-1] = (self._writes[-1][0], self._writes[-1][1] + len(op.data))
+        if self._held is not None:
+            self._held.write(op.data, op.offset)
         else:
-            self._writes.append((op.offset, len(op.data)))
+            write_all(self._fd, op.data, op.offset)
 
     def _close(self) -> None:
         assert self._file is not None
         entry = self._file.entry
-        if self._spool is not None:
-            # Room first: a file that is half changed because the disk is full helps nobody.
-            for offset, length in self._writes:
-                reserve(self._fd, offset, length)
-            self._spool.seek(0)
-            for offset, length in self._writes:
-                while length:
-                    data = self._spool.read(min(length, _COPY))
-                    write_all(self._fd, data, offset)
-                    offset, length = offset + len(data), length - len(data)
+        if self._held is not None:
+            self._held.apply(self._fd)
         os.ftruncate(self._fd, entry.size)
         dress(self._fd, entry)
-        if self._spool is None:
+        if self._held is None:
             self._clear(entry.path, None)
             self._move_out(self._staged, entry.path)
         self._drop_file()
 
     def _drop_file(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
+        if self._held is not None:
+            self._held.close()
         elif self._file is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._staged, dir_fd=self._work_fd)
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._file, self._spool = -1, None, None
-
-    def _new_spool(self) -> IO[bytes]:
-        return tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=os.fsdecode(self._dir(b"new")))
+        self._fd, self._file, self._held = -1, None, None
 
     # Places
 

@@ -62,7 +62,7 @@ class TreeView:
             try:
                 self._watch = fanotify.FileSystemWatch(top_fd)
             except OSError as error:
-                self.refusal = error.args[-1]
+                self.refusal = error.strerror or str(error)
         self._dirty: dict[Node, dict[bytes, bool]] = {}
         self._unlisted: set[Node] = set()
         self._written: dict[tuple[Node, bytes], bytes] = {}
@@ -171,7 +171,7 @@ class TreeView:
                     self._mark(node.parent, node.name)
 
     def _added(self, node: Node) -> None:
-        if node.inode.links > len(node.inode.names):
+        if not node.inode.directory and node.inode.links > len(node.inode.names):
             self._shared.add(node.inode)
 
     # Places

@@ -399,6 +399,25 @@ def test_sockets_and_devices_are_named_and_left_out(sides: Sides) -> None:
     assert os.listdir(sides.there) == []
 
 
+def test_where_the_kernel_tells_nothing_preflight_says_so_and_everything_is_looked_at(tmp_path: Path) -> None:
+    sides = Sides(tmp_path)
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lower/old").write_text("old")
+    options = ",".join(f"{key}={tmp_path / key[:-3]}" for key in ("lowerdir", "upperdir", "workdir"))
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, sides.here], check=True)
+    try:
+        sides.watched = False
+        fd = os.open(sides.here, os.O_RDONLY | os.O_DIRECTORY)
+        with TreeSource(0, sides.tree, fd) as source:
+            assert not source.watching
+            (reason,) = source.difference.reasons("b")
+            assert "the kernel does not tell what changes below / " in str(reason)
+        sides.move(lambda: ((sides.here / "old").write_text("copied up"), None)[1])
+    finally:
+        subprocess.run(["umount", sides.here], check=True)
+
+
 FILE = m.Entry(b"a", 0o100644, 1)
 HOSTILE: dict[str, list[m.TreeOp]] = {
     "above": [m.Put(m.Entry(b"../a", 0o100644))],
