@@ -11,11 +11,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from msgspec import structs
+
 from migrator.errors import UsageError
 from migrator.linux import procfs
 from migrator.linux.openat2 import open_in_root
 from migrator.session.messages import AnyMessage, MessageError, Tree, TreeAnswer
-from migrator.session.preflight import Difference
+from migrator.session.preflight import Difference, below
 from migrator.session.thread import OwnThread
 from migrator.session.treesource import TreeSource
 from migrator.session.treeview import Mapped
@@ -23,6 +25,7 @@ from migrator.session.treeview import Mapped
 _WINDOW = 8  # lists without an answer
 _ANSWER_SECONDS = 60.0
 _MOST_PASSES = 8
+_INODE = (1 << 63) - 1
 _SHORT = 0.05  # seconds of a pass that need not be made shorter
 
 
@@ -55,6 +58,14 @@ class Carrying:
         self._answered = asyncio.Event()
         self._count = 0  # bytes since that was told
         self.seconds = 0.0  # of the last pass: what the freeze will need, about
+
+    def proposed(self) -> list[Tree]:
+        """The trees, with what tells them from others."""
+        found = []
+        for tree in self._chosen:
+            status = os.stat(below(self._root, tree.path))
+            found.append(structs.replace(tree, inode=status.st_ino & _INODE, changed_ns=status.st_ctime_ns))
+        return found
 
     async def compare(self, forced: Sequence[str]) -> tuple[Difference, list[str]]:
         """What differs there; and those of `forced` that are in no tree. From now on changes are noted. Raises

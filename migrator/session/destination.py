@@ -286,7 +286,11 @@ class DestinationSession:
             files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
+            for tree in self._trees.shared():
+                remedy = "it needs no copy: leave --copy-files and --copy-path away"
+                reasons.append(m.Reason(tree.path, "is the same directory on both hosts", remedy))
             if not any(r.blocking for r in reasons) and not proposal.dry_run:
+                self._trees.accepted = True
                 self._prepared = await self._thread.run(self.settings.prepare, proposal)
         except MigratorError as error:
             texts = getattr(error, "reasons", None) or [error.message]

@@ -86,10 +86,13 @@ class Hello(Message, tag="hello", frozen=True):
 
 class Tree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is carried along as a whole: all below the directory `path`, as the workload sees it; or of that
-    directory only the file `only`."""
+    directory only the file `only`. Its inode number and the time of its last change (ns) tell whether both hosts
+    look at the same directory."""
 
     path: Annotated[str, Meta(max_length=4096, pattern=r"^/")]
-    only: Annotated[bytes, Meta(max_length=255)] = b""
+    only: FileName = b""
+    inode: Count = 0  # its lower 63 bits
+    changed_ns: Stamp = 0
 
 
 class Propose(Message, tag="propose", frozen=True):

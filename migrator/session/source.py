@@ -308,7 +308,7 @@ class SourceSession:
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
-            list(self.settings.trees),
+            self._trees.proposed() if self._trees is not None else [],
         )
         self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
         await self._send(proposal)

@@ -40,6 +40,7 @@ from migrator.session.messages import (
 from migrator.session.treefile import WORK, Held, carried, dress, dress_name, mount_of, write_all
 
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
+_SHARED_NS = 60 * 10**9  # how long ago the source may have looked
 _MOST_STASHED = 1 << 20
 
 
@@ -66,6 +67,16 @@ class TreeTarget:
         self._held: Held | None = None
 
     # Comparing
+
+    @property
+    def shared(self) -> bool:
+        """Whether this seems to be the very directory that the source sees, as on shared storage."""
+        try:
+            status = os.stat(self.top)
+        except OSError:
+            return False
+        since = status.st_ctime_ns - self.tree.changed_ns
+        return status.st_ino & ((1 << 63) - 1) == self.tree.inode and 0 <= since < _SHARED_NS
 
     def compare(self, listed: TreeList) -> list[TreeAnswer]:
         """What is not the same here. Only reads. Raises MessageError for what no source would ask."""
@@ -461,12 +472,14 @@ class TreeTarget:
 
 
 class TreeTargets:
-    """All trees of one proposal, below `root` ("" for the host's). What comes after `close` is refused, and what
-    is being done then is finished first: they may be called from several threads."""
+    """All trees of one proposal, below `root` ("" for the host's). Nothing is written unless `accepted`. What comes
+    after `close` is refused, and what is being done then is finished first: they may be called from several
+    threads."""
 
     def __init__(self, trees: list[Tree], root: str, name: str) -> None:
         self._lock = threading.Lock()
         self._closed = False
+        self.accepted = False
         self._trees = [TreeTarget(tree, _top_of(tree, root), name) for tree in trees]
 
     def compare(self, listed: TreeList) -> list[TreeAnswer]:
@@ -475,7 +488,14 @@ class TreeTargets:
 
     def apply(self, message: TreeOps) -> None:
         with self._lock:
-            self._at(message.tree).apply(message.ops)
+            tree = self._at(message.tree)
+            if not self.accepted:
+                raise MessageError("files of a workload that was not accepted")
+            tree.apply(message.ops)
+
+    def shared(self) -> list[Tree]:
+        """Those which are the same directory on both hosts: there is nothing to carry, and much to break."""
+        return [target.tree for target in self._trees if target.shared]
 
     def close(self, kept: bool) -> list[str]:
         """See `TreeTarget.close`."""

@@ -236,7 +236,7 @@ def test_a_container_on_the_hosts_root_takes_along_the_paths_that_are_named(host
     program.chmod(0o755)
     stage.start_container(NAME, [str(program), str(data), "300"])
     hosts.settled(stage.a, 50, data)
-    options = ["--copy-path", str(data), "--copy-path", str(hosts.folder / "single"), "--copy-path", f"{data}/d1"]
+    options = ["--copy-path", str(data), "--copy-path", str(hosts.folder / "single"), "--copy-path", f"{data}/log"]
     for source, destination in [(stage.a, stage.b), (stage.b, stage.a)]:
         stage.migrate(NAME, source, destination, *options)
         hosts.settled(destination, 50, data)
@@ -247,6 +247,9 @@ def test_a_container_on_the_hosts_root_takes_along_the_paths_that_are_named(host
     assert (stage.folder / "log" / f"{NAME}.log").read_text() == ""
     done = stage.a.run([*MIGRATOR, "check", NAME, f"root@{stage.b.address}:7022", "--copy-path", "/"], check=False)
     assert done.returncode == 2 and "that is the whole host" in done.stderr
+    shared = str(stage.folder / "log")
+    done = stage.a.run([*MIGRATOR, "check", NAME, f"root@{stage.b.address}:7022", "--copy-path", shared], check=False)
+    assert done.returncode == 3 and f"{shared}: is the same directory on both hosts" in done.stderr
 
 
 def test_a_path_that_cannot_be_carried_is_an_error_that_says_why(hosts: Hosts) -> None:

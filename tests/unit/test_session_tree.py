@@ -498,11 +498,24 @@ def test_a_tree_that_is_nobodys_to_replace_is_refused(tree: Tree, root: str) -> 
 def test_a_tree_that_was_not_agreed_upon_or_is_over_is_refused(tmp_path: Path) -> None:
     targets = TreeTargets([Tree("/")], str(tmp_path / "top"), "m-test")
     with pytest.raises(m.MessageError):
+        targets.apply(m.TreeOps(0, [m.Put(FILE)]))
+    targets.accepted = True
+    with pytest.raises(m.MessageError):
         targets.apply(m.TreeOps(1, []))
     targets.close(False)
     with pytest.raises(m.MessageError):
         targets.apply(m.TreeOps(0, [m.Put(FILE)]))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    status = (tmp_path / "top").stat()
+    same = Tree("/top", b"", status.st_ino, status.st_ctime_ns)
+    (tmp_path / "top/later").touch()
+    other = Tree("/top", b"", status.st_ino, status.st_ctime_ns - 3600 * 10**9)
+    for tree, shared in [(same, True), (other, False), (Tree("/top"), False)]:
+        assert bool(TreeTargets([tree], str(tmp_path), "m-test").shared()) == shared
 
 
 @pytest.mark.parametrize(
