@@ -552,7 +552,7 @@ class SourceSession:
                 assert self.report is not None
                 notes = found.reasons(verdict.destination.host)
                 self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
-                for note in notes:
+                for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
                     self._tell(model.Noted(self.settings.migration, str(note)))
         except (MigratorError, OSError) as error:
             lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
