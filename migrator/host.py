@@ -166,9 +166,10 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
     ):
         reasons.append(f"container {spec.name}: there is no bridge {wanted} here")
         hints.append("make it there, or name another for what arrives: migrator agent --bridge NAME")
-    if spec.root and not os.path.isdir(spec.root):
+    arrives = any(tree.path == "/" and not tree.only for tree in proposal.trees)
+    if spec.root and not arrives and not os.path.isdir(spec.root):
         reasons.append(f"container {spec.name}: its root directory {spec.root} is not here")
-        hints.append("copy it there first")
+        hints.append("copy it there first, or use --copy-files")
     if reasons:
         raise Refused(reasons, hint="; ".join(hints))
 

@@ -173,6 +173,13 @@ class Transferred(msgspec.Struct, frozen=True, tag=True):
     pages: int
 
 
+class Noted(msgspec.Struct, frozen=True, tag=True):
+    """Something that preflight found and that a person may want to know before it is done."""
+
+    migration: str
+    text: str
+
+
 class Waiting(msgspec.Struct, frozen=True, tag=True):
     """Something takes longer than it should, and a person may want to know why."""
 
@@ -186,7 +193,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     result: MigrationResult
 
 
-Event = Started | PhaseStarted | PhaseEnded | RoundDone | Transferred | Waiting | Ended
+Event = Started | PhaseStarted | PhaseEnded | RoundDone | Transferred | Noted | Waiting | Ended
 OnEvent = Callable[[Event], None]
 
 

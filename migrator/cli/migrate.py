@@ -16,7 +16,7 @@ from migrator import container, host, model
 from migrator.agent import AgentSettings, run_daemon, run_stdio
 from migrator.cli.output import duration, err, out, reported
 from migrator.cli.progress import Display, show_result
-from migrator.cli.workload import Workload, find_workload
+from migrator.cli.workload import Workload, find_workload, trees
 from migrator.container.switchover import NetworkLock
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Fate, MigratorError, UsageError
@@ -42,6 +42,10 @@ AcceptNew = Annotated[bool, typer.Option("--accept-new-host-key", help="Pin the 
 RemoteCommand = Annotated[str, typer.Option(help="What starts migrator there, over a plain sshd.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
 CopyFiles = Annotated[bool, typer.Option("--copy-files", help="Carry along files that differ or lack there.")]
+CopyPath = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATH", help="Carry along this file, or all below this directory; may be repeated."),
+]
 
 
 def migrate(
@@ -55,6 +59,7 @@ def migrate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find out whether it could.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="No pre-copy: stop, copy, restart.")] = False,
     copy_files: CopyFiles = False,
+    copy_path: CopyPath = None,
     as_json: AsJson = False,
     identity: Identity = None,
     known_hosts: KnownHosts = None,
@@ -64,6 +69,8 @@ def migrate(
     """Move a running process tree or container to another host while it keeps working."""
     with reported():
         login = host.Login(identity, known_hosts, remote_command, accept_new_host_key)
+        workload = find_workload(target)
+        copy_files = copy_files or bool(copy_path)
         settings = SourceSettings(
             migration=host.new_migration(),
             peer=peer,
@@ -72,15 +79,17 @@ def migrate(
             bandwidth=parse_size(bandwidth) if bandwidth else 0.0,
             dry_run=dry_run,
             copy_files=copy_files,
+            trees=trees(workload, copy_files, copy_path or []),
             cold=cold,
         )
-        _finish(_interruptible(_migrate(find_workload(target), settings, login)), as_json)
+        _finish(_interruptible(_migrate(workload, settings, login)), as_json)
 
 
 def check(
     target: Target,
     peer: Peer,
     copy_files: CopyFiles = False,
+    copy_path: CopyPath = None,
     as_json: AsJson = False,
     identity: Identity = None,
     known_hosts: KnownHosts = None,
@@ -90,8 +99,16 @@ def check(
     """Find out whether a workload can be moved to a host, and if not why. Touches nothing."""
     with reported():
         login = host.Login(identity, known_hosts, remote_command, accept_new_host_key)
-        settings = SourceSettings(migration=host.new_migration(), peer=peer, dry_run=True, copy_files=copy_files)
-        _finish(_interruptible(_migrate(find_workload(target), settings, login)), as_json)
+        workload = find_workload(target)
+        copy_files = copy_files or bool(copy_path)
+        settings = SourceSettings(
+            migration=host.new_migration(),
+            peer=peer,
+            dry_run=True,
+            copy_files=copy_files,
+            trees=trees(workload, copy_files, copy_path or []),
+        )
+        _finish(_interruptible(_migrate(workload, settings, login)), as_json)
 
 
 def _finish(done: tuple[model.MigrationResult, Report | None], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from migrator.cli.output import duration, size
 from migrator.model import (
     Event,
     MigrationResult,
+    Noted,
     Outcome,
     PhaseEnded,
     PhaseStarted,
@@ -63,7 +64,10 @@ class Display:
                 self._round(event)
             case PhaseEnded():
                 if event.span.where is Where.SOURCE and event.span.name in ("preflight", "arm", "files"):
-                    self._console.print(f"  {event.span.name:<10} {duration(event.span.seconds):>9}")
+                    sent = f"  {size(self._bytes):>22}" if event.span.name == "files" and self._bytes else ""
+                    self._console.print(f"  {event.span.name:<10} {duration(event.span.seconds):>9}{sent}")
+            case Noted():
+                self._console.print(f"  {event.text}", markup=False, highlight=False, soft_wrap=True)
             case Waiting():
                 self._console.print(f"  [yellow]waiting[/]    {event.reason}")
             case _:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from dataclasses import dataclass
 
 from migrator import container
@@ -12,6 +14,12 @@ from migrator.engine.contained import source_options
 from migrator.errors import UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
+from migrator.linux.openat2 import open_in_root
+from migrator.session.messages import Tree
+
+_NO_FILES = frozenset(
+    "proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,88 @@ class Workload:
 
     def source_options(self) -> SourceOptions:
         return source_options(self.container)
+
+
+def trees(workload: Workload, copy_files: bool, paths: list[str]) -> tuple[Tree, ...]:
+    """What `--copy-files` and `--copy-path` mean for a workload: all below the root of a container that has one
+    of its own, and these paths, as the workload sees them. Raises UsageError."""
+    chosen = [Tree("/")] if copy_files and own_root(workload) else []
+    for path in paths:
+        tree = _tree(workload, path)
+        if tree not in chosen:
+            chosen.append(tree)
+    mounts = {mount.path for mount in container.mounts.mounts(workload.pid)}
+    return tuple(tree for tree in chosen if not any(_within(tree, other, mounts) for other in chosen))
+
+
+def own_root(workload: Workload) -> str:
+    """The directory that is the root of a container, "" for the host's own root."""
+    root = workload.container.spec.root if workload.container is not None else ""
+    return "" if root == "/" else root
+
+
+def _within(tree: Tree, other: Tree, mounts: set[str]) -> bool:
+    """Whether `tree` is carried with `other` anyway: nothing is mounted on the way from there."""
+    if tree == other or other.only:
+        return False
+    path = tree.path if not tree.only else os.path.join(tree.path, os.fsdecode(tree.only))
+    if os.path.commonpath([path, other.path]) != other.path:
+        return False
+    return not any(
+        mount != other.path and os.path.commonpath([path, mount]) == mount and len(mount) > len(other.path)
+        for mount in mounts
+    )
+
+
+def _tree(workload: Workload, path: str) -> Tree:
+    what = f"--copy-path {path}"
+    if not path.startswith("/") or ".." in path.split("/"):
+        raise UsageError(f"{what}: not an absolute path", hint="name it as the workload sees it, such as /srv/data")
+    path = os.path.normpath("/" + path.lstrip("/"))
+    if path == "/" and not own_root(workload):
+        raise UsageError(f"{what}: that is the whole host", hint="name what belongs to the workload")
+    root = os.open(f"/proc/{workload.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = open_in_root(root, path, os.O_PATH | os.O_NOFOLLOW, links=False)
+    except OSError as error:
+        raise _no_tree(workload, what, path, error) from error
+    finally:
+        os.close(root)
+    mode = os.fstat(fd).st_mode
+    os.close(fd)
+    _check_mount(workload, what, path)
+    if stat.S_ISDIR(mode):
+        return Tree(path)
+    if stat.S_ISREG(mode):
+        return Tree(os.path.dirname(path), os.fsencode(os.path.basename(path)))
+    raise UsageError(f"{what} is neither a file nor a directory")
+
+
+def _no_tree(workload: Workload, what: str, path: str, error: OSError) -> UsageError:
+    root = own_root(workload)
+    if error.errno == errno.ELOOP:
+        return UsageError(f"{what} leads over a symbolic link", hint="name what it leads to")
+    if not root or error.errno != errno.ENOENT:
+        return UsageError(f"{what}: {os.strerror(error.errno or 0)}")
+    if os.path.commonpath([path, root]) == root:
+        inside = path[len(root) :] or "/"
+        return UsageError(
+            f"{what}: {workload.name} has its own root, {root}", hint=f"as the workload sees it, that is {inside}"
+        )
+    if os.path.lexists(path):
+        return UsageError(f"{what} is outside of the root of {workload.name}, {root}")
+    return UsageError(f"{what}: there is no such file in the root of {workload.name}, {root}")
+
+
+def _check_mount(workload: Workload, what: str, path: str) -> None:
+    """What is no file system of files, or is the container's own, cannot be copied before the container is there."""
+    host = {mount.device for mount in container.mounts.mounts()}
+    found = [m for m in container.mounts.mounts(workload.pid) if os.path.commonpath([path, m.path]) == m.path]
+    last = max(found, key=lambda mount: len(mount.path), default=None)
+    if last is None:
+        return
+    if last.kind in _NO_FILES or (last.kind == "tmpfs" and last.device not in host):
+        raise UsageError(f"{what} lies on a {last.kind}, which is made anew on every host")
 
 
 def find_workload(target: str) -> Workload:

@@ -128,6 +128,9 @@ class Copying:
             fcntl.ioctl(self._write_fd, termios.FIONREAD, count)
         return count[0]
 
+    def pids(self) -> list[int]:
+        return self._source.pids
+
     def facts(self, facts: Facts) -> Facts:
         """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
         pids = []
@@ -272,13 +275,15 @@ def conditions(
     timeout: float,
     tasks: int,
     factor: float,
+    files: float = 0.0,
 ) -> precopy.Conditions:
-    """What the stop rule needs to know, as it is now; `factor` is that of `calibration.load()`."""
+    """What the stop rule needs to know, as it is now; `factor` is that of `calibration.load()`, `files` the
+    seconds that changed files will take in the freeze."""
     freeze, restore = calibration.modelled(tasks)
     return precopy.Conditions(
         throughput=precopy.measured_throughput(rounds) or link.throughput,
         rtt=link.rtt,
-        freeze=freeze * factor,
+        freeze=freeze * factor + files,
         restore=restore * factor,
         budget=budget,
         elapsed=elapsed,

@@ -43,6 +43,7 @@ from migrator.session.states import (
     destination_step,
 )
 from migrator.session.thread import OwnThread
+from migrator.session.treetarget import TreeTargets
 
 log = logging.getLogger("migrator.session")
 
@@ -102,6 +103,7 @@ class DestinationSession:
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
         self._files: FileReceiver | None = None
+        self._trees = TreeTargets([], "", "")
         self._journal: Journal | None = None
         self._engine: Destination | None = None
         self._arrival: NetworkArrival | None = None
@@ -280,10 +282,15 @@ class DestinationSession:
         root = ""
         try:
             root = self.settings.root_of(proposal)
+            self._trees = TreeTargets(proposal.trees, root, proposal.migration)
             files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
+            for tree in self._trees.shared():
+                remedy = "it needs no copy: leave --copy-files and --copy-path away"
+                reasons.append(m.Reason(tree.path, "is the same directory on both hosts", remedy))
             if not any(r.blocking for r in reasons) and not proposal.dry_run:
+                self._trees.accepted = True
                 self._prepared = await self._thread.run(self.settings.prepare, proposal)
         except MigratorError as error:
             texts = getattr(error, "reasons", None) or [error.message]
@@ -490,6 +497,15 @@ class DestinationSession:
             if self._files is None or self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
                 raise m.MessageError("a file that was not asked for")
             await asyncio.to_thread(self._files.take, message)
+        elif isinstance(message, m.TreeOps):
+            if self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
+                raise m.MessageError("files at the wrong time")
+            await asyncio.to_thread(self._trees.apply, message)
+        elif isinstance(message, m.TreeList):
+            if self.state is not DestinationState.PREFLIGHT:
+                raise m.MessageError("a list of files at the wrong time")
+            for answer in await asyncio.to_thread(self._trees.compare, message):
+                await self._send(answer)
         elif isinstance(message, m.FilesSync):
             await self._send(message)
         elif isinstance(message, m.Progress):
@@ -553,6 +569,9 @@ class DestinationSession:
         await self._stop_pump()
         if self._files is not None:
             self._files.close()
+        kept = self.state is DestinationState.RUNNING
+        for left in await asyncio.to_thread(self._trees.close, kept):
+            log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         if self._arrival is not None:
             await self._thread.run(self._arrival.close)
         if self.state is DestinationState.ENDED and self._prepared is not None:

@@ -27,6 +27,7 @@ from migrator.session.messages import (
     MessageError,
 )
 from migrator.session.preflight import below
+from migrator.session.treefile import Held, write_all
 
 Send = Callable[[AnyMessage], Awaitable[None]]
 
@@ -47,10 +48,18 @@ class _Sent:
 
 
 class FileSender:
-    """The source's side. `root` is the root directory of the workload, as /proc/PID/root shows it."""
+    """The source's side. `root` is the root directory of the workload, as /proc/PID/root shows it; `tell` is
+    called with the bytes of each block sent."""
 
-    def __init__(self, files: Iterable[FileFact], send: Send, root: str = "") -> None:
+    def __init__(
+        self,
+        files: Iterable[FileFact],
+        send: Send,
+        root: str = "",
+        tell: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._root = root
+        self._tell = tell
         self._files = {fact.path: fact for fact in files}
         self._send = send
         self._wanted: list[str] = []
@@ -71,7 +80,7 @@ class FileSender:
         for path in self._wanted:
             await self._send_whole(self._files[path])
         if self._wanted:
-            await self._sync()
+            await self.sync()
 
     async def send_changes(self) -> None:
         """Send what has changed in the files sent; the workload must stand still. Waits if there was any."""
@@ -80,14 +89,15 @@ class FileSender:
             if _stamp(below(self._root, sent.fact.path)) != sent.stamp or sent.fact.writable:
                 changed |= await self._send_changed(sent)
         if changed:
-            await self._sync()
+            await self.sync()
 
     def synced(self, number: int) -> None:
         """The destination has said that all is in place."""
         self._last_answer = number
         self._answered.set()
 
-    async def _sync(self) -> None:
+    async def sync(self) -> None:
+        """Wait until the destination has all that was sent so far in place."""
         self._number += 1
         await self._send(FilesSync(self._number))
         async with asyncio.timeout(_SYNC_SECONDS):
@@ -107,6 +117,7 @@ class FileSender:
                     sent.blocks.append(_digest(data))
                     whole.update(data)
                     await self._send(FileData(at, data))
+                    self._tell(len(data))
                     at += len(data)
                 await self._send(FileEnd(at, whole.hexdigest()))
         except OSError as error:
@@ -125,6 +136,7 @@ class FileSender:
                         await self._send(FileBegin(sent.fact, in_place=True))
                         begun = True
                     await self._send(FileData(at, data))
+                    self._tell(len(data))
         except OSError as error:
             raise FileError(f"{path} cannot be copied: {error.strerror}") from error
         if begun or _stamp(path) != sent.stamp:
@@ -139,7 +151,8 @@ class FileReceiver:
     """The destination's side: writes only what it has asked for itself.
 
     A whole file replaces the old one at once when it is complete (rename(2)), so that programs that run from
-    the old one are not disturbed; changes are written in place. Files appear below `root`.
+    the old one are not disturbed; changes are written in place, when all of them are there. Files appear below
+    `root`.
     """
 
     def __init__(self, wanted: Iterable[str], root: str = "") -> None:
@@ -147,6 +160,7 @@ class FileReceiver:
         self._root = root
         self._fd = -1
         self._begin: FileBegin | None = None
+        self._held: Held | None = None
         self._path = ""
         self._hash = hashlib.sha256()
         self.bytes = 0
@@ -175,7 +189,13 @@ class FileReceiver:
             self._fd = -1
             if self._begin is not None and not self._begin.in_place:
                 os.unlink(self._partial)
+        self._drop_held()
         self._begin = None
+
+    def _drop_held(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     @property
     def _partial(self) -> str:
@@ -194,7 +214,8 @@ class FileReceiver:
             raise MessageError(f"{path} is no regular file")
         self._path = below(self._root, path) if self._root else os.path.realpath(path)
         if message.in_place:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._held = Held(os.path.dirname(self._path))
         else:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -203,12 +224,11 @@ class FileReceiver:
 
     def _write(self, message: FileData) -> None:
         assert self._begin is not None
-        if not self._begin.in_place:
+        if self._held is not None:
+            self._held.write(message.data, message.offset)
+        else:
             self._hash.update(message.data)
-        view, at = memoryview(message.data), message.offset
-        while view:
-            done = os.pwrite(self._fd, view, at)
-            view, at = view[done:], at + done
+            write_all(self._fd, message.data, message.offset)
         self.bytes += len(message.data)
 
     def _finish(self, message: FileEnd) -> None:
@@ -217,6 +237,9 @@ class FileReceiver:
         if not begin.in_place and self._hash.hexdigest() != message.digest:
             self.close()
             raise MessageError(f"{self._path} did not arrive as it was sent")
+        if self._held is not None:
+            self._held.apply(self._fd)
+            self._drop_held()
         os.ftruncate(self._fd, message.size)
         if not begin.in_place:
             os.fchown(self._fd, begin.uid, begin.gid)

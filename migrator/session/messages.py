@@ -25,6 +25,12 @@ Text = Annotated[str, Meta(max_length=4096)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
+LISTED = 2048  # entries of a list in one message
+FileName = Annotated[bytes, Meta(max_length=255)]
+FilePath = Annotated[bytes, Meta(max_length=4095)]
+Mode = Annotated[int, Meta(ge=0, le=0o177777)]
+Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
+Stamp = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]  # ns since 1970
 Nanoseconds = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -78,6 +84,17 @@ class Hello(Message, tag="hello", frozen=True):
     host: Name = ""
 
 
+class Tree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is carried along as a whole: all below the directory `path`, as the workload sees it; or of that
+    directory only the file `only`. Its inode number and the time of its last change (ns) tell whether both hosts
+    look at the same directory."""
+
+    path: Annotated[str, Meta(max_length=4096, pattern=r"^/")]
+    only: FileName = b""
+    inode: Count = 0  # its lower 63 bits
+    changed_ns: Stamp = 0
+
+
 class Propose(Message, tag="propose", frozen=True):
     """source: may this workload come to you? `dry_run`: nothing will follow."""
 
@@ -88,6 +105,7 @@ class Propose(Message, tag="propose", frozen=True):
     container_spec: Annotated[str, Meta(max_length=1 << 16)] = ""
     copy_files: bool = False
     dry_run: bool = False
+    trees: Annotated[list[Tree], Meta(max_length=64)] = []
 
 
 class Verdict(Message, tag="verdict", frozen=True):
@@ -129,6 +147,123 @@ class FilesSync(Message, tag="files-sync", frozen=True):
     """source: say when all files sent so far are in place. The destination sends it back."""
 
     number: Count
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One file of a tree, as lstat(2) shows it.
+
+    path:    from the top of the tree, without a slash at its beginning; of a listing only its last component
+    target:  of a symbolic link
+    link:    the path of another name of the same file, which was named before
+    mount:   a mount point: to be there as a directory, and not to be looked into
+    """
+
+    path: FilePath
+    mode: Mode
+    size: Count = 0
+    mtime_ns: Stamp = 0
+    uid: Owner = 0
+    gid: Owner = 0
+    target: Annotated[bytes, Meta(max_length=4096)] = b""
+    link: FilePath = b""
+    mount: bool = False
+    xattrs: dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]] = {}
+
+
+class TreeList(Message, tag="tree-list", frozen=True):
+    """source: what it has in one directory of tree `tree`, by name: all after `after`, up to the last entry,
+    or if `last` to the end. Comes after the verdict and before `begin`, as often as needed."""
+
+    number: Count
+    tree: Count
+    directory: FilePath
+    after: FileName
+    last: bool
+    entries: Annotated[list[Entry], Meta(max_length=LISTED)]
+
+
+class TreeAnswer(Message, tag="tree-answer", frozen=True):
+    """destination: which of these entries are not the same here, by their index, and what is here only. `last`:
+    nothing more about this list."""
+
+    number: Count
+    differing: Annotated[list[Count], Meta(max_length=LISTED)] = []
+    surplus: Annotated[list[FileName], Meta(max_length=LISTED)] = []
+    last: bool = True
+
+
+class Put(msgspec.Struct, frozen=True, array_like=True, tag="put"):
+    """Make it, in place of whatever has its name: a directory, a link, a FIFO, or a file with this content."""
+
+    entry: Entry
+    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)] = b""
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True, tag="open"):
+    """A regular file follows, to be put in place when it is closed; with `in_place` only what has changed, into
+    the file that is there."""
+
+    entry: Entry
+    in_place: bool = False
+
+
+class Write(msgspec.Struct, frozen=True, array_like=True, tag="write"):
+    offset: Count
+    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)]
+
+
+class Close(msgspec.Struct, frozen=True, array_like=True, tag="close"):
+    """The file that was opened is complete."""
+
+
+class Touch(msgspec.Struct, frozen=True, array_like=True, tag="touch"):
+    """Owner, mode, time and attributes of what is there."""
+
+    entry: Entry
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
+    """`path` becomes another name of the file `to`."""
+
+    path: FilePath
+    to: FilePath
+
+
+class Remove(msgspec.Struct, frozen=True, array_like=True, tag="remove"):
+    """`path`, with all below it, is gone; `aside`: it never was on the source, and is to be kept elsewhere."""
+
+    path: FilePath
+    aside: bool = False
+
+
+class Stash(msgspec.Struct, frozen=True, array_like=True, tag="stash"):
+    """`path` will be somewhere else: keep it under `number`."""
+
+    path: FilePath
+    number: Count
+
+
+class Unstash(msgspec.Struct, frozen=True, array_like=True, tag="unstash"):
+    """What was kept under `number` is now `path`, in place of whatever has its name."""
+
+    number: Count
+    path: FilePath
+
+
+class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
+    """What was kept under `number` is gone."""
+
+    number: Count
+
+
+TreeOp = Put | Open | Write | Close | Touch | Join | Remove | Stash | Unstash | Drop
+
+
+class TreeOps(Message, tag="tree-ops", frozen=True):
+    """source: what to do in tree `tree`, in this order."""
+
+    tree: Count
+    ops: Annotated[list[TreeOp], Meta(max_length=LISTED)]
 
 
 class Standing(Message, tag="standing", frozen=True):
@@ -245,6 +380,9 @@ AnyMessage = (
     | FileData
     | FileEnd
     | FilesSync
+    | TreeList
+    | TreeAnswer
+    | TreeOps
     | Standing
     | Ready
     | Commit

@@ -28,8 +28,9 @@ class SourceSettings:
     freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
     ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
     bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
-    cold:          no pre-copy: stop, copy, restart
     cold:          no pre-copy: freeze at once, as every tool without it must
+    copy_files:    carry open and mapped files along that differ there
+    trees:         what is carried along as a whole, with `copy_files`
     """
 
     migration: str
@@ -44,6 +45,7 @@ class SourceSettings:
     dry_run: bool = False
     cold: bool = False
     copy_files: bool = False
+    trees: tuple[m.Tree, ...] = ()
     journal: Path = field(default_factory=journal_directory)
 
 

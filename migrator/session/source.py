@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
+
 from migrator import model
 from migrator.errors import (
     Fate,
@@ -30,6 +32,7 @@ from migrator.errors import (
 from migrator.model import OnEvent, Outcome, Span, Where
 from migrator.session import calibration, precopy, preflight
 from migrator.session import messages as m
+from migrator.session.carrying import Carrying
 from migrator.session.copying import Copying, conditions
 from migrator.session.faults import fault
 from migrator.session.files import FileSender
@@ -71,6 +74,7 @@ class SourceSession:
         self._tell = on_event
         self._copying = Copying(factory, link, network)
         self._files: FileSender | None = None
+        self._trees: Carrying | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
@@ -89,6 +93,7 @@ class SourceSession:
         self._survey_pids: list[int] = []
         self._tasks_there = 1
         self._compared = self._rss = 0  # files, bytes
+        self._file_bytes = 0  # sent
         self._factor = 1.0
         self._decision: precopy.Decision | None = None
         self._clock = model.ClockOffset()
@@ -282,7 +287,15 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._files = FileSender(files, self._send, root)
+            self._files = FileSender(files, self._send, root, self._sent_files)
+            self._trees = Carrying(
+                self.settings.trees,
+                root,
+                send=self._send,
+                sync=self._files.sync,
+                tell=self._sent_files,
+                pids=self._copying.pids,
+            )
         proposal = m.Propose(
             self.settings.migration,
             self._host,
@@ -291,6 +304,7 @@ class SourceSession:
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
+            self._trees.proposed() if self._trees is not None else [],
         )
         self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
         await self._send(proposal)
@@ -301,14 +315,17 @@ class SourceSession:
         settings, copying = self.settings, self._copying
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
-        if self._files is not None:
+        if self._files is not None and self._trees is not None:
             with self._span("files"):
                 await self._files.send_wanted()
+                await self._trees.copy()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
         with self._span("arm"):
             await copying.arm()
         while not settings.cold:
             await self._ask_clock()
+            if self._trees is not None:
+                await self._trees.step()
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
             weighed = conditions(
@@ -319,6 +336,7 @@ class SourceSession:
                 timeout=settings.timeout,
                 tasks=self._tasks_there,
                 factor=self._factor,
+                files=self._trees.seconds if self._trees is not None else 0.0,
             )
             decision = precopy.decide(copying.rounds, weighed)
             self._decision = decision
@@ -346,8 +364,19 @@ class SourceSession:
     async def _save(self) -> None:
         assert self._journal is not None
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
-        late = self._files.send_changes if self._files is not None and self._files.sent else None
+        late = self._send_last if self._files is not None and (self._files.sent or self.settings.trees) else None
         await self._copying.save(self._journal, self._facts, late)
+
+    def _sent_files(self, count: int) -> None:
+        self._file_bytes += count
+        phase = "files" if self.state is SourceState.PRECOPY else "changed files"
+        self._tell(model.Transferred(self.settings.migration, phase, self._file_bytes, 0))
+
+    async def _send_last(self) -> None:
+        """What has changed in the files since; the workload stands still."""
+        assert self._files is not None and self._trees is not None
+        await self._files.send_changes()
+        await self._trees.step()
 
     async def _forward(self) -> None:
         with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
@@ -459,6 +488,8 @@ class SourceSession:
                 self._destination_report.set_result(message)
         elif isinstance(message, m.FilesSync) and self._files is not None:
             self._files.synced(message.number)
+        elif isinstance(message, m.TreeAnswer) and self._trees is not None:
+            self._trees.answered(message)
         elif isinstance(message, m.Failure):
             error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
             self._post(SourceEvent.FAILED, error)
@@ -485,15 +516,28 @@ class SourceSession:
             self._rss,
             weighed.freeze + weighed.restore + precopy.ROUND_TRIPS * weighed.rtt,
         )
-        if self._files is not None:
-            self._files.want(verdict.wanted)
         if not self.report.ok:
             reasons = [str(reason) for reason in verdict.reasons if reason.blocking]
             self._post(SourceEvent.FAILED, Refused(reasons, fate=Fate.SOURCE))
-        elif self.settings.dry_run:
-            self._post(SourceEvent.CANCEL)
         else:
-            self._post(SourceEvent.ACCEPTED)
+            self._work = self._spawn(self._weigh(verdict))
+
+    async def _weigh(self, verdict: m.Verdict) -> None:
+        """Compare what is carried along, and go on."""
+        try:
+            if self._files is not None and self._trees is not None:
+                found, left = await self._trees.compare(verdict.wanted)
+                self._files.want(left)
+                assert self.report is not None
+                notes = found.reasons(verdict.destination.host)
+                self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
+                for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
+                    self._tell(model.Noted(self.settings.migration, str(note)))
+        except (MigratorError, OSError) as error:
+            lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
+            self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
+        else:
+            self._post(SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED)
 
     # The end
 
@@ -560,6 +604,8 @@ class SourceSession:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
+        if self._trees is not None:
+            await self._trees.close()
         await self._copying.close()
         if self._journal is not None:
             self._journal.close()

@@ -10,10 +10,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from otherdisk import OtherDisk
 
 from migrator.testing.hosts import Host
 from migrator.testing.stage import MIGRATOR, MigrateFailed, Stage
@@ -39,29 +40,6 @@ while True:
     count += 1
     time.sleep(0.002)
 """
-
-
-class OtherDisk:
-    """The mount namespace of a host, with a tmpfs over `folder`. Kept by a process that sleeps."""
-
-    def __init__(self, host: Host, folder: Path) -> None:
-        script = f"mount -t tmpfs none {folder} && echo ready && exec sleep infinity"
-        self._keeper = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script], stdout=subprocess.PIPE
-        )
-        assert self._keeper.stdout is not None
-        assert self._keeper.stdout.readline() == b"ready\n"
-        self.root = Path(f"/proc/{self._keeper.pid}/root")
-        enter = ["nsenter", f"--net={host.netns_path}", f"--mount=/proc/{self._keeper.pid}/ns/mnt"]
-
-        def argv(command: Sequence[str]) -> list[str]:
-            return [*enter, *command]
-
-        host._argv = argv  # type: ignore[method-assign]
-
-    def close(self) -> None:
-        self._keeper.kill()
-        self._keeper.communicate()
 
 
 class Hosts:

@@ -97,6 +97,18 @@ async def test_nothing_is_sent_again_where_nothing_changed(tmp_path: Path) -> No
     assert wire.sent == 0
 
 
+async def test_changes_that_are_cut_off_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    wire = Wire(tmp_path, "log")
+    (wire.here / "log").write_bytes(b"a" * 1000)
+    wire.start()
+    await wire.sender.send_wanted()
+    wire.receiver.take(FileBegin(wire.files[0], in_place=True))
+    wire.receiver.take(FileData(0, b"b" * 500))
+    wire.receiver.close()
+    assert (wire.there / "log").read_bytes() == b"a" * 1000
+    assert os.listdir(wire.there) == ["log"]
+
+
 async def test_a_file_that_is_gone_is_an_error_with_its_name(tmp_path: Path) -> None:
     wire = Wire(tmp_path, "log")
     (wire.here / "log").write_bytes(b"a")

@@ -17,16 +17,34 @@ from migrator.session import messages as m
 HOST = m.HostFacts("a", "6.18", "x86_64", "GenuineIntel", "Xeon", frozenset({"avx2"}), 2696, "user")
 FILE = FileFact("/usr/bin/redis-server", 1 << 20, 0o100755, 1, "ab" * 20, False)
 SURVEY = Survey([7, 8], 3, 1 << 30, [FILE], frozenset({"avx2"}), 2696, "wp-async", 2, [7, 8])
+ENTRY = m.Entry(b"etc/caf\xe9", 0o100644, 7, -5, 1000, 1000, b"", b"etc/first", False, {"user.a": b"\0"})
 ID = "web-0123456789"
 EVERY: list[m.AnyMessage] = [
     m.Hello([1], "migrator 0.1", "a"),
-    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False),
+    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False, [m.Tree("/srv", b"one")]),
     m.Verdict(HOST, [m.Reason("/etc/hosts", "differs", "copy it", True)], ["/etc/hosts"]),
     m.Begin(ID),
     m.FileBegin(FILE, 1000, 1000, True),
     m.FileData(5, b"data"),
     m.FileEnd(9, "ff" * 32),
     m.FilesSync(3),
+    m.TreeList(1, 0, b"etc", b"a", True, [ENTRY]),
+    m.TreeAnswer(1, [0], [b"left\xff"], False),
+    m.TreeOps(
+        0,
+        [
+            m.Put(ENTRY, b"content"),
+            m.Open(ENTRY, True),
+            m.Write(5, b"data"),
+            m.Close(),
+            m.Touch(ENTRY),
+            m.Join(b"a", b"b"),
+            m.Remove(b"old", True),
+            m.Stash(b"x", 1),
+            m.Unstash(1, b"y"),
+            m.Drop(2),
+        ],
+    ),
     m.Standing("m-12345678", 3),
     m.Ready(ID, 5),
     m.Commit(ID),

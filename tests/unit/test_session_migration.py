@@ -24,7 +24,7 @@ from migrator.errors import (
     Undecided,
 )
 from migrator.model import Outcome
-from migrator.session import copying, source
+from migrator.session import carrying, copying, source
 from migrator.session import messages as m
 from migrator.session.destination import DestinationSettings, Prepared
 from migrator.session.journal import Journal, Role
@@ -32,6 +32,7 @@ from migrator.session.serve import serve
 from migrator.session.settle import Tools
 from migrator.session.source import SourceSession, SourceSettings
 from migrator.session.states import Recorded
+from migrator.session.treeview import Mapped
 from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_pair
@@ -344,6 +345,50 @@ async def test_files_are_carried_along_with_what_changed_until_the_freeze(
     await hosts.migrate(copy_files=True)
     assert (root / str(data).lstrip("/")).read_text() == "before\nafter\n"
     assert hosts.world.check() == ("none", "run")
+    assert model.Transferred(ID, "files", 7, 0) in hosts.events
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("fails", [False, True], ids=["migrated", "aborted"])
+async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    top, root = tmp_path / "data", tmp_path / "root-of-b"
+    there = root / str(top).lstrip("/")
+    there.mkdir(parents=True)
+    top.mkdir()
+    (there / "mine").write_text("mine")
+    (top / "first").write_text("first")
+    freeze = FakeSource.freeze
+
+    def change_and_freeze(self: FakeSource) -> None:
+        (top / "first").rename(top / "second")
+        (top / "third").write_text("third")
+        freeze(self)
+
+    monkeypatch.setattr(FakeSource, "freeze", change_and_freeze)
+    monkeypatch.setattr(carrying, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
+    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
+    if fails:
+        hosts.destination.fail = {"build": RestartFailed("no")}
+    changes: dict[str, Any] = {"copy_files": True, "trees": (m.Tree(str(top)),)}
+    if fails:
+        with pytest.raises(MigrationAborted):
+            await hosts.migrate(**changes)
+    else:
+        await hosts.migrate(**changes)
+    await hosts.quiet()
+    assert hosts.world.check() == (("run", "none") if fails else ("none", "run"))
+    notes = [event.text for event in hosts.events if isinstance(event, model.Noted)]
+    assert f"1 (5 B) differ or are missing on b and will be copied: {top}/first" in notes[0]
+    assert f"1 are on b only and will be set aside there: {top}/mine" in notes[1]
+    found = {path.name: path.read_text() for path in there.iterdir()}
+    left = [path for path in there.parent.iterdir() if path != there]
+    if fails:
+        assert found["mine"] == "mine" and not left
+    else:
+        assert found == {"second": "first", "third": "third"}
+        assert [path.read_text() for path in left[0].glob("aside/*")] == ["mine"]
 
 
 async def test_a_cold_migration_makes_no_rounds(hosts: Hosts) -> None:
