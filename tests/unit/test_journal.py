@@ -159,7 +159,7 @@ def test_an_id_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> Non
 
 
 def test_a_record_that_does_not_reach_the_disk_is_an_error(tmp_path: Path) -> None:
-    journal = Journal(Path("/dev/full"), os.open("/dev/full", os.O_RDWR), [])
+    journal = Journal(Path("/dev/full"), os.open("/dev/full", os.O_RDWR))
     with pytest.raises(JournalError), journal:
         journal.record(Recorded.COMMITTING)
 
