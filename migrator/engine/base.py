@@ -166,7 +166,9 @@ class Source(Protocol):
     @property
     def pids(self) -> list[int]: ...
     @property
-    def cgroup(self) -> str: ...
+    def cgroup(self) -> str: ...  # a path, or a name; "" where there will be none
+    @property
+    def homes(self) -> list[tuple[int, str]]: ...  # (pid, directory of its cgroup), root first, to go back to
 
 
 class Destination(Protocol):
