@@ -204,9 +204,10 @@ def _let_go(destination: UserDestination, *, frozen: bool) -> None:
         if destination.sandbox is not None:
             destination.sandbox.settled()  # its port stays shut until `migrator thaw`
         return
-    destination.resume()
     if destination.sandbox is not None:
-        destination.sandbox.open_port()
+        destination.sandbox.open_port()  # first: connections ask their peers for what they missed
+    destination.resume()
+    destination.tidy()
 
 
 def _wait(root: int) -> int:

@@ -124,6 +124,7 @@ class Agent:
 
     def resume(self) -> list[Phase]:
         self.destination.resume()
+        self.destination.tidy()
         return list(self.destination.phases)
 
     def discard(self) -> None:

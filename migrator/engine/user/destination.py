@@ -137,7 +137,7 @@ class UserDestination:
             self._held = True
 
     def resume(self) -> None:
-        """Let the tasks run. Nothing that can fail is left to do."""
+        """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
         with self._phase("resume"):
             assert self._cgroup is not None and self._forest is not None
             if self._descriptors is not None:
@@ -147,6 +147,9 @@ class UserDestination:
                 os.kill(pid, signal)
             self._cgroup.thaw()
             self._done = True
+
+    def tidy(self) -> None:
+        """After resume(), soon: what the tasks close ends only when we have closed ours. Twice does no harm."""
         if self.sandbox is not None:
             self.sandbox.settled()
         if self._descriptors is not None:
