@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from migrator import model
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, Phase, Round
@@ -398,10 +400,17 @@ class DestinationSession:
             self._journal = Journal.create(self.settings.journal, facts)
             wish = Recorded.DISCARDED
         with self._phase("journal"):
-            decided = self._journal.decide(wish, reason=reason)
+            known = self._facts_of_copy() if wish is Recorded.RUNNING else None
+            decided = self._journal.decide(wish, reason=reason, facts=known)
         fault("destination.decided")
         running = decided is Recorded.RUNNING
         return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
+
+    def _facts_of_copy(self) -> Facts | None:
+        """What became known while it was built and an agent needs that has to resume it for us."""
+        moves = self._engine.moves if self._engine is not None else []
+        assert self._journal is not None
+        return msgspec.structs.replace(self._journal.facts, moves=moves) if moves else None
 
     async def _resume(self) -> None:
         await self._thread.run(self._resume_on_thread, asyncio.get_running_loop())

@@ -13,7 +13,7 @@ import pytest
 from fakeshell import Child
 from moving import Bytes, Moved, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, survey
+from migrator.engine.user.descriptors import DescriptorDump, finish_moves, survey
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 
@@ -208,3 +208,22 @@ def test_other_families_are_refused_by_name(child: Child, code: str, reason: str
     child.run(f"s = {code}")
     (sentence,) = survey([child.process], own_netns=True)
     assert reason in sentence and "fd 0" in sentence
+
+
+def test_files_of_sockets_come_into_their_places_also_if_the_agent_dies_before_the_copy_runs(
+    child: Child, tmp_path: Path
+) -> None:
+    child.run(f"a = socket.socket(1); a.bind({str(tmp_path / 'a')!r}); a.listen()")
+    child.run(f"b = socket.socket(1); os.chdir({str(tmp_path)!r}); b.bind('b'); b.listen()")
+    with Moved(child) as moved:
+        (copy,) = moved.restore([child], dies=True)
+        child.end()
+        assert len(list(tmp_path.glob(".migrator-*"))) == 1
+        for _ in range(2):  # also one that settles can die, and another begins anew
+            finish_moves(moved.context.root_fd, moved.moves)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+        for number, name in enumerate("ab"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / name))
+                copy.run(f"adopt({number}).accept()[0].send(b'{name}')")
+                assert client.recv(1) == name.encode()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
 
-from migrator.testing.stage import Stage
+from migrator.session.faults import EXIT_CODE
+from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
 
 pytestmark = pytest.mark.root
 
@@ -79,6 +81,31 @@ def test_a_stream_at_full_speed_arrives_whole(stage: Stage) -> None:
     reader.join()
     stage.b.run(["migrator", "stop", "stream"])
     assert not wrong
+
+
+def test_not_a_byte_is_lost_with_an_agent_that_dies_before_the_copy_runs(stage: Stage) -> None:
+    stage.start_container("full", [sys.executable, "-c", STREAM], address="10.77.0.62")
+    sock = connect(stage, "10.77.0.62", 7778)
+    time.sleep(0.3)  # both buffers are full: much of it was never sent
+    stage.stop_agent(stage.b)
+    stage.start_agent(stage.b, env={"MIGRATOR_FAULT": "destination.decided:exit"})
+    argv = [*MIGRATOR, "migrate", "full", f"root@{stage.b.address}:{AGENT_PORT}"]
+    with stage.a.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
+        assert stage.await_death(stage.b) == EXIT_CODE
+        stage.start_agent(stage.b)
+        text, _ = command.communicate(timeout=60)
+    assert command.returncode == 0, text
+    for expected in range(0, 2 << 20, 4096):
+        data = receive(sock, 4 * 4096)
+        assert data == b"".join(i.to_bytes(4, "big") for i in range(expected, expected + 4096)), expected
+    stage.b.run(["migrator", "stop", "full"])
+
+
+def receive(sock: socket.socket, count: int) -> bytes:
+    out = b""
+    while len(out) < count and (part := sock.recv(count - len(out))):
+        out += part
+    return out
 
 
 def connect(stage: Stage, address: str, port: int) -> socket.socket:

@@ -191,6 +191,24 @@ async def test_a_link_that_takes_no_message_does_not_keep_the_destination_from_t
     assert (await hosts.migrate()).outcome is Outcome.MIGRATED
 
 
+async def test_what_another_agent_needs_to_resume_the_copy_is_durable_before_it_is(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = [("/run", ".migrator-x", "s", "socket")]
+    found = []
+
+    def resume(self: FakeDestination) -> None:
+        journal = hosts.journal(Role.DESTINATION)
+        assert journal is not None and journal.state is Recorded.RUNNING
+        found.append((journal.facts.moves, journal.facts.cgroup))
+        self._world.set("destination", "run")
+
+    monkeypatch.setattr(FakeDestination, "moves", property(lambda _: moves, lambda *_: None), raising=False)
+    monkeypatch.setattr(FakeDestination, "resume", resume)
+    await hosts.migrate()
+    assert found == [(moves, "fake")]
+
+
 @pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])
 async def test_a_source_that_fails_before_commit_lets_the_workload_run_on(hosts: Hosts, call: str) -> None:
     hosts.source.fail = {call: CheckpointFailed(f"{call} failed")}

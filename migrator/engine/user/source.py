@@ -261,7 +261,7 @@ class UserSource:
                 )
         with self._phase("descriptors"):
             owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
-            self._descriptors = DescriptorDump(owners, self._objhash, self._writer)
+            self._descriptors = DescriptorDump(owners, self._objhash, self._writer, self._still)
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
                 key = (memfd.dev, memfd.ino)
@@ -276,6 +276,16 @@ class UserSource:
                 else:
                     self._tasks.write(process, said[process.pid], tables[process.pid])
             self._writer.trailer()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, the tasks stay where they are even if this program is killed: no call can be made in them."""
+        assert self._cgroup is not None
+        self._cgroup.freeze(wait=False)
+        try:
+            yield
+        finally:
+            self._cgroup.thaw()
 
     def hold(self) -> None:
         """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
@@ -316,14 +326,12 @@ class UserSource:
             return
         self._done = True
         gc.enable()
+        if self._descriptors is not None:
+            self._descriptors.undo()
         if self._held:
-            if self._descriptors is not None:
-                self._descriptors.undo()
             assert self._cgroup is not None
             self._cgroup.thaw()
         else:
-            if self._descriptors is not None:
-                self._descriptors.undo()
             if self.tree.stopped:
                 self._drop_scratch()
                 self.tree.detach()

@@ -6,7 +6,17 @@ What is carried and what is refused is listed in docs/descriptors.md.
 from migrator.engine.user.descriptors.description import Process
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.listeners import Listeners
+from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
 
-__all__ = ["Context", "DescriptorDump", "DescriptorRestore", "Listeners", "Memfd", "Process", "survey"]
+__all__ = [
+    "Context",
+    "DescriptorDump",
+    "DescriptorRestore",
+    "Listeners",
+    "Memfd",
+    "Process",
+    "finish_moves",
+    "survey",
+]

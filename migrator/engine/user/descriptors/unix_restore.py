@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from migrator.engine.user.descriptors import addresses, calls, sockopts
 from migrator.engine.user.descriptors.netns import NetNs
-from migrator.engine.user.descriptors.private_root import PrivateRoot
+from migrator.engine.user.descriptors.private_root import Move, PrivateRoot
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState
 
@@ -74,6 +74,10 @@ class UnixRestore:
             if rec.state == SocketState.CONNECTED:
                 self._reach(self._made[rec.objref], self._peer(rec))
         self._finish()
+
+    @property
+    def moves(self) -> list[Move]:
+        return [move for folder, root in self._roots.items() if folder for move in root.moves_in(folder)]
 
     def activate(self) -> None:
         for root in self._roots.values():
