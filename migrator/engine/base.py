@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -107,6 +107,7 @@ class Survey:
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
+    notes: (what it is about, what will not be quite the same on the destination)
     """
 
     pids: list[int]
@@ -118,6 +119,7 @@ class Survey:
     tracker: str  # "wp-async", "soft-dirty", "hash"
     tcp_connections: int
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from migrator.engine.user.descriptors.listeners import Listeners
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
+from migrator.engine.user.descriptors.survey_notes import notes
 
 __all__ = [
     "Context",
@@ -18,5 +19,6 @@ __all__ = [
     "Memfd",
     "Process",
     "finish_moves",
+    "notes",
     "survey",
 ]
