@@ -40,6 +40,21 @@ while True:
 """
 
 
+COUNT = """
+import socket, sys
+l = socket.socket(); l.setsockopt(1, 2, 1); l.bind(('0.0.0.0', 7779)); l.listen(50)
+c, _ = l.accept()
+n, left = 0, b''
+while part := c.recv(1 << 16):
+    left += part
+    for at in range(0, len(left) // 4 * 4, 4):
+        assert left[at:at + 4] == n.to_bytes(4, 'big'), (n, left[at:at + 4])
+        n += 1
+    left = left[len(left) // 4 * 4:]
+c.sendall(n.to_bytes(4, 'big'))
+"""
+
+
 def test_half_closed_connections_go_on_from_where_they_were(stage: Stage) -> None:
     stage.start_container("half", [sys.executable, "-c", HALF_CLOSED], address="10.77.0.60")
     a, b = connect(stage, "10.77.0.60", 7777), connect(stage, "10.77.0.60", 7777)
@@ -99,6 +114,29 @@ def test_not_a_byte_is_lost_with_an_agent_that_dies_before_the_copy_runs(stage: 
         data = receive(sock, 4 * 4096)
         assert data == b"".join(i.to_bytes(4, "big") for i in range(expected, expected + 4096)), expected
     stage.b.run(["migrator", "stop", "full"])
+
+
+def test_nothing_is_acknowledged_that_an_image_does_not_have(stage: Stage) -> None:
+    image = stage.folder / "count.image"
+    stage.start_container("count", [sys.executable, "-c", COUNT], address="10.77.0.63")
+    sock = connect(stage, "10.77.0.63", 7779)
+    saved = threading.Event()
+    sent = 0
+
+    def send() -> None:
+        nonlocal sent
+        while not saved.is_set():
+            sock.sendall(b"".join(i.to_bytes(4, "big") for i in range(sent, sent + 256)))
+            sent += 256
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    stage.a.run([*MIGRATOR, "checkpoint", "count", "--kill", "-o", str(image)])
+    stage.a.run([*MIGRATOR, "restart", "-d", "-i", str(image)])
+    saved.set()
+    sender.join()
+    sock.shutdown(socket.SHUT_WR)
+    assert receive(sock, 4) == sent.to_bytes(4, "big")
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
