@@ -7,6 +7,7 @@ line both stand on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from migrator.container.sandbox import take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import DestinationOptions
 from migrator.engine.user import header
+from migrator.engine.user.descriptors import finish_moves
 from migrator.engine.user.destination import UserDestination
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Refused
 from migrator.linux import procfs
+from migrator.linux.repair import revive
 from migrator.session.destination import DestinationSettings, Prepared
-from migrator.session.interfaces import NetworkArrival
+from migrator.session.interfaces import NetworkArrival, open_group
 from migrator.session.journal import Facts, journal_directory
 from migrator.session.messages import HostFacts, Propose
 from migrator.session.preflight import collect_host
@@ -53,16 +56,28 @@ class Login:
         )
 
 
-class ContainerSurroundings:
-    """What stands around the tasks of a container, for `migrator.session.settle`."""
+class HostSurroundings:
+    """What stands around held tasks, and what they have open, for `migrator.session.settle`."""
 
     def reopen(self, facts: Facts) -> None:
-        """Its tasks run here: give it its network back."""
+        """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
+        files of unix sockets into their places."""
         found = container.find(facts.container) if facts.container else None
         if found is not None and found.alive:
             switchover.reopen(found)
             if found.arriving:
                 found.settled()
+        group = open_group(facts.cgroup)
+        pids = group.pids() if group is not None else []
+        revive(pids)
+        for pid in pids if facts.moves else ():
+            with contextlib.suppress(OSError):  # one that has ended has no root directory, and the next one has
+                root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    finish_moves(root, facts.moves)
+                finally:
+                    os.close(root)
+                break
 
     def remove(self, facts: Facts) -> None:
         """Its tasks are gone: take down what stood around them."""
@@ -77,7 +92,7 @@ def _is_of(found: container.Container, facts: Facts) -> bool:
 
 
 def tools() -> Tools:
-    return Tools(surroundings=ContainerSurroundings())
+    return Tools(surroundings=HostSurroundings())
 
 
 def new_migration() -> str:

@@ -15,6 +15,7 @@ import typer
 
 from migrator import container
 from migrator.cli import spool
+from migrator.cli.attended import attended, silence
 from migrator.cli.interrupts import aborting, held_back
 from migrator.cli.output import err, out, reported
 from migrator.cli.workload import Workload, find_workload
@@ -67,10 +68,13 @@ def _save(
 ) -> None:
     """Save to `fd`. `whole` is called while the tasks still stand, when the image is complete: what it raises
     lets them run on."""
-    with aborting(), _source(workload, fd) as source:
+    with aborting(), attended() as journal, _source(workload, fd) as source, silence(workload, after) as network:
         source.survey()
+        journal.begin(workload, source)
         try:
             source.arm()
+            if network is not None:
+                network.lock()
             source.freeze()
             source.final()
             whole()
@@ -84,6 +88,7 @@ def _save(
                 return
             source.hold()
             if after is AfterCheckpoint.KILL:
+                journal.gone()
                 source.release()
             else:
                 for process in source.tree.living:  # none runs on before it stops: the signal waits in the frozen
@@ -204,9 +209,10 @@ def _let_go(destination: UserDestination, *, frozen: bool) -> None:
         if destination.sandbox is not None:
             destination.sandbox.settled()  # its port stays shut until `migrator thaw`
         return
-    destination.resume()
     if destination.sandbox is not None:
-        destination.sandbox.open_port()
+        destination.sandbox.open_port()  # first: connections ask their peers for what they missed
+    destination.resume()
+    destination.tidy()
 
 
 def _wait(root: int) -> int:

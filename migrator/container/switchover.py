@@ -25,13 +25,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from migrator.container import neighbours
-from migrator.container.connections import revive
 from migrator.container.packet import MAX_FRAME, VNET_HDR, PacketSocket, concerning
 from migrator.container.state import Container
 from migrator.container.valve import Valve
 from migrator.errors import ImageError
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.namespaces import entered
+from migrator.linux.repair import revive
 
 CAPTURE_LIMIT = 64 << 20  # bytes; beyond it the clients' own retransmissions have to do
 

@@ -24,6 +24,7 @@ and of the destination side:
         destination.build()    # reads to the trailer, building as it reads; tasks stopped
         destination.hold()     # frozen by the cgroup freezer, no longer traced
         destination.resume()   # running
+        destination.tidy()     # soon after: closes what was needed to build
         destination.discard()  # at any point before resume(): killed, nothing left
     # leaving the block before hold() discards
 """
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -106,6 +107,7 @@ class Survey:
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
+    notes: (what it is about, what will not be quite the same on the destination)
     """
 
     pids: list[int]
@@ -117,6 +119,7 @@ class Survey:
     tracker: str  # "wp-async", "soft-dirty", "hash"
     tcp_connections: int
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,9 @@ class Source(Protocol):
     @property
     def pids(self) -> list[int]: ...
     @property
-    def cgroup(self) -> str: ...
+    def cgroup(self) -> str: ...  # a path, or a name; "" where there will be none
+    @property
+    def homes(self) -> list[tuple[int, str]]: ...  # (pid, directory of its cgroup), root first, to go back to
 
 
 class Destination(Protocol):
@@ -175,8 +180,11 @@ class Destination(Protocol):
     def build(self) -> int: ...  # the root's pid in the caller's pid namespace
     def hold(self) -> None: ...
     def resume(self) -> None: ...
+    def tidy(self) -> None: ...
     def discard(self) -> None: ...
     @property
     def phases(self) -> list[Phase]: ...
     @property
     def cgroup(self) -> str: ...
+    @property
+    def moves(self) -> list[tuple[str, str, str, str]]: ...  # of files, by resume(): for who finishes it

@@ -205,7 +205,7 @@ class SocketState(enum.IntEnum):
 class SocketOption(Struct):
     """One option as setsockopt(2) takes it.
 
-    Structs are packed into `value`: linger as onoff | seconds << 32, timeouts in µs."""
+    Structs are packed into `value`: linger as onoff | seconds << 32, timeouts in µs, SO_PEERCRED as uid | gid << 32."""
 
     level: s32
     name: s32

@@ -22,6 +22,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def directory_of(pid: int) -> str:
     return "" if below.startswith("..") else str(chosen.mountpoint / below)
 
 
+def remove_empty(directories: Iterable[str]) -> None:
+    """Remove those of our cgroups, below `migrator/`, that nobody is in any more."""
+    for folder in directories:
+        if os.path.basename(os.path.dirname(folder)) == PARENT:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
 def _holding(pid: int, chosen: Hierarchy) -> str:
     """The same from inside a cgroup namespace, whose root has no name there: the one that lists the process."""
     for folder, _, _ in os.walk(chosen.mountpoint):
@@ -217,6 +226,20 @@ class Cgroup:
     def attach(self, pid: int) -> None:
         """Move a process, with all its threads, into this cgroup. A frozen cgroup freezes it."""
         (self.path / "cgroup.procs").write_text(str(pid))
+
+    def send_home(self, homes: Mapping[int, str]) -> None:
+        """Move every process to the cgroup whose directory `homes` names, one born here to the first of them, and
+        remove this one. A process whose cgroup is gone stays, and runs on here."""
+        first = next((home for home in homes.values() if home), "")
+        stay: set[int] = set()
+        while left := [pid for pid in self.pids() if pid not in stay]:  # more are born while we move some
+            for pid in left:
+                try:
+                    Path(homes.get(pid) or first, "cgroup.procs").write_text(str(pid))
+                except OSError:
+                    stay.add(pid)
+        if not stay & set(self.pids()):
+            self.remove()
 
     def pids(self) -> list[int]:
         """The processes in this cgroup (not below it), as this pid namespace numbers them."""

@@ -15,6 +15,8 @@ import termios
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
+import msgspec
+
 from migrator.engine.base import Phase, Round, Source, Survey
 from migrator.errors import MigrationAborted
 from migrator.linux import procfs
@@ -137,16 +139,7 @@ class Copying:
         for pid in self._source.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pids.append((pid, procfs.start_time(pid)))
-        return Facts(
-            migration=facts.migration,
-            role=facts.role,
-            peer=facts.peer,
-            pids=pids,
-            cgroup=self._source.cgroup,
-            container=facts.container,
-            boot_id=facts.boot_id,
-            started_at=facts.started_at,
-        )
+        return msgspec.structs.replace(facts, pids=pids, cgroup=self._source.cgroup, homes=self._source.homes)
 
     # From the freeze to the thaw
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from migrator import model
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, Phase, Round
@@ -50,7 +52,7 @@ log = logging.getLogger("migrator.session")
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 _BEGIN_SECONDS = 600.0
 _MOST_ROUNDS = 10_000
-_THAW_POLL = 0.0003
+_TELL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class DestinationSession:
         self._tell = on_event
         self._events: asyncio.Queue[tuple[DestinationEvent, BaseException | None]] = asyncio.Queue()
         self._thread = OwnThread("engine")
-        self._network = OwnThread("network")  # frames must not wait for an engine that tidies up
+        self._network = OwnThread("network")  # frames must not wait for the engine
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
         self._files: FileReceiver | None = None
@@ -109,6 +111,7 @@ class DestinationSession:
         self._arrival: NetworkArrival | None = None
         self._arrival_lock = threading.Lock()
         self._resumed = threading.Event()
+        self._tidied = False
         self._announcing: asyncio.Task[None] | None = None
         self._pump: Pump | None = None
         self._work: asyncio.Task[None] | None = None
@@ -257,14 +260,12 @@ class DestinationSession:
         elif action is a.DISCARD:
             await self._discard()
         elif action is a.SEND_RUNNING:
-            await self._send(m.Running(migration, self._resumed_at))
-            fault("destination.told")
-            self._calm.leave()
-            await self._report()
+            await self._tell_running()
         elif action is a.SEND_DISCARDED:
             assert self._journal is not None
             await self._send(m.Discarded(migration, self._journal.reason))
         elif action is a.JOURNAL_RESUMED:
+            await self._tidy()
             self._record(Recorded.RESUMED)
         elif action is a.JOURNAL_CLOSE:
             self._record(Recorded.CLOSED)
@@ -274,6 +275,27 @@ class DestinationSession:
 
     async def _send(self, message: m.AnyMessage) -> None:
         await self._link.send(m.encode(message))
+
+    async def _tell_running(self) -> None:
+        """First the source is told, for it waits; only then is time for ourselves. But the copy, which waits for
+        us to close what is its, does not wait for a link that takes no message."""
+        telling = asyncio.ensure_future(self._send(m.Running(self._migration, self._resumed_at)))
+        await asyncio.wait([telling], timeout=_TELL_SECONDS)
+        if not telling.done():
+            await self._tidy()
+        await telling
+        fault("destination.told")
+        self._calm.leave()
+        await self._tidy()
+        await self._report()
+
+    async def _tidy(self) -> None:
+        if self._engine is not None and not self._tidied:
+            self._tidied = True
+            try:
+                await self._thread.run(self._engine.tidy)
+            except Exception as error:
+                log.warning("%s: %s", self._migration, error)
 
     async def _judge(self) -> None:
         proposal = self._propose
@@ -386,17 +408,20 @@ class DestinationSession:
             self._journal = Journal.create(self.settings.journal, facts)
             wish = Recorded.DISCARDED
         with self._phase("journal"):
-            decided = self._journal.decide(wish, reason=reason)
+            known = self._facts_of_copy() if wish is Recorded.RUNNING else None
+            decided = self._journal.decide(wish, reason=reason, facts=known)
         fault("destination.decided")
         running = decided is Recorded.RUNNING
         return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
 
+    def _facts_of_copy(self) -> Facts | None:
+        """What became known while it was built and an agent needs that has to resume it for us."""
+        moves = self._engine.moves if self._engine is not None else []
+        assert self._journal is not None
+        return msgspec.structs.replace(self._journal.facts, moves=moves) if moves else None
+
     async def _resume(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            await self._thread.run(self._resume_on_thread, loop)
-        finally:
-            self._resumed.set()
+        await self._thread.run(self._resume_on_thread, asyncio.get_running_loop())
 
     def _resume_on_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         self._prepare_arrival()
@@ -412,14 +437,14 @@ class DestinationSession:
             # Decided is decided: what the engine cannot do, its cgroup can.
             if not thaw(self._journal.facts, self.settings.tools):
                 raise
+        finally:
+            self._resumed.set()
         self._resumed_at = _end_of(self._engine.phases, "resume") or time.monotonic_ns()
         fault("destination.resumed")
 
     def _greet(self, arrival: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
-        """Announce the new place the moment the copy runs; the engine may still be tidying up then."""
-        assert self._engine is not None
-        while not self._resumed.wait(_THAW_POLL) and not _end_of(self._engine.phases, "resume"):
-            pass
+        """Announce the new place the moment the copy runs."""
+        self._resumed.wait()
         with contextlib.suppress(OSError), self._phase("announce"):
             arrival.announce()
         loop.call_soon_threadsafe(self._begin_to_arrive, arrival)

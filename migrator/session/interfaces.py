@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from migrator.engine.base import Destination, Source
@@ -61,6 +61,7 @@ class HoldGroup(Protocol):
     def pids(self) -> list[int]: ...
     def kill(self) -> None: ...
     def remove(self) -> None: ...
+    def send_home(self, homes: Mapping[int, str]) -> None: ...
 
 
 Groups = Callable[[str], HoldGroup | None]  # path or name of a cgroup -> it, None if there is none
@@ -70,20 +71,20 @@ DestinationFactory = Callable[[int], Destination]  # the descriptor to read the 
 
 
 class Surroundings(Protocol):
-    """What stands around the tasks of a container, to be put right where an agent died half way.
+    """What stands around held tasks, and what they have open, to be put right where an agent died half way.
 
     Both must do nothing where there is nothing to do, and be callable twice.
     """
 
     def reopen(self, facts: Facts) -> None:
-        """Its tasks run here: give it its network back."""
+        """Its tasks will run here: give them what they need for it, network and connections above all."""
 
     def remove(self, facts: Facts) -> None:
         """Its tasks are gone: take down what stood around them."""
 
 
 class NoSurroundings:
-    """For plain subtrees."""
+    """For fakes."""
 
     def reopen(self, facts: Facts) -> None:
         pass
@@ -109,6 +110,9 @@ class CgroupHold:
 
     def remove(self) -> None:
         self._group.remove()
+
+    def send_home(self, homes: Mapping[int, str]) -> None:
+        self._group.send_home(homes)
 
 
 def open_group(reference: str) -> HoldGroup | None:

@@ -60,6 +60,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                still means the same task
     cgroup:    path or name of the freezer cgroup that holds the tasks
     boot_id:   of the kernel; after a reboot there are no tasks
+    homes:     (pid, directory of the cgroup that it came from), the root first; none for a container
+    moves:     of files, which resuming does: see `migrator.engine.base.Destination`
     """
 
     migration: str
@@ -70,6 +72,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     container: str = ""
     boot_id: str = ""
     started_at: float = 0.0  # seconds since the epoch
+    homes: list[tuple[int, str]] = []
+    moves: list[tuple[str, str, str, str]] = []
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -190,7 +194,7 @@ class Journal:
         else:
             self.reload()
 
-    def decide(self, decision: Recorded, *, reason: str = "") -> Recorded:
+    def decide(self, decision: Recorded, *, reason: str = "", facts: Facts | None = None) -> Recorded:
         """Record RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
 
         The first record wins, also against another process that decides at the same time.
@@ -198,7 +202,7 @@ class Journal:
         assert decision in _DECISIONS
         self.reload()
         if self.decision is None:
-            self.record(decision, reason=reason)
+            self.record(decision, reason=reason, facts=facts)
             self.reload()
         else:
             os.fdatasync(self._fd)  # the one who wrote it may not have come to that

@@ -17,7 +17,7 @@ import msgspec
 
 from migrator.engine.base import Capability, FileFact
 from migrator.linux import elf
-from migrator.session.messages import HostFacts, Propose, Reason
+from migrator.session.messages import HostFacts, Propose, Reason, text
 
 # Flags of /proc/cpuinfo that tell what user space may execute (arch/x86/include/asm/cpufeatures.h). The
 # others are about the kernel's own workings, or mitigations, and differ between equal processors.
@@ -33,6 +33,7 @@ _INSTRUCTIONS = frozenset(
 )
 FEW = 5  # paths that are named where there are many
 _DIGEST_LIMIT = 16 << 20
+_MOST_NOTES = 50
 _MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
 
 
@@ -124,6 +125,7 @@ def compare(
         elif problem:
             remedy = "install the same version there, or use --copy-files"
             reasons.append(Reason(fact.path, f"{problem} on {here.host}", remedy))
+    reasons += [Reason(text(about), text(note), "", False) for about, note in proposal.survey.notes[:_MOST_NOTES]]
     return reasons, wanted
 
 

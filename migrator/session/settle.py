@@ -17,6 +17,7 @@ from pathlib import Path
 
 from migrator.errors import Fate, MigratorError, Undecided, UsageError
 from migrator.linux import procfs
+from migrator.linux.cgroup import remove_empty
 from migrator.session.interfaces import Groups, NoSurroundings, Surroundings, open_group
 from migrator.session.journal import Facts, Journal, Role, boot_id, forget_old, unattended
 from migrator.session.messages import AnyMessage, Discarded, Running
@@ -59,7 +60,7 @@ class Tools:
 
 
 def thaw(facts: Facts, tools: Tools) -> bool:
-    """Let the tasks of a journal run; False if there are none any more."""
+    """Let the tasks of a journal run, where they came from; False if there are none any more."""
     if not same_boot(facts):
         return False
     if not facts.cgroup:
@@ -68,9 +69,15 @@ def thaw(facts: Facts, tools: Tools) -> bool:
         return False
     group = tools.groups(facts.cgroup)
     if group is None or not _ours(facts, group.pids()):
-        return False
+        # The agent may have died before it moved the first of them: then they run, where they were.
+        there = bool(facts.homes) and _ours(facts, [pid for pid, _ in facts.pids])
+        if there and group is not None and not group.pids():
+            group.remove()
+        return there
     tools.surroundings.reopen(facts)
     group.thaw()
+    if facts.homes:
+        group.send_home(dict(facts.homes))
     return True
 
 
@@ -84,6 +91,7 @@ def kill(facts: Facts, tools: Tools) -> None:
     with contextlib.suppress(FileNotFoundError):
         if group is not None and not group.pids():
             group.remove()
+            remove_empty({home for _, home in facts.homes})
 
 
 def same_boot(facts: Facts) -> bool:
@@ -216,7 +224,8 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
                     detail = "the copy runs here" if running else "the copy here was discarded"
                 else:
                     fate = await settle_source(journal, tools, ask)
-                    detail = fate.value
+                    # without a peer it was no migration: saved by `checkpoint --kill`
+                    detail = fate.value if facts.peer or fate is Fate.SOURCE else journal.reason
             except Undecided as error:
                 fate, detail = Fate.FROZEN, f"{error.message}. {error.hint}"
             except Exception as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,9 @@ class FakeGroup:
     def remove(self) -> None:
         pass
 
+    def send_home(self, homes: Mapping[int, str]) -> None:
+        pass
+
 
 @dataclass
 class Script:
@@ -150,6 +153,10 @@ class FakeSource(_Phases):
     @property
     def cgroup(self) -> str:
         return "fake"
+
+    @property
+    def homes(self) -> list[tuple[int, str]]:
+        return []
 
     def survey(self) -> Survey:
         self._play("survey")
@@ -205,6 +212,7 @@ class FakeDestination(_Phases):
         super().__init__()
         self._world, self._fd, self._script = world, fd, script
         self.cgroup = "fake"
+        self.moves: list[tuple[str, str, str, str]] = []
         self.bytes = 0
         self.on_round: Callable[[int], None] = lambda _number: None
 
@@ -231,6 +239,9 @@ class FakeDestination(_Phases):
         if self._world.state("destination") != "held":
             raise RestartFailed("there is nothing to resume")
         self._world.set("destination", "run")
+
+    def tidy(self) -> None:
+        self._script.play("tidy")
 
     def discard(self) -> None:
         self._script.play("discard")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TypeVar
@@ -65,7 +66,11 @@ class Moved:
         self.tables = self.dump.write()
         self.copies: list[Child] = []
 
-    def restore(self, children: list[Child]) -> list[Child]:
+    def restore(
+        self, children: list[Child], *, built: Callable[[], None] = lambda: None, dies: bool = False
+    ) -> list[Child]:
+        """The copies. `built` is called once they stand. `dies`: it ends ahead of activate(), and what that does
+        is left to another."""
         self.copies = [self.stack.enter_context(Child(c.vpid)) for c in children]
         restore = DescriptorRestore(self.context)
         self.stack.callback(restore.close)
@@ -75,6 +80,14 @@ class Moved:
         for child, copy in zip(children, self.copies, strict=True):
             restore.install(copy, self.tables[child.pid])
         restore.finish(self.copies)
+        self.moves = restore.moves
+        built()
+        if dies:
+            monkey = self.stack.enter_context(pytest.MonkeyPatch.context())
+            monkey.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead leave their directories
+            restore.close()
+            monkey.undo()
+            return self.copies
         restore.activate()
         restore.close()
         return self.copies

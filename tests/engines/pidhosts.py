@@ -124,7 +124,20 @@ class Agent:
 
     def resume(self) -> list[Phase]:
         self.destination.resume()
+        self.destination.tidy()
         return list(self.destination.phases)
+
+    def settle(self) -> list[Phase]:
+        """What another agent does if ours dies ahead of resume()."""
+        from migrator import host
+        from migrator.session import settle
+        from migrator.session.journal import Facts, Role
+
+        made = self.destination
+        facts = Facts(migration="x", role=Role.DESTINATION, cgroup=made.cgroup, moves=made.moves)
+        assert settle.thaw(facts, host.tools())
+        made.tidy()
+        return list(made.phases)
 
     def discard(self) -> None:
         self.destination.discard()
@@ -309,8 +322,8 @@ class Program(HostedWorkload):
         self.command = [str(program), str(self.out), *map(str, arguments)]
 
 
-def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> Moved:
-    """Move a workload live from `a` to `b`."""
+def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3, last: str = "resume") -> Moved:
+    """Move a workload live from `a` to `b`; `last` "settle": `b` leaves the last step to another agent."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -329,7 +342,7 @@ def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3) -> M
     except BaseException:
         a.call("thaw")
         raise
-    phases = b.call("resume")
+    phases = b.call(last)
     a.call("release")
     outer = b.outer(restored.root)
     workload.adopt(outer)

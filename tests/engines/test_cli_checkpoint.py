@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cli import MIGRATOR, Orphan, await_file, counter, end, leftovers, migrator, started, state, sweep
 
+from migrator.linux.cgroup import directory_of
+
 pytestmark = pytest.mark.root
 
 
@@ -32,6 +34,34 @@ def test_a_counter_saved_to_a_file_counts_on_where_it_stood(tmp_path: Path) -> N
     assert counts(lines) == list(range(1, len(counts(lines)) + 1)), "no step is lost or made twice"
     assert image.stat().st_mode & 0o077 == 0, "an image has the secrets of a process in it"
     assert leftovers(tmp_path) == []
+
+
+def test_one_that_is_killed_leaves_the_program_running_and_a_journal_to_settle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIGRATOR_JOURNAL_DIR", str(tmp_path / "journal"))
+    with counter(tmp_path) as program:
+        home = directory_of(program.pid)
+        with started("checkpoint", program.pid, "--kill", stdout=subprocess.PIPE) as save:  # which nobody reads
+            deadline = time.monotonic() + 20
+            while directory_of(program.pid) == home:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert [path.suffix for path in (tmp_path / "journal").iterdir()] == [".journal"]
+            save.kill()
+        program.check_alive_and_progressing()
+        assert "running on the source" in migrator("settle").stdout
+        assert directory_of(program.pid) == home
+        program.finish()
+
+
+def test_one_that_ends_leaves_no_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIGRATOR_JOURNAL_DIR", str(tmp_path / "journal"))
+    with counter(tmp_path) as program:
+        migrator("checkpoint", program.pid, "-o", tmp_path / "image")
+        migrator("checkpoint", program.pid, "-o", tmp_path / "missing" / "image", code=2)
+        migrator("checkpoint", program.pid, "--kill", "-o", tmp_path / "image")
+    assert list((tmp_path / "journal").iterdir()) == []
 
 
 def test_a_pipe_from_checkpoint_to_restart_moves_a_program_onto_its_own_pid(tmp_path: Path) -> None:

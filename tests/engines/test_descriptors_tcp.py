@@ -24,6 +24,7 @@ from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import SocketTcp
 from migrator.linux.namespaces import CLONE_NEWNET, entered, setns
+from migrator.linux.repair import revive
 
 pytestmark = pytest.mark.root
 
@@ -181,6 +182,18 @@ def test_giving_up_leaves_the_connection_as_it_was(net: Net) -> None:
         assert server.ask("[s.getsockopt(1, 2) for s in (l, c)]") == [1, 1]
 
 
+def test_a_saved_connection_is_alive_at_once_whoever_dies(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        server.run("c.setsockopt(1, 2, 0)")
+        with Moved(server):
+            server.go_on()
+            client.sendall(b"ping")
+            assert server.ask("c.recv(4), c.send(b'pong')") == (b"ping", 4)
+            assert server.ask("l.getsockopt(1, 2), c.getsockopt(1, 2)") == (1, 0)
+            assert receive(client, 4) == b"pong"
+
+
 def test_a_released_connection_ends_without_a_word(net: Net) -> None:
     with net.child() as server:
         client = connected(net, server)
@@ -191,6 +204,56 @@ def test_a_released_connection_ends_without_a_word(net: Net) -> None:
         client.settimeout(0.1)
         with pytest.raises(TimeoutError):
             client.recv(1)
+
+
+def test_nothing_is_lost_with_an_agent_that_dies_before_the_copy_runs(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        client.sendall(b"unread")
+        time.sleep(0.05)
+        net.cut()
+        server.run("c.setblocking(False); c.send(b'first'); sent = c.send(os.urandom(400000))")
+        with Moved(server, context=net.context()) as moved:
+            (state,) = moved.saved.of(SocketTcp)
+            assert state.unsent > 0
+            (copy,) = moved.restore([server], dies=True)
+            net.switch()
+            assert revive([copy.pid]) == 1
+            assert receive(client, len(state.sent)) == state.sent
+            copy.run("l, c = adopt(0), adopt(1); c.settimeout(10)")
+            assert copy.ask("c.recv(6), c.getsockopt(1, 2)") == (b"unread", 1)
+            client.sendall(b"ping")
+            assert copy.ask("c.recv(4)") == b"ping"
+            assert revive([copy.pid]) == 0
+
+
+def test_the_end_that_was_said_is_not_lost_either(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        net.cut()
+        server.run("c.send(b'bye'); c.shutdown(1)")
+        with Moved(server, context=net.context()) as moved:
+            (copy,) = moved.restore([server], dies=True)
+            net.switch()
+            revive([copy.pid])
+            assert receive(client, 99) == b"bye"
+            client.sendall(b"heard")
+            copy.run("c = adopt(1); c.settimeout(5)")
+            assert copy.ask("c.recv(99)") == b"heard"
+
+
+def test_a_copy_that_is_thrown_away_says_nothing(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        net.cut()
+        server.run("c.setblocking(False); c.send(b'first'); sent = c.send(os.urandom(400000))")
+        with Moved(server, context=net.context()) as moved:
+            (copy,) = moved.restore([server], dies=True)
+            net.switch()
+            copy.end()
+            client.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
 
 
 def test_options_of_a_connection_are_kept(net: Net) -> None:
@@ -271,6 +334,19 @@ def test_what_was_lost_on_its_way_is_sent_again_at_once(net: Net) -> None:
             # ahead of the kernel's own first retransmission, a second after the restart
             client.settimeout(0.5)
             assert receive(client, 4) == b"lost"
+
+
+def test_what_the_copy_says_into_a_shut_network_is_said_again_when_it_opens(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        net.cut()
+        server.run("c.setblocking(False); c.send(b'first'); sent = c.send(os.urandom(400000)); c.shutdown(1)")
+        with Moved(server, context=net.context()) as moved:
+            (state,) = moved.saved.of(SocketTcp)
+            moved.restore([server], built=net.switch)
+            client.settimeout(0.7)  # ahead of the kernel's own first retransmission
+            assert receive(client, len(state.sent)) == state.sent
+            assert client.recv(1) == b""
 
 
 def test_connections_that_have_ended_still_say_how(net: Net) -> None:
@@ -391,4 +467,20 @@ def test_a_connection_that_is_being_made_is_made_anew(net: Net) -> None:
                 accepted, _ = listener.accept()
                 accepted.sendall(b"at last")
                 copy.run("c = adopt(0); c.setblocking(True)")
+                assert copy.ask("c.recv(9)") == b"at last"
+
+
+def test_a_connection_is_made_also_if_the_agent_dies_before_the_copy_runs(net: Net) -> None:
+    with net.outside() as listener:
+        listener.bind(("10.98.0.2", 8000))
+        listener.listen()
+        with net.child() as program:
+            net.cut()
+            program.run("c = socket.socket(); c.setblocking(False); c.connect_ex(('10.98.0.2', 8000))")
+            with Moved(program, context=net.context()) as moved:
+                (copy,) = moved.restore([program], dies=True)
+                net.switch()
+                accepted, _ = listener.accept()
+                accepted.sendall(b"at last")
+                copy.run("c = adopt(0); c.settimeout(5)")
                 assert copy.ask("c.recv(9)") == b"at last"

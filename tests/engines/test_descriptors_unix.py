@@ -13,7 +13,7 @@ import pytest
 from fakeshell import Child
 from moving import Bytes, Moved, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, survey
+from migrator.engine.user.descriptors import DescriptorDump, finish_moves, notes, survey
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 
@@ -208,3 +208,58 @@ def test_other_families_are_refused_by_name(child: Child, code: str, reason: str
     child.run(f"s = {code}")
     (sentence,) = survey([child.process], own_netns=True)
     assert reason in sentence and "fd 0" in sentence
+
+
+PEERS = "[struct.unpack('iII', socket.socket(fileno=os.dup(n)).getsockopt(1, 17, 12))[1:] for n in range(9)]"
+WHO = """
+def who(uid, gid):
+    os.setresuid(-1, 0, -1)
+    os.setresgid(-1, gid, -1)
+    os.setresuid(-1, uid, -1)
+"""
+
+
+@pytest.mark.parametrize("name", [f"\0peers-{os.getpid()}", "socket"])
+def test_which_user_the_peer_was_stays_known(child: Child, tmp_path: Path, name: str) -> None:
+    tmp_path.chmod(0o777)
+    child.run(WHO)
+    child.run(f"os.chdir({str(tmp_path)!r}); name = {name!r}; l = socket.socket(1); l.bind(name)")
+    child.run("if name == 'socket': os.chmod(name, 0o777)")
+    child.run("who(4001, 4101); a, b = socket.socketpair(); c, d = socket.socketpair(1, 2)")
+    child.run("who(4002, 4102); l.listen()")
+    child.run("who(4003, 4103); e = socket.socket(1); e.connect(name); f, _ = l.accept()")
+    child.run("who(0, 4104); g = socket.socket(1); g.connect(name); h, _ = l.accept(); who(0, 0)")
+    before = child.ask(PEERS)
+    assert sorted(before) == [(0, 4104), *[(4001, 4101)] * 4, *[(4002, 4102)] * 3, (4003, 4103)]
+    with Moved(child) as moved:
+        moved.dump.release()  # of the name, which is taken until nobody has the socket open
+        child.end()
+        (copy,) = moved.restore([child])
+        assert copy.ask(PEERS) == before
+
+
+def test_the_survey_says_that_pids_of_peers_are_not_kept(child: Child) -> None:
+    child.run("l = socket.socket(1); l.bind(''); l.listen(); u = socket.socket(2, 2)")
+    assert list(notes([child.process])) == []
+    child.run("a, b = socket.socketpair()")
+    ((about, note),) = notes([child.process])
+    assert about == f"pid {child.pid} fd 2, 3" and "SO_PEERCRED" in note
+
+
+def test_files_of_sockets_come_into_their_places_also_if_the_agent_dies_before_the_copy_runs(
+    child: Child, tmp_path: Path
+) -> None:
+    child.run(f"a = socket.socket(1); a.bind({str(tmp_path / 'a')!r}); a.listen()")
+    child.run(f"b = socket.socket(1); os.chdir({str(tmp_path)!r}); b.bind('b'); b.listen()")
+    with Moved(child) as moved:
+        (copy,) = moved.restore([child], dies=True)
+        child.end()
+        assert len(list(tmp_path.glob(".migrator-*"))) == 1
+        for _ in range(2):  # also one that settles can die, and another begins anew
+            finish_moves(moved.context.root_fd, moved.moves)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+        for number, name in enumerate("ab"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / name))
+                copy.run(f"adopt({number}).accept()[0].send(b'{name}')")
+                assert client.recv(1) == name.encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,33 @@ int main(int argc, char **argv)
 def test_a_stopped_process_stays_stopped_and_can_be_continued(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     with Program(hosts[0], STOPPED, tmp_path) as moving:
         there_and_back(moving, hosts)
+        moving.finish()
+
+
+LAST_STEPS = """
+	struct itimerspec every = { { 0, 5000000 }, { 0, 5000000 } };
+	int timer = timerfd_create(CLOCK_MONOTONIC, 0), listener = socket(AF_UNIX, SOCK_STREAM, 0);
+	unsigned long expired;
+	TRY(timerfd_settime(timer, 0, &every, NULL));
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	snprintf(name.sun_path, sizeof(name.sun_path), "%s.socket", argv[1]);
+	TRY(bind(listener, (struct sockaddr *)&name, sizeof(name)));
+	TRY(listen(listener, 5));
+	wl_ready();
+"""
+SETTLED = "#include <sys/socket.h>\n#include <sys/timerfd.h>\n#include <sys/un.h>" + STOPPED.replace(
+    "wl_ready();", LAST_STEPS
+).replace("wl_sleep_us(20000);", "while (read(timer, &expired, 8) != 8 && !wl_stopping);")
+
+
+def test_nothing_is_left_undone_by_an_agent_that_dies_ahead_of_the_last_step(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], SETTLED, tmp_path) as moving:
+        migrate(moving, *hosts, last="settle")
+        moving.check_alive_and_progressing()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{moving.out}.socket")
         moving.finish()
 
 

@@ -122,7 +122,10 @@ def migrate_while_agent_is_restarted(stage: Stage, point: str) -> None:
     with stage.a.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as migration:
         deadline = time.monotonic() + 40
         while stage._running[stage.b.label].poll() is None:
-            assert time.monotonic() < deadline, "the point was never passed"
+            if migration.poll() is not None or time.monotonic() > deadline:
+                migration.kill()
+                said = migration.communicate(), stage.agent_log(stage.b)
+                raise AssertionError(f"the point was never passed: {said}")
             time.sleep(0.02)
         stage.stop_agent(stage.b)
         stage.start_agent(stage.b)

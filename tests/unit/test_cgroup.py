@@ -160,6 +160,50 @@ def test_a_traced_process_stays_frozen_when_its_tracer_detaches(group: Cgroup, c
 
 
 @root
+def test_a_traced_process_stands_still_through_a_freeze_and_a_thaw(group: Cgroup, counter: Counter) -> None:
+    group.attach(counter.pid)
+    ptrace.seize(counter.pid)
+    ptrace.interrupt(counter.pid)
+    ptrace.wait(counter.pid)
+    group.freeze(wait=False)
+    group.thaw()
+    assert not counter.runs()
+    assert ptrace.get_sigmask(counter.pid) == 0
+    ptrace.cont(counter.pid)
+    assert counter.runs()
+    ptrace.interrupt(counter.pid)
+    ptrace.wait(counter.pid)
+    ptrace.detach(counter.pid)
+    assert counter.runs()
+
+
+@root
+def test_a_traced_process_in_a_frozen_cgroup_stands_still_when_its_tracer_is_killed(
+    group: Cgroup, counter: Counter
+) -> None:
+    code = f"""
+import os
+from migrator.linux import ptrace
+from migrator.linux.cgroup import Cgroup
+group = Cgroup.at({str(group.path)!r})
+group.attach({counter.pid})
+ptrace.seize({counter.pid})
+ptrace.interrupt({counter.pid})
+ptrace.wait({counter.pid})
+group.freeze(wait=False)
+print(1, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    tracer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert tracer.communicate()[0] == b"1\n" and tracer.returncode == -signal.SIGKILL
+    before = counter.value
+    assert not counter.runs()
+    assert counter.value == before
+    group.thaw()
+    assert counter.runs()
+
+
+@root
 def test_a_process_that_enters_a_frozen_cgroup_freezes(group: Cgroup, counter: Counter) -> None:
     group.freeze()
     group.attach(counter.pid)
@@ -217,6 +261,30 @@ def test_a_hold_cgroup_can_stand_below_the_one_a_process_is_in(group: Cgroup, co
     group.attach(counter.pid)
     held.remove()
     assert counter.runs()
+
+
+@root
+def test_processes_go_back_to_where_they_came_from(group: Cgroup, counter: Counter, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    second = Counter(tmp_path / "second")
+    homes = [group.path / name for name in ("a", "b")]
+    for home in homes:
+        home.mkdir()
+    held = Cgroup.create("held", version=group.hierarchy.version, under=group.path)
+    try:
+        for pid in (counter.pid, second.pid):
+            held.attach(pid)
+        held.send_home({counter.pid: str(homes[0]), 1 << 22: str(homes[1])})
+        assert not held.path.exists()
+        for pid in (counter.pid, second.pid):  # the other was born in it, as it were
+            assert str(pid) in (homes[0] / "cgroup.procs").read_text().split()
+        held = Cgroup.create("held", version=group.hierarchy.version, under=group.path)
+        held.attach(second.pid)
+        held.send_home({second.pid: str(group.path / "gone")})
+        assert held.pids() == [second.pid] and second.runs()
+    finally:
+        second.close()
+        held.remove()
 
 
 @root

@@ -26,7 +26,7 @@ from migrator.errors import (
 from migrator.model import Outcome
 from migrator.session import carrying, copying, source
 from migrator.session import messages as m
-from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.destination import DestinationSession, DestinationSettings, Prepared
 from migrator.session.journal import Journal, Role
 from migrator.session.serve import serve
 from migrator.session.settle import Tools
@@ -155,6 +155,59 @@ async def test_a_dry_run_ends_with_a_report_and_leaves_no_trace(hosts: Hosts) ->
     assert hosts.engine is not None and "arm" not in hosts.engine.calls
     assert hosts.journal(Role.SOURCE) is None and hosts.journal(Role.DESTINATION) is None
     assert hosts.world.log == ["source run", "destination none"]
+
+
+async def test_the_source_is_told_before_the_destination_tidies_up(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(FakeDestination, "tidy", lambda _: order.append("tidy"))
+    send = DestinationSession._send
+
+    async def noting(self: DestinationSession, message: m.AnyMessage) -> None:
+        await send(self, message)
+        order.append(type(message).__name__)
+
+    monkeypatch.setattr(DestinationSession, "_send", noting)
+    await hosts.migrate()
+    await hosts.quiet()
+    assert order[order.index("Running") :][:3] == ["Running", "tidy", "Report"]
+    assert order.count("tidy") == 1
+
+
+async def test_a_link_that_takes_no_message_does_not_keep_the_destination_from_tidying_up(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tidied = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(FakeDestination, "tidy", lambda _: loop.call_soon_threadsafe(tidied.set))
+    send = DestinationSession._send
+
+    async def stuck(self: DestinationSession, message: m.AnyMessage) -> None:
+        if isinstance(message, m.Running):
+            await tidied.wait()
+        await send(self, message)
+
+    monkeypatch.setattr(DestinationSession, "_send", stuck)
+    assert (await hosts.migrate()).outcome is Outcome.MIGRATED
+
+
+async def test_what_another_agent_needs_to_resume_the_copy_is_durable_before_it_is(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = [("/run", ".migrator-x", "s", "socket")]
+    found = []
+
+    def resume(self: FakeDestination) -> None:
+        journal = hosts.journal(Role.DESTINATION)
+        assert journal is not None and journal.state is Recorded.RUNNING
+        found.append((journal.facts.moves, journal.facts.cgroup))
+        self._world.set("destination", "run")
+
+    monkeypatch.setattr(FakeDestination, "moves", property(lambda _: moves, lambda *_: None), raising=False)
+    monkeypatch.setattr(FakeDestination, "resume", resume)
+    await hosts.migrate()
+    assert found == [(moves, "fake")]
 
 
 @pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])

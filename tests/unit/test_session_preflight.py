@@ -46,6 +46,11 @@ def test_an_equal_host_has_nothing_against_it() -> None:
     assert judge() == []
 
 
+def test_what_will_not_be_quite_the_same_is_said_and_blocks_nothing() -> None:
+    reason = only(judge(notes=[("pid 7 fd 3", "unix connections …")]))
+    assert str(reason) == "pid 7 fd 3: unix connections …" and not reason.blocking
+
+
 def test_a_processor_that_lacks_instructions_is_named_with_them() -> None:
     reason = only(judge(msgspec.structs.replace(B, cpu_features=frozenset({"avx2"}))))
     assert reason.blocking and "avx512f" in reason.problem and "ibrs" not in reason.problem

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from migrator.errors import Fate, TransportError, UsageError
+from migrator.linux import procfs
 from migrator.session.journal import Facts, Journal, Role, boot_id
 from migrator.session.messages import Discarded, Running
 from migrator.session.settle import Settlement, Tools, answer, override, settle_all
 from migrator.session.states import Recorded
-from migrator.testing.fakeengine import FakeWorld
+from migrator.testing.fakeengine import FakeGroup, FakeWorld
 
 ID = "settle-0001"
 
@@ -36,7 +39,13 @@ class Host:
     def remove(self, facts: Facts) -> None:
         self.taken_down.append(facts.container)
 
-    def journal(self, *states: Recorded, boot: str = "", pids: list[tuple[int, int]] | None = None) -> None:
+    def journal(
+        self,
+        *states: Recorded,
+        boot: str = "",
+        pids: list[tuple[int, int]] | None = None,
+        homes: list[tuple[int, str]] | None = None,
+    ) -> None:
         facts = Facts(
             migration=ID,
             role=self.role,
@@ -45,6 +54,7 @@ class Host:
             container="web",
             boot_id=boot or boot_id(),
             pids=pids or [],
+            homes=homes or [],
         )
         with Journal.create(self.path / "journal", facts) as journal:
             for state in states:
@@ -92,6 +102,24 @@ async def test_a_source_that_may_have_committed_asks(source: Host, answer: Recor
     assert (one.fate, source.copy, source.asked) == (fate, copy, ["root@b"])
     assert source.taken_down == (["web"] if copy == "none" else [])
     assert await source.settle() == []
+
+
+async def test_a_subtree_goes_back_to_the_cgroups_it_came_from(source: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, Mapping[int, str]]] = []
+    monkeypatch.setattr(FakeGroup, "send_home", lambda self, homes: sent.append((source.copy, homes)))
+    source.journal(homes=[(7, "/sys/fs/cgroup/a"), (8, "/sys/fs/cgroup/b")])
+    await source.settle()
+    assert sent == [("run", {7: "/sys/fs/cgroup/a", 8: "/sys/fs/cgroup/b"})]
+
+
+async def test_a_subtree_that_never_came_to_its_cgroup_is_not_missed(
+    source: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.world.set("source", "none")  # of the cgroup
+    source.journal(pids=[(os.getpid(), procfs.start_time(os.getpid()))], homes=[(os.getpid(), "/sys/fs/cgroup")])
+    (one,) = await source.settle()
+    assert one.fate is Fate.SOURCE
+    assert "gone" not in caplog.text
 
 
 async def test_a_source_whose_peer_is_silent_stays_frozen_until_it_is_not(source: Host) -> None:

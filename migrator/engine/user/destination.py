@@ -94,6 +94,11 @@ class UserDestination:
         return str(self._cgroup.path) if self._cgroup is not None else ""
 
     @property
+    def moves(self) -> list[tuple[str, str, str, str]]:
+        """What resume() does to files: `migrator.engine.user.descriptors.finish_moves` does it in its stead."""
+        return self._descriptors.moves if self._descriptors is not None else []
+
+    @property
     def root_pid(self) -> int:
         return self._forest.root.pid if self._forest is not None and self._forest.root is not None else 0
 
@@ -137,19 +142,21 @@ class UserDestination:
             for shell in self._forest.shells.values():
                 for thread in shell.threads.values():
                     ptrace.detach(thread.tid)
+            for pid, signal in self._stopped_groups():
+                os.kill(pid, signal)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
 
     def resume(self) -> None:
-        """Let the tasks run. Nothing that can fail is left to do."""
+        """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
         with self._phase("resume"):
-            assert self._cgroup is not None and self._forest is not None
+            assert self._cgroup is not None
             if self._descriptors is not None:
                 self._descriptors.activate()
-            stopped = self._stopped_groups()
-            for pid, signal in stopped:
-                os.kill(pid, signal)
             self._cgroup.thaw()
             self._done = True
+
+    def tidy(self) -> None:
+        """After resume(), soon: what the tasks close ends only when we have closed ours. Twice does no harm."""
         if self.sandbox is not None:
             self.sandbox.settled()
         if self._descriptors is not None:

@@ -85,6 +85,7 @@ class UserEngine:
                 destination.leave_frozen()
             else:
                 destination.resume()
+                destination.tidy()
         return root
 
     def probe(self) -> list[Capability]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -26,7 +27,7 @@ from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
 from migrator.linux import memory, procfs, sys
-from migrator.linux.cgroup import PARENT, Cgroup, directory_of
+from migrator.linux.cgroup import Cgroup, directory_of, remove_empty
 from migrator.linux.pagemap import Scanner
 from migrator.linux.remote import RemoteError
 
@@ -77,7 +78,23 @@ class UserSource:
 
     @property
     def cgroup(self) -> str:
-        return str(self._cgroup.path) if self._cgroup is not None else ""
+        """Its path; before arm() has made it, its name."""
+        return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
+
+    @property
+    def homes(self) -> list[tuple[int, str]]:
+        """(pid, directory of the cgroup) of the tasks that arm() moves to ours, or has moved; the root first."""
+        if not self._own_cgroup or self._cgroup is not None:
+            return list(self._came_from.items())
+        homes = []
+        for pid in self.tree.processes:
+            with contextlib.suppress(OSError, LookupError):
+                homes.append((pid, directory_of(pid)))
+        return homes
+
+    @property
+    def _cgroup_name(self) -> str:
+        return self.options.cgroup_name or f"migrate-{self.pid}"
 
     def __enter__(self) -> UserSource:
         return self
@@ -244,7 +261,9 @@ class UserSource:
                 brk = said[pid].brk
                 self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         with self._phase("descriptors"):
-            self._descriptors = DescriptorDump(self._owners(), self._objhash, self._writer, self._file_drafts)
+            self._descriptors = DescriptorDump(
+                self._owners(), self._objhash, self._writer, still=self._still, drafts=self._file_drafts
+            )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
                 key = (memfd.dev, memfd.ino)
@@ -261,6 +280,16 @@ class UserSource:
                     answers = [said[pid].leader, *others[pid]]
                     self._tasks.write(process, states[pid], said[pid], timers[pid], answers, tables[pid])
             self._writer.trailer()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, the tasks stay where they are even if this program is killed: no call can be made in them."""
+        assert self._cgroup is not None
+        self._cgroup.freeze(wait=False)
+        try:
+            yield
+        finally:
+            self._cgroup.thaw()
 
     def hold(self) -> None:
         """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
@@ -292,7 +321,8 @@ class UserSource:
         self._close()
         if self._own_cgroup:
             self._cgroup.remove()
-            self._remove_former()
+            # what a restart of this tree made: nobody else knows that it is empty now
+            remove_empty(set(self._came_from.values()))
 
     def thaw(self) -> None:
         """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
@@ -300,14 +330,12 @@ class UserSource:
             return
         self._done = True
         gc.enable()
+        if self._descriptors is not None:
+            self._descriptors.undo()
         if self._held:
-            if self._descriptors is not None:
-                self._descriptors.undo()
             assert self._cgroup is not None
             self._cgroup.thaw()
         else:
-            if self._descriptors is not None:
-                self._descriptors.undo()
             if self.tree.stopped:
                 self._arming.disarm_stopped(self.tree.living)
                 self.tree.detach()
@@ -333,7 +361,7 @@ class UserSource:
 
     def _adopt(self) -> None:
         """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
-        self._cgroup = Cgroup.create(self.options.cgroup_name or f"migrate-{self.pid}")
+        self._cgroup = Cgroup.create(self._cgroup_name)
         while True:
             new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
             if not new:
@@ -351,27 +379,8 @@ class UserSource:
                     self._came_from.setdefault(pid, "")
 
     def _send_home(self) -> None:
-        if not self._own_cgroup or self._cgroup is None:
-            return
-        home = self._came_from.get(self.pid)
-        for pid in self._cgroup.pids():
-            target = self._came_from.get(pid, home)
-            if target:
-                try:
-                    with open(f"{target}/cgroup.procs", "w") as procs:
-                        procs.write(str(pid))
-                except OSError:
-                    pass  # ended, or its old cgroup is gone: it runs on where it is
-        self._cgroup.remove()
-
-    def _remove_former(self) -> None:
-        """The cgroup that a restart of this tree made: nobody else knows that it is empty now."""
-        for folder in set(self._came_from.values()):
-            if os.path.basename(os.path.dirname(folder)) == PARENT:
-                try:
-                    os.rmdir(folder)
-                except OSError:
-                    pass  # somebody is in it
+        if self._own_cgroup and self._cgroup is not None:
+            self._cgroup.send_home(self._came_from)
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]

@@ -92,6 +92,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
         tracker="wp-async",
         tcp_connections=0,
         wanted_pids=wanted,
+        notes=list(descriptors.notes(owners)),
     )
     return found, reasons
 

@@ -7,8 +7,10 @@ from migrator.engine.user.descriptors.description import Process
 from migrator.engine.user.descriptors.drafts import FileDrafts
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.listeners import Listeners
+from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
+from migrator.engine.user.descriptors.survey_notes import notes
 
 __all__ = [
     "Context",
@@ -18,5 +20,7 @@ __all__ = [
     "Listeners",
     "Memfd",
     "Process",
+    "finish_moves",
+    "notes",
     "survey",
 ]

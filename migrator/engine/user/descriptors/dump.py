@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Process
 from migrator.engine.user.descriptors.drafts import FileDrafts
+from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -46,13 +48,20 @@ class DescriptorDump:
         dump.undo()         # or dump.release()
 
     Raises CheckpointFailed, naming pid and descriptor; whatever happens, undo() leaves every file and
-    connection as it was."""
+    connection as it was. `still` keeps the tasks stopped inside it, also without this program."""
 
     def __init__(
-        self, processes: Sequence[Process], objhash: Refs, writer: Writer, drafts: FileDrafts | None = None
+        self,
+        processes: Sequence[Process],
+        objhash: Refs,
+        writer: Writer,
+        *,
+        still: Still = nullcontext,
+        drafts: FileDrafts | None = None,
     ) -> None:
         """`drafts`: what was written of them while they ran."""
         self._drafts = drafts or FileDrafts(objhash, writer)
+        self._still = still
         self._processes = list(processes)
         self._objhash = objhash
         self._writer = writer
@@ -63,14 +72,14 @@ class DescriptorDump:
     def collect(self) -> None:
         """Fetch every description, once, and read what is in flight in sockets. Writes nothing.
 
-        TCP connections go into repair mode here: they are silent until undo()."""
+        TCP connections are in repair mode for that, and only in here."""
         if not self._processes:
             return
         try:
             collection = self._collection = Collection(self._processes)
             self._memfds()
             sockets = [d for d in collection.descriptions if d.kind == FileKind.SOCKET]
-            self._sockets = SocketDump(sockets, self._processes[0].pid)
+            self._sockets = SocketDump(sockets, self._processes[0].pid, self._still)
             self._sockets.collect()
         except BaseException as error:
             self.undo()
@@ -93,7 +102,7 @@ class DescriptorDump:
             raise CheckpointFailed(f"descriptors cannot be saved: {error}") from error
 
     def undo(self) -> None:
-        """Abort: sockets are as they were, not a byte lost, and nothing of the tree is held any more."""
+        """Abort: nothing of the tree is held any more. Sockets are as they were since collect()."""
         self._end(silent=False)
 
     def release(self) -> None:

@@ -14,22 +14,27 @@ from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState, SocketTcp
+from migrator.linux import repair
 
 _WHOLE = 1
 _RDHUP = 0x2000
 _BIG = 1 << 16
 
 Item = tuple[Description, socket.socket]
+Still = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class InetDump:
-    """Made and collected inside the network namespace of the tree, `pid` being one of its processes."""
+    """Made and collected inside the network namespace of the tree, `pid` being one of its processes.
 
-    def __init__(self, items: Sequence[Item], defaults: sockopts.Defaults, pid: int) -> None:
+    still: inside it, no task runs even if this program is killed. Connections are under repair only there."""
+
+    def __init__(self, items: Sequence[Item], defaults: sockopts.Defaults, pid: int, still: Still) -> None:
         self._items = items
         self._defaults = defaults
         self._pid = pid
-        self._repaired: list[tuple[socket.socket, int]] = []  # with what SO_REUSEADDR was
+        self._still = still
+        self._connections: list[socket.socket] = []
         self._sockets: list[Socket] = []
         self._buffers: list[SocketBuffer | SocketTcp] = []
 
@@ -45,12 +50,11 @@ class InetDump:
                 rec = self._udp_socket(item, sock)
                 self._buffers += self._datagrams(item, sock)
             self._sockets.append(rec)
-        for _, sock in connections:
-            reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-            tcp.repair(sock)
-            self._repaired.append((sock, reuse))
-        for item, sock in connections:
-            self._buffers.append(tcp.save(sock, item.stat.st_ino, str(item)))
+        self._connections = [sock for _, sock in connections]
+        if connections:
+            with self._still(), _under_repair(self._connections):
+                for item, sock in connections:
+                    self._buffers.append(tcp.save(sock, item.stat.st_ino, str(item)))
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
 
@@ -65,11 +69,12 @@ class InetDump:
             yield rec
 
     def close(self, *, silent: bool) -> None:
-        if not silent:
-            for sock, reuse in self._repaired:
-                with contextlib.suppress(OSError):  # one that was reset must not keep the others mute
-                    tcp.unrepair(sock, reuse)
-        self._repaired.clear()
+        """silent: the tasks, held by their cgroup, are about to be killed, and no peer is to hear of it."""
+        if silent:
+            for sock in self._connections:
+                with contextlib.suppress(OSError):
+                    repair.repair(sock)
+        self._connections.clear()
 
     # objrefs of the records are inode numbers until they are written
 
@@ -163,6 +168,23 @@ class InetDump:
                 yield SocketBuffer(item.stat.st_ino, _WHOLE, data, addresses.pack(sock.family, sender))
         finally:
             sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, before)
+
+
+@contextlib.contextmanager
+def _under_repair(connections: Sequence[socket.socket]) -> Iterator[None]:
+    """SO_REUSEADDR is put back at once: who finds a connection under repair reads there what it is to be."""
+    entered = []
+    try:
+        for sock in connections:
+            reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+            repair.repair(sock)
+            entered.append(sock)
+            repair.reuse_address(sock, reuse)
+        yield
+    finally:
+        for sock in entered:
+            with contextlib.suppress(OSError):  # one that was reset must not keep the others under repair
+                repair.leave(sock, probe=False)
 
 
 def _own_name(sock: socket.socket) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -20,6 +21,7 @@ from migrator.image.records_files import (
     SocketState,
     SocketTcp,
 )
+from migrator.linux import repair
 
 _TYPES = {(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)}
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -38,13 +40,15 @@ _TRANSPARENT = {
     socket.AF_INET: (sockopts.SOL_IP, sockopts.IP_TRANSPARENT),
     socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
 }
-_NO_PROBE = -1  # TCP_REPAIR_OFF_NO_WP
 _INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
 _PATIENCE = 0.05  # seconds for a packet to pass the loopback device
 
 
 class InetRestore:
-    """Sockets are made as they come; connections of TCP when their SocketTcp comes, and stay mute."""
+    """Sockets are made as they come; connections of TCP when their SocketTcp comes, and stay under repair.
+
+    After settle() the kernel has all of a connection: whoever takes it out of repair mode, be it another agent,
+    has made it whole. activate() does no more than that, and saves the peer a wait."""
 
     def __init__(self, net: NetNs) -> None:
         self._net = net
@@ -89,7 +93,7 @@ class InetRestore:
             raise ImageError(f"socket {rec.socket_objref}: the state of a connection, but none is due")
         sock = self._open(owner)
         with self._named(owner, sock):
-            tcp.repair(sock)
+            repair.repair(sock)
             self._bind(owner, sock)
             tcp.before_connect(sock, rec)
             sock.connect(addresses.unpack(owner.peer))
@@ -108,7 +112,9 @@ class InetRestore:
         self._buffers.append(rec)
 
     def settle(self) -> None:
-        """What waits in datagram sockets and in connections that have ended."""
+        """What needs all sockets to stand: contents, what is still to be sent, and connections to be made.
+
+        What is sent here leaves when the network opens, or is sent again by the kernel."""
         ended: dict[int, bytes] = {}
         for rec in self._buffers:
             owner = self._records[rec.socket_objref]
@@ -125,7 +131,10 @@ class InetRestore:
                     raise ImageError(f"socket {owner.objref}: the state of its connection never came")
                 self._ended(owner, ended.get(owner.objref, b""))
         for objref, state in self._tcp.items():
-            self._sizes(self._records[objref], self._made[objref], state.unsent)
+            self._queue_rest(self._records[objref], self._made[objref], state)
+        for owner in self._records.values():
+            if owner.state == SocketState.CONNECTING:
+                _connect_without_waiting(self._made[owner.objref], owner)
 
     def take(self, objref: int) -> int:
         self._taken.add(objref)
@@ -136,16 +145,8 @@ class InetRestore:
         for objref, rec in self._tcp.items():
             sock, owner = self._made[objref], self._records[objref]
             with contextlib.suppress(OSError):  # the peer may have reset it by now
-                tcp.unrepair(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
+                repair.leave(sock, probe=True)
                 self._send_again(owner, sock, rec)
-                tcp.send_rest(sock, rec)
-                if rec.state in tcp.FIN_UNACKED:
-                    sock.shutdown(socket.SHUT_WR)
-                if rec.unsent:
-                    self._sizes(owner, sock, 0)
-        for objref, owner in self._records.items():
-            if owner.state == SocketState.CONNECTING:
-                _connect_without_waiting(self._made[objref], addresses.unpack(owner.peer))
 
     def close(self) -> None:
         for objref, sock in self._made.items():
@@ -213,6 +214,28 @@ class InetRestore:
         if not addresses.is_any(rec.local):
             sock.bind(addresses.unpack(rec.local))
 
+    def _queue_rest(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+        """Put what was never sent into the queue, and our FIN behind it; under repair again at the end.
+
+        In repair mode the kernel would take it for sent."""
+        ends = rec.state in tcp.FIN_UNACKED
+        self._sizes(owner, sock, rec.unsent)
+        if rec.unsent or ends:
+            repair.leave(sock, probe=False)
+            try:
+                tcp.send_rest(sock, rec)
+                if ends:
+                    sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise RestartFailed(
+                    f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: {rec.unsent} bytes that were"
+                    f" not sent yet do not go into the connection: {error}"
+                ) from error
+            repair.repair(sock)
+            if rec.unsent:
+                self._sizes(owner, sock, 0)
+        repair.reuse_address(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
+
     # ------------------------------------------------------------------ what only a packet can do
 
     def _deliver(self, raw: bytes, to: bytes) -> None:
@@ -222,23 +245,28 @@ class InetRestore:
         self._injector.deliver(raw, to)
 
     def _send_again(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
-        """The first bytes that the peer had not acknowledged, past the socket: a duplicate does no harm."""
-        data = rec.sent[: len(rec.sent) - rec.unsent]
+        """The first of what the peer has not acknowledged, past the socket: a duplicate does no harm."""
+        ends = rec.state in tcp.FIN_UNACKED
         size = min(rec.mss_clamp, _MAX_SEGMENT) - 12
-        if not data or size < 64:
+        if not (rec.sent or ends) or size < 64:
             return
+        unacked, sent = tcp.in_flight(sock)
+        data = rec.sent[max(0, len(rec.sent) + ends - unacked) :][:sent]
+        last = ends and sent == unacked > 0  # our FIN is among it
         stamp = tcp.timestamp(sock) if rec.options & 1 else None
         ack = (rec.rcv_seq + (rec.state in tcp.GOT_FIN)) & 0xFFFFFFFF
         window = min(0xFFFF, rec.rcv_wnd >> rec.rcv_wscale)
-        oldest = rec.snd_seq - len(rec.sent)
-        for start in range(0, min(len(data), size * _INITIAL_WINDOW), size):
+        oldest = rec.snd_seq + ends - unacked
+        for start in range(0, min(len(data) + last, size * _INITIAL_WINDOW), size):
+            part = data[start : start + size]
+            fin = packet.FIN if last and start + len(part) == len(data) else 0
             raw = packet.segment(
                 owner.peer,
                 owner.local,
-                packet.PSH | packet.ACK,
+                packet.PSH | packet.ACK | fin,
                 (oldest + start) & 0xFFFFFFFF,
                 ack,
-                data=data[start : start + size],
+                data=part,
                 window=window,
                 timestamp=stamp,
             )
@@ -249,9 +277,9 @@ class InetRestore:
         oldest = (rec.snd_seq - len(rec.sent)) & 0xFFFFFFFF
         if rec.state == tcp.FIN_WAIT2:
             # a FIN that leaves while the sending queue is under repair counts as sent, and is not
-            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.SEND_QUEUE)
+            sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.SEND_QUEUE)
             sock.shutdown(socket.SHUT_WR)
-            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.NO_QUEUE)
+            sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.NO_QUEUE)
             ack = (rec.snd_seq + 1) & 0xFFFFFFFF
             raw = packet.segment(owner.local, owner.peer, packet.ACK, rec.rcv_seq, ack)
             wanted = tcp.FIN_WAIT2
@@ -273,16 +301,16 @@ class InetRestore:
             raise ImageError(f"socket {rec.objref}: an ended connection without an address")
         peer = rec.local[:2] + bytes([rec.objref >> 8 & 0x7F, rec.objref & 0xFF or 1]) + rec.local[4:]
         with self._named(rec, sock):
-            tcp.repair(sock)
+            repair.repair(sock)
             self._bind(rec, sock)
-            for queue, value in ((tcp.SEND_QUEUE, 1), (tcp.RECV_QUEUE, 1)):
-                sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, queue)
+            for queue, value in ((repair.SEND_QUEUE, 1), (repair.RECV_QUEUE, 1)):
+                sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, queue)
                 sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_QUEUE_SEQ, value)
             sock.connect(addresses.unpack(peer))
             sockopts.force_buffers(sock, rec.sndbuf, rec.rcvbuf + 4 * len(data))
-            tcp.fill(sock, tcp.RECV_QUEUE, data)
-            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR_QUEUE, tcp.NO_QUEUE)
-            sock.setsockopt(socket.IPPROTO_TCP, tcp.TCP_REPAIR, _NO_PROBE)
+            tcp.fill(sock, repair.RECV_QUEUE, data)
+            repair.reuse_address(sock, _option(rec, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
+            repair.leave(sock, probe=False)
         self._options(rec, sock, early=False)
         self._deliver(packet.segment(rec.local, peer, packet.RST, 1 + len(data), 0), rec.local)
         if not _await_state(sock, tcp.CLOSE):
@@ -320,8 +348,13 @@ def _await_state(sock: socket.socket, wanted: int) -> bool:
     return True
 
 
-def _connect_without_waiting(sock: socket.socket, address: object) -> None:
+def _connect_without_waiting(sock: socket.socket, rec: Socket) -> None:
     flags = fcntl.fcntl(sock, fcntl.F_GETFL)
     fcntl.fcntl(sock, fcntl.F_SETFL, flags | os.O_NONBLOCK)
-    sock.connect_ex(address)  # type: ignore[arg-type]
+    code = sock.connect_ex(addresses.unpack(rec.peer))
     fcntl.fcntl(sock, fcntl.F_SETFL, flags)
+    if code not in (0, errno.EINPROGRESS):
+        raise RestartFailed(
+            f"the connection to {addresses.show(rec.peer)}, which was being made, cannot be begun anew:"
+            f" {os.strerror(code)}"
+        )

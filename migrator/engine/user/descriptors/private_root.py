@@ -12,13 +12,16 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from migrator.engine.user.descriptors import calls
 from migrator.errors import RestartFailed
 
 T = TypeVar("T")
+_PREFIX = ".migrator-"
+
+Move = tuple[str, str, str, str]  # folder, our directory in it, a file in that, its name in the folder
 
 
 class PrivateRoot:
@@ -29,7 +32,7 @@ class PrivateRoot:
     def __init__(self, place: int) -> None:
         self._place = place
         try:
-            self._folder = tempfile.mkdtemp(prefix=".migrator-", dir=f"/proc/self/fd/{place}")
+            self._folder = tempfile.mkdtemp(prefix=_PREFIX, dir=f"/proc/self/fd/{place}")
         except OSError:
             os.close(place)
             raise
@@ -69,7 +72,7 @@ class PrivateRoot:
 
     def moves(self, path: str, name: str, mode: int, uid: int, gid: int) -> None:
         """The file at `path` inside becomes `name` in its place, by commit(), unless a file is there."""
-        if not self._free(name):
+        if not _free(self._place, name):
             raise RestartFailed(
                 f"{name} is no socket here, but a unix socket was bound to it", hint="move it out of the way"
             )
@@ -82,20 +85,14 @@ class PrivateRoot:
         with contextlib.suppress(OSError):
             os.unlink(path, dir_fd=self.fd)
 
-    def _free(self, name: str) -> bool:
-        """Whether nothing is in that place, or a socket: another one's, or that of the saved program."""
-        try:
-            return stat.S_ISSOCK(os.lstat(name, dir_fd=self._place).st_mode)
-        except FileNotFoundError:
-            return True
+    def moves_in(self, folder: str) -> list[Move]:
+        """What commit() will do, `folder` being the place: for `finish_moves()`."""
+        return [(folder, os.path.basename(self._folder), path, name) for path, name in self._moves]
 
     def commit(self) -> None:
         """Move the files to their places, over what is there."""
         for path, name in self._moves:
-            with contextlib.suppress(OSError):
-                if not self._free(name):
-                    continue
-                os.rename(path, name, src_dir_fd=self.fd, dst_dir_fd=self._place)
+            _move(self.fd, path, self._place, name)
         self._moves.clear()
 
     def close(self) -> None:
@@ -105,3 +102,40 @@ class PrivateRoot:
             os.close(self.fd)
             os.close(self._place)
             self.fd = -1
+
+
+def finish_moves(root: int, moves: Sequence[Move]) -> None:
+    """The commit() and close() of an agent that has died; `root` is the root directory of the tree.
+
+    What has been moved already is left alone."""
+    for folder, private, path, name in moves:
+        with contextlib.suppress(OSError), _directory(root, folder) as place, _directory(place, private) as source:
+            _move(source, path, place, name)
+    for folder, private in {move[:2] for move in moves}:
+        if private.startswith(_PREFIX):
+            with contextlib.suppress(OSError), _directory(root, folder) as place:
+                shutil.rmtree(f"/proc/self/fd/{place}/{private}", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _directory(root: int, path: str) -> Iterator[int]:
+    flags = calls.O_PATH | os.O_DIRECTORY
+    fd = calls.openat2(root, path.lstrip("/") or ".", flags, calls.RESOLVE_IN_ROOT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _move(source: int, path: str, place: int, name: str) -> None:
+    with contextlib.suppress(OSError):
+        if _free(place, name):
+            os.rename(path, name, src_dir_fd=source, dst_dir_fd=place)
+
+
+def _free(place: int, name: str) -> bool:
+    """Whether nothing is in that place, or a socket: another one's, or that of the saved program."""
+    try:
+        return stat.S_ISSOCK(os.lstat(name, dir_fd=place).st_mode)
+    except FileNotFoundError:
+        return True

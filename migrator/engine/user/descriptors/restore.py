@@ -12,6 +12,7 @@ from migrator.engine.user.descriptors import anonymous, calls, epolls, files, lo
 from migrator.engine.user.descriptors.drafts import BY_PATH
 from migrator.engine.user.descriptors.epolls import Shell
 from migrator.engine.user.descriptors.pipes import PipeRestore
+from migrator.engine.user.descriptors.private_root import Move
 from migrator.engine.user.descriptors.socket_restore import SocketRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image import records_files as r
@@ -119,11 +120,19 @@ class DescriptorRestore:
             if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
                 raise ImageError(f"a lock of pid {lock.pid} on fd {lock.fd}, which it does not have")
             locks.take(entry[0], lock, self._records[lock.file_objref].path)
+        self._sockets.settle()
+        for fd, timer in self._started:
+            anonymous.start_timerfd(fd, timer)
+
+    @property
+    def moves(self) -> list[Move]:
+        """Files that activate() moves into their places, for who has to do it in our stead: `finish_moves()`."""
+        return self._sockets.moves
 
     def activate(self) -> None:
-        """The last thing before the tasks run: connections speak again, timers run."""
-        for fd, rec in self._started:
-            anonymous.start_timerfd(fd, rec)
+        """The last thing before the tasks run: connections speak again, files of sockets are in their places.
+
+        Another agent can do it if we die: what it needs is in the kernel, or in `moves`."""
         self._sockets.activate()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from migrator.engine.user.descriptors.inet_restore import InetRestore
 from migrator.engine.user.descriptors.netns import NetNs
+from migrator.engine.user.descriptors.private_root import Move
 from migrator.engine.user.descriptors.unix_restore import UnixRestore
 from migrator.errors import ImageError
 from migrator.image import records_files as r
@@ -52,13 +53,12 @@ class SocketRestore:
         family = self._family(objref)
         if objref in self._taken:
             raise ImageError(f"socket {objref} is open twice")
-        self._settle()
+        self.settle()
         self._taken.add(objref)
         return family.take(objref)
 
     def activate(self) -> None:
         """Connections speak, and files of unix sockets are in their places."""
-        self._settle()
         self._unix.activate()
         self._inet.activate()
 
@@ -67,7 +67,12 @@ class SocketRestore:
         self._inet.close()
         self._net.close()
 
-    def _settle(self) -> None:
+    @property
+    def moves(self) -> list[Move]:
+        """What activate() does to the files of unix sockets."""
+        return self._unix.moves
+
+    def settle(self) -> None:
         """All Sockets and their contents came: what needs several of them is done now."""
         if not self._settled:
             self._settled = True

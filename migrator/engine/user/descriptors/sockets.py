@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from migrator.engine.user.descriptors import calls, sockopts
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.description import Description
-from migrator.engine.user.descriptors.inet_dump import InetDump
+from migrator.engine.user.descriptors.inet_dump import InetDump, Still
 from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -54,10 +54,11 @@ def has_filter(sock: socket.socket) -> bool:
 class SocketDump:
     """All sockets of a tree. collect() before records(), close() at the end.
 
-    pid: a process of the tree, for its network namespace."""
+    pid: a process of the tree, for its network namespace. still: see InetDump."""
 
-    def __init__(self, descriptions: Sequence[Description], pid: int) -> None:
+    def __init__(self, descriptions: Sequence[Description], pid: int, still: Still) -> None:
         self._pid = pid
+        self._still = still
         self._borrowed: list[socket.socket] = []
         self._unix: list[tuple[Description, socket.socket]] = []
         self._inet: list[tuple[Description, socket.socket]] = []
@@ -65,7 +66,7 @@ class SocketDump:
         self._dumps: list[UnixDump | InetDump] = []
 
     def collect(self) -> None:
-        """Look at every socket; connections of TCP are silent from here on. Raises CheckpointFailed."""
+        """Look at every socket, and leave it as it was. Raises CheckpointFailed."""
         if not self._descriptions:
             return
         for item in self._descriptions:
@@ -83,7 +84,7 @@ class SocketDump:
                 self._dumps.append(unix)
                 unix.collect()
             if self._inet:
-                inet = InetDump(self._inet, defaults, self._pid)
+                inet = InetDump(self._inet, defaults, self._pid, self._still)
                 self._dumps.append(inet)
                 inet.collect()
 
@@ -95,7 +96,7 @@ class SocketDump:
             yield from dump.buffers(objref)
 
     def close(self, *, silent: bool) -> None:
-        """silent: connections stay mute, to end without a word; otherwise they go on as they were."""
+        """silent: connections will end without a word; otherwise they go on as they were."""
         for dump in self._dumps:
             dump.close(silent=silent)
         self._dumps.clear()

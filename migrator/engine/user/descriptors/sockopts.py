@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from migrator.image.records_files import SocketOption
 
 SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = 1, 0, 6, 17, 41
-SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED = 2, 7, 8, 13, 16
+SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED, SO_PEERCRED = 2, 7, 8, 13, 16, 17
 SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21, 25, 26, 30
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BUF_LOCK = 32, 33, 42, 72
 IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
@@ -17,6 +17,7 @@ TCP_CONGESTION, TCP_ULP = 13, 31
 _SO_PRIORITY, _IP_TOS = 12, 1
 
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
+_UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II"), struct.Struct("<q"), 0xFFFFFFFF
 _STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
 
 # Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
@@ -88,6 +89,30 @@ def put(sock: socket.socket, option: SocketOption) -> None:
     except (OSError, struct.error) as error:
         number = error.errno if isinstance(error, OSError) else 0
         raise OSError(number or 22, f"socket option {name} of level {level}: {error}") from error
+
+
+def peer_user(sock: socket.socket) -> list[SocketOption]:
+    """Who SO_PEERCRED of a unix socket names, as an option; none if nobody, or root."""
+    _, uid, gid = _UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size))
+    if uid == _NOBODY or not (uid or gid):
+        return []
+    return [SocketOption(SOL_SOCKET, SO_PEERCRED, *_IDS_AS_VALUE.unpack(_IDS.pack(uid, gid)))]
+
+
+def has_peer(sock: socket.socket) -> bool:
+    """Whether SO_PEERCRED of a unix socket names anybody."""
+    return bool(_UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size))[1] != _NOBODY)
+
+
+def split_peer_user(options: Iterable[SocketOption]) -> tuple[tuple[int, int], list[SocketOption]]:
+    """((uid, gid) that peer_user() found, the options that can be set)."""
+    ids, rest = (0, 0), []
+    for option in options:
+        if (option.level, option.name) == (SOL_SOCKET, SO_PEERCRED):
+            ids = _IDS.unpack(_IDS_AS_VALUE.pack(option.value))
+        else:
+            rest.append(option)
+    return ids, rest
 
 
 class Defaults:

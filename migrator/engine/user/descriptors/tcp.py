@@ -1,7 +1,6 @@
-"""TCP connections: taken out of one kernel and put into another, the peer none the wiser (TCP_REPAIR).
+"""TCP connections: taken out of one kernel and put into another, the peer none the wiser.
 
-In repair mode a socket tells its queues, sequence numbers and window, transmits nothing of its own accord
-and ends without a FIN or RST. Repair mode changes SO_REUSEADDR on the way in and out: it is put back here.
+In repair mode a socket tells its queues, sequence numbers and window: see `migrator.linux.repair`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import struct
 from migrator.errors import CheckpointFailed, ImageError
 from migrator.image.codec import MAX_RECORD
 from migrator.image.records_files import SocketTcp
+from migrator.linux.repair import NO_QUEUE, RECV_QUEUE, SEND_QUEUE, TCP_REPAIR_QUEUE
 
-TCP_MAXSEG, TCP_INFO, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 2, 11, 19, 20, 21
+TCP_MAXSEG, TCP_INFO, TCP_QUEUE_SEQ = 2, 11, 21
 TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
-NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
 
 ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT1, FIN_WAIT2, TIME_WAIT = 1, 2, 3, 4, 5, 6
 CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
@@ -43,17 +42,6 @@ def listening(sock: socket.socket) -> tuple[int, int]:
     """(connections that wait to be accepted, backlog) of a listener: so TCP_INFO has them."""
     waiting, backlog = struct.unpack_from("<II", sock.getsockopt(_TCP, TCP_INFO, 32), 24)
     return waiting, backlog
-
-
-def repair(sock: socket.socket) -> None:
-    sock.setsockopt(_TCP, TCP_REPAIR, 1)
-
-
-def unrepair(sock: socket.socket, reuseaddr: int) -> None:
-    """Back to life: a window probe asks the peer for what it has not seen acknowledged."""
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-    sock.setsockopt(_TCP, TCP_REPAIR, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuseaddr)
 
 
 def save(sock: socket.socket, objref: int, who: str) -> SocketTcp:
@@ -102,6 +90,12 @@ def save(sock: socket.socket, objref: int, who: str) -> SocketTcp:
     )
 
 
+def in_flight(sock: socket.socket) -> tuple[int, int]:
+    """(what the peer has not acknowledged, what of it was sent), in bytes, a FIN counting as one."""
+    unacked = _query(sock, _SIOCOUTQ)
+    return unacked, unacked - _query(sock, _SIOCOUTQNSD)
+
+
 def timestamp(sock: socket.socket) -> int:
     """The clock of a connection's timestamps option, now."""
     return sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK
@@ -126,7 +120,7 @@ def before_connect(sock: socket.socket, rec: SocketTcp) -> None:
 
 
 def after_connect(sock: socket.socket, rec: SocketTcp) -> None:
-    """Options, contents of the queues and window; the part that was never sent waits for send_rest()."""
+    """Options, contents of the queues and window; the part that was never sent is for send_rest()."""
     options = [(_TCPOPT_MSS, rec.mss_clamp)]
     if rec.options & _OPT_WSCALE:
         options.append((_TCPOPT_WINDOW, rec.snd_wscale | rec.rcv_wscale << 16))
@@ -151,7 +145,7 @@ def after_connect(sock: socket.socket, rec: SocketTcp) -> None:
 
 
 def send_rest(sock: socket.socket, rec: SocketTcp) -> None:
-    """The bytes that were never sent, once the connection is alive again."""
+    """Put the bytes that were never sent into the queue, outside of repair mode. Raises OSError."""
     view = memoryview(rec.sent)[len(rec.sent) - rec.unsent :]
     while view:
         view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]

@@ -95,7 +95,7 @@ class UnixDump:
             path=path,
             device="",
             congestion="",
-            options=self._defaults.changed(sock, connected=False),
+            options=self._defaults.changed(sock, connected=False) + sockopts.peer_user(sock),
         )
 
     def _state(self, item: Description, sock: socket.socket, entry: diag.UnixSocket) -> tuple[SocketState, int]:

@@ -7,13 +7,15 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from migrator.engine.user.descriptors import addresses, calls, sockopts
 from migrator.engine.user.descriptors.netns import NetNs
-from migrator.engine.user.descriptors.private_root import PrivateRoot
+from migrator.engine.user.descriptors.private_root import Move, PrivateRoot
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState
+from migrator.linux.credentials import as_user
 
 T = TypeVar("T")
 _KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
@@ -36,6 +38,7 @@ class UnixRestore:
         self._roots: dict[str, PrivateRoot] = {}
         self._bound_in: dict[int, PrivateRoot] = {}
         self._taken: set[int] = set()
+        self._peers: dict[int, tuple[int, int]] = {}  # uid and gid that SO_PEERCRED names, where it is not root
 
     def add(self, rec: Socket) -> None:
         if rec.type not in _KINDS or rec.protocol:
@@ -43,6 +46,9 @@ class UnixRestore:
         for raw in (rec.local, rec.peer):
             if raw and not isinstance(addresses.unpack(raw), bytes):
                 raise ImageError(f"socket {rec.objref}: an address of another family")
+        ids, rec.options = sockopts.split_peer_user(rec.options)
+        if any(ids):
+            self._peers[rec.objref] = ids
         self._records[rec.objref] = rec
 
     def buffer(self, rec: SocketBuffer) -> None:
@@ -66,7 +72,7 @@ class UnixRestore:
                 if rec.local:
                     self._bind(sock, rec, rec.objref)
                 if rec.state == SocketState.LISTENING:
-                    sock.listen(min(rec.backlog, 1 << 16))
+                    self._as_peer(rec, partial(sock.listen, min(rec.backlog, 1 << 16)))
         loose = [r for r in self._records.values() if r.type == socket.SOCK_DGRAM and self._is_loose(r)]
         for rec in loose:
             self._fill_named(rec)
@@ -74,6 +80,10 @@ class UnixRestore:
             if rec.state == SocketState.CONNECTED:
                 self._reach(self._made[rec.objref], self._peer(rec))
         self._finish()
+
+    @property
+    def moves(self) -> list[Move]:
+        return [move for folder, root in self._roots.items() if folder for move in root.moves_in(folder)]
 
     def activate(self) -> None:
         for root in self._roots.values():
@@ -131,7 +141,7 @@ class UnixRestore:
         """Two connected sockets with the names of these records."""
         if a.type == socket.SOCK_DGRAM or not (a.local or b.local):
             with self._net:
-                mine, other = socket.socketpair(socket.AF_UNIX, a.type)
+                mine, other = self._as_peer(a, partial(socket.socketpair, socket.AF_UNIX, a.type))
             for sock, rec in ((mine, a), (other, b)):
                 if rec.local:
                     self._bind(sock, rec, rec.objref)
@@ -145,12 +155,18 @@ class UnixRestore:
             if b.local:
                 self._bind(client, b, b.objref)
             root, inside = self._bind(listener, a, 0)
-            listener.listen(1)
-            _within(root, lambda: client.connect(a.local[2:]))
+            # each end is told who did the other half: b who listened, a who connected
+            self._as_peer(b, partial(listener.listen, 1))
+            _within(root, lambda: self._as_peer(a, partial(client.connect, a.local[2:])))
             accepted, _ = listener.accept()
             if root is not None and not a.path:
                 root.remove(inside)
         return accepted, client
+
+    def _as_peer(self, rec: Socket, function: Callable[[], T]) -> T:
+        """Do what makes the kernel note the peer of `rec`, as the user that was noted before."""
+        ids = self._peers.get(rec.objref)
+        return function() if ids is None else as_user(*ids, function)
 
     # ------------------------------------------------------------------ names
 

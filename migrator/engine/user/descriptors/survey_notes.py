@@ -1,0 +1,33 @@
+"""What of a running tree's descriptors is carried, and yet will not be quite the same."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+
+from migrator.engine.user.descriptors import calls, fdinfo, sockopts
+from migrator.engine.user.descriptors.description import Process
+
+
+def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
+    """(what it is about, what will be different), one for each process; the tasks run on all the while."""
+    for process in processes:
+        try:
+            numbers = [n for n in fdinfo.numbers(process.pid) if _knows_its_peer(process, n)]
+        except OSError:
+            continue  # it ended
+        if numbers:
+            about = f"pid {process.pid} fd {', '.join(map(str, numbers[:8]))}{', …' if numbers[8:] else ''}"
+            yield about, "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
+
+
+def _knows_its_peer(process: Process, number: int) -> bool:
+    try:
+        if not os.readlink(f"/proc/{process.pid}/fd/{number}").startswith("socket:"):
+            return False
+        with socket.socket(fileno=calls.pidfd_getfd(process.pidfd, number)) as sock:
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            return sock.family == socket.AF_UNIX and not listens and sockopts.has_peer(sock)
+    except OSError:
+        return False  # it was closed meanwhile

@@ -1,0 +1,77 @@
+"""TCP repair mode (TCP_REPAIR in linux/tcp.h): on, off, and off again for an agent that has died.
+
+In repair mode a socket tells and takes what else only the kernel knows of a connection. Whoever reads from it
+or writes to it gets an error, so no task may run while a connection of its is under repair; and closed, it
+ends without FIN or RST. It is not silent: what comes for it is acknowledged all the same (tcp_ack() and
+tcp_data_queue() do not look at it), so that silence is the network's business.
+
+Only the socket remembers that it is under repair, which is how an agent finds what another has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterable
+
+from migrator.linux.sys import pidfd_getfd
+
+TCP_REPAIR, TCP_REPAIR_QUEUE = 19, 20
+NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
+_ON, _OFF, _OFF_NO_WP = 1, 0, -1
+_FORCE_REUSE = 2  # what SO_REUSEADDR reads while nobody has put it back (SK_FORCE_REUSE in net/sock.h)
+_TCP = socket.IPPROTO_TCP
+
+
+def repair(sock: socket.socket) -> None:
+    """Enter repair mode. SO_REUSEADDR is forced from here on, and lost on the way out: see `reuse_address()`."""
+    sock.setsockopt(_TCP, TCP_REPAIR, _ON)
+
+
+def reuse_address(sock: socket.socket, value: int) -> None:
+    """Say what SO_REUSEADDR is to be after repair: done early, also another agent can tell."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
+
+
+def leave(sock: socket.socket, *, probe: bool) -> None:
+    """Leave repair mode. With `probe` the peer is asked at once for what it has acknowledged.
+
+    SO_REUSEADDR is what it was before, if `reuse_address()` has told; else set: without it, a server that is
+    started again could not have its port."""
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+    sock.setsockopt(_TCP, TCP_REPAIR, _OFF if probe else _OFF_NO_WP)
+    reuse_address(sock, 1 if reuse == _FORCE_REUSE else reuse)
+
+
+def revive(pids: Iterable[int]) -> int:
+    """Take every connection of these tasks, which must be frozen, out of repair mode; returns how many.
+
+    Each asks its peer for what it missed, so the network should be open. What has no socket, or has gone, is
+    passed over."""
+    seen: set[tuple[int, int]] = set()
+    count = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                for entry in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(OSError):
+                        count += _revive(pidfd, pid, int(entry), seen)
+            finally:
+                os.close(pidfd)
+    return count
+
+
+def _revive(pidfd: int, pid: int, number: int, seen: set[tuple[int, int]]) -> bool:
+    status = os.stat(f"/proc/{pid}/fd/{number}")
+    if not stat.S_ISSOCK(status.st_mode) or (status.st_dev, status.st_ino) in seen:
+        return False
+    seen.add((status.st_dev, status.st_ino))
+    with socket.socket(fileno=pidfd_getfd(pidfd, number)) as sock:
+        if sock.proto != _TCP or not sock.getsockopt(_TCP, TCP_REPAIR):
+            return False
+        leave(sock, probe=True)
+    return True
