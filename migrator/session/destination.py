@@ -110,6 +110,7 @@ class DestinationSession:
         self._engine: Destination | None = None
         self._arrival: NetworkArrival | None = None
         self._arrival_lock = threading.Lock()
+        self._arrival_prepared = False
         self._resumed = threading.Event()
         self._tidied = False
         self._announcing: asyncio.Task[None] | None = None
@@ -394,6 +395,7 @@ class DestinationSession:
                 if arrival is not None:
                     arrival.prepare()
                 self._arrival = arrival
+            self._arrival_prepared = True
 
     async def _prepare_early(self) -> None:
         try:
@@ -421,9 +423,13 @@ class DestinationSession:
         return msgspec.structs.replace(self._journal.facts, moves=moves) if moves else None
 
     async def _resume(self) -> None:
-        await self._thread.run(self._resume_on_thread, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if self._arrival_prepared:  # what is left to do takes less time than a thread costs
+            self._resume_now(loop)
+        else:
+            await self._thread.run(self._resume_now, loop)
 
-    def _resume_on_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _resume_now(self, loop: asyncio.AbstractEventLoop) -> None:
         self._prepare_arrival()
         # The port opens first: what the copy says in its first instant must not be lost.
         if self._arrival is not None:

@@ -17,6 +17,7 @@ from migrator.linux import x86_64 as arch
 
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
+_SLEEPS = (NR["nanosleep"], NR["clock_nanosleep"])
 # A breakpoint or a single step under a mask that blocks SIGTRAP would undo the program's action for it.
 ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
@@ -44,6 +45,9 @@ def resumed(
         regs.r10 = ms
         return _made_again(regs)
     if code != RESTART_BLOCK:
+        return regs
+    if not remaining and number in _SLEEPS:  # it is over
+        regs.rax, regs.orig_rax = 0, arch.MINUS_ONE
         return regs
     if (number != NR["poll"] or ms) and _replay(shell, thread, number, remaining, regs):
         return regs
@@ -85,7 +89,7 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
     if arch.interrupted_call(now)[1] == RESTART_BLOCK:
         regs.rax, regs.orig_rax = now.rax, now.orig_rax
         return True
-    if number in (NR["nanosleep"], NR["clock_nanosleep"]) and arch.result(now) == 0:
+    if number in _SLEEPS and arch.result(now) == 0:
         regs.rax, regs.orig_rax = 0, arch.MINUS_ONE  # the little that was left is over
         return True
     return False
