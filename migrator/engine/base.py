@@ -21,8 +21,9 @@ The life of the source side, and where the workload is after each call:
 and of the destination side:
 
     with engine.destination(reader, options) as destination:
-        destination.build()    # reads to the trailer, building as it reads; tasks stopped
-        destination.hold()     # frozen by the cgroup freezer, no longer traced
+        destination.build()    # reads to the trailer, building as it reads; tasks stopped. What is left
+                               # after it can be refused by nobody
+        destination.hold()     # complete, frozen by the cgroup freezer, no longer traced
         destination.resume()   # running
         destination.tidy()     # soon after: closes what was needed to build
         destination.discard()  # at any point before resume(): killed, nothing left

@@ -111,6 +111,9 @@ class DestinationSession:
         self._arrival: NetworkArrival | None = None
         self._arrival_lock = threading.Lock()
         self._arrival_prepared = False
+        self._held = asyncio.Event()  # the copy is held, or never will be
+        self._awaiting_hold = False
+        self._build_error: BaseException | None = None
         self._resumed = threading.Event()
         self._tidied = False
         self._announcing: asyncio.Task[None] | None = None
@@ -252,8 +255,9 @@ class DestinationSession:
             fault("destination.ready")
         elif action is a.DECIDE_RUNNING:
             fault("destination.commit")
+            wish, reason = await self._when_held()
             # On the event loop on purpose: the workload stands still, and a thread costs more than the disk.
-            return self._decide(Recorded.RUNNING, "")
+            return self._decide(wish, reason)
         elif action is a.DECIDE_DISCARDED:
             return self._decide(Recorded.DISCARDED, m.text(self._error or "aborted by the source"))
         elif action is a.RESUME:
@@ -357,7 +361,20 @@ class DestinationSession:
                 cause = self._pump.error
             elif not isinstance(error, MigratorError | OSError):
                 log.exception("%s: building failed", self._migration)
-            self._post(DestinationEvent.FAILED, cause)
+            self._build_error = cause
+            if not self._awaiting_hold:  # else it is decided upon now
+                self._post(DestinationEvent.FAILED, cause)
+        finally:
+            self._held.set()
+
+    async def _when_held(self) -> tuple[Recorded, str]:
+        """What is to be decided, once the copy is held by its cgroup, or could not be."""
+        self._awaiting_hold = True
+        if self._work is not None:
+            await self._held.wait()
+        if self._build_error is not None:
+            return Recorded.DISCARDED, m.text(self._build_error)
+        return Recorded.RUNNING, ""
 
     def _build_and_hold(self, prepared: Prepared, read_fd: int, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -365,13 +382,14 @@ class DestinationSession:
             self._engine.on_round = lambda number: self._call_soon(loop, self._stand, number)
             self._pid = self._engine.build()
             fault("destination.built")
+            # Told from here: what follows has the time of a round trip.
+            loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
+            give_way()
             self._engine.hold()
             fault("destination.held")
         finally:
             os.close(read_fd)
-        # Told from here: what follows has the time of a round trip.
-        loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
-        give_way()
+        loop.call_soon_threadsafe(self._held.set)
         self._prepare_arrival()
 
     @staticmethod

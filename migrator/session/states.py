@@ -15,7 +15,9 @@ order, loss and repetition of messages and a crash of either side between any tw
 
 Actions of one step are done in order, and each is finished before the next begins: a journal record is
 durable before the act that it announces. `COPY`, `SAVE` and `BUILD` take long, run beside the rest, and
-end with an event; any later step that has actions stops them first.
+end with an event; any later step that has actions stops them first. But BUILT comes when nothing is left that
+could be refused, and the holding of the copy goes on beside READY and its answer: `DECIDE_RUNNING` waits for
+it, and where it has failed, decides DISCARDED.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class DestinationState(enum.Enum):
     START = "start"
     PREFLIGHT = "preflight"
     BUILDING = "building"
-    READY = "ready"  # built and frozen by cgroup
+    READY = "ready"  # built; held by its cgroup, or about to be
     DECIDING = "deciding"  # writing the decision; its outcome is the next event
     RUNNING = "running"  # decided
     DISCARDED = "discarded"  # decided
@@ -85,7 +87,7 @@ class DestinationState(enum.Enum):
 
 
 class DestinationEvent(enum.Enum):
-    BUILT = "built"  # and held by cgroup
+    BUILT = "built"  # about to be held by its cgroup
     CANCEL = "cancel"
     FAILED = "failed"
     LINK_LOST = "link lost"
@@ -104,9 +106,9 @@ class DestinationEvent(enum.Enum):
 class DestinationAction(enum.Enum):
     SEND_VERDICT = "send verdict"
     JOURNAL_OPEN = "journal: open"
-    BUILD = "build and hold"  # ends with BUILT
+    BUILD = "build and hold"  # says BUILT between the two
     SEND_READY = "send ready"
-    DECIDE_RUNNING = "journal: running, unless already decided"
+    DECIDE_RUNNING = "once held, journal: running, unless already decided"
     DECIDE_DISCARDED = "journal: discarded, unless already decided"
     RESUME = "resume"
     JOURNAL_RESUMED = "journal: resumed"

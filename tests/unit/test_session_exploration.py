@@ -38,7 +38,7 @@ DS, DE, DA = DestinationState, DestinationEvent, DestinationAction
 WORK = {
     SA.COPY: ("converged",),
     SA.SAVE: ("freeze", "committing", "image", "hold", "saved"),
-    DA.BUILD: ("build", "hold", "built"),
+    DA.BUILD: ("build", "built", "hold"),
 }
 SENDS = {
     SA.SEND_HELLO: DE.HELLO,
@@ -154,7 +154,8 @@ def destination_event(world: World, event: DestinationEvent) -> World:
     me = world.destination
     assert me.state is not None and not me.todo
     state, actions = destination_step(me.state, event)
-    return replace(world, destination=replace(me, state=state, todo=actions, work=() if actions else me.work))
+    goes_on = not actions or event in (DE.BUILT, DE.COMMIT)  # held while READY is answered
+    return replace(world, destination=replace(me, state=state, todo=actions, work=me.work if goes_on else ()))
 
 
 def destination_act(world: World) -> World:
@@ -221,6 +222,12 @@ def destination_crash(me: Destination) -> Destination:
     return replace(me, state=None, todo=(), work=(), copy="none" if me.copy == "stop" else me.copy)
 
 
+def waits_for_hold(me: Destination) -> bool:
+    return bool(me.work) and me.todo[:1] == (DA.DECIDE_RUNNING,) and DRIVER["DECIDE_RUNNING waits for the hold"]
+
+
+DRIVER = {"DECIDE_RUNNING waits for the hold": True}
+
 SOURCE_SPONTANEOUS = (SE.CANCEL, SE.FAILED, SE.LINK_LOST, SE.PROTOCOL_ERROR)
 DESTINATION_SPONTANEOUS = (DE.CANCEL, DE.FAILED, DE.LINK_LOST, DE.PROTOCOL_ERROR)
 
@@ -250,7 +257,9 @@ def successors(world: World) -> Iterator[World]:
         yield replace(world, destination=destination_crash(other))
         if other.work and (other.work[0] != "build" or IMAGE in world.net):
             yield destination_work(world)
-        if other.todo:
+        if waits_for_hold(other):  # which may fail
+            yield replace(world, destination=replace(other, todo=(DA.DECIDE_DISCARDED, *other.todo[1:]), work=()))
+        elif other.todo:
             yield destination_act(world)
         else:
             heard = [e for e in world.net if isinstance(e, DestinationEvent)]
@@ -314,7 +323,7 @@ def finish_source(world: World) -> World:
 
 def finish_destination(world: World) -> World:
     while world.destination.todo:
-        world = destination_act(world)
+        world = destination_work(world) if waits_for_hold(world.destination) else destination_act(world)
     return world
 
 
@@ -420,6 +429,11 @@ MISTAKES = {
         "WORK",
         SA.SAVE,
         ("freeze", "committing", "image", "saved", "hold"),
+    ),
+    "RUNNING is recorded before the copy is held": (
+        "DRIVER",
+        "DECIDE_RUNNING waits for the hold",
+        False,
     ),
 }
 

@@ -258,10 +258,10 @@ async def test_cancelling_aborts_at_any_step_before_commit(hosts: Hosts, call: s
 
 
 async def test_cancelling_after_commit_waits_for_the_answer(hosts: Hosts) -> None:
-    hosts.destination.slow = {"resume": 0.2}
+    hosts.destination.slow = {"hold": 0.2}
     session = await hosts.session()
     task = asyncio.create_task(session.run())
-    while hosts.world.state("destination") != "held" or session.state.value != "committed":
+    while session.state.value != "committed":
         await asyncio.sleep(0.001)
     task.cancel()
     assert (await task).outcome is Outcome.MIGRATED
@@ -283,6 +283,14 @@ async def test_a_link_lost_before_commit_thaws(hosts: Hosts, call: str) -> None:
     assert hosts.world.check() == ("run", "none")
 
 
+@pytest.fixture
+def resume_on_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the network could not be prepared: then it may take long, and others are heard meanwhile."""
+    never = property(lambda session: False, lambda session, value: None)
+    monkeypatch.setattr(DestinationSession, "_arrival_prepared", never, raising=False)
+
+
+@pytest.mark.usefixtures("resume_on_thread")
 async def test_a_link_lost_after_commit_is_made_again_and_the_answer_asked_for(hosts: Hosts) -> None:
     hosts.destination.slow = {"resume": 0.2}
     session = await hosts.session()
@@ -299,7 +307,7 @@ async def test_a_link_lost_after_commit_is_made_again_and_the_answer_asked_for(h
 async def test_a_destination_gone_for_good_after_commit_leaves_the_copy_frozen_and_says_what_to_do(
     hosts: Hosts,
 ) -> None:
-    hosts.destination.slow = {"resume": 0.2}
+    hosts.destination.slow = {"hold": 0.2}
     session = await hosts.session(ask_for=0.3)
     task = asyncio.create_task(session.run())
     while session.state.value != "committed":
@@ -486,6 +494,7 @@ async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_befor
     assert "source stop" not in " ".join(hosts.world.log)
 
 
+@pytest.mark.usefixtures("resume_on_thread")
 async def test_a_destination_that_is_silent_after_commit_is_asked_over_a_new_link(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +506,20 @@ async def test_a_destination_that_is_silent_after_commit_is_asked_over_a_new_lin
     assert hosts.world.check() == ("none", "run")
     journal = hosts.journal(Role.DESTINATION)
     assert journal is not None and journal.settled and journal.decision is Recorded.RUNNING
+
+
+async def test_a_copy_that_cannot_be_held_after_it_was_promised_is_discarded_and_the_source_runs_on(
+    hosts: Hosts,
+) -> None:
+    hosts.destination.slow = {"hold": 0.1}
+    hosts.destination.fail = {"hold": RestartFailed("tid 7 ended")}
+    with pytest.raises(MigrationAborted, match="tid 7 ended") as caught:
+        await hosts.migrate()
+    assert caught.value.fate is Fate.SOURCE
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+    journal = hosts.journal(Role.DESTINATION)
+    assert journal is not None and journal.decision is Recorded.DISCARDED and journal.settled
 
 
 async def test_an_agent_that_is_stopped_discards_what_was_not_decided(hosts: Hosts) -> None:

@@ -120,8 +120,10 @@ class UserDestination:
     def build(self) -> int:
         """Read to the trailer and build; the tasks are stopped. The root's pid in our namespace.
 
-        Raises ImageError for a broken stream, RestartFailed for what this host cannot do; nothing of the
-        copy is left after either."""
+        What is left for hold() depends on nothing but these tasks, and is refused by nobody.
+
+        Raises ImageError for a broken stream, RestartFailed for what this host cannot do; nothing of the copy
+        is left after either."""
         try:
             while True:
                 rec = self._reader.next()
@@ -135,9 +137,14 @@ class UserDestination:
         return self.root_pid
 
     def hold(self) -> None:
-        """Freeze the tasks by their cgroup and let go of them: they stay as they are if this program dies."""
+        """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
+        are if this program dies."""
+        assert self._cgroup is not None and self._forest is not None and self._header is not None
+        with self._phase("registers"):
+            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
+            for shell in self._forest.shells.values():
+                self._tasks.finish(shell)
         with self._phase("hold"):
-            assert self._cgroup is not None and self._forest is not None
             self._cgroup.freeze(wait=False)
             for shell in self._forest.shells.values():
                 for thread in shell.threads.values():
@@ -336,12 +343,8 @@ class UserDestination:
                 self._lock_memory(shell, mm)
                 self._tasks.dress(shell)
                 self._tasks.pending(shell)
-        with self._phase("registers"):
-            assert self._header is not None
-            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
-            for shell in shells:
                 self._tasks.timers(shell)
-                self._tasks.finish(shell)
+                self._tasks.check(shell)
 
     def _lock_memory(self, shell: Shell, mm: Mm) -> None:
         calls = [

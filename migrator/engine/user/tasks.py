@@ -289,9 +289,8 @@ class TaskRestore:
             finally:
                 shell.remote.tid = shell.pid
 
-    def registers(self, shell: Shell) -> dict[int, arch.Regs]:
-        """Extended state and masks set; the registers that each thread is to resume with, by tid."""
-        out = {}
+    def check(self, shell: Shell) -> None:
+        """Set what of the processor's state might be refused: the extended state of every thread."""
         for thread in shell.threads.values():
             state = self.tasks[thread.vtid]
             if state.cpu is None or len(state.cpu.regs) != arch.REGS_SIZE:
@@ -303,6 +302,13 @@ class TaskRestore:
                     f"tid {thread.vtid}: extended state of {len(state.cpu.xstate)} bytes: {error}",
                     hint="the processors differ: `migrator check` compares them before anything is stopped",
                 ) from error
+
+    def registers(self, shell: Shell) -> dict[int, arch.Regs]:
+        """The registers that each thread is to resume with, by tid."""
+        out = {}
+        for thread in shell.threads.values():
+            state = self.tasks[thread.vtid]
+            assert state.cpu is not None
             regs = arch.Regs.from_buffer_copy(state.cpu.regs)
             out[thread.tid] = replay.resumed(shell, thread, state.restart_block, regs, self.passed)
         return out
