@@ -274,7 +274,7 @@ class Standing(Message, tag="standing", frozen=True):
 
 
 class Ready(Message, tag="ready", frozen=True):
-    """destination: the copy is built and frozen."""
+    """destination: the copy is built and stopped, and nothing is left that could be refused."""
 
     migration: Id
     built_at: Nanoseconds  # CLOCK_MONOTONIC of the destination
