@@ -16,7 +16,7 @@ import time
 from migrator.linux import urgency
 
 _SWITCH_SECONDS = 0.0001
-_WAY_SECONDS = 0.00005
+_WAY_SECONDS = 0.00025  # as long as it takes to send a message
 _lock = threading.Lock()
 _count = 0
 _before = 0.005
