@@ -455,6 +455,7 @@ class DestinationSession:
                 self._arrival.unlock()
             self._network.submit(self._greet, self._arrival, loop)
         assert self._engine is not None and self._journal is not None
+        self._calm.leave()  # else the copy, once it runs, would wait for us
         try:
             self._engine.resume()
         except Exception:
