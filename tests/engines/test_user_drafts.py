@@ -204,3 +204,53 @@ def test_what_stands_in_the_stream_is_not_written_again(tmp_path: Path) -> None:
         later = stream.records[known:]
         files = [rec for rec in later if isinstance(rec, File) and rec.path.startswith(str(tmp_path))]
         assert [(rec.path, rec.pos) for rec in files] == [(str(tmp_path / "state"), 4)]
+
+
+EARLY = """
+#include "workload.h"
+/* Opens, closes and duplicates files by path all the time, and nothing else: what was given early may be all. */
+int main(int argc, char **argv)
+{
+	int a, b, c = -1;
+
+	wl_start(argc, argv);
+	a = TRY(open(wl_beside("a"), O_RDWR | O_CREAT | O_TRUNC, 0600));
+	b = TRY(open("/etc/passwd", O_RDONLY | O_CLOEXEC));
+	wl_ready();
+	for (unsigned long turn = 0; !wl_stopping; turn++) {
+		char written[32], seen[32] = "";
+		int n = snprintf(written, sizeof(written), "turn %lu", turn);
+
+		TRY(pwrite(a, written, n, 0));
+		TRY(lseek(a, n, SEEK_SET));
+		TRY(lseek(b, turn % 100, SEEK_SET));
+		if (argc > 2 && turn % 7 == 0)
+			c = TRY(turn % 2 ? dup(a) : open(wl_beside("a"), O_RDONLY));
+		wl_sleep_us(1000);
+		CHECK(pread(a, seen, n, 0) == n && !strcmp(seen, written), "%s, not %s", seen, written);
+		CHECK(lseek(a, 0, SEEK_CUR) == n && lseek(b, 0, SEEK_CUR) == (off_t)(turn % 100), "turn %lu", turn);
+		CHECK(fcntl(b, F_GETFD) == FD_CLOEXEC && fcntl(a, F_GETFD) == 0, "turn %lu", turn);
+		if (c >= 0 && turn % 7 == 5) {
+			TRY(close(c));
+			c = -1;
+		}
+		CHECK(fcntl(c >= 0 ? c + 1 : b + 1, F_GETFD) == -1 && errno == EBADF, "one too many");
+		if (turn % 20 == 0)
+			wl_line("tick %lu", turn);
+	}
+	wl_ok();
+}
+"""
+
+
+@pytest.mark.parametrize("changing", [(), ("changing",)], ids=["the same in the end", "changing"])
+def test_descriptors_that_were_given_early_are_those_of_the_end(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path, changing: tuple[str, ...]
+) -> None:
+    here, there = hosts
+    with Program(here, EARLY, tmp_path, *changing) as program:
+        for _ in range(5):
+            migrate(program, here, there)
+            program.check_alive_and_progressing(ticks=1)
+            here, there = there, here
+        program.finish()

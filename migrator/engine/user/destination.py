@@ -252,6 +252,9 @@ class UserDestination:
         assert self._forest is not None and self._tree is not None
         self._forest.set_groups(self._tree)
         for shell in self._forest.shells.values():
+            draft = self._tasks.tasks.get(shell.vpid)
+            if draft is not None and self._descriptors is not None:
+                self._descriptors.install_early(shell, draft.task.files_objref)
             self._tasks.prepare(shell)
 
     @staticmethod

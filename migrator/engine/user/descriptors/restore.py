@@ -22,6 +22,7 @@ from migrator.linux.x86_64 import NR
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 T = TypeVar("T")
+Contents = list[tuple[int, int, int, int]]  # number, close-on-exec, objref of a File, how often that was opened
 _ANONYMOUS = frozenset({r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD})
 
 
@@ -48,6 +49,8 @@ class DescriptorRestore:
         self.final = True  # else the tasks still run, and what comes are drafts
         self._early: set[int] = set()  # Files that came as drafts
         self._changed: set[int] = set()  # those of them that came again
+        self._opened: dict[int, int] = {}  # how often they were opened
+        self._has_already: dict[int, tuple[Shell, Contents]] = {}  # by vpid: what install_early() gave
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -97,8 +100,23 @@ class DescriptorRestore:
     def install(self, shell: Shell, files_objref: int) -> None:
         """Give a stopped shell the descriptors of a table, and no others."""
         table = self._known(self.tables, files_objref, "table of descriptors")
-        shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+        if self._has_already.get(shell.vpid) != (shell, self._contents(table)):
+            shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
         self._installed[shell.vpid] = shell, files_objref
+
+    def install_early(self, shell: Shell, files_objref: int) -> None:
+        """The same while the tasks still run, of what a table has so far: in the end it may be all."""
+        table = self.tables.get(files_objref)
+        if table is None or any(d.file_objref not in self._files for d in table.descriptors):
+            return
+        contents = self._contents(table)
+        if self._has_already.get(shell.vpid) != (shell, contents):
+            shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+            self._has_already[shell.vpid] = shell, contents
+
+    def _contents(self, table: r.FileTable) -> Contents:
+        """What a shell has that was given this table: which opening of which file under which number."""
+        return [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
 
     def finish(self, shells: Iterable[Shell]) -> None:
         """Once every shell has its descriptors: what epoll waits for, and who is told by signals."""
@@ -207,6 +225,7 @@ class DescriptorRestore:
                 if fd >= 0:
                     os.close(fd)
                 fd = -1
+                self._opened[rec.objref] = self._opened.get(rec.objref, 0) + 1
                 fd = files.open_path(rec, self._context.root_fd)
         finally:
             if fd >= 0:
