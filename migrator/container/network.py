@@ -78,9 +78,13 @@ def set_up(spec: ContainerSpec, init_pid: int) -> int:
         mtu = spec.mtu or int(ip.get_links(bridge)[0].get("mtu"))
         peer = {"ifname": "eth0", "net_ns_pid": init_pid, "address": spec.effective_mac, "mtu": mtu}
         remove(spec.veth)
-        # A bridge takes the least address of its ports (br_stp_recalculate_bridge_id()). Ours is greater than
-        # any other, or the host's own address would change with every container that comes and goes.
+        # A bridge takes the least address of its ports (br_stp_recalculate_bridge_id()), unless it was given
+        # one. Ours is greater than nearly any other, or the host's own address would change with every container
+        # that comes and goes, and its peers would not find it for a while; for the rest it is given its own.
         address = f"fe:{spec.effective_mac[3:]}"
+        host = str(ip.get_links(bridge)[0].get("address"))
+        if address < host:
+            ip.link("set", index=bridge, address=host)
         ip.link("add", ifname=spec.veth, kind="veth", address=address, mtu=mtu, peer=peer)
         try:
             index = int(ip.link_lookup(ifname=spec.veth)[0])

@@ -240,6 +240,20 @@ def test_a_container_is_described_as_it_is_now(two_hosts: object) -> None:
     assert now.routes == (Route("default", "10.77.0.2"),)
 
 
+def test_the_address_of_a_bridge_stays_whatever_is_plugged_into_it(two_hosts: object) -> None:
+    """Its peers know it; of random addresses one in 64 is greater than those of our ports."""
+    with two_hosts.a.inside():  # type: ignore[attr-defined]
+        subprocess.run(["ip", "link", "set", "uplink", "address", "fe:ff:ff:00:00:01"], check=True)
+        assert address_of("br0") == "fe:ff:ff:00:00:01"
+        ct.run(ct.spec_for("ct-plug", ["sleep", "100"], bridge="br0", ip=["10.77.0.66/24"]))
+        assert address_of("br0") == "fe:ff:ff:00:00:01"
+
+
+def address_of(link: str) -> str:
+    shown = subprocess.run(["ip", "-o", "link", "show", link], capture_output=True, text=True, check=True).stdout
+    return shown.split("link/ether ")[1].split()[0]
+
+
 def test_a_port_is_shut_until_the_sandbox_is_opened(
     two_hosts: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
