@@ -59,7 +59,7 @@ def test_a_workload_goes_on_after_being_thawed_at_every_stage(workload: tuple[An
                     for stage in STAGES[:count]:
                         getattr(source, stage)()
                     source.thaw()
-            working.check_alive_and_progressing()
+            working.check_alive_and_progressing(ticks=1)
         working.finish()
 
 
