@@ -7,6 +7,7 @@ so going on, and a clean end, is the comparison with an undisturbed run.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -146,12 +147,22 @@ def test_an_echo_server_keeps_its_connection_and_its_bytes(stage: Stage) -> None
     assert report["requests"] > 100
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process has open; journals, which it holds until the source is done, and connections left out."""
+    found = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    return sorted(path for path in found if not path.startswith("socket:") and not path.endswith(".journal"))
+
+
 def test_an_agent_collects_what_it_restarted_and_what_went_on(stage: Stage) -> None:
     out = stage.folder / "reaped.out"
     stage.a.run(["migrator", "run", "-d", "--name", "reaped", "--bridge", "", "--", *command("counter", out)])
     wait_for_ticks(out, 1)
-    stage.migrate("reaped", stage.a, stage.b)
-    stage.migrate("reaped", stage.b, stage.a)
+    before = [open_files(stage.agent_pid(host)) for host in (stage.a, stage.b)]
+    for _ in range(3):
+        stage.migrate("reaped", stage.a, stage.b)
+        stage.migrate("reaped", stage.b, stage.a)
+    after = [open_files(stage.agent_pid(host)) for host in (stage.a, stage.b)]
+    assert after == before, "an agent has left files open"
     stage.a.run(["migrator", "stop", "reaped"])
     for host in (stage.a, stage.b):
         agent = stage.agent_pid(host)

@@ -410,6 +410,8 @@ class UserDestination:
         if self._forest is not None:
             self._forest.close()
         self._shared.close()
+        if self._cgroup is not None:
+            self._cgroup.close()
         if self._root_fd >= 0:
             os.close(self._root_fd)
             self._root_fd = -1

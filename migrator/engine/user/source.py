@@ -521,6 +521,8 @@ class UserSource:
         self.tree.close()
         self._shared.close()
         self._trackers.clear()
+        if self._cgroup is not None and not self._own_cgroup:
+            self._cgroup.close()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
