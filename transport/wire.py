@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import stat
@@ -21,9 +22,11 @@ class _Duplex(asyncio.Protocol):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._fd = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         wire = cast(asyncio.Transport, transport)
+        self._fd = wire.get_extra_info("socket").fileno()
         wire.set_write_buffer_limits(high=WRITE_BUFFER)
         self._link.connection_made(wire)
 
@@ -35,7 +38,15 @@ class _Duplex(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, BrokenPipeError):
+            self._read_last_words()
         self._link.connection_lost(exc)
+
+    def _read_last_words(self) -> None:
+        """asyncio stops reading where a write fails; what the peer said before it closed is still there."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._fd, 1 << 16):
+                self._link.data_received(data)
 
     def pause_writing(self) -> None:
         self._link.pause_writing()

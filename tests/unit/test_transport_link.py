@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -423,6 +424,19 @@ async def test_a_link_runs_over_two_pipes() -> None:
     with pytest.raises(TransportError):
         await right.receive(5)
     await right.close()
+
+
+async def test_what_the_peer_said_last_is_heard_though_it_listens_no_more() -> None:
+    left, right = socket.socketpair()
+    link = await link_socket(left, "peer")
+    right.sendall(PREFACE + encode_frame(Channel.CONTROL, b"why I go"))
+    right.close()
+    with contextlib.suppress(TransportError):
+        await link.send(b"to nobody")
+    assert await link.receive(5) == b"why I go"
+    with pytest.raises(TransportError, match="closed the connection"):
+        await link.receive(5)
+    await link.close()
 
 
 CHILD = """
