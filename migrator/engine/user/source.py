@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import time
@@ -425,7 +426,8 @@ class UserSource:
         process.drafted.update(new)
 
     def _try_arm(self, process: Process) -> None:
-        """Arm a process; one that ends meanwhile, or sits in its parent's memory, is left for later."""
+        """Arm a process; one that ends or becomes another program meanwhile, or sits in its parent's memory, is
+        left for later."""
         try:
             if self._in_parents_memory(process):
                 return
@@ -437,7 +439,8 @@ class UserSource:
                 alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
             except OSError:
                 alive = False
-            if alive and not isinstance(error, ProcessLookupError):
+            replaced = error.errno == errno.EFAULT  # what was mapped a moment ago is not: execve(2) came between
+            if alive and not replaced and not isinstance(error, ProcessLookupError):
                 raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
 
     def _in_parents_memory(self, process: Process) -> bool:

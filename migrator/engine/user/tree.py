@@ -199,7 +199,18 @@ class ProcessTree:
                 thread.regs = regs
                 thread.xstate = arch.get_xstate(thread.tid)
                 thread.mask = ptrace.get_sigmask(thread.tid)
+        self._forget_reaped()
         self.check_root()
+
+    def _forget_reaped(self) -> None:
+        """Of the zombies only those stay whose parent is here, and stopped: nobody reaps them any more."""
+        for process in [p for p in self.processes.values() if p.zombie and p.pid != self.root]:
+            try:
+                kept = int(procfs.stat(process.pid)[4]) in self.processes
+            except (FileNotFoundError, ProcessLookupError):
+                kept = False
+            if not kept:
+                self.processes.pop(process.pid).close()
 
     def check_root(self) -> None:
         """Raises CheckpointFailed if the root task has ended."""
