@@ -25,7 +25,7 @@ from migrator.engine.user.engine import UserEngine
 from migrator.errors import Refused
 from migrator.linux import procfs
 from migrator.linux.repair import revive
-from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.hosting import DestinationSettings, Prepared
 from migrator.session.interfaces import NetworkArrival, open_group
 from migrator.session.journal import Facts, journal_directory
 from migrator.session.messages import HostFacts, Propose

@@ -13,30 +13,28 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 import msgspec
 
 from migrator import model
-from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent, Outcome, Where
 from migrator.session import messages as m
 from migrator.session import preflight
+from migrator.session.arriving import Arriving
 from migrator.session.calm import Calm, give_way, prepare
 from migrator.session.faults import fault
 from migrator.session.files import FileReceiver
-from migrator.session.interfaces import DestinationFactory, Link, NetworkArrival
-from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
+from migrator.session.hosting import DestinationSettings, Prepared
+from migrator.session.interfaces import Link
+from migrator.session.journal import Facts, Journal, Role, boot_id
 from migrator.session.outcome import round_done
 from migrator.session.pump import Pump
-from migrator.session.settle import Tools, kill, thaw
+from migrator.session.settle import kill, thaw
 from migrator.session.states import (
     DestinationAction,
     DestinationEvent,
@@ -49,46 +47,9 @@ from migrator.session.treetarget import TreeTargets
 
 log = logging.getLogger("migrator.session")
 
-ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 _BEGIN_SECONDS = 600.0
 _MOST_ROUNDS = 10_000
 _TELL_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the host has made ready for one proposal.
-
-    factory:  makes the engine's destination from the descriptor of the stream
-    cgroup:   path or name of the cgroup that will hold the copy, known before it is built
-    arrival:  gives the network of the container, once the copy is built; None without one
-    cleanup:  called on the engine's thread when the copy was discarded
-    """
-
-    factory: DestinationFactory
-    cgroup: str
-    arrival: Callable[[], NetworkArrival | None] = lambda: None
-    cleanup: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DestinationSettings:
-    """A host that takes workloads in.
-
-    prepare:  checks that the proposal fits this host and makes it ready; raises Refused. Called on the
-              engine's thread, before the source begins.
-    root_of:  the directory that will be the root of a proposed workload, "" for the host's root
-    limit:    seconds from BEGIN until the copy must have been told to run or to go
-    query:    answers `Query` messages with JSON
-    """
-
-    host: m.HostFacts
-    prepare: Callable[[m.Propose], Prepared]
-    root_of: Callable[[m.Propose], str] = lambda proposal: _root_of(proposal)
-    limit: float = 3600.0
-    journal: Path = field(default_factory=journal_directory)
-    tools: Tools = field(default_factory=Tools)
-    query: Callable[[m.Query], Awaitable[str]] | None = None
 
 
 class DestinationSession:
@@ -101,22 +62,17 @@ class DestinationSession:
         self._tell = on_event
         self._events: asyncio.Queue[tuple[DestinationEvent, BaseException | None]] = asyncio.Queue()
         self._thread = OwnThread("engine")
-        self._network = OwnThread("network")  # frames must not wait for the engine
+        self._arriving = Arriving(link)
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
         self._files: FileReceiver | None = None
         self._trees = TreeTargets([], "", "")
         self._journal: Journal | None = None
         self._engine: Destination | None = None
-        self._arrival: NetworkArrival | None = None
-        self._arrival_lock = threading.Lock()
-        self._arrival_prepared = False
         self._held = asyncio.Event()  # the copy is held, or never will be
         self._awaiting_hold = False
         self._build_error: BaseException | None = None
-        self._resumed = threading.Event()
         self._tidied = False
-        self._announcing: asyncio.Task[None] | None = None
         self._pump: Pump | None = None
         self._work: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -167,8 +123,7 @@ class DestinationSession:
             while not self._finished:
                 event, why = await self._events.get()
                 await self._step(event, why)
-            if self._announcing is not None:
-                await self._announcing
+            await self._arriving.announced()
             result = self._result()
             self._tell(model.Ended(self._migration, Where.DESTINATION, result))
             return result
@@ -390,7 +345,7 @@ class DestinationSession:
         finally:
             os.close(read_fd)
         loop.call_soon_threadsafe(self._held.set)
-        self._prepare_arrival()
+        self._arriving.prepare(prepared.arrival)
 
     @staticmethod
     def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[int], None], number: int) -> None:
@@ -403,23 +358,6 @@ class DestinationSession:
                 await self._send(m.Standing(self._migration, number))
 
         self._spawn(tell())
-
-    def _prepare_arrival(self) -> None:
-        """Open what the switch of the network needs. While the rounds come, from a thread of its own; or when
-        the copy is built, if that was too early."""
-        with self._arrival_lock:
-            if self._arrival is None and self._prepared is not None:
-                arrival = self._prepared.arrival()
-                if arrival is not None:
-                    arrival.prepare()
-                self._arrival = arrival
-            self._arrival_prepared = True
-
-    async def _prepare_early(self) -> None:
-        try:
-            await self._network.run(self._prepare_arrival)
-        except Exception as error:
-            log.debug("%s: the network cannot be prepared yet: %s", self._migration, error)
 
     def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
         if self._journal is None:
@@ -442,19 +380,15 @@ class DestinationSession:
 
     async def _resume(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._arrival_prepared:  # what is left to do takes less time than a thread costs
+        if self._arriving.prepared:  # what is left to do takes less time than a thread costs
             self._resume_now(loop)
         else:
             await self._thread.run(self._resume_now, loop)
 
     def _resume_now(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._prepare_arrival()
-        # The port opens first: what the copy says in its first instant must not be lost.
-        if self._arrival is not None:
-            with self._phase("open port"):
-                self._arrival.unlock()
-            self._network.submit(self._greet, self._arrival, loop)
-        assert self._engine is not None and self._journal is not None
+        assert self._engine is not None and self._journal is not None and self._prepared is not None
+        self._arriving.prepare(self._prepared.arrival)
+        self._arriving.open(loop)
         self._calm.leave()  # else the copy, once it runs, would wait for us
         try:
             self._engine.resume()
@@ -463,32 +397,9 @@ class DestinationSession:
             if not thaw(self._journal.facts, self.settings.tools):
                 raise
         finally:
-            self._resumed.set()
+            self._arriving.runs()
         self._resumed_at = _end_of(self._engine.phases, "resume") or time.monotonic_ns()
         fault("destination.resumed")
-
-    def _greet(self, arrival: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
-        """Announce the new place the moment the copy runs."""
-        self._resumed.wait()
-        with contextlib.suppress(OSError), self._phase("announce"):
-            arrival.announce()
-        loop.call_soon_threadsafe(self._begin_to_arrive, arrival)
-
-    def _begin_to_arrive(self, arrival: NetworkArrival) -> None:
-        self._spawn(self._take_frames(arrival))
-        self._announcing = asyncio.create_task(self._announce(arrival))
-
-    async def _take_frames(self, arrival: NetworkArrival) -> None:
-        with contextlib.suppress(MigratorError, OSError):
-            while True:
-                frames = await self._link.receive_packets()
-                await self._network.run(arrival.inject, frames)
-
-    async def _announce(self, arrival: NetworkArrival) -> None:
-        with contextlib.suppress(OSError):
-            for pause in ANNOUNCE_AGAIN:
-                await asyncio.sleep(pause)
-                await self._network.run(arrival.announce)
 
     async def _discard(self) -> None:
         await self._stop_pump()
@@ -508,7 +419,7 @@ class DestinationSession:
             self._journal.record(state)
 
     async def _report(self) -> None:
-        phases = [*self._phases, *(self._engine.phases if self._engine is not None else [])]
+        phases = [*self._phases, *self._arriving.phases, *(self._engine.phases if self._engine is not None else [])]
         await self._send(m.Report(self._migration, phases[-200:], self._pid))
 
     @contextlib.contextmanager
@@ -564,7 +475,8 @@ class DestinationSession:
             self._rounds.append(message.round)
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:
-                self._spawn(self._prepare_early())
+                if self._prepared is not None:
+                    self._spawn(self._arriving.prepare_early(self._prepared.arrival))
             elif message.verdict == "freeze":
                 self._calm.enter()
         elif isinstance(message, m.Begin | m.Commit | m.Abort | m.Ask | m.Done):
@@ -622,19 +534,12 @@ class DestinationSession:
         kept = self.state is DestinationState.RUNNING
         for left in await asyncio.to_thread(self._trees.close, kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
-        if self._arrival is not None:
-            await self._thread.run(self._arrival.close)
         if self.state is DestinationState.ENDED and self._prepared is not None:
             await self._thread.run(self._prepared.cleanup)
         await self._thread.close()
-        await self._network.close()
+        await self._arriving.close()
         if self._journal is not None:
             self._journal.close()
-
-
-def _root_of(proposal: m.Propose) -> str:
-    """The root directory of a container; plain subtrees have the host's."""
-    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
 
 
 def _end_of(phases: Iterable[Phase], name: str) -> int:

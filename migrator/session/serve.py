@@ -15,7 +15,8 @@ from migrator import model
 from migrator.errors import MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent
 from migrator.session import messages as m
-from migrator.session.destination import DestinationSession, DestinationSettings
+from migrator.session.destination import DestinationSession
+from migrator.session.hosting import DestinationSettings
 from migrator.session.interfaces import Link
 from migrator.session.journal import Journal, Role
 from migrator.session.settle import answer, settle_destination

@@ -20,7 +20,7 @@ from typing import Any
 from migrator.errors import Fate, MigratorError, TransportError
 from migrator.session import faults
 from migrator.session import messages as m
-from migrator.session.destination import DestinationSettings, Prepared
+from migrator.session.hosting import DestinationSettings, Prepared
 from migrator.session.journal import Facts, Journal, Role
 from migrator.session.serve import ask_over, serve
 from migrator.session.settle import Settlement, Tools, settle_all

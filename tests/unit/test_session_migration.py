@@ -26,7 +26,9 @@ from migrator.errors import (
 from migrator.model import Outcome
 from migrator.session import carrying, copying, source
 from migrator.session import messages as m
-from migrator.session.destination import DestinationSession, DestinationSettings, Prepared
+from migrator.session.arriving import Arriving
+from migrator.session.destination import DestinationSession
+from migrator.session.hosting import DestinationSettings, Prepared
 from migrator.session.journal import Journal, Role
 from migrator.session.serve import serve
 from migrator.session.settle import Tools
@@ -287,7 +289,7 @@ async def test_a_link_lost_before_commit_thaws(hosts: Hosts, call: str) -> None:
 def resume_on_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the network could not be prepared: then it may take long, and others are heard meanwhile."""
     never = property(lambda session: False, lambda session, value: None)
-    monkeypatch.setattr(DestinationSession, "_arrival_prepared", never, raising=False)
+    monkeypatch.setattr(Arriving, "prepared", never, raising=False)
 
 
 @pytest.mark.usefixtures("resume_on_thread")
