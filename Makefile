@@ -8,7 +8,7 @@
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 PYTHON := $(ROOT)/.venv/bin/python
 STAMP  := $(ROOT)/build/setup.stamp
-# What goes to pytest and to the bench, as in: make test ARGS="-k redis -x"
+# What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
 .PHONY: demo test bench lint setup clean help
@@ -27,7 +27,7 @@ demo: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/demo.py $(ARGS)
 
 test: $(STAMP)
-	@cd $(ROOT) && $(PYTHON) -m pytest -q -ra --durations=10 $(ARGS)
+	@cd $(ROOT) && $(PYTHON) -m pytest -q -ra --durations=10 -n auto --dist loadfile $(ARGS)
 
 bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)

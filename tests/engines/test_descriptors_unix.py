@@ -219,7 +219,7 @@ def who(uid, gid):
 """
 
 
-@pytest.mark.parametrize("name", [f"\0peers-{os.getpid()}", "socket"])
+@pytest.mark.parametrize("name", [f"\0peers-{os.getpid()}", "socket"], ids=["abstract", "path"])
 def test_which_user_the_peer_was_stays_known(child: Child, tmp_path: Path, name: str) -> None:
     tmp_path.chmod(0o777)
     child.run(WHO)
