@@ -150,6 +150,23 @@ class Link:
 
     # Captured packets
 
+    async def turn(self, size: int) -> float:
+        """Wait until the cap lets `size` bytes be sent, and count them; the seconds waited.
+
+        Blocks of the stream wait by themselves; this is for what is sent in bulk as messages."""
+        began = time.monotonic()
+        while self._bucket is not None and (delay := self._bucket.delay(time.monotonic())) > 0:
+            await self._capped(delay)
+            self._check()
+        if self._bucket is not None:
+            self._bucket.take(size)
+        return time.monotonic() - began
+
+    async def _capped(self, delay: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._uncapped.wait()
+
     async def send_packets(self, packets: list[bytes]) -> None:
         """Send captured network packets, in order. Like `send` in all else."""
         self._check()
@@ -176,7 +193,7 @@ class Link:
         return await stream.pump_out(self, fd)
 
     def set_cap(self, bandwidth: float) -> None:
-        """From now on send at most `bandwidth` wire bytes/s of stream."""
+        """From now on send at most `bandwidth` wire bytes/s of stream, and of what asks for its turn()."""
         self._bucket = TokenBucket(bandwidth)
         self._uncapped.clear()
 
@@ -385,9 +402,7 @@ class Link:
             elif not self._writable.is_set():
                 await self._writable.wait()
             elif self._bucket is not None and (delay := self._bucket.delay(time.monotonic())) > 0:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(delay):
-                        await self._uncapped.wait()
+                await self._capped(delay)
             elif not self._send_window.has_room(size, self.rtt, time.monotonic()):
                 self._room.clear()
                 await self._room.wait()

@@ -55,7 +55,7 @@ def migrate(
         str, typer.Option(help="Budget, as 20ms or 0.5s; the best that can be had if not given.")
     ] = "",
     timeout: Annotated[str, typer.Option(help="Give up if it does not converge within this.")] = "10m",
-    bandwidth: Annotated[str, typer.Option(help="Cap for the pre-copy, as 50MB (per second).")] = "",
+    bandwidth: Annotated[str, typer.Option(help="Cap until the freeze, memory and files, as 50MB (per s).")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find out whether it could.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="No pre-copy: stop, copy, restart.")] = False,
     copy_files: CopyFiles = False,

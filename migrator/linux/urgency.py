@@ -8,6 +8,7 @@ be the next in the chain.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 
 _PRIORITY = 1  # the lowest of SCHED_FIFO: above all ordinary tasks, below everything of real time
@@ -29,7 +30,8 @@ def lower_all() -> None:
 
 
 def _own() -> list[int]:
-    return [int(tid) for tid in os.listdir("/proc/self/task")]
+    """From the interpreter: a list of /proc/self/task takes longer than all the rest."""
+    return [t.native_id for t in threading.enumerate() if t.native_id is not None]
 
 
 def _set(tids: Iterable[int], policy: int, priority: int) -> None:

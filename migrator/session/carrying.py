@@ -32,7 +32,7 @@ _SHORT = 0.05  # seconds of a pass that need not be made shorter
 class Carrying:
     """The trees of one workload whose root is `root` (/proc/PID/root).
 
-    send:  sends a message
+    send:  sends a message in its turn; the seconds that it waited for that
     sync:  waits until the destination has done all that was sent
     tell:  called with the bytes of files in each message sent
     pids:  the processes of the workload, as they are now
@@ -43,7 +43,7 @@ class Carrying:
         trees: Sequence[Tree],
         root: str,
         *,
-        send: Callable[[AnyMessage], Awaitable[None]],
+        send: Callable[[AnyMessage], Awaitable[float]],
         sync: Callable[[], Awaitable[None]],
         tell: Callable[[int], None],
         pids: Callable[[], Sequence[int]],
@@ -57,7 +57,7 @@ class Carrying:
         self._answers: list[TreeAnswer] = []
         self._answered = asyncio.Event()
         self._count = 0  # bytes since that was told
-        self.seconds = 0.0  # of the last pass: what the freeze will need, about
+        self.seconds = 0.0  # of the last pass, without what it waited for its turn: what the freeze will need, about
 
     def proposed(self) -> list[Tree]:
         """The trees, with what tells them from others."""
@@ -114,18 +114,18 @@ class Carrying:
         """One pass while the workload runs: all that has changed since the last one."""
         if not self._trees:
             return
-        began, sent = time.monotonic(), 0
+        began, sent, waited = time.monotonic(), 0, 0.0
         mapped = Mapped() if first else await self._thread.run(mapped_files, self._pids())
         for tree in self._trees:
             changes = tree.changes(mapped)
             while (message := await self._thread.run(next, changes, None)) is not None:
-                await self._send(message)
+                waited += await self._send(message)
                 sent += 1
                 count, self._count = self._count, 0
                 self._tell(count)
         if sent:
             await self._sync()
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - began - waited
 
     async def close(self) -> None:
         await self._thread.idle()

@@ -29,7 +29,7 @@ from migrator.session.messages import (
 from migrator.session.preflight import below
 from migrator.session.treefile import Held, write_all
 
-Send = Callable[[AnyMessage], Awaitable[None]]
+Send = Callable[[AnyMessage], Awaitable[float]]  # the seconds that it waited for its turn
 
 _SYNC_SECONDS = 60.0
 

@@ -45,6 +45,13 @@ class Peer:
         """Raises TransportError."""
         await self.link.send(m.encode(message))
 
+    async def send_in_turn(self, message: m.AnyMessage) -> float:
+        """As send(), once the cap of the link lets it; the seconds that it waited for that."""
+        data = m.encode(message)
+        waited = await self.link.turn(len(data))
+        await self.link.send(data)
+        return waited
+
     async def greet(self) -> None:
         """The first message on every link."""
         await self.send(self._hello)

@@ -287,11 +287,11 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._files = FileSender(files, self._send, root, self._sent_files)
+            self._files = FileSender(files, self._peer.send_in_turn, root, self._sent_files)
             self._trees = Carrying(
                 self.settings.trees,
                 root,
-                send=self._send,
+                send=self._peer.send_in_turn,
                 sync=self._files.sync,
                 tell=self._sent_files,
                 pids=self._copying.pids,

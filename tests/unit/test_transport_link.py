@@ -261,6 +261,31 @@ async def test_a_cap_is_honoured_until_it_is_lifted(pair: Pair) -> None:
     assert await reader.all() == sent
 
 
+async def test_what_asks_for_its_turn_waits_for_the_cap_until_it_is_lifted(pair: Pair) -> None:
+    here, _ = pair
+    assert await here.turn(1 << 20) < 1  # nothing is capped yet
+    here.set_cap(1000.0)
+    await here.turn(1 << 20)  # more than there was: who comes next pays for it, for a quarter of an hour
+    waiting = asyncio.create_task(here.turn(1))
+    await here.ping()
+    assert not waiting.done()
+    here.uncap()
+    assert await waiting > 0
+    waiting = asyncio.create_task(here.turn(1))
+    assert await waiting < 1
+
+
+async def test_who_waits_for_its_turn_hears_that_the_link_has_failed(pair: Pair) -> None:
+    here, there = pair
+    here.set_cap(1000.0)
+    await here.turn(1 << 20)
+    waiting = asyncio.create_task(here.turn(1))
+    await here.ping()
+    await there.close()
+    with pytest.raises(TransportError):
+        await waiting
+
+
 async def test_the_inbox_stops_the_peer_instead_of_growing(pair: Pair) -> None:
     here, there = pair
     message = bytes(1 << 20)
