@@ -207,14 +207,20 @@ class Workload:
         """Kills the tree, original or restored; returns when it is gone (5 s at most, where it is frozen)."""
         killed: list[int] = []
         for root in self._roots:
-            for pid in [*reversed(_descendants(root)), root]:
-                if self._ours(pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                        killed.append(pid)
+            # What is stopped forks no more: a pass that finds nobody new has them all.
+            while new := [p for p in (root, *_descendants(root)) if p not in killed and self._ours(p)]:
+                killed += new
+                self._signal(new, signal.SIGSTOP)
+        self._signal(killed, signal.SIGKILL)
         deadline = time.monotonic() + 5
         while any(self.alive(pid) for pid in killed) and time.monotonic() < deadline:
             time.sleep(0.005)
+
+    @staticmethod
+    def _signal(pids: list[int], number: signal.Signals) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _ours(self, pid: int) -> bool:
         # A pid may have been given to somebody else since; our output file is in every command line.
