@@ -203,6 +203,8 @@ class TreeSource(TreeListing):
         with self._opened(parent) as fd:
             if fd is None:
                 return
+            if facts_of(os.fstat(fd)) != parent.inode.facts:
+                now.touched[parent] = None  # also where all names are again what they were
             for name in sorted(names):
                 yield from self._place(parent, fd, name, names[name], now)
 
@@ -233,12 +235,14 @@ class TreeSource(TreeListing):
                 now.touched[node] = None
             return
         now.touched[parent] = None
+        path, left = os.path.join(parent.path, name), False  # what was there before
         if node is not None:
+            left = node.there
             if node.children is not None and stat.S_ISDIR(status.st_mode) and key not in now.limbo:
-                yield from self._do(Remove(node.path))  # a directory would take its place with all that is in it
+                yield from self._do(Remove(path))  # a directory would take its place with all that is in it
+                left = False
             self.model.forget(node)
         node = None
-        path = os.path.join(parent.path, name)
         if key not in now.limbo:
             moved = self._moved(parent, name, one)
             if moved is not None:  # into a directory that is new itself
@@ -261,6 +265,8 @@ class TreeSource(TreeListing):
             yield from self._new_directory(parent, fd, name, status, now)
         else:
             yield from self._new(parent, fd, name, status, now)
+        if left and parent.child(name) is None:  # what should replace it is gone as well, or not yet known
+            yield from self._do(Remove(path))
         if node is None:
             return
         if node.children is None:

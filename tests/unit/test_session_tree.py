@@ -189,6 +189,8 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "delete": lambda top: (top / "a").unlink(),
     "delete directory": lambda top: ((top / "d/f").unlink(), (top / "d/g").unlink(), (top / "d").rmdir()),
     "rename": lambda top: (top / "big").rename(top / "renamed"),
+    "rename and back": lambda top: ((top / "d/f").rename(top / "d/t"), (top / "d/t").rename(top / "d/f")),
+    "create and delete": lambda top: ((top / "d/t").mkdir(), (top / "d/t").rmdir()),
     "rename over": lambda top: (top / "a").rename(top / "b"),
     "rename directory": lambda top: (top / "d").rename(top / "e"),
     "rename directory and write": lambda top: ((top / "d").rename(top / "e"), (top / "e/f").write_text("after")),
@@ -252,6 +254,35 @@ def test_what_is_done_meanwhile_comes_out_right(sides: Sides, change: Callable[[
     assert not [name for name in os.listdir(sides.there) if name.startswith(".migrator")]
     if change is CHANGES["attribute"]:
         assert os.getxattr(sides.there / "a", "user.colour") == b"green"
+
+
+@pytest.mark.parametrize("kind", ["file", "symlink", "directory"])
+def test_what_takes_a_place_and_is_gone_before_it_is_sent_leaves_nothing_there(sides: Sides, kind: str) -> None:
+    make: dict[str, Callable[[Path], Any]] = {
+        "file": lambda path: path.write_text("new"),
+        "symlink": lambda path: path.symlink_to("new"),
+        "directory": lambda path: path.mkdir(),
+    }
+    place, aside = sides.here / "place", sides.here.parent / "aside"
+    place.symlink_to("old")
+    with sides.start() as source:
+        sides.step()
+        make[kind](aside)
+        if kind == "directory":
+            place.unlink()
+        aside.rename(place)
+        take_out = source._take_out
+
+        def gone_by_then(*arguments: Any) -> Iterator[Any]:
+            place.rmdir() if kind == "directory" else place.unlink()
+            yield from take_out(*arguments)
+
+        source._take_out = gone_by_then  # type: ignore[method-assign]
+        sides.step()
+        source._take_out = take_out  # type: ignore[method-assign]
+        sides.step()
+        sides.same()
+        sides.target.close(True)
 
 
 def test_a_renamed_directory_is_renamed_there(tmp_path: Path) -> None:
