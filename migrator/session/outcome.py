@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrator import model
-from migrator.errors import Fate
+from migrator.errors import Fate, Refused, Undecided
 from migrator.model import Outcome, Span, Where
 from migrator.session import messages as m
 from migrator.session import precopy, preflight
@@ -124,6 +124,17 @@ class Summary:
             timeline=timeline,
             warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
         )
+
+
+def how_it_ended(error: BaseException | None, *, away: bool, dry_run: bool) -> tuple[Outcome, Fate]:
+    """The outcome, and where the workload is: `away`, if the destination has said that it runs there."""
+    if isinstance(error, Undecided):
+        return Outcome.UNDECIDED, Fate.FROZEN
+    if away:
+        return Outcome.MIGRATED, Fate.DESTINATION
+    if error is None and dry_run:
+        return Outcome.DRY_RUN, Fate.SOURCE
+    return Outcome.REFUSED if isinstance(error, Refused) else Outcome.ABORTED, Fate.SOURCE
 
 
 def round_done(migration: str, told: m.Progress) -> model.RoundDone:

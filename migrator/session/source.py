@@ -32,13 +32,12 @@ from migrator.errors import (
 from migrator.model import OnEvent, Outcome, Span, Where
 from migrator.session import calibration, precopy, preflight
 from migrator.session import messages as m
-from migrator.session.carrying import Carrying
+from migrator.session.baggage import Baggage, check_wanted
 from migrator.session.copying import Copying, conditions
 from migrator.session.faults import fault
-from migrator.session.files import FileSender
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journal import Facts, Journal, Role, boot_id
-from migrator.session.outcome import SourceSettings, Summary, round_done
+from migrator.session.outcome import SourceSettings, Summary, how_it_ended, round_done
 from migrator.session.peer import Peer, Reconnect
 from migrator.session.settle import undecided
 from migrator.session.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
@@ -73,8 +72,7 @@ class SourceSession:
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._tell = on_event
         self._copying = Copying(factory, link, network)
-        self._files: FileSender | None = None
-        self._trees: Carrying | None = None
+        self._baggage: Baggage | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
@@ -287,12 +285,11 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._files = FileSender(files, self._peer.send_in_turn, root, self._sent_files)
-            self._trees = Carrying(
+            self._baggage = Baggage(
+                files,
                 self.settings.trees,
                 root,
                 send=self._peer.send_in_turn,
-                sync=self._files.sync,
                 tell=self._sent_files,
                 pids=self._copying.pids,
             )
@@ -304,7 +301,7 @@ class SourceSession:
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
-            self._trees.proposed() if self._trees is not None else [],
+            self._baggage.proposed() if self._baggage is not None else [],
         )
         self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
         await self._send(proposal)
@@ -315,17 +312,16 @@ class SourceSession:
         settings, copying = self.settings, self._copying
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
-        if self._files is not None and self._trees is not None:
+        if self._baggage is not None:
             with self._span("files"):
-                await self._files.send_wanted()
-                await self._trees.copy()
+                await self._baggage.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
         with self._span("arm"):
             await copying.arm()
         while not settings.cold:
             await self._ask_clock()
-            if self._trees is not None:
-                await self._trees.step()
+            if self._baggage is not None:
+                await self._baggage.step()
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
             weighed = conditions(
@@ -336,7 +332,7 @@ class SourceSession:
                 timeout=settings.timeout,
                 tasks=self._tasks_there,
                 factor=self._factor,
-                files=self._trees.seconds if self._trees is not None else 0.0,
+                files=self._baggage.seconds if self._baggage is not None else 0.0,
             )
             decision = precopy.decide(copying.rounds, weighed)
             self._decision = decision
@@ -364,19 +360,13 @@ class SourceSession:
     async def _save(self) -> None:
         assert self._journal is not None
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
-        late = self._send_last if self._files is not None and (self._files.sent or self.settings.trees) else None
+        late = self._baggage.send_last if self._baggage is not None and self._baggage.goes else None
         await self._copying.save(self._journal, self._facts, late)
 
     def _sent_files(self, count: int) -> None:
         self._file_bytes += count
         phase = "files" if self.state is SourceState.PRECOPY else "changed files"
         self._tell(model.Transferred(self.settings.migration, phase, self._file_bytes, 0))
-
-    async def _send_last(self) -> None:
-        """What has changed in the files since; the workload stands still."""
-        assert self._files is not None and self._trees is not None
-        await self._files.send_changes()
-        await self._trees.step()
 
     async def _forward(self) -> None:
         with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
@@ -486,10 +476,8 @@ class SourceSession:
         elif isinstance(message, m.Report):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
-        elif isinstance(message, m.FilesSync) and self._files is not None:
-            self._files.synced(message.number)
-        elif isinstance(message, m.TreeAnswer) and self._trees is not None:
-            self._trees.answered(message)
+        elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._baggage is not None:
+            self._baggage.heard(message)
         elif isinstance(message, m.Failure):
             error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
             self._post(SourceEvent.FAILED, error)
@@ -501,9 +489,7 @@ class SourceSession:
     def _judge(self, verdict: m.Verdict) -> None:
         if self.state is not SourceState.PREFLIGHT or self.report is not None:
             raise m.MessageError("a verdict that was not asked for")
-        survey_files = self._files.known if self._files is not None else set()
-        if set(verdict.wanted) - survey_files:
-            raise m.MessageError("the destination wants files that are not the workload's")
+        check_wanted(verdict.wanted, self._baggage)
         weighed = conditions(
             self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
         )
@@ -525,11 +511,9 @@ class SourceSession:
     async def _weigh(self, verdict: m.Verdict) -> None:
         """Compare what is carried along, and go on."""
         try:
-            if self._files is not None and self._trees is not None:
-                found, left = await self._trees.compare(verdict.wanted)
-                self._files.want(left)
+            if self._baggage is not None:
                 assert self.report is not None
-                notes = found.reasons(verdict.destination.host)
+                notes = (await self._baggage.compare(verdict.wanted)).reasons(verdict.destination.host)
                 self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
                 for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
                     self._tell(model.Noted(self.settings.migration, str(note)))
@@ -574,28 +558,18 @@ class SourceSession:
                 async with asyncio.timeout(_TELL_SECONDS):
                     told = await asyncio.shield(self._destination_report)
         why = str(self._undecided or self._error or "")
-        result = self._summary(told).result(self._outcome(), self._fate(), why)
+        result = self._summary(told).result(*self._ended(), why)
         calibration.learn(self.settings.journal, self._tasks_there, result)
         return result
 
-    def _outcome(self) -> Outcome:
-        if self._undecided is not None:
-            return Outcome.UNDECIDED
-        if self.state is SourceState.AWAY:
-            return Outcome.MIGRATED
-        if self._error is None and self.settings.dry_run:
-            return Outcome.DRY_RUN
-        return Outcome.REFUSED if isinstance(self._error, Refused) else Outcome.ABORTED
-
-    def _fate(self) -> Fate:
-        if self._undecided is not None:
-            return Fate.FROZEN
-        return Fate.DESTINATION if self.state is SourceState.AWAY else Fate.SOURCE
+    def _ended(self) -> tuple[Outcome, Fate]:
+        away = self.state is SourceState.AWAY
+        return how_it_ended(self._undecided or self._error, away=away, dry_run=self.settings.dry_run)
 
     def _failure(self) -> BaseException:
         error = self._undecided or self._error or MigrationAborted("discarded by the destination")
         if isinstance(error, MigratorError):
-            error.fate = self._fate()
+            _, error.fate = self._ended()
             return error
         return MigrationAborted(f"{type(error).__name__}: {error}")
 
@@ -604,8 +578,8 @@ class SourceSession:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
-        if self._trees is not None:
-            await self._trees.close()
+        if self._baggage is not None:
+            await self._baggage.close()
         await self._copying.close()
         if self._journal is not None:
             self._journal.close()
