@@ -77,6 +77,13 @@ class Node:
             depth, node = depth + 1, node.parent
         return depth
 
+    def below(self, other: Node) -> bool:
+        """Whether it is `other`, or anywhere in it."""
+        node: Node | None = self
+        while node is not None and node is not other:
+            node = node.parent
+        return node is other
+
     def child(self, name: bytes) -> Node | None:
         return self.children.get(name) if self.children is not None else None
 
@@ -124,7 +131,7 @@ class Model:
         node.parent = None
 
     def attach(self, node: Node, parent: Node, name: bytes) -> None:
-        assert parent.children is not None and name not in parent.children
+        assert parent.children is not None and name not in parent.children and not parent.below(node)
         node.parent, node.name = parent, name
         parent.children[name] = node
 

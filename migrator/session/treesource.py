@@ -245,6 +245,12 @@ class TreeSource(TreeListing):
         node = None
         if key not in now.limbo:
             moved = self._moved(parent, name, one)
+            if moved is not None and parent.below(moved):
+                # A directory in itself: both were moved while we looked. The next pass knows where they are.
+                self._mark(parent, name)
+                if left:
+                    yield from self._do(Remove(path))
+                return
             if moved is not None:  # into a directory that is new itself
                 self._stashes += 1
                 yield from self._do(Stash(moved.path, self._stashes))

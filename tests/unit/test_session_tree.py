@@ -285,6 +285,29 @@ def test_what_takes_a_place_and_is_gone_before_it_is_sent_leaves_nothing_there(s
         sides.target.close(True)
 
 
+def test_a_directory_that_is_moved_into_one_that_was_in_it_is_not_looked_for_in_itself(tmp_path: Path) -> None:
+    sides = Sides(tmp_path)
+    outer, inner = sides.here / "outer", sides.here / "outer/inner"
+    outer.mkdir()
+    (outer / "file").write_text("kept")
+    with sides.start() as source:
+        sides.step()
+        inner.mkdir()
+        names = source._names
+
+        def turned_inside_out(node: Any, fd: int) -> list[bytes]:
+            if node.name == b"inner" and inner.exists():
+                inner.rename(sides.here / "inner")
+                outer.rename(sides.here / "inner/outer")
+            return names(node, fd)
+
+        source._names = turned_inside_out  # type: ignore[method-assign]
+        sides.step()
+        sides.step()
+        sides.same()
+        sides.target.close(True)
+
+
 def test_a_renamed_directory_is_renamed_there(tmp_path: Path) -> None:
     sides = Sides(tmp_path)
     fill(sides.here)
