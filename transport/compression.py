@@ -28,6 +28,11 @@ START = -1
 WORKERS = max(1, min(2, (os.cpu_count() or 1) - 1))  # one core is for the rest of us
 PROBE = 16
 FAST = 500e6  # bytes/s to assume of a link not yet measured
+STRETCH = 24 << 20  # bytes of stream over which a contest measures, once
+SETTLE = 8 << 20  # bytes, a whole window, have gone by in the same way
+APART = 512 << 20  # bytes from one contest to the next
+_PAUSE = 0.05  # seconds without a block: what is measured then is who makes them
+_EASY = 5.0  # times as fast as the link: compressing then costs next to nothing
 _USELESS = 0.97  # of its size: a block that shrinks less than this goes raw
 
 
@@ -103,6 +108,11 @@ class LevelChooser:
         self._off = self._off + 1 if self.level == OFF else 0
         return self._start if self._off and self._off % PROBE == 0 else self.level
 
+    def in_doubt(self, link_rate: float) -> bool:
+        """Whether it compresses, and that takes so much of the cores that it may do more harm than good."""
+        known = self._known.get(self.level)
+        return known is not None and known.speed * self._workers < _EASY * (link_rate or FAST)
+
     def _cost(self, level: int, link_rate: float) -> float:
         """Seconds per raw byte."""
         if level == OFF:
@@ -126,32 +136,84 @@ class LevelChooser:
         return self._levels[at + (to > at) - (to < at)]
 
 
+class Contest:
+    """Whether to compress at all, by what comes of it: bytes of the stream per second, with and without, in turns.
+
+    Where our own cores are what limits a link, its measured rate says nothing about what it would be if they
+    had less to do. Pure: it is told all it knows, sizes in bytes and times in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._off = False  # the side whose turn it is or, between contests, the winner
+        self._left = 0  # bytes until the next contest
+        self._bytes = 0  # of this turn
+        self._since = 0.0
+        self._from = 0
+        self._last = 0.0
+        self._compressed = 0.0  # bytes/s
+
+    def off(self, size: int, now: float) -> bool:
+        """Whether the next block, which is of `size` bytes, is to go as it is."""
+        paused, self._last = now - self._last > _PAUSE, now
+        if self._left > 0:
+            self._left -= size
+            if self._left <= 0:
+                self._begin(off=False)
+            return self._off
+        if paused:
+            self._begin(off=False)
+        if self._bytes < SETTLE:
+            self._since, self._from = now, self._bytes
+        elif self._bytes - self._from >= STRETCH:
+            rate = (self._bytes - self._from) / max(now - self._since, 1e-6)
+            if self._off:
+                self._off, self._left = rate > self._compressed, APART
+            else:
+                self._compressed = rate
+                self._begin(off=True)
+        self._bytes += size
+        return self._off
+
+    def _begin(self, *, off: bool) -> None:
+        self._off, self._bytes = off, 0
+
+
 class BlockCompressor:
     """Compresses the blocks of one stream and keeps the score.
 
-    `level` fixes the level; None lets a `LevelChooser` decide block by block.
+    `level` fixes the level; None lets a `LevelChooser` decide block by block and, where the link is about as
+    fast as compressing, a `Contest`.
     """
 
     def __init__(self, level: int | None = None) -> None:
         self._fixed = level
+        self._last = START if level is None else level
         self._chooser = LevelChooser()
+        self._contest = Contest()
         self.stats = CompressionStats()
 
     @property
     def level(self) -> int:
-        return self._chooser.level if self._fixed is None else self._fixed
+        """Of the last block."""
+        return self._last
 
     def start(self, raw: bytes, link_rate: float) -> Packed | asyncio.Future[Packed]:
         """Begin with one block: done at once if it is small, a future otherwise.
 
         Every result must be given to `finish()`.
         """
-        level = self._fixed if self._fixed is not None else self._chooser.choose(link_rate)
+        level = self._last = self._fixed if self._fixed is not None else self._choose(len(raw), link_rate)
         if level == OFF or len(raw) < TINY:
             return Packed(len(raw), raw, False, OFF, 0.0)
         if len(raw) <= INLINE:
             return pack(raw, level)
         return asyncio.get_running_loop().run_in_executor(_pool(), pack, raw, level)
+
+    def _choose(self, size: int, link_rate: float) -> int:
+        level = self._chooser.choose(link_rate)
+        if level != OFF and self._chooser.in_doubt(link_rate) and self._contest.off(size, time.monotonic()):
+            return OFF
+        return level
 
     def finish(self, packed: Packed) -> None:
         self._chooser.record(packed)

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from migrator.errors import TransportError
 from transport.compression import (
+    APART,
     INLINE,
     LEVELS,
     OFF,
     PROBE,
     START,
+    STRETCH,
     BlockCompressor,
+    Contest,
     LevelChooser,
     Packed,
     pack,
@@ -148,6 +151,50 @@ def test_data_that_begins_to_shrink_is_noticed() -> None:
         if level := chooser.choose(1e7):
             chooser.record(Packed(100_000, bytes(10_000), True, level, 0.0002))
     assert chooser.level != OFF
+
+
+def contest(compressed: float, as_is: float, *, total: int = 400 << 20, pause: float = 0.0) -> float:
+    """Of the last half of `total` bytes the part that goes as it is, at these rates in bytes/s."""
+    judge, now, whole, late, size = Contest(), 0.0, 0, 0, 256 << 10
+    for _ in range(total // size):
+        off = judge.off(size, now)
+        now += size / (as_is if off else compressed) + pause
+        whole += size
+        late += size if off and whole > total // 2 else 0
+    return late / (total / 2)
+
+
+def test_a_contest_is_won_by_what_sends_more_of_the_stream() -> None:
+    assert contest(200e6, 300e6) == 1.0
+    assert contest(300e6, 200e6) == 0.0
+
+
+def test_little_data_and_data_that_comes_in_drops_have_no_contest() -> None:
+    assert contest(200e6, 300e6, total=30 << 20) == 0.0
+    assert contest(200e6, 300e6, pause=0.1) == 0.0
+
+
+def test_a_contest_is_held_again() -> None:
+    judge, now, seen = Contest(), 0.0, []
+    for block in range(3 * APART // STRETCH * 96):
+        off = judge.off(STRETCH // 96, now)
+        seen.append(off)
+        better = block < APART // STRETCH * 96  # sending as it is, at first
+        now += STRETCH / 96 / (300e6 if off == better else 200e6)
+    assert seen[APART // STRETCH * 48] and not seen[-1]
+
+
+async def test_what_a_contest_decides_is_done() -> None:
+    compressor = BlockCompressor()
+    compressor.finish(Packed(100_000, bytes(50_000), True, START, 100_000 / 300e6))
+    compressor._contest.off = lambda size, now: True  # type: ignore[method-assign]
+    assert isinstance(compressor.start(TEXT, 100e6), Packed) and compressor.level == OFF
+    compressor._contest.off = lambda size, now: False  # type: ignore[method-assign]
+    compressor.start(TEXT, 100e6)
+    assert compressor.level != OFF
+    compressor._contest.off = lambda size, now: True  # type: ignore[method-assign]
+    compressor.start(TEXT, 1e6)  # so slow a link leaves no doubt
+    assert compressor.level != OFF
 
 
 def test_before_anything_is_known_a_cheap_level_is_tried() -> None:
