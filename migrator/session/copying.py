@@ -31,6 +31,7 @@ from migrator.session.thread import OwnThread
 
 FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
 _FORWARD_EVERY = 0.002
+_AHEAD = range(128, 4097)  # pages of the last round for which one more is worth its while
 _LOOK_EVERY = 0.5  # seconds
 _STALLED = 10.0  # seconds without a byte taken
 _STANDING_SECONDS = 60.0  # from the last byte taken until all of it is in place
@@ -57,6 +58,7 @@ class Copying:
         self.frozen_at = 0
         self._standing = 0  # the last round that the destination has in place
         self._stood = asyncio.Event()
+        self.ahead: Round | None = None  # a last one, of which no word was awaited
         self._calm = Calm()
         self._pids: list[tuple[int, int]] = []
 
@@ -158,6 +160,10 @@ class Copying:
         late_files: Callable[[], Awaitable[None]] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        if self.rounds and self.rounds[-1].pages in _AHEAD:
+            # What was written since the last round took as long as that round did; this takes a part of it. Nobody
+            # waits for it: at the worst it is on its way when what is left would be.
+            self.ahead = self._source.round()
         self._source.seize()
         self.frozen_at = time.monotonic_ns()
         if self.network is not None:  # before the freeze: what is on its way to be accepted is accepted by then

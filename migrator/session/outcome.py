@@ -120,7 +120,7 @@ class Summary:
             throughput=precopy.measured_throughput(self.copying.rounds) or self.link.throughput,
             rtt=self.link.rtt,
             decision=self.decision.reason if self.decision is not None else "",
-            rounds=self.copying.rounds,
+            rounds=[*self.copying.rounds, *([self.copying.ahead] if self.copying.ahead is not None else [])],
             timeline=timeline,
             warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
         )

@@ -454,6 +454,20 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
         assert [path.read_text() for path in left[0].glob("aside/*")] == ["mine"]
 
 
+@pytest.mark.parametrize("left, more", [(300, 1), (20, 0), (9000, 0)])
+async def test_where_it_is_worth_while_one_more_round_goes_just_before_the_freeze(
+    hosts: Hosts, left: int, more: int
+) -> None:
+    """Nobody waits for it, and it is told when there is time again: with the last word, or after it."""
+    hosts.source.rounds = [left]
+    result = await hosts.migrate()
+    rounds = [event.round for event in hosts.events if isinstance(event, model.RoundDone)]
+    waited = [event for event in hosts.events if isinstance(event, model.RoundDone) and event.verdict == "freeze"]
+    assert len(waited) == 1 and rounds == result.rounds
+    assert len(rounds) - waited[0].round.number == more
+    assert result.stream_bytes >= sum(r.bytes for r in rounds)
+
+
 async def test_a_cold_migration_makes_no_rounds(hosts: Hosts) -> None:
     result = await hosts.migrate(cold=True)
     assert result.outcome is Outcome.MIGRATED and result.rounds == []
