@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import signal
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,11 +21,13 @@ from migrator.cli.workload import Workload, find_workload, trees
 from migrator.container.switchover import NetworkLock
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Fate, MigratorError, UsageError
-from migrator.session.journal import journal_directory
+from migrator.session.journal import attended, journal_directory
 from migrator.session.preflight import Report
 from migrator.session.settle import override
 from migrator.session.source import SourceSession, SourceSettings
 from transport import keys, ssh
+
+_BUSY_SECONDS = 15.0  # an agent that cannot reach the other host gives up before that
 
 T = TypeVar("T")
 
@@ -245,14 +248,20 @@ def settle(
             fate = override(journal_directory(), migration, here=here, tools=host.tools())
             out.print(f"migration {migration}: {fate.value}")
             return
-        settled = host.settle_now(host.Login(identity, known_hosts))
-        if migration and migration not in [one.migration for one in settled]:
+        login = host.Login(identity, known_hosts)
+        settled, busy, end = host.settle_now(login), attended(journal_directory()), time.monotonic() + _BUSY_SECONDS
+        while not settled and busy and time.monotonic() < end:  # an agent may be at it, and give up
+            time.sleep(0.1)
+            settled, busy = host.settle_now(login), attended(journal_directory())
+        for one in busy:
+            out.print(f"migration {one} is under way, or being settled by the agent: see its log")
+        if migration and migration not in [*busy, *(one.migration for one in settled)]:
             raise UsageError(
                 f"migration {migration!r} is not open on this host", hint="`migrator settle` lists those that are"
             )
-        for one in settled:
-            out.print(f"migration {one.migration}, as its {one.role.value}: {one.detail}", markup=False)
-        if not settled:
+        for done in settled:
+            out.print(f"migration {done.migration}, as its {done.role.value}: {done.detail}", markup=False)
+        if not settled and not busy:
             out.print("nothing is open")
         if any(one.fate is Fate.FROZEN for one in settled):
             raise typer.Exit(9)

@@ -298,6 +298,16 @@ def unattended(directory: Path) -> Iterator[Journal]:
             journal.close()
 
 
+def attended(directory: Path) -> list[str]:
+    """The migrations on this host that are not settled and that a living process attends to."""
+    found = []
+    for path in sorted(directory.glob("*.journal")) if directory.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError), Journal.open(path) as journal:
+            if journal.records and not journal.settled and not journal.try_lock():
+                found.append(journal.facts.migration)
+    return found
+
+
 def forget_old(directory: Path, *, now: float, retention: float = RETENTION) -> int:
     """Delete settled journals older than `retention` seconds; returns how many.
 

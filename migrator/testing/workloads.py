@@ -59,7 +59,9 @@ def build(name: str) -> Path:
         partial = program.with_name(f"{program.name}.{os.getpid()}")
         compile_ = ["gcc", *CFLAGS, "-o", str(partial), str(source), *LIBS]
         subprocess.run(compile_, check=True, capture_output=True, text=True)
-        partial.rename(program)
+        with contextlib.suppress(FileExistsError):  # somebody else was first, and may run it already
+            program.hardlink_to(partial)
+        partial.unlink()
     return program
 
 

@@ -20,6 +20,7 @@ from migrator.session.journal import (
     JournalError,
     Record,
     Role,
+    attended,
     decode_lines,
     encode_line,
     forget_old,
@@ -168,3 +169,14 @@ def test_a_journal_that_cannot_be_created_says_where_to_put_it() -> None:
     with pytest.raises(JournalError) as caught:
         Journal.create(Path("/proc/nowhere"), FACTS)
     assert "MIGRATOR_JOURNAL_DIR" in caught.value.hint
+
+
+def test_what_a_living_process_attends_to_is_told_from_what_is_open(tmp_path: Path) -> None:
+    with Journal.create(tmp_path, Facts(migration="m-12345678", role=Role.SOURCE)) as held:
+        assert attended(tmp_path) == ["m-12345678"]
+        assert list(unattended(tmp_path)) == []
+        held.record(Recorded.CLOSED)
+        assert attended(tmp_path) == []
+    with Journal.create(tmp_path, Facts(migration="m-87654321", role=Role.SOURCE)):
+        pass
+    assert attended(tmp_path) == []
