@@ -150,23 +150,6 @@ class Link:
 
     # Captured packets
 
-    async def turn(self, size: int) -> float:
-        """Wait until the cap lets `size` bytes be sent, and count them; the seconds waited.
-
-        Blocks of the stream wait by themselves; this is for what is sent in bulk as messages."""
-        began = time.monotonic()
-        while self._bucket is not None and (delay := self._bucket.delay(time.monotonic())) > 0:
-            await self._capped(delay)
-            self._check()
-        if self._bucket is not None:
-            self._bucket.take(size)
-        return time.monotonic() - began
-
-    async def _capped(self, delay: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay):
-                await self._uncapped.wait()
-
     async def send_packets(self, packets: list[bytes]) -> None:
         """Send captured network packets, in order. Like `send` in all else."""
         self._check()
@@ -191,6 +174,23 @@ class Link:
     async def pump_out(self, fd: int) -> int:
         """Write one received stream to `fd`. Owns `fd` and closes it. See `stream.pump_out`."""
         return await stream.pump_out(self, fd)
+
+    async def turn(self, size: int) -> float:
+        """Wait until the cap lets `size` bytes be sent, and count them; the seconds waited.
+
+        Blocks of the stream wait by themselves; this is for what is sent in bulk as messages."""
+        began = time.monotonic()
+        while self._bucket is not None and (delay := self._bucket.delay(time.monotonic())) > 0:
+            await self._capped(delay)
+            self._check()
+        if self._bucket is not None:
+            self._bucket.take(size)
+        return time.monotonic() - began
+
+    async def _capped(self, delay: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._uncapped.wait()
 
     def set_cap(self, bandwidth: float) -> None:
         """From now on send at most `bandwidth` wire bytes/s of stream, and of what asks for its turn()."""

@@ -249,10 +249,12 @@ def settle(
             out.print(f"migration {migration}: {fate.value}")
             return
         login = host.Login(identity, known_hosts)
-        settled, busy, end = host.settle_now(login), attended(journal_directory()), time.monotonic() + _BUSY_SECONDS
-        while not settled and busy and time.monotonic() < end:  # an agent may be at it, and give up
-            time.sleep(0.1)
+        end = time.monotonic() + _BUSY_SECONDS
+        while True:
             settled, busy = host.settle_now(login), attended(journal_directory())
+            if settled or not busy or time.monotonic() > end:
+                break
+            time.sleep(0.1)  # an agent may be at it, and give up
         for one in busy:
             out.print(f"migration {one} is under way, or being settled by the agent: see its log")
         if migration and migration not in [*busy, *(one.migration for one in settled)]:

@@ -99,6 +99,11 @@ class Copying:
         fault("source.round")
         return made
 
+    @property
+    def all_rounds(self) -> list[Round]:
+        """With the one just before the freeze, whose end is only that of its writing."""
+        return [*self.rounds, self.ahead] if self.ahead is not None else self.rounds
+
     def stands(self, number: int) -> None:
         """The destination has said that it has all up to this round in place."""
         self._standing = max(self._standing, number)

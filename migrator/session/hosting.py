@@ -29,6 +29,11 @@ class Prepared:
     cleanup: Callable[[], None] = lambda: None
 
 
+def _root_of(proposal: m.Propose) -> str:
+    """The root directory of a container; plain subtrees have the host's."""
+    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DestinationSettings:
     """A host that takes workloads in.
@@ -42,13 +47,8 @@ class DestinationSettings:
 
     host: m.HostFacts
     prepare: Callable[[m.Propose], Prepared]
-    root_of: Callable[[m.Propose], str] = lambda proposal: _root_of(proposal)
+    root_of: Callable[[m.Propose], str] = _root_of
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
     query: Callable[[m.Query], Awaitable[str]] | None = None
-
-
-def _root_of(proposal: m.Propose) -> str:
-    """The root directory of a container; plain subtrees have the host's."""
-    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""

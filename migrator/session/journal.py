@@ -287,11 +287,7 @@ def decode_lines(data: bytes) -> Iterator[Record]:
 
 def unattended(directory: Path) -> Iterator[Journal]:
     """The journals that need settling and that no living process attends to, each locked. Close them."""
-    for path in sorted(directory.glob("*.journal")) if directory.is_dir() else ():
-        try:
-            journal = Journal.open(path)
-        except FileNotFoundError:
-            continue
+    for journal in _all(directory):
         if not journal.settled and journal.try_lock() and not journal.settled and journal.records:
             yield journal
         else:
@@ -301,11 +297,21 @@ def unattended(directory: Path) -> Iterator[Journal]:
 def attended(directory: Path) -> list[str]:
     """The migrations on this host that are not settled and that a living process attends to."""
     found = []
-    for path in sorted(directory.glob("*.journal")) if directory.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError), Journal.open(path) as journal:
+    for journal in _all(directory):
+        with journal:
             if journal.records and not journal.settled and not journal.try_lock():
                 found.append(journal.facts.migration)
     return found
+
+
+def _all(directory: Path) -> Iterator[Journal]:
+    """Every journal of this host, open. Close them."""
+    for path in sorted(directory.glob("*.journal")) if directory.is_dir() else ():
+        try:
+            journal = Journal.open(path)
+        except FileNotFoundError:
+            continue
+        yield journal
 
 
 def forget_old(directory: Path, *, now: float, retention: float = RETENTION) -> int:

@@ -70,7 +70,7 @@ class Summary:
     def stream_bytes(self) -> int:
         """Before compression; what the engine's rounds say where the link does not count."""
         stats = getattr(self.link, "compression", None)
-        return int(getattr(stats, "raw", 0)) or sum(r.bytes for r in self.copying.rounds)
+        return int(getattr(stats, "raw", 0)) or sum(r.bytes for r in self.copying.all_rounds)
 
     @property
     def wire_bytes(self) -> int:
@@ -120,7 +120,7 @@ class Summary:
             throughput=precopy.measured_throughput(self.copying.rounds) or self.link.throughput,
             rtt=self.link.rtt,
             decision=self.decision.reason if self.decision is not None else "",
-            rounds=[*self.copying.rounds, *([self.copying.ahead] if self.copying.ahead is not None else [])],
+            rounds=self.copying.all_rounds,
             timeline=timeline,
             warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
         )

@@ -243,22 +243,18 @@ class TreeSource(TreeListing):
                 left = False
             self.model.forget(node)
         node = None
-        if key not in now.limbo:
-            moved = self._moved(parent, name, one)
-            if moved is not None and parent.below(moved):
-                # A directory in itself: both were moved while we looked. The next pass knows where they are.
-                self._mark(parent, name)
-                if left:
-                    yield from self._do(Remove(path))
-                return
-            if moved is not None:  # into a directory that is new itself
-                self._stashes += 1
-                yield from self._do(Stash(moved.path, self._stashes))
-                self.model.detach(moved)
-                now.limbo[key] = self._stashes, moved
+        moved = self._moved(parent, name, one) if key not in now.limbo else None
+        inside = moved is not None and parent.below(moved)
+        if moved is not None and not inside:  # into a directory that is new itself
+            self._stashes += 1
+            yield from self._do(Stash(moved.path, self._stashes))
+            self.model.detach(moved)
+            now.limbo[key] = self._stashes, moved
         inode = self.model.inodes.get(key)
         other = next((n for n in inode.names if self.model.attached(n)), None) if inode is not None else None
-        if inode is not None and other is None and inode.names and key not in now.limbo:
+        if inside:  # a directory in itself: both were moved while we looked. The next pass knows where they are
+            self._mark(parent, name)
+        elif inode is not None and other is None and inode.names and key not in now.limbo:
             now.later.append((parent, name, one))
         elif key in now.limbo:
             number, node = now.limbo.pop(key)

@@ -20,9 +20,8 @@ from migrator.engine.user.descriptors import Process as DescriptorOwner
 from migrator.engine.user.layout_dump import LayoutDump
 from migrator.engine.user.pages import CHUNK, PageSender
 from migrator.engine.user.shm import SharedMemory, device_key, is_shm
-from migrator.engine.user.spans import merge
 from migrator.engine.user.tasks_dump import TaskDump, list_timers
-from migrator.engine.user.tracker import Sweep, WpAsyncTracker
+from migrator.engine.user.tracker import WpAsyncTracker, gathered
 from migrator.engine.user.tree import Process, ProcessTree
 from migrator.engine.user.waits import Waits
 from migrator.errors import CheckpointFailed, MigratorError, Refused
@@ -493,7 +492,7 @@ class UserSource:
             pieces = tracker.sweep(vmas, strict=final, whole=rebacked)
         else:
             pieces = WpAsyncTracker.everything(process.scanner, vmas)
-        found = Sweep()  # pieces in which little is found go together
+        pieces = gathered(pieces, CHUNK // PAGE_SIZE)
         while True:
             try:
                 piece = next(pieces, None)
@@ -501,15 +500,9 @@ class UserSource:
                 if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
                     raise  # it has ended
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
-            if piece is not None:
-                found.data += piece.data
-                found.absent += piece.absent
-            if piece is None or found.pages * PAGE_SIZE >= CHUNK:
-                data = merge(found.data)  # sorted, as mappings are
-                self._sender.send(process.pid, process.mm_objref, data, found.absent, vmas, process.mem)
-                found = Sweep()
             if piece is None:
                 break
+            self._sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
         self._sender.end(process.mm_objref)
         for vma in vmas:
             if is_shm(vma):

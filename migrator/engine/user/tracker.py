@@ -15,7 +15,7 @@ What the kernel does that one must know:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from migrator.engine.user.spans import Span, coarse, intersect, merge, subtract, windows
@@ -59,6 +59,20 @@ class Sweep:
     @property
     def pages(self) -> int:
         return sum(end - start for start, end in self.data) >> 12
+
+
+def gathered(pieces: Iterable[Sweep], enough: int) -> Iterator[Sweep]:
+    """The same, with pieces put together until one has `enough` pages: little that is found goes with more."""
+    found, pages = Sweep(), 0
+    for piece in pieces:
+        found.data += piece.data
+        found.absent += piece.absent
+        pages += piece.pages
+        if pages >= enough:
+            yield Sweep(merge(found.data), found.absent)  # sorted, as mappings are
+            found, pages = Sweep(), 0
+    if pages or found.absent:
+        yield Sweep(merge(found.data), found.absent)
 
 
 class WpAsyncTracker:

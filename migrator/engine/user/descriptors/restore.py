@@ -50,7 +50,7 @@ class DescriptorRestore:
         self._early: set[int] = set()  # Files that came as drafts
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
-        self._has_already: dict[int, tuple[Shell, Contents]] = {}  # by vpid: what install_early() gave
+        self._has_already: dict[int, tuple[Shell, Contents]] = {}  # by vpid: what it was given
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -99,24 +99,21 @@ class DescriptorRestore:
 
     def install(self, shell: Shell, files_objref: int) -> None:
         """Give a stopped shell the descriptors of a table, and no others."""
-        table = self._known(self.tables, files_objref, "table of descriptors")
-        if self._has_already.get(shell.vpid) != (shell, self._contents(table)):
-            shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+        self._give(shell, self._known(self.tables, files_objref, "table of descriptors"))
         self._installed[shell.vpid] = shell, files_objref
 
     def install_early(self, shell: Shell, files_objref: int) -> None:
         """The same while the tasks still run, of what a table has so far: in the end it may be all."""
         table = self.tables.get(files_objref)
-        if table is None or any(d.file_objref not in self._files for d in table.descriptors):
-            return
-        contents = self._contents(table)
+        if table is not None and all(d.file_objref in self._files for d in table.descriptors):
+            self._give(shell, table)
+
+    def _give(self, shell: Shell, table: r.FileTable) -> None:
+        """Give a shell a table, unless it has just these openings of these files under these numbers."""
+        contents = [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
         if self._has_already.get(shell.vpid) != (shell, contents):
             shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
             self._has_already[shell.vpid] = shell, contents
-
-    def _contents(self, table: r.FileTable) -> Contents:
-        """What a shell has that was given this table: which opening of which file under which number."""
-        return [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
 
     def finish(self, shells: Iterable[Shell]) -> None:
         """Once every shell has its descriptors: what epoll waits for, and who is told by signals."""
