@@ -16,8 +16,8 @@ from pathlib import Path
 from migrator import host, model
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Fate, TransportError
-from migrator.session import messages as m
-from migrator.session.journal import journal_directory
+from migrator.protocol import messages as m
+from migrator.recovery.journal import journal_directory
 from migrator.session.serve import serve as serve_link
 from transport import daemon, ssh
 from transport.link import Link

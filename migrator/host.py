@@ -18,21 +18,21 @@ from migrator.container import state, switchover
 from migrator.container.sandbox import take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import DestinationOptions
-from migrator.engine.user import header
 from migrator.engine.user.descriptors import finish_moves
-from migrator.engine.user.destination import UserDestination
+from migrator.engine.user.dump import header
 from migrator.engine.user.engine import UserEngine
+from migrator.engine.user.restore.destination import UserDestination
 from migrator.errors import Refused
 from migrator.linux import procfs
 from migrator.linux.repair import revive
-from migrator.session.hosting import DestinationSettings, Prepared
+from migrator.protocol.messages import HostFacts, Propose
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Facts, journal_directory
+from migrator.recovery.settle import Settlement, Tools, settle_all
 from migrator.session.interfaces import NetworkArrival, open_group
-from migrator.session.journal import Facts, journal_directory
-from migrator.session.messages import HostFacts, Propose
 from migrator.session.preflight import collect_host
 from migrator.session.serve import ask_over
-from migrator.session.settle import Settlement, Tools, settle_all
-from migrator.session.states import Recorded
+from migrator.session.settings import DestinationSettings, Prepared
 from transport import ssh
 from transport.link import Link
 
@@ -57,7 +57,7 @@ class Login:
 
 
 class HostSurroundings:
-    """What stands around held tasks, and what they have open, for `migrator.session.settle`."""
+    """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
 
     def reopen(self, facts: Facts) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and

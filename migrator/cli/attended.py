@@ -11,8 +11,8 @@ from migrator.cli.workload import Workload
 from migrator.container.switchover import NetworkLock
 from migrator.engine.base import AfterCheckpoint, Source
 from migrator.linux import procfs
-from migrator.session.journal import Facts, Journal, Role, boot_id, journal_directory
-from migrator.session.states import Recorded
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Facts, Journal, Role, boot_id, journal_directory
 
 
 class Attended:

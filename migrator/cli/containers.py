@@ -17,7 +17,7 @@ from migrator.cli.output import duration, err, out, reported, size
 from migrator.container import state, switchover
 from migrator.errors import UsageError
 from migrator.linux import cgroup
-from migrator.session.journal import Journal, JournalError, boot_id, journal_directory
+from migrator.recovery.journal import Journal, JournalError, boot_id, journal_directory
 
 
 def run(

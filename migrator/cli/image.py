@@ -14,16 +14,16 @@ from typing import Annotated
 import typer
 
 from migrator import container
-from migrator.cli import spool
+from migrator.cli import image_buffer
 from migrator.cli.attended import attended, silence
 from migrator.cli.interrupts import aborting, held_back
 from migrator.cli.output import err, out, reported
 from migrator.cli.workload import Workload, find_workload
 from migrator.engine.base import AfterCheckpoint, DestinationOptions
 from migrator.engine.own_tree import OwnTreeSource, holds_us
-from migrator.engine.user.destination import UserDestination
+from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.engine import UserEngine
-from migrator.engine.user.source import UserSource
+from migrator.engine.user.restore.destination import UserDestination
 from migrator.errors import CheckpointFailed, Refused, UsageError
 from migrator.image.render import render_text, to_json
 from migrator.imageinfo import read_info
@@ -188,11 +188,11 @@ def _image(path: Path | None) -> int:
 
 
 def _keep_if_needed(fd: int) -> int:
-    in_the_way = spool.beginning(fd)
+    in_the_way = image_buffer.beginning(fd)
     if not in_the_way():
         return fd
     err.print("[dim]the original is still here: reading to the end of the image first[/]")
-    return spool.keep(fd, in_the_way)
+    return image_buffer.keep(fd, in_the_way)
 
 
 def _write_pidfile(path: Path, pid: int) -> None:

@@ -21,9 +21,9 @@ from migrator.cli.workload import Workload, find_workload, trees
 from migrator.container.switchover import NetworkLock
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import Fate, MigratorError, UsageError
-from migrator.session.journal import attended, journal_directory
+from migrator.recovery.journal import attended, journal_directory
+from migrator.recovery.settle import override
 from migrator.session.preflight import Report
-from migrator.session.settle import override
 from migrator.session.source import SourceSession, SourceSettings
 from transport import keys, ssh
 

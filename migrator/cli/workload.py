@@ -15,7 +15,7 @@ from migrator.errors import UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.openat2 import open_in_root
-from migrator.session.messages import Tree
+from migrator.protocol.messages import Tree
 
 _NO_FILES = frozenset(
     "proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs".split()  # noqa: SIM905

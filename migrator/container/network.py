@@ -16,8 +16,8 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from migrator.container.bridge_port import BR_STATE_DISABLED, Valve
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
-from migrator.container.valve import BR_STATE_DISABLED, Valve
 from migrator.errors import MigratorError, UsageError
 from migrator.linux.namespaces import run_in
 

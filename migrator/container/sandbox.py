@@ -19,9 +19,9 @@ from typing import TypeVar
 from pyroute2 import IPRoute
 
 from migrator.container import mounts, network, state
+from migrator.container.bridge_port import BR_STATE_FORWARDING
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container
-from migrator.container.valve import BR_STATE_FORWARDING
 from migrator.errors import MigratorError, UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup

@@ -24,10 +24,10 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
-from migrator.container import neighbours
-from migrator.container.packet import MAX_FRAME, VNET_HDR, PacketSocket, concerning
+from migrator.container import announcement
+from migrator.container.bridge_port import Valve
+from migrator.container.packet_socket import MAX_FRAME, VNET_HDR, PacketSocket, concerning
 from migrator.container.state import Container
-from migrator.container.valve import Valve
 from migrator.errors import ImageError
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.namespaces import entered
@@ -42,7 +42,7 @@ class NetworkLock:
     def __init__(self, container: Container) -> None:
         self.container = container
         self.moved = False  # the announcement of the new place has been seen
-        self._mac = neighbours.mac_bytes(container.spec.effective_mac)
+        self._mac = announcement.mac_bytes(container.spec.effective_mac)
         self._filter = concerning(self._mac)
         self._stack = contextlib.ExitStack()
         self._valve: Valve | None = None
@@ -161,7 +161,7 @@ class NetworkArrival:
         if not self.container.ifindex or self._valve is not None:
             return
         spec = self.container.spec
-        self._announcement = neighbours.announcement(spec.effective_mac, spec.addresses)
+        self._announcement = announcement.announcement(spec.effective_mac, spec.addresses)
         with contextlib.ExitStack() as stack:
             valve = stack.enter_context(Valve(self.container.ifindex))
             port = PacketSocket(spec.veth)
@@ -183,7 +183,7 @@ class NetworkArrival:
         if self._valve is None:
             self.prepare()
         if self._port is not None:
-            _deliver(self._port, _checked(frames, neighbours.mac_bytes(self.container.spec.effective_mac)))
+            _deliver(self._port, _checked(frames, announcement.mac_bytes(self.container.spec.effective_mac)))
 
     def unlock(self) -> None:
         """Open the port."""

@@ -1,4 +1,4 @@
-"""The destination of a migration: the tables of `migrator.session.states`, driven.
+"""The destination of a migration: the tables of `migrator.protocol.states`, driven.
 
     result = await DestinationSession(settings, link).run(proposal)
 
@@ -22,28 +22,22 @@ import msgspec
 from migrator import model
 from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
+from migrator.filesync.files import FileReceiver
+from migrator.filesync.target import TreeTargets
 from migrator.model import OnEvent, Outcome, Where
-from migrator.session import messages as m
+from migrator.protocol import messages as m
+from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
+from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.settle import kill, thaw
+from migrator.runtime.fault_points import fault
+from migrator.runtime.latency import Calm, give_way, prepare
+from migrator.runtime.pump import Pump
+from migrator.runtime.thread import OwnThread
 from migrator.session import preflight
-from migrator.session.arriving import Arriving
-from migrator.session.calm import Calm, give_way, prepare
-from migrator.session.faults import fault
-from migrator.session.files import FileReceiver
-from migrator.session.hosting import DestinationSettings, Prepared
+from migrator.session.arrival import Arriving
 from migrator.session.interfaces import Link
-from migrator.session.journal import Facts, Journal, Role, boot_id
-from migrator.session.outcome import round_done
-from migrator.session.pump import Pump
-from migrator.session.settle import kill, thaw
-from migrator.session.states import (
-    DestinationAction,
-    DestinationEvent,
-    DestinationState,
-    Recorded,
-    destination_step,
-)
-from migrator.session.thread import OwnThread
-from migrator.session.treetarget import TreeTargets
+from migrator.session.report import round_done
+from migrator.session.settings import DestinationSettings, Prepared
 
 log = logging.getLogger("migrator.session")
 

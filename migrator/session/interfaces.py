@@ -8,7 +8,7 @@ from typing import Protocol
 
 from migrator.engine.base import Destination, Source
 from migrator.linux.cgroup import Cgroup
-from migrator.session.journal import Facts
+from migrator.recovery.journal import Facts
 
 
 class Link(Protocol):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from migrator.errors import MigratorError, TransportError
-from migrator.session import messages as m
+from migrator.protocol import messages as m
 from migrator.session.interfaces import Link
 
 Reconnect = Callable[[], Awaitable[Link]]

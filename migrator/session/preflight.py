@@ -17,7 +17,7 @@ import msgspec
 
 from migrator.engine.base import Capability, FileFact
 from migrator.linux import elf
-from migrator.session.messages import HostFacts, Propose, Reason, text
+from migrator.protocol.messages import HostFacts, Propose, Reason, text
 
 # Flags of /proc/cpuinfo that tell what user space may execute (arch/x86/include/asm/cpufeatures.h). The
 # others are about the kernel's own workings, or mitigations, and differ between equal processors.

@@ -14,13 +14,13 @@ import time
 from migrator import model
 from migrator.errors import MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent
-from migrator.session import messages as m
+from migrator.protocol import messages as m
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Journal, Role
+from migrator.recovery.settle import answer, settle_destination
 from migrator.session.destination import DestinationSession
-from migrator.session.hosting import DestinationSettings
 from migrator.session.interfaces import Link
-from migrator.session.journal import Journal, Role
-from migrator.session.settle import answer, settle_destination
-from migrator.session.states import Recorded
+from migrator.session.settings import DestinationSettings
 
 log = logging.getLogger("migrator.session")
 

@@ -1,4 +1,4 @@
-"""The source of a migration: the tables of `migrator.session.states`, driven.
+"""The source of a migration: the tables of `migrator.protocol.states`, driven.
 
     session = SourceSession(settings, factory, link, host, reconnect=...)
     result = await session.run()
@@ -29,18 +29,18 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
+from migrator.filesync.sync import Baggage, check_wanted
 from migrator.model import OnEvent, Outcome, Span, Where
-from migrator.session import calibration, precopy, preflight
-from migrator.session import messages as m
-from migrator.session.baggage import Baggage, check_wanted
-from migrator.session.copying import Copying, conditions
-from migrator.session.faults import fault
+from migrator.protocol import messages as m
+from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
+from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.settle import undecided
+from migrator.runtime.fault_points import fault
+from migrator.session import convergence, downtime_model, preflight
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
-from migrator.session.journal import Facts, Journal, Role, boot_id
-from migrator.session.outcome import SourceSettings, Summary, how_it_ended, round_done
 from migrator.session.peer import Peer, Reconnect
-from migrator.session.settle import undecided
-from migrator.session.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
+from migrator.session.report import SourceSettings, Summary, how_it_ended, round_done
+from migrator.session.workload import Copying, conditions
 
 log = logging.getLogger("migrator.session")
 
@@ -93,7 +93,7 @@ class SourceSession:
         self._compared = self._rss = 0  # files, bytes
         self._file_bytes = 0  # sent
         self._factor = 1.0
-        self._decision: precopy.Decision | None = None
+        self._decision: convergence.Decision | None = None
         self._clock = model.ClockOffset()
         self._spans: list[Span] = []
         self._arrived = asyncio.Event()
@@ -280,7 +280,7 @@ class SourceSession:
         self._survey_pids = survey.pids
         self._tasks_there = survey.threads
         self._compared, self._rss = len(survey.files), survey.rss_bytes
-        self._factor = calibration.load(self.settings.journal)
+        self._factor = downtime_model.load(self.settings.journal)
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
@@ -334,7 +334,7 @@ class SourceSession:
                 factor=self._factor,
                 files=self._baggage.seconds if self._baggage is not None else 0.0,
             )
-            decision = precopy.decide(copying.rounds, weighed)
+            decision = convergence.decide(copying.rounds, weighed)
             self._decision = decision
             self._spans.append(Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages))
             told = m.Progress(
@@ -346,11 +346,11 @@ class SourceSession:
             )
             self._tell(round_done(settings.migration, told))
             await self._send(told)
-            if decision.verdict is precopy.Verdict.GIVE_UP:
+            if decision.verdict is convergence.Verdict.GIVE_UP:
                 raise MigrationAborted(
                     decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
                 )
-            if decision.verdict is precopy.Verdict.FREEZE:
+            if decision.verdict is convergence.Verdict.FREEZE:
                 break
         if settings.cold:
             await self._ask_clock()
@@ -503,7 +503,7 @@ class SourceSession:
             verdict.reasons,
             self._compared,
             self._rss,
-            weighed.freeze + weighed.restore + precopy.ROUND_TRIPS * weighed.rtt,
+            weighed.freeze + weighed.restore + convergence.ROUND_TRIPS * weighed.rtt,
         )
         if not self.report.ok:
             reasons = [str(reason) for reason in verdict.reasons if reason.blocking]
@@ -562,7 +562,7 @@ class SourceSession:
                     told = await asyncio.shield(self._destination_report)
         why = str(self._undecided or self._error or "")
         result = self._summary(told).result(*self._ended(), why)
-        calibration.learn(self.settings.journal, self._tasks_there, result)
+        downtime_model.learn(self.settings.journal, self._tasks_there, result)
         return result
 
     def _ended(self) -> tuple[Outcome, Fate]:

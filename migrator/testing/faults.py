@@ -1,6 +1,6 @@
 """Making a migration fail at a named place, from a test.
 
-In another process, by its environment: `MIGRATOR_FAULT=point:action`, see `migrator.session.faults`. In this
+In another process, by its environment: `MIGRATOR_FAULT=point:action`, see `migrator.runtime.fault_points`. In this
 one:
 
     with faulty("source.frozen", "raise"):
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from migrator.session.faults import ACTIONS, EXIT_CODE, POINTS, FaultError, armed, fault, parse
+from migrator.runtime.fault_points import ACTIONS, EXIT_CODE, POINTS, FaultError, armed, fault, parse
 
 __all__ = ["ACTIONS", "EXIT_CODE", "POINTS", "FaultError", "environment", "fault", "faulty"]
 

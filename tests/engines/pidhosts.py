@@ -83,7 +83,7 @@ class Agent:
 
     def save(self, fd: int, pid: int, rounds: int, pause: float = 0.02) -> Saved:
         """Everything up to hold(); the stream is closed then."""
-        from migrator.engine.user.source import UserSource
+        from migrator.engine.user.dump.source import UserSource
 
         done = []
         options = SourceOptions(cgroup_name=f"{self.name}-{next(_serial)}")
@@ -110,7 +110,7 @@ class Agent:
 
     def restore(self, fd: int) -> Restored:
         """build() and hold(): the tasks are complete, and frozen."""
-        from migrator.engine.user.destination import UserDestination
+        from migrator.engine.user.restore.destination import UserDestination
 
         options = DestinationOptions(cgroup_name=f"{self.name}-{next(_serial)}")
         try:
@@ -130,8 +130,8 @@ class Agent:
     def settle(self) -> list[Phase]:
         """What another agent does if ours dies ahead of resume()."""
         from migrator import host
-        from migrator.session import settle
-        from migrator.session.journal import Facts, Role
+        from migrator.recovery import settle
+        from migrator.recovery.journal import Facts, Role
 
         made = self.destination
         facts = Facts(migration="x", role=Role.DESTINATION, cgroup=made.cgroup, moves=made.moves)

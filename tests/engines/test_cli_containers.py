@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cli import MIGRATOR, await_file, build, end, migrator, started
 
-from migrator.session.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Facts, Journal, Role, boot_id
 
 pytestmark = pytest.mark.root
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pidhosts import HostedWorkload, PidHost, migrate, restore_from_file, save_to_file
 
-from migrator.engine.user.header import clock_offsets
+from migrator.engine.user.dump.header import clock_offsets
 
 pytestmark = pytest.mark.root
 

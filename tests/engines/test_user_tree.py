@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from migrator.engine.base import SourceOptions
-from migrator.engine.user import arming
-from migrator.engine.user.source import UserSource
-from migrator.engine.user.tree import ProcessTree
+from migrator.engine.user.dump import instrument
+from migrator.engine.user.dump.process_tree import ProcessTree
+from migrator.engine.user.dump.source import UserSource
 from migrator.linux import procfs
 from migrator.linux.remote import Remote
 from migrator.testing.workloads import Workload
@@ -95,7 +95,7 @@ def test_a_process_that_becomes_another_program_while_it_is_armed_is_armed_later
                 raise OSError(errno.EFAULT, "process_vm_readv: short read", f"pid {self.pid}")
             super().prepare()
 
-    monkeypatch.setattr(arming, "Remote", Late)
+    monkeypatch.setattr(instrument, "Remote", Late)
     with Workload("counter", tmp_path) as counter, open(os.devnull, "wb") as sink:
         options = SourceOptions(cgroup_name=f"late-{os.getpid()}")
         with UserSource(counter.pid, sink.fileno(), options) as source:

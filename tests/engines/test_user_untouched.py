@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from migrator.engine.base import SourceOptions
-from migrator.engine.user.source import UserSource
+from migrator.engine.user.dump.source import UserSource
 from migrator.errors import CheckpointFailed, MigratorError
 from migrator.linux import cgroup, procfs, ptrace
 from migrator.linux import x86_64 as arch

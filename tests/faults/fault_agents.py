@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from migrator.errors import Fate, MigratorError, TransportError
-from migrator.session import faults
-from migrator.session import messages as m
-from migrator.session.hosting import DestinationSettings, Prepared
-from migrator.session.journal import Facts, Journal, Role
+from migrator.protocol import messages as m
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Facts, Journal, Role
+from migrator.recovery.settle import Settlement, Tools, settle_all
+from migrator.runtime import fault_points
 from migrator.session.serve import ask_over, serve
-from migrator.session.settle import Settlement, Tools, settle_all
+from migrator.session.settings import DestinationSettings, Prepared
 from migrator.session.source import SourceSession, SourceSettings
-from migrator.session.states import Recorded
 from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_socket
@@ -129,8 +129,8 @@ def fork(main: Callable[[], Coroutine[Any, Any, None]], fault: str, not_ours: so
     try:
         not_ours.close()
         if fault:
-            faults.armed.point, action = faults.parse(fault)
-            faults.armed.action = faults.ACTIONS[action]
+            fault_points.armed.point, action = fault_points.parse(fault)
+            fault_points.armed.action = fault_points.ACTIONS[action]
         asyncio.run(main())
         code = 0
     except MigratorError as error:

@@ -17,11 +17,11 @@ from typing import Any
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.descriptors import tcp
-from migrator.engine.user.source import UserSource
-from migrator.engine.user.tree import ProcessTree
+from migrator.engine.user.dump.process_tree import ProcessTree
+from migrator.engine.user.dump.source import UserSource
 from migrator.linux import procfs, repair
 from migrator.linux.cgroup import Cgroup
-from migrator.session.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Facts, Journal, Role, boot_id
 
 STEPS: list[tuple[Any, str]] = [
     (Cgroup, "freeze"),

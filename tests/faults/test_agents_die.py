@@ -6,8 +6,8 @@ import pytest
 from fault_agents import Agents
 
 from migrator.errors import Fate
-from migrator.session.journal import Role
-from migrator.session.states import Recorded
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Role
 from migrator.testing.faults import EXIT_CODE, POINTS
 
 SOURCE_POINTS = [point for point in POINTS if point.startswith("source.")]

@@ -14,9 +14,9 @@ import pytest
 from migrator import host
 from migrator.errors import Fate
 from migrator.linux.cgroup import PARENT, directory_of, hierarchy
-from migrator.session.journal import Facts
-from migrator.session.settle import settle_all
-from migrator.session.states import Recorded
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Facts
+from migrator.recovery.settle import settle_all
 
 pytestmark = pytest.mark.root
 

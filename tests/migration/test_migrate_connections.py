@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from migrator.session.faults import EXIT_CODE
+from migrator.runtime.fault_points import EXIT_CODE
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
 
 pytestmark = pytest.mark.root

@@ -25,9 +25,9 @@ from pyroute2 import IPRoute
 
 from migrator.container import list_containers, stop
 from migrator.linux import cgroup, procfs
-from migrator.session.faults import EXIT_CODE, POINTS
-from migrator.session.journal import Journal
-from migrator.session.states import Recorded
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Journal
+from migrator.runtime.fault_points import EXIT_CODE, POINTS
 from migrator.testing.hosts import Host
 from migrator.testing.redisclient import fill
 from migrator.testing.servers import redis_command
@@ -37,7 +37,7 @@ from migrator.testing.workloads import Workload, build
 pytestmark = pytest.mark.root
 
 # At these places death has an outcome of its own; all others with MIGRATOR_EVERY_FAULT=1 (2 minutes). That every
-# place is safe as far as the protocol goes is shown by test_session_exploration.py.
+# place is safe as far as the protocol goes is shown by test_protocol_exploration.py.
 CHOSEN = {
     "source.committing", "source.ready", "source.committed", "source.away",
     "destination.begun", "destination.commit", "destination.told",

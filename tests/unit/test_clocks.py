@@ -7,8 +7,8 @@ import time
 import pytest
 from image_samples import header
 
-from migrator.engine.user import clocks
-from migrator.engine.user.clocks import Offsets, since_stop
+from migrator.engine.user.restore import clocks
+from migrator.engine.user.restore.clocks import Offsets, since_stop
 
 SECOND = 10**9
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrator.container.neighbours import announcement, checksum, mac_bytes
-from migrator.container.packet import concerning
+from migrator.container.announcement import announcement, checksum, mac_bytes
+from migrator.container.bridge_port import message
+from migrator.container.packet_socket import concerning
 from migrator.container.spec import ContainerSpec, Neighbour, Route, Tmpfs, mac_of, spec_for, veth_of
-from migrator.container.valve import message
 from migrator.errors import UsageError
 
 FULL = ContainerSpec(

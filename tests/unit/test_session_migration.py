@@ -23,18 +23,19 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
+from migrator.filesync import tree_sender
+from migrator.filesync.view import Mapped
 from migrator.model import Outcome
-from migrator.session import carrying, copying, source
-from migrator.session import messages as m
-from migrator.session.arriving import Arriving
+from migrator.protocol import messages as m
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Journal, Role
+from migrator.recovery.settle import Tools
+from migrator.session import source, workload
+from migrator.session.arrival import Arriving
 from migrator.session.destination import DestinationSession
-from migrator.session.hosting import DestinationSettings, Prepared
-from migrator.session.journal import Journal, Role
 from migrator.session.serve import serve
-from migrator.session.settle import Tools
+from migrator.session.settings import DestinationSettings, Prepared
 from migrator.session.source import SourceSession, SourceSettings
-from migrator.session.states import Recorded
-from migrator.session.treeview import Mapped
 from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_pair
@@ -430,7 +431,7 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
         freeze(self)
 
     monkeypatch.setattr(FakeSource, "freeze", change_and_freeze)
-    monkeypatch.setattr(carrying, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
+    monkeypatch.setattr(tree_sender, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     if fails:
         hosts.destination.fail = {"build": RestartFailed("no")}
@@ -488,10 +489,10 @@ async def test_a_round_that_never_ends_is_given_up_after_the_timeout(
 async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_frozen(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "_STALLED", 0.2)
-    monkeypatch.setattr(copying, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(copying, "in_flight", lambda link: 4096)
-    monkeypatch.setattr(copying.Copying, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload, "_STALLED", 0.2)
+    monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(workload, "in_flight", lambda link: 4096)
+    monkeypatch.setattr(workload.Copying, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has taken nothing for"):
         await hosts.migrate()
     await hosts.quiet()
@@ -501,9 +502,9 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
 async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_before_anything_is_frozen(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "_STANDING_SECONDS", 0.2)
-    monkeypatch.setattr(copying, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(copying.Copying, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload, "_STANDING_SECONDS", 0.2)
+    monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(workload.Copying, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has not built up round 1"):
         await hosts.migrate()
     await hosts.quiet()

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from migrator.engine.base import Capability, FileFact, Survey
-from migrator.session import messages as m
+from migrator.protocol import messages as m
 from migrator.session.preflight import (
     collect_files,
     collect_host,

@@ -13,9 +13,9 @@ from migrator.engine.base import (
     RestartFlags,
     SourceOptions,
 )
-from migrator.engine.user import spawn
-from migrator.engine.user.destination import UserDestination
-from migrator.engine.user.source import UserSource
+from migrator.engine.user.dump.source import UserSource
+from migrator.engine.user.restore import spawn
+from migrator.engine.user.restore.destination import UserDestination
 from migrator.errors import UsageError
 from migrator.linux import cgroup, ptrace, sys
 from migrator.linux import x86_64 as arch

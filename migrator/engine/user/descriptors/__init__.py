@@ -4,9 +4,9 @@ What is carried and what is refused is listed in docs/descriptors.md.
 """
 
 from migrator.engine.user.descriptors.description import Process
-from migrator.engine.user.descriptors.drafts import FileDrafts
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.listeners import Listeners
+from migrator.engine.user.descriptors.predumped import FileDrafts
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey

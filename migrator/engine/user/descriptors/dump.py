@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Process
-from migrator.engine.user.descriptors.drafts import FileDrafts
 from migrator.engine.user.descriptors.inet_dump import Still
+from migrator.engine.user.descriptors.predumped import FileDrafts
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record

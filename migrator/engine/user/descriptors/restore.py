@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks
-from migrator.engine.user.descriptors.drafts import BY_PATH
 from migrator.engine.user.descriptors.epolls import Shell
 from migrator.engine.user.descriptors.pipes import PipeRestore
+from migrator.engine.user.descriptors.predumped import BY_PATH
 from migrator.engine.user.descriptors.private_root import Move
 from migrator.engine.user.descriptors.socket_restore import SocketRestore
 from migrator.errors import ImageError, RestartFailed

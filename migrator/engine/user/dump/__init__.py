@@ -1,0 +1,1 @@
+"""The source side: a running process tree becomes records."""

@@ -1,0 +1,134 @@
+"""What is put into a process that is to be moved: a scratch area, questions, and a tracker of its writes.
+
+Each takes a stop of well under a millisecond; all of it is taken out again before the process goes on for
+good.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
+from migrator.engine.user.dump.parasite import SCRATCH, Asking
+from migrator.engine.user.dump.process_tree import (
+    Process,
+    Thread,
+    out_of_critical_section,
+    stop_one,
+    vtid_of,
+    without_spurious_eintr,
+)
+from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.errors import CheckpointFailed
+from migrator.linux import memory, procfs, ptrace, sys
+from migrator.linux import x86_64 as arch
+from migrator.linux.pagemap import Scanner, WriteProtection
+from migrator.linux.remote import Remote
+
+_UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
+_PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
+_SCRATCH_NAME = b"migrator\0"
+
+
+class Arming:
+    """`waits` learns of every stop, so that none makes a wait longer than it was."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+
+    @contextmanager
+    def stopped(self, process: Process, tid: int) -> Iterator[Thread]:
+        """A task that runs, stopped inside the block. Raises ProcessLookupError if it ends, TimeoutError."""
+        pid = process.pid
+        self._waits.observe(pid, tid)
+        stop_one(tid)
+        try:
+            self._waits.confirm(pid, [tid])
+            regs = arch.get_regs(tid)
+            rseq = ptrace.rseq_configuration(tid)
+            adjusted = out_of_critical_section(pid, rseq.pointer, regs)
+            if without_spurious_eintr(regs):
+                self._waits.shorten(pid, tid, regs)
+                adjusted = True
+            if adjusted:
+                arch.set_regs(tid, regs)
+            yield Thread(
+                tid, vtid_of(process, tid), regs, arch.get_xstate(tid), ptrace.get_sigmask(tid), rseq=rseq
+            )
+            self._waits.interrupted(pid, tid)
+        finally:
+            ptrace.detach(tid)
+
+    def arm(self, process: Process) -> WpAsyncTracker:
+        """Begin to track the writes of a running process. Raises OSError if it ends meanwhile."""
+        pid = process.pid
+        remote = Remote(pid)
+        remote.prepare()
+        with self.stopped(process, pid) as leader:
+            process.remote = remote
+            remote.confirm()
+            with remote.borrowed(regs=leader.regs, mask=leader.mask, xstate=leader.xstate):
+                fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
+                if fd < 0:
+                    raise CheckpointFailed(
+                        f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-fd)}",
+                        hint="the workload runs on; its descriptor limit or a seccomp filter may forbid it",
+                    )
+                try:
+                    protection = process.protection = WriteProtection(sys.pidfd_getfd(process.pidfd, fd))
+                finally:
+                    remote.call(arch.NR["close"], fd)
+                self._map_scratch(process, remote)
+        process.maps = ""
+        process.drafted.clear()
+        scanner = process.scanner = Scanner(pid)
+        process.mem = memory.MemFile(pid)
+        hidden = (remote.scratch, remote.scratch + SCRATCH)
+        return WpAsyncTracker(scanner, protection, lambda: procfs.maps(pid), hidden)
+
+    def prepare_stopped(self, process: Process) -> None:
+        """Give a process that was stopped before it could be armed its scratch area."""
+        remote = process.remote = Remote(process.pid)
+        remote.prepare()
+        leader = process.leader
+        with remote.borrowed(regs=leader.regs, mask=leader.mask, xstate=leader.xstate):
+            self._map_scratch(process, remote)
+
+    @staticmethod
+    def _map_scratch(process: Process, remote: Remote) -> None:
+        remote.map_scratch(SCRATCH)
+        name = remote.put(_SCRATCH_NAME)
+        remote.batch(
+            [
+                (arch.NR["madvise"], remote.scratch, SCRATCH, _MADV_DONTFORK),
+                (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
+            ]
+        )
+        process.asking = Asking(remote)
+        process.asking.prepare()
+
+    def disarm_stopped(self, processes: Iterable[Process]) -> None:
+        """Take the scratch areas out of stopped processes."""
+        for process in processes:
+            remote = process.remote
+            if remote is None or not remote.scratch or not process.threads:
+                continue
+            try:
+                with remote.borrowed(regs=process.leader.regs, mask=process.leader.mask):
+                    remote.unmap_scratch()
+            except OSError:
+                pass  # it was killed meanwhile
+
+    def disarm_running(self, processes: Iterable[Process]) -> None:
+        """Take the scratch areas that are left out of processes that run: each stops for a moment."""
+        for process in processes:
+            remote = process.remote
+            if remote is None or not remote.scratch:
+                continue
+            try:
+                with self.stopped(process, process.pid) as leader, remote.borrowed(regs=leader.regs, mask=leader.mask):
+                    remote.unmap_scratch()
+            except OSError:
+                pass  # it ended by itself

@@ -1,0 +1,235 @@
+"""What a task can only say of itself: signal actions, timers, limits, its alternate stack.
+
+It is asked by calls that are made inside it, from tables that are written once, while it runs, and then run
+again and again: asking a stopped process that was prepared takes a tenth of a millisecond. The threads of a
+process run their tables at the same time.
+
+    asking = Asking(remote)          # its scratch area is mapped
+    asking.prepare()
+    said = asking.process(regs, xstate, mask)     # the leader is stopped
+    others = asking.threads(threads)              # the threads are stopped
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from migrator.image.records import PosixTimer
+from migrator.linux import memory, ptrace
+from migrator.linux import x86_64 as arch
+from migrator.linux.remote import Remote, pack_calls, way_of_return
+
+SCRATCH = 256 << 10  # room for tables, answers and the contexts of one group of threads
+
+NSIG = 64
+SIGACTION_SIZE = 32
+UNBLOCKABLE = (9, 19)
+_NR = arch.NR
+_PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
+_PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
+_RLIMITS = 16
+_SIGURG = 23
+
+_THREAD_OUT = 64  # bytes of answers of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
+_THREAD_CALLS = 5
+_SLACK = 3  # which of them answers with the timer slack
+_GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
+
+# In the scratch area's free part: the process's answers, those of the threads, tables and contexts of the threads.
+_ACTIONS = _THREAD_OUT
+_ITIMERS = _ACTIONS + (NSIG - len(UNBLOCKABLE)) * SIGACTION_SIZE
+_LIMITS = _ITIMERS + 96
+_SUBREAPER = _LIMITS + 16 * _RLIMITS
+_PROCESS_OUT = _SUBREAPER + 8
+_THREADS = 4096
+_TABLES = _THREADS + _GROUP * _THREAD_OUT
+_CONTEXTS = _TABLES + _GROUP * _THREAD_CALLS * arch.BATCH_ENTRY
+_ASKED = [n for n in range(1, NSIG + 1) if n not in UNBLOCKABLE]
+
+
+class Stopped(Protocol):
+    """A stopped thread; see migrator.engine.user.dump.process_tree.Thread."""
+
+    tid: int
+    regs: arch.Regs | None
+    xstate: bytes
+    mask: int
+
+
+@dataclass(slots=True)
+class Answers:
+    """What a thread said of itself."""
+
+    altstack: tuple[int, int, int]  # sp, flags, size
+    tid_address: int
+    pdeathsig: int
+    timerslack: int
+    comm: str
+
+
+@dataclass(slots=True)
+class ProcessAnswers:
+    """What a process said of itself, through its leader.
+
+    actions:  struct sigaction of signal 1 to 64, zeros where it cannot have one
+    limits:   16 pairs of u64, soft and hard
+    itimers:  of each, (value, interval) in microseconds"""
+
+    leader: Answers
+    actions: bytes
+    limits: bytes
+    itimers: list[tuple[int, int]]
+    brk: int
+    securebits: int
+    dumpable: int
+    thp_disabled: int
+    subreaper: int
+
+
+class Asking:
+    """The tables of one process. Good for as long as its scratch area is there."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._calls = 0  # of the process's table
+        self._prepared = False
+
+    def prepare(self) -> None:
+        """Write the tables. The process may run."""
+        out = self._remote.data
+        calls: list[tuple[int, ...]] = [
+            *_thread_calls(out),
+            *((_NR["rt_sigaction"], n, 0, out + _ACTIONS + i * SIGACTION_SIZE, 8) for i, n in enumerate(_ASKED)),
+            *((_NR["getitimer"], which, out + _ITIMERS + 32 * which) for which in range(3)),
+            *((_NR["prlimit64"], 0, which, 0, out + _LIMITS + 16 * which) for which in range(_RLIMITS)),
+            (_NR["prctl"], _PR_GET_CHILD_SUBREAPER, out + _SUBREAPER, 0, 0, 0),
+            (_NR["brk"], 0),
+            (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
+            (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
+            (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
+        ]
+        self._calls = len(calls)
+        memory.write(self._remote.pid, self._remote.table, pack_calls(calls))
+        tables = b"".join(pack_calls(_thread_calls(out + _THREADS + i * _THREAD_OUT)) for i in range(_GROUP))
+        memory.write(self._remote.pid, out + _TABLES, tables)
+        self._prepared = True
+
+    def process(
+        self, regs: arch.Regs, mask: int, timers: Sequence[PosixTimer] = (), xstate: bytes = b""
+    ) -> ProcessAnswers:
+        """Ask through the leader, which is stopped with `regs` and `mask`; it is as before afterwards.
+
+        Also reads value, interval and overrun of `timers` into them."""
+        if not self._prepared:
+            self.prepare()
+        remote = self._remote
+        with remote.borrowed(regs=regs, mask=mask, xstate=xstate):
+            remote.start(self._calls)
+            remote.finish()
+            size = remote.data - remote.table + _PROCESS_OUT
+            raw = memory.read(remote.pid, remote.table, size)
+            if timers:
+                self._timers(timers)
+        results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
+        at = remote.data - remote.table
+        brk, securebits, dumpable, thp = results[-4:]
+        (subreaper,) = struct.unpack_from("<i", raw, at + _SUBREAPER)
+        itimers = []
+        for which in range(3):
+            i_s, i_us, v_s, v_us = struct.unpack_from("<4q", raw, at + _ITIMERS + 32 * which)
+            itimers.append((v_s * 1_000_000 + v_us, i_s * 1_000_000 + i_us))
+        actions = raw[at + _ACTIONS : at + _ITIMERS]
+        for n in UNBLOCKABLE:  # in order: their places are filled from the lower one on
+            hole = (n - 1) * SIGACTION_SIZE
+            actions = actions[:hole] + bytes(SIGACTION_SIZE) + actions[hole:]
+        return ProcessAnswers(
+            _answers(raw, at, results[_SLACK]),
+            actions,
+            raw[at + _LIMITS : at + _SUBREAPER],
+            itimers,
+            brk,
+            securebits,
+            dumpable,
+            thp,
+            subreaper,
+        )
+
+    def _timers(self, timers: Sequence[PosixTimer]) -> None:
+        remote = self._remote
+        base = remote.data + _TABLES  # a thread's table is written anew after this
+        calls: list[tuple[int, ...]] = [(_NR["timer_gettime"], t.timer_id, base + 32 * i) for i, t in enumerate(timers)]
+        calls += [(_NR["timer_getoverrun"], t.timer_id) for t in timers]
+        results = remote.batch(calls)
+        self._prepared = False
+        raw = memory.read(remote.pid, base, 32 * len(timers))
+        for i, timer in enumerate(timers):
+            i_s, i_ns, v_s, v_ns = struct.unpack_from("<4q", raw, 32 * i)
+            timer.interval, timer.value = i_s * 10**9 + i_ns, v_s * 10**9 + v_ns
+            timer.overrun = max(0, results[len(timers) + i])
+
+    def threads(self, threads: Sequence[Stopped]) -> list[Answers]:
+        """Ask stopped threads other than the leader, all at the same time; they are as before afterwards."""
+        out: list[Answers] = []
+        if threads and not self._prepared:
+            self.prepare()
+        first = 0
+        while first < len(threads):
+            size = arch.CONTEXT_SIZE + len(threads[first].xstate) + 128
+            room = (self._remote.data_size - _CONTEXTS - 64) // size
+            group = threads[first : first + min(_GROUP, room)]
+            out += self._ask_group(group)
+            first += len(group)
+        return out
+
+    def _ask_group(self, group: Sequence[Stopped]) -> list[Answers]:
+        remote = self._remote
+        pid, out = remote.pid, remote.data
+        first = (out + _CONTEXTS + 63) & ~63
+        blob = bytearray()
+        contexts = []
+        for thread in group:
+            assert thread.regs is not None
+            contexts.append(first + len(blob))
+            blob += way_of_return(pid, thread.regs, thread.xstate, thread.mask, contexts[-1])
+            blob += bytes(-len(blob) & 63)
+        memory.write(pid, first, bytes(blob))
+        per_thread = _THREAD_CALLS * arch.BATCH_ENTRY
+        for i, thread in enumerate(group):
+            assert thread.regs is not None
+            # registers first: they lead back by themselves, whenever we die
+            table = out + _TABLES + i * per_thread
+            arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i])
+            ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
+            ptrace.cont(thread.tid)
+        for thread in group:
+            while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
+                ptrace.cont(thread.tid)
+        raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
+        said = []
+        for i, thread in enumerate(group):
+            assert thread.regs is not None
+            ptrace.set_sigmask(thread.tid, thread.mask)
+            arch.set_regs(thread.tid, thread.regs)
+            slack_at = _TABLES - _THREADS + i * per_thread + _SLACK * arch.BATCH_ENTRY + 56
+            (slack,) = struct.unpack_from("<q", raw, slack_at)
+            said.append(_answers(raw, i * _THREAD_OUT, slack))
+        return said
+
+
+def _thread_calls(out: int) -> list[tuple[int, ...]]:
+    return [
+        (_NR["sigaltstack"], 0, out),
+        (_NR["prctl"], _PR_GET_TID_ADDRESS, out + 24, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_PDEATHSIG, out + 32, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
+    ]
+
+
+def _answers(raw: bytes, at: int, slack: int) -> Answers:
+    sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
+    comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return Answers((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)

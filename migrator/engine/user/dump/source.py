@@ -1,0 +1,563 @@
+"""The source side of the user engine: see migrator.engine.base for the life of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from migrator.engine.base import Phase, Round, SourceOptions, Survey
+from migrator.engine.stream import RecordWriter
+from migrator.engine.user.descriptors import DescriptorDump, FileDrafts, Listeners
+from migrator.engine.user.descriptors import Process as DescriptorOwner
+from migrator.engine.user.dump import header
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
+from migrator.engine.user.dump.instrument import Arming
+from migrator.engine.user.dump.mappings import LayoutDump
+from migrator.engine.user.dump.pages import CHUNK, PageSender
+from migrator.engine.user.dump.process_tree import Process, ProcessTree
+from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.dump.survey import hierarchy
+from migrator.engine.user.dump.survey import survey as survey_tree
+from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.errors import CheckpointFailed, MigratorError, Refused
+from migrator.image.objhash import ObjHash
+from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
+from migrator.linux import memory, procfs, sys
+from migrator.linux.cgroup import Cgroup, directory_of, remove_empty
+from migrator.linux.pagemap import Scanner
+from migrator.linux.remote import RemoteError
+
+_ACCEPT_SECONDS = 0.02
+_SURVEYS = 4
+
+
+class UserSource:
+    """Saves the tree below `pid` to the stream `fd`, stopping it only for the end of it."""
+
+    def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
+        self.pid = pid
+        self.options = options
+        self._writer = RecordWriter(fd)
+        self._objhash = ObjHash()
+        self._cgroup: Cgroup | None = None
+        self._came_from: dict[int, str] = {}
+        self._own_cgroup = True
+        if options.container_cgroup:
+            self._cgroup = Cgroup.at(options.container_cgroup)
+            self._own_cgroup = False
+        self.tree = ProcessTree(pid, self._list_pids)
+        self._shared = SharedMemory()
+        self._layout = LayoutDump(self._writer, self._objhash, self._shared)
+        self._sender = PageSender(self._writer)
+        self._waits = Waits()
+        self._arming = Arming(self._waits)
+        self._tasks = TaskDump(self._writer, self._objhash, self._waits)
+        self._file_drafts = FileDrafts(self._objhash, self._writer, pid)
+        self._descriptors: DescriptorDump | None = None
+        self._trackers: dict[int, WpAsyncTracker] = {}
+        self._generation = 0
+        self._hierarchy: list[TaskPids] = []  # as it was written last
+        self._rounds: list[Round] = []
+        self._phases: list[Phase] = []
+        self._armed = self._held = self._done = self._seized = False
+        self._listeners: Listeners | None = None
+
+    # ------------------------------------------------------------------ what others may know
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self._phases
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self.tree.processes)
+
+    @property
+    def cgroup(self) -> str:
+        """Its path; before arm() has made it, its name."""
+        return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
+
+    @property
+    def homes(self) -> list[tuple[int, str]]:
+        """(pid, directory of the cgroup) of the tasks that arm() moves to ours, or has moved; the root first."""
+        if not self._own_cgroup or self._cgroup is not None:
+            return list(self._came_from.items())
+        homes = []
+        for pid in self.tree.processes:
+            with contextlib.suppress(OSError, LookupError):
+                homes.append((pid, directory_of(pid)))
+        return homes
+
+    @property
+    def _cgroup_name(self) -> str:
+        return self.options.cgroup_name or f"migrate-{self.pid}"
+
+    def __enter__(self) -> UserSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._held and not self._done:
+            if value is not None:
+                text = value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
+                self._writer.error(text)
+            self.thaw()
+
+    # ------------------------------------------------------------------ while the workload runs
+
+    def survey(self) -> Survey:
+        """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
+        self.tree.refresh()
+        survey, reasons = survey_tree(self.tree, self.options)
+        for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
+            if not reasons:
+                break
+            time.sleep(0.015)
+            self.tree.refresh()
+            survey, again = survey_tree(self.tree, self.options)
+            reasons = [reason for reason in reasons if reason in again]
+        if reasons:
+            raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
+        return survey
+
+    def arm(self) -> None:
+        """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
+        with self._phase("arm"):
+            if self._cgroup is None:
+                self._adopt()
+            self.tree.refresh()
+            header.write(self._writer, self.pid, self.options)
+            if self.options.container:
+                self._writer.write(Container(1, self.options.container, self.options.container_spec))
+            self._write_tree()
+            for process in self.tree.living:
+                self._try_arm(process)
+            self._armed = True
+            self._writer.flush()
+
+    def round(self) -> Round:
+        """Send what was written since the last round (everything, the first time). The workload runs on."""
+        start = time.monotonic_ns()
+        before = self._sender.pages, self._sender.zero_pages, self._writer.bytes
+        number = len(self._rounds) + 1
+        _, gone = self.tree.refresh()
+        for process in gone:
+            self._trackers.pop(process.pid, None)
+        for process in self.tree.living:
+            try:
+                self._look(process)
+            except OSError:
+                continue  # it has ended: the next round knows
+            if process.pid not in self._trackers:
+                self._try_arm(process)
+        self._write_tree()
+        self._writer.write(RoundMark(number, 0, time.time_ns()))
+        for process in self.tree.living:
+            if process.pid in self._trackers:
+                try:
+                    self._look(process)
+                    self._send_memory(process, refresh=number <= 2)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        self._shared.send(self._writer, self._sender, final=False)
+        self._draft()
+        self._writer.write(RoundMark(number, RoundFlag.END, time.time_ns()))
+        self._writer.flush()
+        end = time.monotonic_ns()
+        pages = self._sender.pages - before[0]
+        previous = self._rounds[-1] if self._rounds else None
+        rate = pages / max(1e-9, (start - previous.start) / 1e9) if previous is not None else 0.0
+        made = Round(
+            number,
+            pages,
+            self._sender.zero_pages - before[1],
+            self._writer.bytes - before[2],
+            start,
+            end,
+            rate,
+        )
+        self._rounds.append(made)
+        return made
+
+    def dirty_rate(self, seconds: float) -> float:
+        """Bytes per second that the tree writes to its private memory, over `seconds`. Sends nothing."""
+        self.arm()
+        self._sweep_only()
+        start = time.monotonic()
+        time.sleep(seconds)
+        return self._sweep_only() * PAGE_SIZE / (time.monotonic() - start)
+
+    def _sweep_only(self) -> int:
+        pages = 0
+        for process in self.tree.living:
+            tracker = self._trackers.get(process.pid)
+            if tracker is not None:
+                self._look(process)
+                pages += sum(piece.pages for piece in tracker.sweep(process.vmas))
+        return pages
+
+    # ------------------------------------------------------------------ stopped
+
+    def seize(self) -> None:
+        """Attach to every task, without stopping any: what can be done ahead of the freeze. They run on."""
+        with self._phase("seize"):
+            self.tree.seize()
+            for process in self.tree.living:
+                self._tasks.warm(process)
+                for tid in process.threads:
+                    self._waits.observe(process.pid, tid)
+            self._listeners = Listeners(self._owners())
+        self._seized = True
+
+    def freeze(self) -> None:
+        """Stop every task. On failure the workload runs on.
+
+        The network should be held already: then connections that wait to be accepted, which nobody can carry,
+        are given a moment to be accepted."""
+        if not self._seized:
+            self.seize()
+        if self._listeners is not None:
+            self._listeners.settle(_ACCEPT_SECONDS)
+            self._listeners.close()
+            self._listeners = None
+        gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
+        with self._phase("freeze"), _killed_is_failed():
+            self.tree.stop()
+
+    def final(self) -> None:
+        """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
+        if not self._armed:
+            raise CheckpointFailed("final() before arm()")
+        with _killed_is_failed():
+            self._final()
+
+    def _final(self) -> None:
+        living = self.tree.living
+        with self._phase("memory"):  # first: it is on its way while the tasks are asked
+            states = {}
+            for process in living:
+                self._waits.confirm(process.pid, process.threads)
+                self._look(process)
+                self._prepare_scratch(process)
+                states[process.pid] = procfs.status(process.pid)
+            self._write_tree(states)
+            self._waits.stopped()
+            self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
+            for process in living:
+                self._send_memory(process, final=True)
+        with self._phase("ask"):
+            said, others, timers = {}, {}, {}
+            for process in living:
+                pid, leader, asking = process.pid, process.leader, process.asking
+                assert asking is not None and leader.regs is not None
+                timers[pid] = list_timers(process)
+                said[pid] = asking.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                others[pid] = asking.threads([t for t in process.threads.values() if t is not leader])
+                brk = said[pid].brk
+                self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
+        with self._phase("descriptors"):
+            self._descriptors = DescriptorDump(
+                self._owners(), self._objhash, self._writer, still=self._still, drafts=self._file_drafts
+            )
+            self._descriptors.collect()
+            for memfd in self._descriptors.memfds:
+                key = (memfd.dev, memfd.ino)
+                objref, _ = self._objhash.get(("shm", *key))
+                self._shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+            self._shared.send(self._writer, self._sender, final=True)
+            tables = self._descriptors.write()
+        with self._phase("tasks"):
+            for process in self.tree.processes.values():
+                pid = process.pid
+                if process.zombie:
+                    self._tasks.write_zombie(process)
+                else:
+                    answers = [said[pid].leader, *others[pid]]
+                    self._tasks.write(process, states[pid], said[pid], timers[pid], answers, tables[pid])
+            self._writer.trailer()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, the tasks stay where they are even if this program is killed: no call can be made in them."""
+        assert self._cgroup is not None
+        self._cgroup.freeze(wait=False)
+        try:
+            yield
+        finally:
+            self._cgroup.thaw()
+
+    def hold(self) -> None:
+        """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
+        with self._phase("hold"):
+            assert self._cgroup is not None
+            self._cgroup.freeze(wait=False)
+            self.tree.detach()
+            self._held = True
+        gc.enable()
+
+    def leave_stopped(self) -> None:
+        """Instead of thaw(): the tasks are left stopped, as by SIGSTOP; SIGCONT lets them run on."""
+        for pid in [p.pid for p in self.tree.living]:
+            os.kill(pid, 19)
+        self.thaw()
+
+    def release(self) -> None:
+        """Kill the frozen copy: the destination's runs. Its sockets end without a word."""
+        if self._descriptors is not None:
+            self._descriptors.release()
+        assert self._cgroup is not None
+        pidfds = [p.pidfd for p in self.tree.living]
+        self._cgroup.kill()
+        if not self._held:
+            self.tree.detach()
+        _await_end(pidfds)
+        self._reap()
+        self._done = True
+        self._close()
+        if self._own_cgroup:
+            self._cgroup.remove()
+            # what a restart of this tree made: nobody else knows that it is empty now
+            remove_empty(set(self._came_from.values()))
+
+    def thaw(self) -> None:
+        """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
+        if self._done:
+            return
+        self._done = True
+        gc.enable()
+        if self._descriptors is not None:
+            self._descriptors.undo()
+        if self._held:
+            assert self._cgroup is not None
+            self._cgroup.thaw()
+        else:
+            if self.tree.stopped:
+                self._arming.disarm_stopped(self.tree.living)
+                self.tree.detach()
+            elif self._armed:
+                self.tree.detach()
+        self._arming.disarm_running(self.tree.living)
+        self._close()
+        self._send_home()
+
+    # ------------------------------------------------------------------ inside
+
+    def _list_pids(self) -> list[int]:
+        below = procfs.descendants(self.pid)
+        if self._cgroup is not None and (self._armed or not self._own_cgroup):
+            known = set(below)
+            below += [p for p in self._cgroup.pids() if p not in known]
+        if os.getpid() in below:
+            raise CheckpointFailed(
+                f"pid {self.pid} is an ancestor of this very program",
+                hint="run migrator from another session",
+            )
+        return below
+
+    def _adopt(self) -> None:
+        """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
+        self._cgroup = Cgroup.create(self._cgroup_name)
+        while True:
+            new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
+            if not new:
+                return
+            for pid in new:
+                try:
+                    self._came_from[pid] = directory_of(pid)
+                    self._cgroup.attach(pid)
+                except (FileNotFoundError, ProcessLookupError, OSError) as error:
+                    if os.path.exists(f"/proc/{pid}") and procfs.stat(pid)[3] != "Z":
+                        raise CheckpointFailed(
+                            f"pid {pid} cannot be moved to a cgroup of its own: {error}",
+                            hint="the workload runs on; is cgroup2 or the freezer hierarchy mounted?",
+                        ) from error
+                    self._came_from.setdefault(pid, "")
+
+    def _send_home(self) -> None:
+        if self._own_cgroup and self._cgroup is not None:
+            self._cgroup.send_home(self._came_from)
+
+    def _owners(self) -> list[DescriptorOwner]:
+        return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
+
+    def _write_tree(self, states: dict[int, dict[str, str]] | None = None) -> None:
+        """Write the hierarchy, if it is not what was written last."""
+        tree = hierarchy(self.tree, self._generation + 1, states or {})
+        if tree.tasks != self._hierarchy:
+            self._generation += 1
+            self._hierarchy = tree.tasks
+            self._writer.write(tree)
+            self._tasks.keep({task.pid for task in tree.tasks if not task.flags & TaskFlag.ZOMBIE})
+
+    def _draft(self) -> None:
+        """Write the state of tasks that are new, as far as it can be known while they run."""
+        known = {task.pid for task in self._hierarchy if not task.flags & TaskFlag.ZOMBIE}
+        for process in self.tree.living:
+            if process.vpid in known and process.pid in self._trackers:
+                try:
+                    self._draft_process(process, known)
+                except OSError:
+                    continue  # it has ended, or does not stop: what there is to say is said in the end
+
+    def _draft_process(self, process: Process, known: set[int]) -> None:
+        pid, asking = process.pid, process.asking
+        new = [tid for tid in procfs.tids(pid) if tid not in process.drafted]
+        if not new or asking is None:
+            return
+        table = self._file_drafts.draft(DescriptorOwner(pid, process.vpid, process.pidfd))
+        with self._arming.stopped(process, pid) as leader:
+            assert leader.regs is not None
+            said = asking.process(leader.regs, leader.mask, (), leader.xstate)
+        threads = [(leader, said.leader)]
+        for tid in new:
+            if tid != pid and procfs.stat(pid, tid)[3] != "D":
+                with self._arming.stopped(process, tid) as thread:
+                    (answers,) = asking.threads([thread])
+                if thread.vtid in known:
+                    threads.append((thread, answers))
+        self._tasks.draft(process, procfs.status(pid), said, threads, table)
+        process.drafted.update(new)
+
+    def _try_arm(self, process: Process) -> None:
+        """Arm a process; one that ends or becomes another program meanwhile, or sits in its parent's memory, is
+        left for later."""
+        try:
+            if self._in_parents_memory(process):
+                return
+            process.mm_objref = self._mm_objref(process)
+            self._trackers[process.pid] = self._arming.arm(process)
+        except OSError as error:
+            process.remote = None
+            try:  # one that is ending has lost its memory before it is a zombie
+                alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
+            except OSError:
+                alive = False
+            replaced = error.errno == errno.EFAULT  # what was mapped a moment ago is not: execve(2) came between
+            if alive and not replaced and not isinstance(error, ProcessLookupError):
+                raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
+
+    def _in_parents_memory(self, process: Process) -> bool:
+        """Between vfork(2) and execve(2)."""
+        parent = self.tree.processes.get(int(procfs.stat(process.pid)[4]))
+        return parent is not None and not parent.zombie and sys.same(process.pid, parent.pid, sys.KCMP_VM)
+
+    def _look(self, process: Process) -> None:
+        """Read the mappings, without our own. A process that has become another program is forgotten."""
+        text = procfs.read_text(f"/proc/{process.pid}/maps")
+        remote = process.remote
+        if remote is not None and remote.scratch and not _has_mapping(text, remote.scratch):
+            self._trackers.pop(process.pid, None)
+            self._layout.forget(process.mm_objref)
+            for thing in (process.protection, process.scanner, process.mem):
+                if thing is not None:
+                    thing.close()
+            process.protection = process.scanner = process.mem = process.remote = process.asking = remote = None
+            process.executed += 1
+        if text != process.maps:
+            process.maps = text
+            scratch = remote.scratch if remote is not None else 0
+            process.vmas = [v for v in procfs.parse_maps(text) if v.start != scratch or not scratch]
+
+    def _mm_objref(self, process: Process) -> int:
+        return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
+
+    def _prepare_scratch(self, process: Process) -> None:
+        """A process born since the last round has no scratch area, and nothing of its memory was sent."""
+        if process.remote is not None and process.remote.scratch:
+            return
+        if self._in_parents_memory(process):
+            raise CheckpointFailed(
+                f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
+            )
+        process.mm_objref = self._mm_objref(process)
+        self._arming.prepare_stopped(process)
+
+    def _send_memory(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
+        """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
+        vmas = process.vmas
+        refresh = refresh or not self._layout.knows(process.mm_objref)
+        # the exact program break is only known from inside; until then the one known last
+        brk = self._layout.brk_of(process.mm_objref) if final else 0
+        rebacked = self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
+        tracker = self._trackers.get(process.pid)
+        process.scanner = process.scanner or Scanner(process.pid)
+        process.mem = process.mem or memory.MemFile(process.pid)
+        if tracker is not None:
+            pieces = tracker.sweep(vmas, strict=final, whole=rebacked)
+        else:
+            pieces = WpAsyncTracker.everything(process.scanner, vmas)
+        pieces = gathered(pieces, CHUNK // PAGE_SIZE)
+        while True:
+            try:
+                piece = next(pieces, None)
+            except OSError as error:
+                if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
+                    raise  # it has ended
+                raise CheckpointFailed(f"pid {process.pid}: {error}") from error
+            if piece is None:
+                break
+            self._sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
+        self._sender.end(process.mm_objref)
+        for vma in vmas:
+            if is_shm(vma):
+                shared = self._shared.objects[device_key(vma)]
+                spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
+                shift = vma.offset - vma.start
+                shared.dirty += [(a + shift, b + shift) for a, b in spans]
+
+    def _reap(self) -> None:
+        for pid in self.tree.processes:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+    def _close(self) -> None:
+        if self._listeners is not None:
+            self._listeners.close()
+            self._listeners = None
+        self.tree.close()
+        self._shared.close()
+        self._trackers.clear()
+        if self._cgroup is not None and not self._own_cgroup:
+            self._cgroup.close()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start, size, pages = time.monotonic_ns(), self._writer.bytes, self._sender.pages
+        try:
+            yield
+        finally:
+            self._phases.append(
+                Phase(name, start, time.monotonic_ns(), self._writer.bytes - size, self._sender.pages - pages)
+            )
+
+
+def _await_end(pidfds: list[int]) -> None:
+    import select
+
+    for pidfd in pidfds:
+        if pidfd >= 0:
+            select.select([pidfd], [], [], 5.0)
+
+
+@contextmanager
+def _killed_is_failed() -> Iterator[None]:
+    """A stopped task can still be killed: what is asked of it then fails as of one that never was."""
+    try:
+        yield
+    except (ProcessLookupError, FileNotFoundError, ChildProcessError, RemoteError) as error:
+        raise CheckpointFailed(f"a task ended while it was stopped: {error}") from error
+
+
+def _has_mapping(maps: str, start: int) -> bool:
+    line = f"{start:x}-"
+    return maps.startswith(line) or f"\n{line}" in maps

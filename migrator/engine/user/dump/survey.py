@@ -1,0 +1,172 @@
+"""What is in a tree, and what of it cannot be carried: looked at while it runs."""
+
+from __future__ import annotations
+
+import os
+
+from migrator.engine.base import FileFact, SourceOptions, Survey
+from migrator.engine.user import descriptors
+from migrator.engine.user.dump import header
+from migrator.engine.user.dump.mappings import obstacle
+from migrator.engine.user.dump.process_tree import Process, ProcessTree
+from migrator.engine.user.dump.shm import is_shm
+from migrator.image.records import TaskFlag, TaskPids, Tree
+from migrator.linux import elf, procfs, sys
+
+_NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time")
+_SHARED_KINDS = {
+    sys.KCMP_VM: "its address space (vfork in progress?)",
+    sys.KCMP_FS: "its working directory (CLONE_FS)",
+    sys.KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)",
+}
+
+_SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
+
+
+def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
+    """The tree as a record, in its own pid namespace. `states`: /proc/PID/status, where read already."""
+    tasks = []
+    for process in tree.processes.values():
+        try:
+            state = states.get(process.pid) or procfs.status(process.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if not process.zombie and (state["State"][0] in "ZX" or not procfs.ns_pid(state)):
+            continue  # it is just ending: the next tree knows
+        parent = tree.processes.get(int(state["PPid"]))
+        flags = TaskFlag.ZOMBIE if process.zombie else TaskFlag(0)
+        if parent is None and process.pid != tree.root:
+            flags |= TaskFlag.ORPHAN
+        pgid, sid = procfs.ns_pid(state, "NSpgid"), procfs.ns_pid(state, "NSsid")
+        ppid = parent.vpid if parent is not None else 0
+        tasks.append(TaskPids(process.vpid, process.vpid, ppid, pgid, sid, int(flags)))
+        if process.zombie:
+            continue
+        for vtid in _vtids(process, state):
+            if vtid != process.vpid:
+                tasks.append(TaskPids(vtid, process.vpid, ppid, pgid, sid, int(TaskFlag.THREAD)))
+    return Tree(generation, tasks)
+
+
+def _vtids(process: Process, state: dict[str, str]) -> list[int]:
+    if process.threads:
+        return [t.vtid for t in process.threads.values()]
+    try:
+        tids = procfs.tids(process.pid)
+        if process.vpid == process.pid:
+            return tids
+        if len(tids) == 1:
+            return [process.vpid]
+        return [procfs.ns_pid(procfs.status(process.pid, tid)) for tid in tids]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]]:
+    """(what was found, one sentence per obstacle)."""
+    reasons: list[str] = []
+    files: dict[str, FileFact] = {}
+    threads = rss = 0
+    for process in tree.living:
+        try:
+            state = procfs.status(process.pid)
+            threads += int(state["Threads"])
+            rss += int(state.get("VmRSS", "0").split()[0]) * 1024
+            name = state["Name"]
+            reasons += _obstacles(tree, process, state, name)
+            _mapped_files(process, files)
+            _open_files(process, files)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended: nothing to carry
+    owners = [descriptors.Process(p.pid, p.vpid, p.pidfd) for p in tree.living]
+    reasons += descriptors.survey(owners, own_netns=bool(options.container))
+    _, xsize = header.xstate_facts(tree.root)
+    own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
+    found = Survey(
+        pids=list(tree.processes),
+        threads=threads,
+        rss_bytes=rss,
+        files=sorted(files.values(), key=lambda f: f.path),
+        cpu_features=frozenset(header.cpu_facts()["flags"].split()),
+        xstate_size=xsize,
+        tracker="wp-async",
+        tcp_connections=0,
+        wanted_pids=wanted,
+        notes=list(descriptors.notes(owners)),
+    )
+    return found, reasons
+
+
+def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name: str) -> list[str]:
+    pid = process.pid
+    who = f"pid {pid} ({name})"
+    out = []
+    if state["State"][0] == "Z":
+        if int(state["Threads"]) > 1:
+            return [f"{who}: its main thread has ended while others run, which is not carried yet"]
+        return []
+    if state.get("TracerPid", "0") != "0":
+        out.append(f"{who} is traced by pid {state['TracerPid']}: detach the debugger first")
+    if state.get("Seccomp", "0") != "0":
+        out.append(f"{who} runs under seccomp, whose filters cannot be carried")
+    for kind in _NAMESPACES:
+        link = f"/proc/{pid}/ns/{kind}"
+        if os.readlink(link) != os.readlink(f"/proc/{tree.root}/ns/{kind}"):
+            out.append(f"{who} is in another {kind} namespace than the root task {tree.root}")
+    with open(f"/proc/{pid}/exe", "rb") as file:
+        if file.read(5)[4:5] != b"\x02":
+            out.append(f"{who} is a 32-bit program, which is not carried yet")
+    parent = tree.processes.get(int(state["PPid"]))
+    if parent is not None and not parent.zombie:
+        for resource, what in _SHARED_KINDS.items():
+            if sys.same(pid, parent.pid, resource):
+                out.append(f"{who} shares {what} with its parent {parent.pid}")
+    for tid in procfs.tids(pid)[1:]:
+        for resource, what in _SHARED_BY_THREADS.items():
+            if not sys.same(pid, tid, resource):
+                out.append(f"{who}: its thread {tid} has {what} of its own (unshare(2)), which is not carried")
+    flags = procfs.vm_flags(pid)
+    for vma in procfs.maps(pid):
+        reason = obstacle(vma, flags.get(vma.start, frozenset()))
+        if reason:
+            out.append(f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried")
+        if vma.start < 0x400000 and vma.path != "[vsyscall]":
+            out.append(f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)")
+    return out
+
+
+def _mapped_files(process: Process, files: dict[str, FileFact]) -> None:
+    for vma in procfs.maps(process.pid):
+        if vma.path.startswith("/") and not is_shm(vma) and not vma.path.endswith(" (deleted)"):
+            writable = vma.shared and vma.write
+            link = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
+            _note(files, vma.path, link, writable)
+
+
+def _open_files(process: Process, files: dict[str, FileFact]) -> None:
+    for fd in os.listdir(f"/proc/{process.pid}/fd"):
+        link = f"/proc/{process.pid}/fd/{fd}"
+        try:
+            path = os.readlink(link)
+            if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:")):
+                continue
+            if path.endswith(" (deleted)"):
+                continue
+            flags = int(procfs.read_text(f"/proc/{process.pid}/fdinfo/{fd}").split("flags:")[1].split()[0], 8)
+            _note(files, path, link, bool(flags & 3))
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            continue
+
+
+def _note(files: dict[str, FileFact], path: str, link: str, writable: bool) -> None:
+    known = files.get(path)
+    if known is not None and (known.writable or not writable):
+        return
+    try:
+        status = os.stat(link)
+    except OSError:
+        return
+    if status.st_mode & 0o170000 == 0o100000:
+        build_id = elf.build_id(link) if not writable else ""
+        files[path] = FileFact(path, status.st_size, status.st_mode, status.st_mtime_ns, build_id, writable)

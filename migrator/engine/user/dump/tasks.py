@@ -1,0 +1,281 @@
+"""Tasks as records: credentials, signals, timers, limits, registers.
+
+What can only be asked from inside is asked by migrator.engine.user.dump.parasite. Everything but registers, restart
+blocks and pending signals is drafted while the tasks run, and written again only where it has changed since.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from migrator.engine.stream import RecordWriter
+from migrator.engine.user.dump.mappings import Objrefs
+from migrator.engine.user.dump.parasite import Answers, ProcessAnswers
+from migrator.engine.user.dump.process_tree import Process, Thread
+from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.image.codec import Record
+from migrator.image.records import (
+    Arch,
+    Cpu,
+    Cred,
+    Fs,
+    Gid,
+    Itimer,
+    PosixTimer,
+    Rlimit,
+    Sighand,
+    Signal,
+    SigPending,
+    Task,
+    TaskBits,
+    TaskState,
+)
+from migrator.linux import procfs, ptrace, sys
+
+_TIMER = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\w+)\.(-?\d+)\nClockID: (-?\d+)")
+_NOTIFY = {"signal": 0, "none": 1, "thread": 2}
+_CREDENTIALS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+Credentials = tuple[str, ...]  # as proc(5) has them
+
+
+@dataclass(slots=True)
+class Static:
+    """What seldom changes of a thread, read just before it is stopped."""
+
+    policy: int
+    priority: int
+    nice: int
+    ioprio: int
+    affinity: bytes
+    personality: int
+    cred: Credentials | None  # None for a leader, whose status is read when it is stopped
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all tasks of a process have in common, as their records name it."""
+
+    files: int
+    fs: int
+    sighand: int
+    signal: int
+    cred: int  # of the leader
+    securebits: int
+    bits: int
+
+
+class TaskDump:
+    """Writes everything of the tasks but memory and descriptors."""
+
+    def __init__(self, writer: RecordWriter, objrefs: Objrefs, waits: Waits) -> None:
+        self._writer = writer
+        self._waits = waits
+        self._objrefs = objrefs
+        self._static: dict[int, Static] = {}
+        self._sent: dict[object, bytes] = {}  # records as they stand in the stream
+        self._heard: dict[int, tuple[object, ...]] = {}  # what each process said of itself last
+
+    def warm(self, process: Process) -> None:
+        """Read what seldom changes, of a running process; nothing of one that vanishes."""
+        for tid in process.threads:
+            try:
+                self._static[tid] = _read_static(process.pid, tid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def keep(self, vpids: Container[int]) -> None:
+        """A new hierarchy was written: drafts of tasks that are not in it are forgotten by whoever reads it."""
+        for key in [k for k in self._sent if isinstance(k, int) and k not in vpids]:
+            del self._sent[key]
+
+    def draft(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        threads: Sequence[tuple[Thread, Answers]],
+        files_objref: int,
+    ) -> None:
+        """Write what is known of tasks that run on: `threads` with what each said of itself."""
+        shared = self._shared(process, state, said, [], files_objref)
+        for thread, answers in threads:
+            self._task(process, thread, answers, shared)
+
+    def write(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        timers: list[PosixTimer],
+        threads: Sequence[Answers],
+        files_objref: int,
+    ) -> None:
+        """Write a stopped process with all its threads; `threads` in the order of Process.threads."""
+        shared = self._shared(process, state, said, timers, files_objref)
+        for thread, answers in zip(process.threads.values(), threads, strict=True):
+            self._task(process, thread, answers, shared)
+            self._stopped(process, thread)
+        pending = ptrace.peek_siginfo(process.pid, shared=True)
+        if pending:
+            self._writer.write(SigPending(process.vpid, 1, pending))
+
+    def write_zombie(self, process: Process) -> None:
+        fields = procfs.stat(process.pid)
+        self._writer.write(_blank_task(process.vpid, TaskState.ZOMBIE, process.exit_code, int(fields[38]), fields[2]))
+
+    # ------------------------------------------------------------------ the records
+
+    def _put(self, key: object, rec: Record) -> None:
+        raw = rec.encode()
+        if self._sent.get(key) != raw:
+            self._sent[key] = raw
+            self._writer.encoded(raw)
+
+    def _shared(
+        self,
+        process: Process,
+        state: dict[str, str],
+        said: ProcessAnswers,
+        timers: list[PosixTimer],
+        files_objref: int,
+    ) -> Shared:
+        sighand, _ = self._objrefs.get(("sighand", process.pid))
+        signal, _ = self._objrefs.get(("signal", process.pid))
+        heard = (said.actions, said.limits, said.itimers, timers)
+        if self._heard.get(process.pid) != heard:  # else the records are what they were
+            self._heard[process.pid] = heard
+            self._put(("sighand", sighand), Sighand(sighand, 0, said.actions))
+            limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", said.limits)]
+            itimers = [Itimer(value, interval) for value, interval in said.itimers]
+            self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
+        bits = (
+            (TaskBits.NO_NEW_PRIVS if state.get("NoNewPrivs") == "1" else 0)
+            | (TaskBits.CHILD_SUBREAPER if said.subreaper else 0)
+            | (TaskBits.THP_DISABLED if said.thp_disabled == 1 else 0)
+            | (TaskBits.NOT_DUMPABLE if said.dumpable != 1 else 0)
+        )
+        cred, fs = self._cred(_credentials(state), said.securebits), self._fs(process, state)
+        return Shared(files_objref, fs, sighand, signal, cred, said.securebits, int(bits))
+
+    def _cred(self, credentials: Credentials, securebits: int) -> int:
+        objref, first = self._objrefs.get(("cred", credentials, securebits))
+        if first:
+            uids, gids, groups, caps = (
+                [int(n) for n in credentials[0].split()],
+                [int(n) for n in credentials[1].split()],
+                [int(n) for n in credentials[2].split()],
+                [int(n, 16) for n in credentials[3:]],
+            )
+            self._writer.write(
+                Cred(
+                    objref,
+                    *(uids[0], uids[1], uids[2], uids[3]),
+                    *(gids[0], gids[1], gids[2], gids[3]),
+                    securebits,
+                    *(caps[0], caps[1], caps[2], caps[3], caps[4]),
+                    [Gid(g, 0) for g in groups],
+                )
+            )
+        return objref
+
+    def _fs(self, process: Process, state: dict[str, str]) -> int:
+        objref, _ = self._objrefs.get(("fs", process.pid))
+        cwd = os.readlink(f"/proc/{process.pid}/cwd")
+        root = os.readlink(f"/proc/{process.pid}/root")
+        self._put(("fs", objref), Fs(objref, int(state.get("Umask", "0022"), 8), cwd, root))
+        return objref
+
+    def _task(self, process: Process, thread: Thread, said: Answers, shared: Shared) -> None:
+        tid = thread.tid
+        static = self._static.get(tid) or _read_static(process.pid, tid)
+        cred = shared.cred if static.cred is None else self._cred(static.cred, shared.securebits)
+        rseq = thread.rseq or ptrace.NO_RSEQ
+        robust, robust_len = sys.get_robust_list(tid)
+        self._put(
+            thread.vtid,
+            Task(
+                pid=thread.vtid,
+                state=TaskState.STOPPED if thread.stop_signal else TaskState.RUNNING,
+                exit_code=thread.stop_signal,
+                exit_signal=17,
+                pdeath_signal=said.pdeathsig,
+                mm_objref=process.mm_objref,
+                files_objref=shared.files,
+                fs_objref=shared.fs,
+                sighand_objref=shared.sighand,
+                signal_objref=shared.signal,
+                cred_objref=cred,
+                personality=static.personality,
+                sched_policy=static.policy,
+                sched_priority=static.priority,
+                nice=static.nice,
+                ioprio=static.ioprio,
+                rseq_len=rseq.length if rseq.pointer else 0,
+                rseq_sig=rseq.signature if rseq.pointer else 0,
+                altstack_flags=said.altstack[1],
+                flags=shared.bits,
+                clear_child_tid=said.tid_address,
+                robust_list=robust,
+                robust_len=robust_len,
+                rseq_ptr=rseq.pointer,
+                altstack_sp=said.altstack[0],
+                altstack_size=said.altstack[2],
+                blocked=thread.mask,
+                timerslack=said.timerslack,
+                comm=said.comm,
+                affinity=static.affinity,
+            ),
+        )
+
+    def _stopped(self, process: Process, thread: Thread) -> None:
+        """What only a stopped task has."""
+        assert thread.regs is not None
+        regs, block = self._waits.block(process.pid, thread.tid, thread.vtid, thread.regs)
+        if block is not None:
+            self._writer.write(block)
+        self._writer.write(Cpu(thread.vtid, Arch.X86_64, bytes(regs), thread.xstate))
+        own = ptrace.peek_siginfo(thread.tid, shared=False)
+        if own:
+            self._writer.write(SigPending(thread.vtid, 0, own))
+
+
+def _read_static(pid: int, tid: int) -> Static:
+    fields = procfs.stat(pid, tid)
+    cpus = os.sched_getaffinity(tid)
+    mask = sum(1 << cpu for cpu in cpus)
+    return Static(
+        policy=os.sched_getscheduler(tid),
+        priority=os.sched_getparam(tid).sched_priority,
+        nice=int(fields[19]),
+        ioprio=sys.ioprio_get(tid),
+        affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
+        personality=int(procfs.read_text(f"/proc/{pid}/task/{tid}/personality"), 16),
+        cred=_credentials(procfs.status(pid, tid)) if tid != pid else None,
+    )
+
+
+def _credentials(state: dict[str, str]) -> Credentials:
+    return tuple(state[key] for key in _CREDENTIALS)
+
+
+def list_timers(process: Process) -> list[PosixTimer]:
+    """The POSIX timers of a process; what is left of each, the process itself must say."""
+    out = []
+    by_tid = {thread.tid: thread.vtid for thread in process.threads.values()}
+    for m in _TIMER.finditer(procfs.read_text(f"/proc/{process.pid}/timers")):
+        number, signo, value, notify, kind, target, clock = m.groups()
+        tid = by_tid.get(int(target), 0) if kind == "tid" else 0
+        code = _NOTIFY[notify] | (4 if kind == "tid" else 0)
+        out.append(PosixTimer(int(number), int(clock), code, int(signo), tid, 0, int(value, 16), 0, 0))
+    return out
+
+
+def _blank_task(pid: int, state: TaskState, exit_code: int, exit_signal: int, comm: str) -> Task:
+    names = {name: 0 for name in Task._plain}
+    names.update(pid=pid, state=int(state), exit_code=exit_code, exit_signal=exit_signal)
+    return Task(**names, comm=comm, affinity=b"")

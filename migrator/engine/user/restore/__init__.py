@@ -1,0 +1,1 @@
+"""The destination side: records become a process tree."""

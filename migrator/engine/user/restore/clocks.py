@@ -1,0 +1,119 @@
+"""CLOCK_MONOTONIC and CLOCK_BOOTTIME go on as the tasks knew them, whatever the host's clocks say.
+
+Hosts count from their own boot. A task that sleeps until an absolute time, or remembers one, would wake
+hours late or at once; so where the clocks differ, the tree is restarted in a time namespace whose offsets
+make up for it (time_namespaces(7)). The offsets must be there before the first task is.
+
+- From a file, the clocks go on from where they stood when the tasks were stopped.
+- From a pipe or a socket the tasks may still run on the source, so the clocks are those of the source now:
+  by the wall clocks of both hosts, which have to agree as well as these clocks are wanted to.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from migrator.engine.stream import RecordReader
+from migrator.engine.user.dump.header import clock_offsets
+from migrator.errors import RestartFailed
+from migrator.image.codec import HEADER
+from migrator.image.records import Header, RoundMark
+from migrator.linux.namespaces import CLONE_NEWTIME, unshare
+
+TOLERANCE = 50_000_000  # ns by which the clocks may differ without a namespace
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """ns to be added to the clocks of the initial time namespace."""
+
+    monotonic: int
+    boottime: int
+
+
+def offsets(header: Header, reader: RecordReader) -> Offsets | None:
+    """What a tree saved under `header` needs; None if it needs no namespace."""
+    if not header.monotonic:
+        return None
+    stopped = time_of_stop(reader)
+    passed = (stopped or time.time_ns()) - header.time
+    ours = clock_offsets(os.getpid())
+    monotonic = header.monotonic + passed - time.monotonic_ns()
+    boottime = header.boottime + passed - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    if abs(monotonic) <= TOLERANCE and abs(boottime) <= TOLERANCE:
+        return None
+    return Offsets(monotonic + ours[0], boottime + ours[1])
+
+
+def since_stop(header: Header, stopped: int, given: Offsets | None) -> int:
+    """ns that passed on the tree's own clock since it was stopped at `stopped` of the source's wall clock.
+
+    `given`: its offsets here. A wait that ends at a time of that clock ends that much sooner."""
+    if not header.monotonic or not stopped:
+        return 0
+    now = time.monotonic_ns()
+    if given is not None:
+        now += given.monotonic - clock_offsets(os.getpid())[0]
+    return max(0, now - (header.monotonic + stopped - header.time))
+
+
+def time_of_stop(reader: RecordReader) -> int:
+    """When the tasks of an image in a regular file were stopped, in ns of the wall clock; else 0.
+
+    Goes from record to record without reading what is in them; the position of the file stays."""
+    fd = reader.fd
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return 0
+    at = reader.tell()
+    stopped = 0
+    while len(head := os.pread(fd, HEADER.size + 16, at)) > HEADER.size:
+        kind, length = HEADER.unpack_from(head)
+        if length < HEADER.size:
+            break
+        if kind == RoundMark.TYPE and len(head) == HEADER.size + 16:
+            stopped = RoundMark.decode(head[HEADER.size :]).time
+        at += length
+    return stopped
+
+
+def within(clocks: Offsets | None, act: Callable[[], T]) -> T:
+    """Call `act`, which makes a child that executes a program: that program runs by `clocks`.
+
+    In a thread of its own, as a thread cannot leave a time namespace again. Raises RestartFailed."""
+    if clocks is None:
+        return act()
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            unshare(CLONE_NEWTIME)
+            lines = [
+                "{} {} {}\n".format(name, *divmod(offset, 10**9))
+                for name, offset in (("monotonic", clocks.monotonic), ("boottime", clocks.boottime))
+            ]
+            with open(f"/proc/{threading.get_native_id()}/timens_offsets", "w") as file:
+                file.write("".join(lines))
+            result.append(act())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="time-namespace")
+    thread.start()
+    thread.join()
+    if failure and isinstance(failure[0], OSError):
+        raise RestartFailed(
+            f"the clocks of the source differ by {clocks.monotonic / 1e9:.3f} s and cannot be set here: {failure[0]}",
+            hint="a kernel with CONFIG_TIME_NS, and CAP_SYS_TIME, are needed",
+        ) from failure[0]
+    if failure:
+        raise failure[0]
+    return result[0]

@@ -1,0 +1,447 @@
+"""The destination side of the user engine: builds as it reads, see migrator.engine.base for its life."""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from migrator.container.sandbox import Sandbox, prepare
+from migrator.container.spec import ContainerSpec
+from migrator.engine.base import DestinationOptions, Phase
+from migrator.engine.stream import RecordReader
+from migrator.engine.user.descriptors import DescriptorRestore
+from migrator.engine.user.dump import header
+from migrator.engine.user.restore import clocks, spawn
+from migrator.engine.user.restore.mappings import AddressSpace
+from migrator.engine.user.restore.process_tree import Forest
+from migrator.engine.user.restore.shm import SharedObjects
+from migrator.engine.user.restore.stub import Shell
+from migrator.engine.user.restore.tasks import TaskRestore
+from migrator.errors import ImageError, RestartFailed
+from migrator.image.codec import Record
+from migrator.image.order import Order
+from migrator.image.records import (
+    Container,
+    Error,
+    Header,
+    HeaderX86,
+    MappedFile,
+    Mm,
+    Name,
+    Pages,
+    RoundFlag,
+    RoundMark,
+    Shm,
+    TaskState,
+    Trailer,
+    Tree,
+    VmaFlag,
+    VmaItem,
+    VmaKind,
+    Vmas,
+)
+from migrator.linux import elf, openat2, ptrace, urgency
+from migrator.linux import x86_64 as arch
+from migrator.linux.cgroup import Cgroup
+
+_CONTAINER_NAMESPACES = (
+    spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
+)
+_UNSHARE = 272
+
+
+class UserDestination:
+    """Restarts a tree from the stream `fd`. The input is hostile until its trailer has been read."""
+
+    def __init__(self, fd: int, options: DestinationOptions) -> None:
+        self.options = options
+        self.on_round: Callable[[int], None] = lambda _number: None
+        self._reader = RecordReader(fd)
+        self._order = Order()
+        self._header: Header | None = None
+        self._arch: HeaderX86 | None = None
+        self._container: Container | None = None
+        self.sandbox: Sandbox | None = None
+        self._cgroup: Cgroup | None = None
+        self._forest: Forest | None = None
+        self._tree: Tree | None = None
+        self._spaces: dict[int, AddressSpace] = {}
+        self._mms: dict[int, Mm] = {}
+        self._files: dict[int, MappedFile] = {}
+        self._names: dict[int, str] = {}
+        self._shared = SharedObjects()
+        self._clocks: clocks.Offsets | None = None
+        self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
+        self._root_fd = -1
+        self._tasks = TaskRestore(self._open_path, own_root=not options.root)
+        self._descriptors: DescriptorRestore | None = None
+        self._phases: list[Phase] = []
+        self.pages = 0
+        self._held = self._done = False
+
+    # ------------------------------------------------------------------ what others may know
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self._phases
+
+    @property
+    def cgroup(self) -> str:
+        return str(self._cgroup.path) if self._cgroup is not None else ""
+
+    @property
+    def moves(self) -> list[tuple[str, str, str, str]]:
+        """What resume() does to files: `migrator.engine.user.descriptors.finish_moves` does it in its stead."""
+        return self._descriptors.moves if self._descriptors is not None else []
+
+    @property
+    def root_pid(self) -> int:
+        return self._forest.root.pid if self._forest is not None and self._forest.root is not None else 0
+
+    @property
+    def pids(self) -> list[int]:
+        return [s.pid for s in self._forest.shells.values()] if self._forest is not None else []
+
+    def __enter__(self) -> UserDestination:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._held and not self._done:
+            self.discard()
+
+    # ------------------------------------------------------------------ life
+
+    def build(self) -> int:
+        """Read to the trailer and build; the tasks are stopped. The root's pid in our namespace.
+
+        What is left for hold() depends on nothing but these tasks, and is refused by nobody.
+
+        Raises ImageError for a broken stream, RestartFailed for what this host cannot do; nothing of the copy
+        is left after either."""
+        try:
+            while True:
+                rec = self._reader.next()
+                self._order.check(rec)
+                if isinstance(rec, Trailer):
+                    break
+                self._take(rec)
+            self._complete()
+        except OSError as error:
+            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
+        return self.root_pid
+
+    def hold(self) -> None:
+        """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
+        are if this program dies."""
+        assert self._cgroup is not None and self._forest is not None and self._header is not None
+        with self._phase("registers"):
+            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
+            for shell in self._forest.shells.values():
+                self._tasks.finish(shell)
+        with self._phase("hold"):
+            self._cgroup.freeze(wait=False)
+            for shell in self._forest.shells.values():
+                for thread in shell.threads.values():
+                    ptrace.detach(thread.tid)
+            for pid, signal in self._stopped_groups():
+                os.kill(pid, signal)  # waits in the frozen, and with it none runs when thawed, by whomever
+            self._held = True
+
+    def resume(self) -> None:
+        """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
+        with self._phase("resume"):
+            assert self._cgroup is not None
+            if self._descriptors is not None:
+                self._descriptors.activate()
+            self._cgroup.thaw()
+            self._done = True
+
+    def tidy(self) -> None:
+        """After resume(), soon: what the tasks close ends only when we have closed ours. Twice does no harm."""
+        if self.sandbox is not None:
+            self.sandbox.settled()
+        if self._descriptors is not None:
+            self._descriptors.close()
+        self._close()
+
+    def leave_frozen(self) -> None:
+        """Instead of resume(): the tasks are complete and stay frozen in their cgroup."""
+        if self._descriptors is not None:
+            self._descriptors.activate()
+            self._descriptors.close()
+        self._done = True
+        self._close()
+
+    def discard(self) -> None:
+        """Kill the copy; nothing of it is left. Can be called at any time before resume(), twice too."""
+        if self._done:
+            return
+        self._done = True
+        if self._descriptors is not None:
+            self._descriptors.close()
+        if self._forest is not None:
+            if self._cgroup is not None and self._held:
+                self._cgroup.kill()
+            self._forest.kill()
+        if self.sandbox is not None:
+            self.sandbox.remove()
+        elif self._cgroup is not None:
+            self._cgroup.remove()
+        self._close()
+
+    # ------------------------------------------------------------------ records
+
+    def _take(self, rec: Record) -> None:
+        match rec:
+            case Pages():
+                space = self._spaces.get(rec.objref)
+                if space is not None:
+                    space.fill(rec)
+                else:
+                    self._shared.fill(rec)
+            case Vmas():
+                self._spaces[rec.mm_objref].apply(rec)
+            case Mm():
+                self._take_mm(rec)
+            case Tree():
+                self._take_tree(rec)
+            case Shm():
+                self._shared.take(rec)
+            case MappedFile():
+                self._files[rec.objref] = rec
+            case Name():
+                self._names[rec.objref] = rec.text
+            case Header():
+                self._header = rec
+            case HeaderX86():
+                self._arch = rec
+                self._check_processor(rec)
+            case Container():
+                self._container = rec
+            case RoundMark():
+                self._mark(rec)
+            case Error():
+                raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
+            case _:
+                if not self._tasks.record(rec):
+                    assert self._descriptors is not None
+                    self._descriptors.record(rec)
+
+    def _mark(self, mark: RoundMark) -> None:
+        assert self._descriptors is not None
+        self._descriptors.final = mark.flags == RoundFlag.LAST
+        if mark.flags == RoundFlag.END:
+            self._prepare()
+            self.on_round(mark.number)
+        elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
+            gc.disable()
+            if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
+                self._stopped_at = mark.time
+            assert self._forest is not None
+            for shell in self._forest.shells.values():
+                urgency.raise_tasks(t.tid for t in shell.threads.values())
+
+    def _prepare(self) -> None:
+        """Between two rounds: whatever can be done of the end already."""
+        assert self._forest is not None and self._tree is not None
+        self._forest.set_groups(self._tree)
+        for shell in self._forest.shells.values():
+            draft = self._tasks.tasks.get(shell.vpid)
+            if draft is not None and self._descriptors is not None:
+                self._descriptors.install_early(shell, draft.task.files_objref)
+            self._tasks.prepare(shell)
+
+    @staticmethod
+    def _check_processor(saved: HeaderX86) -> None:
+        xstate = spawn.probe_xstate()
+        missing = saved.xfeatures & ~arch.xfeatures(xstate)
+        if missing or saved.xstate_size > len(xstate):
+            raise RestartFailed(
+                f"this processor lacks extended state that the tasks use: features {missing:#x},"
+                f" {saved.xstate_size} bytes saved, {len(xstate)} here",
+                hint="restart on a host with the same processor features",
+            )
+
+    def _take_tree(self, tree: Tree) -> None:
+        if self._forest is None:
+            self._begin(tree)
+        assert self._forest is not None
+        before = set(self._forest.shells)
+        self._forest.apply(tree)
+        gone = before - set(self._forest.shells)
+        for objref in [o for o, mm in self._mms.items() if mm.pid in gone]:
+            self._spaces.pop(objref, None)
+            self._mms.pop(objref)
+        self._tree = tree
+        self._tasks.keep(tree)
+
+    def _begin(self, tree: Tree) -> None:
+        """The first tree: make the root's stub and everything that stands around it."""
+        contained = self._container is not None
+        self._forest = Forest(_CONTAINER_NAMESPACES if contained else 0)
+        with self._phase("shells"):
+            assert self._header is not None
+            self._clocks = clocks.offsets(self._header, self._reader)
+            root = self._forest.grow_root(tree, self._clocks)
+            if self._container is not None:
+                spec = ContainerSpec.from_json(self._container.spec)
+                bridge = self.options.bridge or None
+                self.sandbox = prepare(spec, root.pid, bridge=bridge)
+                self._cgroup = self.sandbox.cgroup
+                root.checked([(_UNSHARE, spawn.CLONE_NEWCGROUP)], "unshare of the cgroup namespace")
+            else:
+                self._cgroup = Cgroup.create(self.options.cgroup_name or f"restart-{root.pid}")
+                self._cgroup.attach(root.pid)
+            if self._arch is not None and header.vdso_digest(root.pid) != self._arch.vdso_digest:
+                raise RestartFailed(
+                    "the vdso of this kernel differs from the one that the tasks were saved under",
+                    hint="restart on a host that runs the same kernel build",
+                )
+            self._root_fd = os.open(
+                self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+            netns = f"/proc/{root.pid}/ns/net" if contained else None
+            self._descriptors = DescriptorRestore(_Context(self, netns))
+
+    def _take_mm(self, mm: Mm) -> None:
+        self._mms[mm.objref] = mm
+        if mm.objref not in self._spaces:
+            assert self._forest is not None
+            shell = self._forest.shells.get(mm.pid)
+            if shell is None:
+                raise ImageError(f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree")
+            for former in [o for o, m in self._mms.items() if m.pid == mm.pid and o != mm.objref]:
+                self._mms.pop(former)
+                if former in self._spaces:  # it became another program
+                    self._spaces.pop(former).clear()
+            self._spaces[mm.objref] = AddressSpace(shell, self._open_backing, self._names.__getitem__)
+            self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
+
+    # ------------------------------------------------------------------ the end of the stream
+
+    def _complete(self) -> None:
+        forest, tree = self._forest, self._tree
+        assert forest is not None and tree is not None and self._descriptors is not None
+        with self._phase("groups"):
+            forest.set_groups(tree)
+            codes = {v: s.task.exit_code for v, s in self._tasks.tasks.items()}
+            forest.make_zombies(codes)
+        shells = list(forest.shells.values())
+        with self._phase("descriptors"):
+            self._descriptors.settle(self._tasks.tasks[shell.vpid].task.files_objref for shell in shells)
+            for shell in shells:
+                self._descriptors.install(shell, self._tasks.tasks[shell.vpid].task.files_objref)
+            self._descriptors.finish(shells)
+            self._shared.seal()
+        with self._phase("tasks"):
+            for shell in shells:
+                mm = self._mms[self._tasks.tasks[shell.vpid].task.mm_objref]
+                self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
+                self._lock_memory(shell, mm)
+                self._tasks.dress(shell)
+                self._tasks.pending(shell)
+                self._tasks.timers(shell)
+                self._tasks.check(shell)
+
+    def _lock_memory(self, shell: Shell, mm: Mm) -> None:
+        calls = [
+            (arch.NR["mlock"], item.start, item.end - item.start)
+            for item in self._spaces[mm.objref].items
+            if item.flags & VmaFlag.LOCKED
+        ]
+        shell.checked(calls, "locking memory")
+
+    def _stopped_groups(self) -> list[tuple[int, int]]:
+        assert self._forest is not None
+        out = []
+        for vpid, shell in self._forest.shells.items():
+            task = self._tasks.tasks[vpid].task
+            if task.state == TaskState.STOPPED and task.exit_code in (19, 20, 21, 22):
+                out.append((shell.pid, 19))
+        return out
+
+    # ------------------------------------------------------------------ files
+
+    def _open_path(self, path: str, flags: int) -> int:
+        """A descriptor of ours for `path` in the tree's own file system."""
+        try:
+            return openat2.open_in_root(self._root_fd, path, flags)
+        except OSError as error:
+            raise RestartFailed(
+                f"{path}: {os.strerror(error.errno or 0)} on this host",
+                hint="the same path must be there on both hosts, or be copied along (--copy-files)",
+            ) from error
+
+    def _open_backing(self, item: VmaItem) -> int:
+        if item.kind == VmaKind.SHM:
+            return self._shared.open(item.objref)
+        file = self._files[item.objref]
+        shared = bool(item.flags & VmaFlag.SHARED)
+        writable = shared and bool(item.flags & VmaFlag.WRITE)
+        if shared and not writable:
+            try:  # so that it can be made writable later, as it could be on the source
+                fd = openat2.open_in_root(self._root_fd, file.path, os.O_RDWR)
+            except OSError:
+                fd = self._open_path(file.path, os.O_RDONLY)
+        else:
+            fd = self._open_path(file.path, os.O_RDWR if writable else os.O_RDONLY)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise RestartFailed(f"{file.path} is no regular file on this host")
+        build_id = elf.build_id(f"/proc/self/fd/{fd}") if file.build_id else ""
+        if (not shared and status.st_size != file.size) or build_id != file.build_id:
+            os.close(fd)
+            raise RestartFailed(
+                f"{file.path} differs on this host: {status.st_size} bytes, build id {build_id or 'none'};"
+                f" saved with {file.size} bytes, build id {file.build_id or 'none'}",
+                hint="install the same package on both hosts",
+            )
+        return fd
+
+    def _close(self) -> None:
+        gc.enable()
+        if self._forest is not None:
+            self._forest.close()
+        self._shared.close()
+        if self._cgroup is not None:
+            self._cgroup.close()
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self._phases.append(Phase(name, start, time.monotonic_ns()))
+
+
+class _Context:
+    """What the restoring of descriptors needs of us."""
+
+    def __init__(self, owner: UserDestination, netns: str | None) -> None:
+        self._owner = owner
+        self.netns = netns
+
+    @property
+    def root_fd(self) -> int:
+        return self._owner._root_fd
+
+    def pid_of(self, vpid: int) -> int:
+        forest = self._owner._forest
+        assert forest is not None
+        shell = forest.shells.get(vpid)
+        return shell.pid if shell is not None else 0
+
+    def shm_fd(self, objref: int) -> int:
+        return self._owner._shared.fd(objref)

@@ -1,0 +1,275 @@
+"""What is set from inside a shell: limits, file system, signal actions, credentials, and each thread's own.
+
+All of it is system calls, in one table for each thread. The tables are worked out and written into the shell
+while the tasks still run on the source; in the end they are only run, if the records are still the same.
+
+Credentials come last in each table: what is done before them needs the rights of root. The leader's table runs
+after all others, as a change of credentials may clear what it sets for the whole process (PR_SET_DUMPABLE).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Shell, ShellThread
+from migrator.errors import RestartFailed
+from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
+from migrator.linux import memory, ptrace
+from migrator.linux import x86_64 as arch
+from migrator.linux.procfs import read_text
+from migrator.linux.remote import Call, name_of, pack_calls
+
+NR = arch.NR
+_NSIG = 64
+_ACTION_SIZE = 32
+_UNBLOCKABLE = (9, 19)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
+_PR_SET_CHILD_SUBREAPER, _PR_SET_KEEPCAPS = 36, 8
+_PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
+_SS_ONSTACK = 1
+_CAP_VERSION_3 = 0x20080522
+_RLIMITS = 16
+_DEFAULT_ACTION = bytes(_ACTION_SIZE)
+_LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
+_SIGURG = 23
+GROUP = 64  # threads whose tables are in the shell at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessPart:
+    """What the leader sets for all. `directory`: a path, for those of `calls` that begin with chdir or chroot."""
+
+    actions: bytes
+    limits: tuple[tuple[int, int], ...]
+    umask: int
+    cwd: str
+    directory: bytes
+    calls: tuple[Call, ...]
+    flags: int
+    channel: tuple[Call, ...]  # closing it
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPart:
+    """What a thread sets of its own."""
+
+    vtid: int
+    clear_child_tid: int
+    comm: str
+    altstack: tuple[int, int, int]
+    robust: tuple[int, int]
+    rseq: tuple[int, int, int]
+    personality: int
+    ioprio: int
+    flags: int
+    pdeath_signal: int
+    cred: int  # objref
+
+
+@dataclass(slots=True)
+class Table:
+    """The calls of one thread, as they lie in the shell."""
+
+    vtid: int
+    address: int
+    calls: list[Call]
+
+
+class Outfit:
+    """The tables of one group of threads of a shell, written into it. `threads[0]` is the leader, in the first one."""
+
+    def __init__(
+        self, shell: Shell, process: ProcessPart | None, threads: Sequence[ThreadPart], creds: dict[int, Cred]
+    ) -> None:
+        self._shell = shell
+        self.parts = (process, *threads)
+        self.tables: list[Table] = []
+        blob, calls_of = b"", []
+        for index, part in enumerate(threads):
+            calls: list[Call] = []
+            if process is not None and index == 0:
+                data, calls = _process_calls(process, PREPARED + len(blob))
+                blob += _padded(data)
+            data, more = _thread_calls(part, creds[part.cred], PREPARED + len(blob))
+            blob += _padded(data)
+            calls += more
+            if process is not None and index == 0:
+                dumpable = 0 if part.flags & TaskBits.NOT_DUMPABLE else 1
+                calls.append((NR["prctl"], _PR_SET_DUMPABLE, dumpable, 0, 0, 0))
+            calls_of.append((part.vtid, calls))
+        self._begin = PREPARED + (-(-len(blob) // 64) * 64)
+        packed = b""
+        for vtid, calls in calls_of:
+            self.tables.append(Table(vtid, self._begin + len(packed), calls))
+            packed += pack_calls(calls)
+        self._size = len(packed)
+        if self._begin + self._size > PREPARED + PREPARED_SIZE:
+            raise RestartFailed(f"pid {shell.vpid}: its credentials do not fit: {len(blob)} bytes")
+        memory.write(shell.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
+
+    def put_on(self) -> list[tuple[int, Call, int]]:
+        """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
+        process = self.parts[0] is not None
+        self._run(self.tables[1:] if process else self.tables)
+        if process:
+            self._run(self.tables[:1])
+        raw = memory.read(self._shell.pid, self._begin, self._size)
+        results = struct.unpack(f"<{len(raw) // 8}q", raw)[7::8]
+        if min(results) >= 0:
+            return []
+        every = [(table.vtid, call) for table in self.tables for call in table.calls]
+        return [(vtid, call, -r) for (vtid, call), r in zip(every, results, strict=True) if -4096 < r < 0]
+
+    def _run(self, tables: Sequence[Table]) -> None:
+        shell = self._shell
+        code = shell.remote.scratch
+        for table in tables:
+            tid = shell.threads[table.vtid].tid
+            ptrace.set_sigmask(tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
+            arch.start_batch(tid, shell.segments, code, table.address, len(table.calls), _SIGURG, 0)
+            ptrace.cont(tid)
+        for table in tables:
+            thread: ShellThread = shell.threads[table.vtid]
+            while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
+                ptrace.cont(thread.tid)
+            if not ptrace.is_stop(status) or ptrace.stop_signal(status) != _SIGURG:
+                raise RestartFailed(f"tid {thread.vtid} stopped with {status:#x} while it was set up")
+
+
+def process_part(
+    task: Task, sighand: Sighand, signal: Signal, fs: Fs, place: tuple[bytes, list[Call]], channel: list[Call]
+) -> ProcessPart:
+    """`place`: a path, and the calls that go there."""
+    if len(sighand.actions) != _ACTION_SIZE * _NSIG:
+        raise RestartFailed(f"pid {task.pid}: {len(sighand.actions)} bytes of signal actions")
+    return ProcessPart(
+        sighand.actions,
+        tuple((limit.soft, limit.hard) for limit in signal.rlimits[:_RLIMITS]),
+        fs.umask,
+        fs.cwd,
+        place[0],
+        tuple(place[1]),
+        task.flags,
+        tuple(channel),
+    )
+
+
+def thread_part(task: Task) -> ThreadPart:
+    return ThreadPart(
+        task.pid,
+        task.clear_child_tid,
+        task.comm,
+        (task.altstack_sp, task.altstack_flags, task.altstack_size),
+        (task.robust_list, task.robust_len),
+        (task.rseq_ptr, task.rseq_len, task.rseq_sig),
+        task.personality,
+        task.ioprio,
+        task.flags,
+        task.pdeath_signal,
+        task.cred_objref,
+    )
+
+
+def limit_of(call: Call) -> int:
+    """The number of the limit that a call sets, -1 for other calls."""
+    return call[2] if call[0] == NR["prlimit64"] else -1
+
+
+def about(call: Call, part: ProcessPart) -> str:
+    """What to say of a call that failed."""
+    path = f"{part.cwd}: " if call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
+    return f"{path}{name_of(call[0])}{tuple(call[1:])}"
+
+
+def _process_calls(part: ProcessPart, at: int) -> tuple[bytes, list[Call]]:
+    limits = struct.pack(f"<{2 * len(part.limits)}Q", *[value for limit in part.limits for value in limit])
+    limits_at = at + len(part.actions)
+    directory_at = limits_at + len(limits)
+    by_path = (NR["chdir"], NR["chroot"])
+    calls: list[Call] = [(call[0], directory_at) if call[0] in by_path else call for call in part.calls]
+    calls.append((NR["umask"], part.umask))
+    for n in range(1, _NSIG + 1):
+        action = (n - 1) * _ACTION_SIZE
+        if n not in _UNBLOCKABLE and part.actions[action : action + _ACTION_SIZE] != _DEFAULT_ACTION:
+            calls.append((NR["rt_sigaction"], n, at + action, 0, 8))
+    if part.flags & TaskBits.CHILD_SUBREAPER:
+        calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    if part.flags & TaskBits.THP_DISABLED:
+        calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
+    calls += [(NR["prlimit64"], 0, which, limits_at + 16 * which, 0) for which in range(len(part.limits))]
+    calls += part.channel
+    return part.actions + limits + part.directory, calls
+
+
+def _thread_calls(part: ThreadPart, cred: Cred, at: int) -> tuple[bytes, list[Call]]:
+    # a thread that is on its alternate stack cannot say so to the kernel: its stack pointer does
+    sp, flags, size = part.altstack
+    blob = struct.pack("<QixxxxQ", sp, flags & ~_SS_ONSTACK, size)
+    name_at = at + len(blob)
+    blob += part.comm.encode("utf-8", "surrogateescape")[:15].ljust(16, b"\0")
+    calls: list[Call] = [
+        (NR["set_tid_address"], part.clear_child_tid),
+        (NR["prctl"], _PR_SET_NAME, name_at, 0, 0, 0),
+        (NR["sigaltstack"], at, 0),
+    ]
+    if part.robust[0]:
+        calls.append((NR["set_robust_list"], *part.robust))
+    if part.rseq[0]:
+        pointer, length, signature = part.rseq
+        calls.append((NR["rseq"], pointer, length, 0, signature))
+    if part.personality:
+        calls.append((NR["personality"], part.personality))
+    if part.ioprio:
+        calls.append((NR["ioprio_set"], 1, 0, part.ioprio))
+    more, extra = _cred_calls(cred, at + len(blob))
+    blob += more
+    calls += extra
+    if part.flags & TaskBits.NO_NEW_PRIVS:
+        calls.append((NR["prctl"], _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if part.pdeath_signal:
+        calls.append((NR["prctl"], _PR_SET_PDEATHSIG, part.pdeath_signal, 0, 0, 0))
+    return blob, calls
+
+
+def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
+    """System calls that give the calling thread its credentials, beginning as root with all it can have."""
+    inside: list[Call] = []
+    for cap in range(_LAST_CAP + 1):
+        if not cred.cap_bounding >> cap & 1:
+            inside.append((NR["prctl"], _PR_CAPBSET_DROP, cap, 0, 0, 0))
+    groups = struct.pack(f"<{len(cred.groups)}I", *[g.gid for g in cred.groups])
+    groups = groups.ljust(-(-len(groups) // 8) * 8, b"\0")
+    header = struct.pack("<Ii", _CAP_VERSION_3, 0)
+    sets = (cred.cap_effective, cred.cap_permitted, cred.cap_inheritable)
+    low = struct.pack("<3I", *[s & 0xFFFFFFFF for s in sets])
+    high = struct.pack("<3I", *[s >> 32 & 0xFFFFFFFF for s in sets])
+    blob = groups + header + low + high
+    capabilities = at + len(groups)
+    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (0,) * 8
+    calls: list[Call] = [(NR["setgroups"], len(cred.groups), at)]
+    calls += inside
+    if not plain_root:
+        calls += [
+            (NR["prctl"], _PR_SET_KEEPCAPS, 1, 0, 0, 0),
+            (NR["setresgid"], cred.gid, cred.egid, cred.sgid),
+            (NR["setresuid"], cred.uid, cred.euid, cred.suid),
+        ]
+        if cred.fsgid != cred.egid:
+            calls.append((NR["setfsgid"], cred.fsgid))
+        if cred.fsuid != cred.euid:
+            calls.append((NR["setfsuid"], cred.fsuid))
+    calls.append((NR["capset"], capabilities, capabilities + 8))
+    if not plain_root:
+        calls.append((NR["prctl"], _PR_SET_KEEPCAPS, 0, 0, 0, 0))
+    for cap in range(_LAST_CAP + 1):
+        if cred.cap_ambient >> cap & 1:
+            calls.append((NR["prctl"], _PR_CAP_AMBIENT, 2, cap, 0, 0))
+    if cred.securebits:
+        calls.append((NR["prctl"], _PR_SET_SECUREBITS, cred.securebits, 0, 0, 0))
+    return blob, calls
+
+
+def _padded(data: bytes) -> bytes:
+    return data.ljust(-(-len(data) // 8) * 8, b"\0")

@@ -1,0 +1,340 @@
+"""Tasks on the destination: everything of a task but its memory and descriptors, in the right order.
+
+Credentials come last: what is done before them needs the rights of root. Signals stay blocked until the
+registers are in place, so that nothing is delivered to a half-built task.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from migrator.engine.user.restore import restart_blocks, task_setup
+from migrator.engine.user.restore.stub import Shell, ShellThread
+from migrator.errors import RestartFailed
+from migrator.image.records import (
+    Cpu,
+    Cred,
+    Fs,
+    Mm,
+    RestartBlock,
+    Sighand,
+    Signal,
+    SigPending,
+    Task,
+    TaskFlag,
+    Tree,
+)
+from migrator.image.records import TaskState as SavedState
+from migrator.linux import ptrace
+from migrator.linux import x86_64 as arch
+from migrator.linux.remote import Call
+
+NR = arch.NR
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
+_ITIMER_REAL = 0
+_DEFAULT_SLACK = 50_000
+
+
+@dataclass(slots=True)
+class TaskState:
+    """All records of one task."""
+
+    task: Task
+    cpu: Cpu | None = None
+    pending: list[SigPending] = field(default_factory=list)
+    restart_block: RestartBlock | None = None
+
+
+class TaskRestore:
+    """Collects the records of tasks and applies them to shells."""
+
+    def __init__(self, open_path: Callable[[str, int], int], *, own_root: bool) -> None:
+        """`open_path(path, flags)`: a descriptor of ours for a path in the tree's file system.
+        `own_root`: that file system is the one that the shells see."""
+        self._open_path = open_path
+        self._own_root = own_root
+        self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
+        self._shaped: dict[int, tuple[Mm, str]] = {}
+        self._outfits: dict[int, task_setup.Outfit] = {}
+        self.tasks: dict[int, TaskState] = {}
+        self._creds: dict[int, Cred] = {}
+        self._fs: dict[int, Fs] = {}
+        self._sighands: dict[int, Sighand] = {}
+        self._signals: dict[int, Signal] = {}
+
+    def keep(self, tree: Tree) -> None:
+        """Forget drafts of tasks that are not in the tree any more, or have ended."""
+        zombies = {t.pid: bool(t.flags & TaskFlag.ZOMBIE) for t in tree.tasks}
+        for pid, state in list(self.tasks.items()):
+            if zombies.get(pid) != (state.task.state == SavedState.ZOMBIE):
+                del self.tasks[pid]
+
+    def record(self, rec: object) -> bool:
+        """Take a record; False if it is none of a task's."""
+        match rec:
+            case Task():
+                self.tasks[rec.pid] = TaskState(rec)
+            case Cpu():
+                self.tasks[rec.pid].cpu = rec
+            case SigPending():
+                self.tasks[rec.pid].pending.append(rec)
+            case RestartBlock():
+                self.tasks[rec.pid].restart_block = rec
+            case Cred():
+                self._creds[rec.objref] = rec
+            case Fs():
+                self._fs[rec.objref] = rec
+            case Sighand():
+                self._sighands[rec.objref] = rec
+            case Signal():
+                self._signals[rec.objref] = rec
+            case _:
+                return False
+        return True
+
+    # ------------------------------------------------------------------ the process
+
+    def shape(self, shell: Shell, mm: Mm, exe: str) -> None:
+        """What /proc shows of a program: its file, arguments, environment. Can come again."""
+        before = self._shaped.get(shell.vpid)
+        self._shaped[shell.vpid] = mm, exe
+        calls: list[Call] = []
+        fd = -1
+        if before is None or before[1] != exe:
+            ours = self._open_path(exe, os.O_RDONLY)
+            try:
+                (fd,) = shell.receive([ours])
+            finally:
+                os.close(ours)
+            calls = [(NR["close"], fd)]
+        elif before[0] == mm:
+            return
+        base = shell.remote.data
+        # struct prctl_mm_map (include/uapi/linux/prctl.h)
+        layout = struct.pack(
+            "<11QQIi",
+            mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
+            mm.arg_start, mm.arg_end, mm.env_start, mm.env_end,
+            base + 128, len(mm.auxv), fd,
+        )  # fmt: skip
+        shell.put(layout.ljust(128, b"\0") + mm.auxv)
+        shell.checked([(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}")
+        if before is None or before[0].oom_score_adj != mm.oom_score_adj:
+            try:
+                with open(f"/proc/{shell.pid}/oom_score_adj", "w") as file:
+                    file.write(str(mm.oom_score_adj))
+            except PermissionError:
+                pass  # lowering it wants CAP_SYS_RESOURCE; it is advice to the OOM killer only
+
+    def prepare(self, shell: Shell) -> None:
+        """Work out ahead what is to be set inside, as far as is known yet. Can come again."""
+        state = self.tasks.get(shell.vpid)
+        if state is None or not all(v in self.tasks for v in list(shell.threads)[: task_setup.GROUP]):
+            return
+        fs = self._fs.get(state.task.fs_objref)
+        if fs is not None and self._is_plain(fs):
+            self._outfit(shell, self._process_part(shell, fs, shell.channel), list(shell.threads)[: task_setup.GROUP])
+
+    def dress(self, shell: Shell) -> None:
+        """Set everything of the tasks of a shell that is set from inside. No descriptors can be passed after it."""
+        fs = self._fs[self.tasks[shell.vpid].task.fs_objref]
+        part: task_setup.ProcessPart | None = self._process_part(shell, fs, shell.channel)
+        shell.channel_closed()
+        vtids = list(shell.threads)
+        # the leader is in the first group, which runs last
+        groups = [vtids[first : first + task_setup.GROUP] for first in range(0, len(vtids), task_setup.GROUP)]
+        for group in reversed(groups):
+            made = self._outfit(shell, part if group is groups[0] else None, group)
+            for vtid, call, error in made.put_on():
+                which = task_setup.limit_of(call)
+                assert part is not None
+                if which < 0:
+                    raise RestartFailed(f"tid {vtid}: {task_setup.about(call, part)}: {os.strerror(error)}")
+                if not self._limit_is(shell, which, part.limits[which]):
+                    soft, hard = part.limits[which]
+                    why = os.strerror(error)
+                    raise RestartFailed(
+                        f"pid {shell.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
+                        hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
+                    )
+
+    def _process_part(self, shell: Shell, fs: Fs, channel: list[Call]) -> task_setup.ProcessPart:
+        task = self.tasks[shell.vpid].task
+        signal, sighand = self._signals[task.signal_objref], self._sighands[task.sighand_objref]
+        place = self._file_system(shell, fs)
+        return task_setup.process_part(task, sighand, signal, fs, place, channel)
+
+    def _outfit(self, shell: Shell, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.Outfit:
+        """The outfit of a group of threads: the one that was made last, if it is the same."""
+        parts = [task_setup.thread_part(self.tasks[vtid].task) for vtid in vtids]
+        known = self._outfits.get(shell.vpid)
+        if known is None or known.parts != (process, *parts):
+            known = self._outfits[shell.vpid] = task_setup.Outfit(shell, process, parts, self._creds)
+        return known
+
+    @staticmethod
+    def _limit_is(shell: Shell, which: int, wanted: tuple[int, int]) -> bool:
+        at = shell.put(bytes(16))
+        shell.checked([(NR["prlimit64"], 0, which, 0, at)], "reading a limit")
+        return struct.unpack("<QQ", shell.remote.get(16)) == wanted
+
+    def _is_plain(self, fs: Fs) -> bool:
+        return fs.root == "/" and self._own_root
+
+    def _file_system(self, shell: Shell, fs: Fs) -> tuple[bytes, list[Call]]:
+        """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
+        if self._is_plain(fs):
+            return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
+        fds = [self._open_path(fs.cwd, os.O_PATH | os.O_DIRECTORY)]
+        if fs.root != "/":
+            fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+        try:
+            numbers = shell.receive(fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        calls: list[Call] = []
+        if fs.root != "/":
+            calls += [(NR["fchdir"], numbers[0]), (NR["chroot"], 0)]
+        calls.append((NR["fchdir"], numbers[-1]))
+        calls += [(NR["close"], n) for n in numbers]
+        return b".\0", calls
+
+    @staticmethod
+    def _from_outside(thread: ShellThread, task: Task) -> None:
+        tid = thread.tid
+        try:
+            os.sched_setscheduler(tid, task.sched_policy, os.sched_param(task.sched_priority))
+            if task.nice:
+                os.setpriority(os.PRIO_PROCESS, tid, task.nice)
+            cpus = _processors(task.affinity)
+            if cpus:
+                os.sched_setaffinity(tid, cpus)
+            if task.timerslack not in (0, _DEFAULT_SLACK):  # which a change of policy sets back
+                with open(f"/proc/{tid}/timerslack_ns", "w") as file:
+                    file.write(str(task.timerslack))
+        except PermissionError as error:
+            raise RestartFailed(f"tid {task.pid}: scheduling parameters: {error}") from error
+
+    # ------------------------------------------------------------------ the last steps
+
+    def timers(self, shell: Shell) -> None:
+        """Start the clocks: interval timers and POSIX timers, with what was left of them."""
+        signal = self._signals[self.tasks[shell.vpid].task.signal_objref]
+        base = shell.remote.data
+        blob = b""
+        calls: list[Call] = []
+        for which, timer in enumerate(signal.itimers[:3]):
+            value = timer.value
+            if which == _ITIMER_REAL and not value:  # it waits for its SIGALRM to be taken, to begin anew
+                value = timer.interval
+            if value:
+                blob += _timeval_pair(timer.interval, value)
+                calls.append((NR["setitimer"], which, base + len(blob) - 32, 0))
+        if calls:
+            shell.put(blob)
+            shell.checked(calls, "interval timers")
+        self._posix_timers(shell, signal)
+
+    def _posix_timers(self, shell: Shell, signal: Signal) -> None:
+        """timer_create(2) gives out ids by itself, counting up: unwanted ones are deleted again."""
+        base = shell.remote.data
+        following = 0
+        for timer in sorted(signal.timers, key=lambda t: t.timer_id):
+            # struct sigevent: value, signo, notify, tid
+            event = struct.pack("<QiiI", timer.sigval, timer.signo, timer.notify, timer.tid & 0xFFFFFFFF)
+            spec = struct.pack("<4q", *divmod(timer.interval, 10**9), *divmod(timer.value, 10**9))
+            shell.put(event.ljust(64, b"\0") + spec + bytes(8))
+            made = -1
+            while following <= timer.timer_id:
+                shell.checked([(NR["timer_create"], timer.clock, base, base + 96)], "POSIX timer")
+                (made,) = struct.unpack("<i", shell.remote.get(4, 96))
+                if made != timer.timer_id:
+                    shell.checked([(NR["timer_delete"], made)], "POSIX timer")
+                if made > timer.timer_id:
+                    break
+                following = made + 1
+            if made != timer.timer_id:
+                raise RestartFailed(f"pid {shell.vpid}: POSIX timer {timer.timer_id} came out as {made}")
+            if timer.value or timer.interval:
+                shell.checked([(NR["timer_settime"], made, 0, base + 64, 0)], "POSIX timer")
+
+    def pending(self, shell: Shell) -> None:
+        """Queue the signals that waited. They stay blocked until the registers are set."""
+        for thread in shell.threads.values():
+            for rec in self.tasks[thread.vtid].pending:
+                self._queue(shell, thread, rec)
+
+    @staticmethod
+    def _queue(shell: Shell, thread: ShellThread, rec: SigPending) -> None:
+        base = shell.remote.data
+        for at in range(0, len(rec.infos) - 127, 128):
+            info = rec.infos[at : at + 128]
+            (signo,) = struct.unpack_from("<i", info)
+            shell.put(info)
+            if rec.shared:
+                call: Call = (NR["rt_sigqueueinfo"], shell.vpid, signo, base)
+            else:
+                call = (NR["rt_tgsigqueueinfo"], shell.vpid, thread.vtid, signo, base)
+            if signo == 23:  # the one that ends a batch: queued from outside instead
+                os.kill(shell.pid, signo)
+                continue
+            shell.remote.tid = thread.tid
+            try:
+                shell.checked([call], f"pending signal {signo}")
+            finally:
+                shell.remote.tid = shell.pid
+
+    def check(self, shell: Shell) -> None:
+        """Set what of the processor's state might be refused: the extended state of every thread."""
+        for thread in shell.threads.values():
+            state = self.tasks[thread.vtid]
+            if state.cpu is None or len(state.cpu.regs) != arch.REGS_SIZE:
+                raise RestartFailed(f"tid {thread.vtid}: no registers in the image")
+            try:
+                arch.set_xstate(thread.tid, state.cpu.xstate)
+            except OSError as error:
+                raise RestartFailed(
+                    f"tid {thread.vtid}: extended state of {len(state.cpu.xstate)} bytes: {error}",
+                    hint="the processors differ: `migrator check` compares them before anything is stopped",
+                ) from error
+
+    def registers(self, shell: Shell) -> dict[int, arch.Regs]:
+        """The registers that each thread is to resume with, by tid."""
+        out = {}
+        for thread in shell.threads.values():
+            state = self.tasks[thread.vtid]
+            assert state.cpu is not None
+            regs = arch.Regs.from_buffer_copy(state.cpu.regs)
+            out[thread.tid] = restart_blocks.resumed(shell, thread, state.restart_block, regs, self.passed)
+        return out
+
+    def finish(self, shell: Shell) -> None:
+        """Take the scratch area away and put every thread where it was. Nothing runs yet."""
+        final = self.registers(shell)
+        remote = shell.remote
+        ptrace.set_sigmask(shell.pid, restart_blocks.ALL_BUT_TRAP)
+        with remote.borrowed():
+            remote.unmap_scratch()
+        for thread in shell.threads.values():
+            task = self.tasks[thread.vtid].task
+            arch.set_regs(thread.tid, final[thread.tid])
+            ptrace.set_sigmask(thread.tid, task.blocked)
+            self._from_outside(thread, task)
+
+
+@functools.cache
+def _processors(affinity: bytes) -> frozenset[int]:
+    """Those of a mask that are here; none if that is no restriction, or nothing that can be kept to."""
+    mask = int.from_bytes(affinity, "little")
+    cpus = {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1}
+    here = os.sched_getaffinity(0)
+    return frozenset() if here <= cpus else frozenset(cpus & here)
+
+
+def _timeval_pair(interval_us: int, value_us: int) -> bytes:
+    return struct.pack("<4q", *divmod(interval_us, 10**6), *divmod(value_us, 10**6))

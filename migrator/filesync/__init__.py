@@ -1,0 +1,1 @@
+"""Files and trees that are carried along with a workload."""

@@ -1,0 +1,1 @@
+"""What a migration runs on: threads, latency, pipes, fault points."""

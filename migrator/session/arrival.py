@@ -1,0 +1,104 @@
+"""The network of a copy that is about to run: its port, its new place, the frames that came to the old one.
+
+All of it on a thread of its own: frames must not wait for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from migrator.engine.base import Phase
+from migrator.errors import MigratorError
+from migrator.runtime.thread import OwnThread
+from migrator.session.interfaces import Link, NetworkArrival
+
+log = logging.getLogger("migrator.session")
+
+ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
+
+Make = Callable[[], NetworkArrival | None]
+
+
+class Arriving:
+    """What a destination does about the network. `phases` are what it took."""
+
+    def __init__(self, link: Link) -> None:
+        self.phases: list[Phase] = []
+        self.prepared = False
+        self._link = link
+        self._thread = OwnThread("network")
+        self._arrival: NetworkArrival | None = None
+        self._lock = threading.Lock()
+        self._runs = threading.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def prepare(self, make: Make) -> None:
+        """Open what the switch of the network needs. May be called again, where it was too early; by any thread."""
+        with self._lock:
+            if self._arrival is None:
+                arrival = make()
+                if arrival is not None:
+                    arrival.prepare()
+                self._arrival = arrival
+            self.prepared = True
+
+    async def prepare_early(self, make: Make) -> None:
+        """While the rounds come. It may be too early, which is no failure."""
+        try:
+            await self._thread.run(self.prepare, make)
+        except Exception as error:
+            log.debug("the network cannot be prepared yet: %s", error)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Open the port, just before the copy runs: what it says in its first instant must not be lost."""
+        if self._arrival is not None:
+            start = time.monotonic_ns()
+            self._arrival.unlock()
+            self.phases.append(Phase("open port", start, time.monotonic_ns()))
+            self._thread.submit(self._greet, self._arrival, loop)
+
+    def runs(self) -> None:
+        """The copy runs, or never will: its new place may be announced."""
+        self._runs.set()
+
+    def _greet(self, arrival: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
+        self._runs.wait()
+        start = time.monotonic_ns()
+        with contextlib.suppress(OSError):
+            arrival.announce()
+        self.phases.append(Phase("announce", start, time.monotonic_ns()))
+        loop.call_soon_threadsafe(self._begin, arrival)
+
+    def _begin(self, arrival: NetworkArrival) -> None:
+        self._tasks = [asyncio.create_task(self._announce(arrival)), asyncio.create_task(self._take_frames(arrival))]
+
+    async def _take_frames(self, arrival: NetworkArrival) -> None:
+        with contextlib.suppress(MigratorError, OSError):
+            while True:
+                frames = await self._link.receive_packets()
+                await self._thread.run(arrival.inject, frames)
+
+    async def _announce(self, arrival: NetworkArrival) -> None:
+        with contextlib.suppress(OSError):
+            for pause in ANNOUNCE_AGAIN:
+                await asyncio.sleep(pause)
+                await self._thread.run(arrival.announce)
+
+    async def announced(self) -> None:
+        """Wait for the last announcement, if any was begun."""
+        if self._tasks:
+            await self._tasks[0]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
+        if self._arrival is not None:
+            await self._thread.run(self._arrival.close)
+        await self._thread.close()

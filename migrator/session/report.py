@@ -1,0 +1,141 @@
+"""What was asked of a source, and what it has to say when it is over."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from migrator import model
+from migrator.errors import Fate, Refused, Undecided
+from migrator.model import Outcome, Span, Where
+from migrator.protocol import messages as m
+from migrator.recovery.journal import journal_directory
+from migrator.session import convergence, preflight
+from migrator.session.interfaces import Link
+from migrator.session.workload import Copying
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What was asked for.
+
+    migration:     its id, new
+    peer:          how to reach the destination again, as given on the command line
+    max_downtime:  seconds; None for the best that can be had
+    timeout:       seconds until it must have been decided to freeze
+    freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
+    ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
+    bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
+    cold:          no pre-copy: freeze at once, as every tool without it must
+    copy_files:    carry open and mapped files along that differ there
+    trees:         what is carried along as a whole, with `copy_files`
+    """
+
+    migration: str
+    peer: str
+    container: str = ""
+    container_spec: str = ""
+    max_downtime: float | None = None
+    timeout: float = 600.0
+    freeze_limit: float = 30.0
+    ask_for: float = 60.0
+    bandwidth: float = 0.0
+    dry_run: bool = False
+    cold: bool = False
+    copy_files: bool = False
+    trees: tuple[m.Tree, ...] = ()
+    journal: Path = field(default_factory=journal_directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Everything that a result is made of."""
+
+    settings: SourceSettings
+    host: m.HostFacts
+    report: preflight.Report | None
+    copying: Copying
+    link: Link
+    began: int  # ns of CLOCK_MONOTONIC
+    spans: list[Span]
+    clock: model.ClockOffset
+    running: m.Running | None
+    told: m.Report | None
+    decision: convergence.Decision | None
+    pids: list[int]
+
+    @property
+    def stream_bytes(self) -> int:
+        """Before compression; what the engine's rounds say where the link does not count."""
+        stats = getattr(self.link, "compression", None)
+        return int(getattr(stats, "raw", 0)) or sum(r.bytes for r in self.copying.all_rounds)
+
+    @property
+    def wire_bytes(self) -> int:
+        return int(getattr(getattr(self.link, "counters", None), "bytes_sent", 0))
+
+    @property
+    def compression_ratio(self) -> float:
+        return float(getattr(getattr(self.link, "compression", None), "ratio", 1.0))
+
+    def timeline(self) -> model.Timeline:
+        """Spans of both hosts on our clock."""
+        spans = self.spans + model.spans_of(self.copying.phases, Where.SOURCE)
+        if self.copying.source is not None:
+            # Rounds are in it already, with the time it took to send them.
+            spans += [
+                span
+                for span in model.spans_of(self.copying.source.phases, Where.SOURCE)
+                if span.name != "arm" and not span.name.startswith("round")
+            ]
+        if self.told is not None:
+            spans += model.spans_of(self.told.phases, Where.DESTINATION, self.clock)
+        resumed_at = 0
+        if self.running is not None and self.running.resumed_at:
+            resumed_at = self.clock.to_here(self.running.resumed_at)
+        spans.sort(key=lambda span: span.start)
+        return model.Timeline(spans, self.copying.frozen_at, resumed_at, self.clock.error)
+
+    def result(self, outcome: Outcome, fate: Fate, reason: str) -> model.MigrationResult:
+        timeline = self.timeline()
+        predicted = self.decision.predicted_downtime if self.decision is not None else 0.0
+        return model.MigrationResult(
+            migration=self.settings.migration,
+            outcome=outcome,
+            fate=fate.value,
+            reason=reason,
+            source=self.host.host,
+            destination=self.report.destination.host if self.report is not None else self.settings.peer,
+            container=self.settings.container,
+            pids=self.pids,
+            pid=self.told.pid if self.told is not None else 0,
+            downtime=timeline.downtime,
+            predicted_downtime=predicted if math.isfinite(predicted) else 0.0,
+            total=(time.monotonic_ns() - self.began) / 1e9,
+            stream_bytes=self.stream_bytes,
+            wire_bytes=self.wire_bytes,
+            compression_ratio=self.compression_ratio,
+            throughput=convergence.measured_throughput(self.copying.rounds) or self.link.throughput,
+            rtt=self.link.rtt,
+            decision=self.decision.reason if self.decision is not None else "",
+            rounds=self.copying.all_rounds,
+            timeline=timeline,
+            warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
+        )
+
+
+def how_it_ended(error: BaseException | None, *, away: bool, dry_run: bool) -> tuple[Outcome, Fate]:
+    """The outcome, and where the workload is: `away`, if the destination has said that it runs there."""
+    if isinstance(error, Undecided):
+        return Outcome.UNDECIDED, Fate.FROZEN
+    if away:
+        return Outcome.MIGRATED, Fate.DESTINATION
+    if error is None and dry_run:
+        return Outcome.DRY_RUN, Fate.SOURCE
+    return Outcome.REFUSED if isinstance(error, Refused) else Outcome.ABORTED, Fate.SOURCE
+
+
+def round_done(migration: str, told: m.Progress) -> model.RoundDone:
+    return model.RoundDone(migration, told.round, told.predicted_downtime, told.throughput, told.verdict, told.reason)

@@ -1,0 +1,299 @@
+"""The engine's half of a source: everything that touches the workload, on the engine's own thread.
+
+`Copying` knows nothing of the protocol; `migrator.session.source` calls it when the tables say so.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import termios
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import msgspec
+
+from migrator.engine.base import Phase, Round, Source, Survey
+from migrator.errors import MigrationAborted
+from migrator.linux import procfs
+from migrator.protocol.states import Recorded
+from migrator.recovery.journal import Facts, Journal
+from migrator.runtime.fault_points import fault
+from migrator.runtime.latency import Calm, give_way, prepare
+from migrator.runtime.pump import Pump
+from migrator.runtime.thread import OwnThread
+from migrator.session import convergence, downtime_model
+from migrator.session.interfaces import Link, NetworkLock, SourceFactory
+
+FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
+_FORWARD_EVERY = 0.002
+_AHEAD = range(128, 4097)  # pages of the last round for which one more is worth its while
+_LOOK_EVERY = 0.5  # seconds
+_STALLED = 10.0  # seconds without a byte taken
+_STANDING_SECONDS = 60.0  # from the last byte taken until all of it is in place
+
+
+class Copying:
+    """One workload being copied away.
+
+    The stream goes engine -> pipe -> `link.pump_in`. If the link fails or the work is stopped, the pipe's
+    reading end is closed, so that an engine that is writing gets EPIPE instead of waiting for ever.
+    """
+
+    def __init__(self, factory: SourceFactory, link: Link, network: NetworkLock | None) -> None:
+        self._factory = factory
+        self._link = link
+        self.network = network
+        self.thread = OwnThread("engine")
+        self.journal_thread = OwnThread("journal")
+        self.source: Source | None = None
+        self.pump: Pump | None = None
+        self._read_fd, self._write_fd = -1, -1
+        self.rounds: list[Round] = []
+        self.phases: list[Phase] = []  # our own, beside those of the engine
+        self.frozen_at = 0
+        self._standing = 0  # the last round that the destination has in place
+        self._stood = asyncio.Event()
+        self.ahead: Round | None = None  # a last one, of which no word was awaited
+        self._calm = Calm()
+        self._pids: list[tuple[int, int]] = []
+
+    # While the workload runs
+
+    async def survey(self) -> Survey:
+        """Make the engine's object and let it look. Raises Refused; the workload runs on."""
+        prepare()
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_inheritable(self._write_fd, False)
+        self.source = await self.thread.run(self._factory, self._write_fd)
+        return await self.thread.run(self.source.survey)
+
+    def start_pump(self, lost: Callable[[BaseException], None]) -> None:
+        """Begin to send what the engine writes; `lost` is called if that fails."""
+        read_fd, self._read_fd = self._read_fd, -1
+        pump = self.pump = Pump(self._link.pump_in, read_fd)
+
+        def ended(_: object) -> None:
+            if pump.error is not None:
+                lost(pump.error)
+
+        pump.task.add_done_callback(ended)
+
+    async def arm(self) -> None:
+        await self.thread.run(self._source.arm)
+        if self.network is not None:
+            await self.thread.run(self.network.prepare)
+
+    async def round(self) -> Round:
+        """One round, ended when the destination has all of it in place: what is on its way would have to be
+        waited for when frozen, so it belongs to the round."""
+        made = await self.thread.run(self._source.round)
+        with self._phase("drain"):
+            await self._drain(made.number)
+        made = dataclasses.replace(made, end=time.monotonic_ns())
+        self.rounds.append(made)
+        fault("source.round")
+        return made
+
+    @property
+    def all_rounds(self) -> list[Round]:
+        """With the one just before the freeze, whose end is only that of its writing."""
+        return [*self.rounds, self.ahead] if self.ahead is not None else self.rounds
+
+    def stands(self, number: int) -> None:
+        """The destination has said that it has all up to this round in place."""
+        self._standing = max(self._standing, number)
+        self._stood.set()
+
+    async def _drain(self, number: int) -> None:
+        least, since = float("inf"), time.monotonic()
+        while self._standing < number and self.pump is not None and not self.pump.done:
+            self._stood.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY):
+                    await self._stood.wait()
+            left = self._unread() + in_flight(self._link)
+            if left < least:
+                least, since = left, time.monotonic()
+            elif left and time.monotonic() - since > _STALLED:
+                raise MigrationAborted(
+                    f"{self._link.peer} has taken nothing for {_STALLED:g} s; {left} bytes are on their way",
+                    hint="look at the agent there: its log says what it waits for",
+                )
+            elif time.monotonic() - since > _STANDING_SECONDS:
+                raise MigrationAborted(
+                    f"{self._link.peer} has not built up round {number} after {_STANDING_SECONDS:g} s",
+                    hint="is that host overloaded, or short of memory?",
+                )
+
+    def _unread(self) -> int:
+        """Bytes in the pipe."""
+        count = array.array("i", [0])
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._write_fd, termios.FIONREAD, count)
+        return count[0]
+
+    def pids(self) -> list[int]:
+        return self._source.pids
+
+    def facts(self, facts: Facts) -> Facts:
+        """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
+        pids = []
+        for pid in self._source.pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                pids.append((pid, procfs.start_time(pid)))
+        return msgspec.structs.replace(facts, pids=pids, cgroup=self._source.cgroup, homes=self._source.homes)
+
+    # From the freeze to the thaw
+
+    async def save(self, journal: Journal, facts: Facts, late_files: Callable[[], Awaitable[None]] | None) -> None:
+        """Freeze, save and hold. On return the image is written to its trailer, the tasks are frozen by their
+        cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
+        loop = asyncio.get_running_loop()
+        self._link.uncap()
+        self._calm.enter()
+        await self.thread.run(self._save, journal, facts, late_files, loop)
+
+    def _save(
+        self,
+        journal: Journal,
+        facts: Facts,
+        late_files: Callable[[], Awaitable[None]] | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        if self.rounds and self.rounds[-1].pages in _AHEAD:
+            # What was written since the last round took as long as that round did; this takes a part of it. Nobody
+            # waits for it: at the worst it is on its way when what is left would be.
+            self.ahead = self._source.round()
+        self._source.seize()
+        self.frozen_at = time.monotonic_ns()
+        if self.network is not None:  # before the freeze: what is on its way to be accepted is accepted by then
+            with self._phase("network lock"):
+                self.network.lock()
+        self._source.freeze()
+        fault("source.frozen")
+        # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
+        committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, facts=facts)
+        if late_files is not None:
+            with self._phase("changed files"):
+                asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
+        self._source.final()
+        self.close_stream()
+        give_way()  # the last of the image is to be sent
+        with self._phase("journal"):
+            committing.result()
+        fault("source.committing")
+        self._source.hold()
+        fault("source.saved")
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        yield
+        self.phases.append(Phase(name, start, time.monotonic_ns()))
+
+    def close_stream(self) -> None:
+        """No more will be written."""
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+
+    async def stop(self) -> None:
+        """End the stream where it is, and wait until the engine has noticed."""
+        if self.pump is not None:
+            await self.pump.stop()
+        elif self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
+        await self.thread.idle()
+
+    async def thaw(self) -> None:
+        """The workload runs on the source, as if nothing had been asked."""
+        await self.stop()
+        if self.source is not None:
+            await self.thread.run(self.source.thaw)
+        if self.network is not None:
+            await self.thread.run(self.network.unlock)
+
+    # After COMMIT
+
+    async def forward(self, link: Link, arrived: asyncio.Event) -> None:
+        """Pass on frames that come to the old place, until they come to the new one."""
+        if self.network is None:
+            return
+        end = float("inf")
+        while time.monotonic() < end and not (arrived.is_set() and self.network.moved):
+            frames = await self.thread.run(self.network.captured)
+            if frames:
+                await link.send_packets(frames)
+            if arrived.is_set() and end == float("inf"):
+                end = time.monotonic() + FORWARD_SECONDS
+            await asyncio.sleep(_FORWARD_EVERY)
+
+    def relax(self) -> None:
+        """It is decided: nothing is urgent any more."""
+        self._calm.leave()
+
+    async def release(self) -> None:
+        """Kill the source copy: the destination's runs."""
+        await self.thread.run(self._source.release)
+        if self.network is not None:
+            await self.thread.run(self.network.release)
+
+    async def close(self) -> None:
+        """Close what is open. Leaves the workload as it is."""
+        self._calm.leave()
+        if self.pump is not None and not self.pump.done:
+            await self.pump.stop()
+        await self.thread.close()
+        await self.journal_thread.close()
+        self.close_stream()
+        if self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
+        if self.network is not None:
+            self.network.close()
+
+    @property
+    def _source(self) -> Source:
+        assert self.source is not None
+        return self.source
+
+
+def in_flight(link: Link) -> int:
+    """Bytes of stream that the peer has not taken yet; 0 where the link cannot tell."""
+    window = getattr(link, "_send_window", None)
+    return int(getattr(link, "in_flight", getattr(window, "in_flight", 0)))
+
+
+def conditions(
+    link: Link,
+    rounds: list[Round],
+    *,
+    budget: float | None,
+    elapsed: float,
+    timeout: float,
+    tasks: int,
+    factor: float,
+    files: float = 0.0,
+) -> convergence.Conditions:
+    """What the stop rule needs to know, as it is now; `factor` is that of `calibration.load()`, `files` the
+    seconds that changed files will take in the freeze."""
+    freeze, restore = downtime_model.modelled(tasks)
+    return convergence.Conditions(
+        throughput=convergence.measured_throughput(rounds) or link.throughput,
+        rtt=link.rtt,
+        freeze=freeze * factor + files,
+        restore=restore * factor,
+        budget=budget,
+        elapsed=elapsed,
+        timeout=timeout,
+    )
+
+
+async def _awaited(call: Callable[[], Awaitable[None]]) -> None:
+    await call()
