@@ -27,7 +27,7 @@ from migrator.linux import procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts, journal_directory
+from migrator.recovery.journal import JournalHeader, journal_directory
 from migrator.recovery.settle import Settlement, Tools, settle_all
 from migrator.session.interfaces import NetworkArrival, open_group
 from migrator.session.preflight import collect_host
@@ -59,7 +59,7 @@ class Login:
 class HostSurroundings:
     """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
 
-    def reopen(self, facts: Facts) -> None:
+    def reopen(self, facts: JournalHeader) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
         files of unix sockets into their places."""
         found = container.find(facts.container) if facts.container else None
@@ -79,14 +79,14 @@ class HostSurroundings:
                     os.close(root)
                 break
 
-    def remove(self, facts: Facts) -> None:
+    def remove(self, facts: JournalHeader) -> None:
         """Its tasks are gone: take down what stood around them."""
         found = container.find(facts.container) if facts.container else None
         if found is not None and _is_of(found, facts):
             take_down(found)
 
 
-def _is_of(found: container.Container, facts: Facts) -> bool:
+def _is_of(found: container.Container, facts: JournalHeader) -> bool:
     """Whether a container is the one that a journal is about, and not a later one of the same name."""
     return found.cgroup == facts.cgroup or Path(found.cgroup).name == facts.cgroup
 
@@ -106,9 +106,7 @@ def facts(engine: UserEngine) -> HostFacts:
     return collect_host(engine.name, engine.probe(), size)
 
 
-def destination_settings(
-    engine: UserEngine, *, bridge: str = "", journal: Path | None = None
-) -> DestinationSettings:
+def destination_settings(engine: UserEngine, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
     """This host as a destination. `bridge` is for containers whose bridge is called otherwise there."""
     return DestinationSettings(
         host=facts(engine),
@@ -173,12 +171,7 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
         reasons.append(f"container {proposal.container}: its specification is that of {spec.name}")
     wanted = bridge or spec.bridge
     default = wanted == container.ContainerSpec(name="x").bridge
-    if (
-        wanted
-        and not default
-        and not os.path.isdir(f"/sys/class/net/{wanted}/bridge")
-        and not _has_link(wanted)
-    ):
+    if wanted and not default and not os.path.isdir(f"/sys/class/net/{wanted}/bridge") and not _has_link(wanted):
         reasons.append(f"container {spec.name}: there is no bridge {wanted} here")
         hints.append("make it there, or name another for what arrives: migrator agent --bridge NAME")
     arrives = any(tree.path == "/" and not tree.only for tree in proposal.trees)
@@ -200,7 +193,7 @@ def _has_link(name: str) -> bool:
 async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
     """Finish or undo what agents of this host that died have left."""
 
-    async def ask(facts: Facts) -> Recorded:
+    async def ask(facts: JournalHeader) -> Recorded:
         link = await login.connect(facts.peer)
         try:
             return await ask_over(link, facts.migration)

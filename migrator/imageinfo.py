@@ -7,7 +7,7 @@ from pathlib import Path
 
 from migrator.errors import ImageError, UsageError
 from migrator.image.decoder import Decoder
-from migrator.image.info import ImageInfo, Summary
+from migrator.image.info import ImageInfo, ImageSummary
 
 _CHUNK = 1 << 20
 
@@ -18,7 +18,7 @@ def summarise(fd: int) -> ImageInfo:
     Memory does not grow with the contents of pages: they are checked, counted and let go. OSError
     from read(2) other than at the end is told as the cause as well."""
     decoder = Decoder(keep_pages=False)
-    summary = Summary()
+    summary = ImageSummary()
     try:
         while chunk := os.read(fd, _CHUNK):
             for record in decoder.feed(chunk):
@@ -40,9 +40,7 @@ def read_info(path: str) -> ImageInfo:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}", hint="an image is a file, or - for standard input"
-        ) from error
+        raise UsageError(f"{path}: {error.strerror}", hint="an image is a file, or - for standard input") from error
     try:
         if Path(path).is_dir():
             raise UsageError(f"{path} is a directory")

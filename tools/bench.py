@@ -256,12 +256,8 @@ def main() -> None:
 
         self_timed_row("small process", lambda out: [memory, str(out), "1", "0", "plain"])
         self_timed_row("1 GiB, 50 MB/s", lambda out: [memory, str(out), "1024", "50", "plain"], 6.0)
-        self_timed_row(
-            "50 threads", lambda out: ["sh", "-c", f"{threads} {out}.t 50 & exec {memory} {out} 1 0 plain"]
-        )
-        self_timed_row(
-            "100 processes", lambda out: ["sh", "-c", f"{tree} {out}.t 100 & exec {memory} {out} 1 0 plain"]
-        )
+        self_timed_row("50 threads", lambda out: ["sh", "-c", f"{threads} {out}.t 50 & exec {memory} {out} 1 0 plain"])
+        self_timed_row("100 processes", lambda out: ["sh", "-c", f"{tree} {out}.t 100 & exec {memory} {out} 1 0 plain"])
         if options.only in "Redis 1 GiB, load":
             rows.append(redis(stage, 1024, 1000.0, options.repeat))
     show(console, rows)

@@ -36,14 +36,10 @@ def main() -> None:
         show.print(f"[dim]two hosts stand: a {stage.a.address}, b {stage.b.address}; a client on a third[/]")
         argv = redis_command(stage.folder, PORT)
         pid = stage.start_container("shop", argv, address=ADDRESS)
-        show.print(
-            f"[bold]migrator run --name shop --ip {ADDRESS}/24 -- redis-server …[/]   (pid {pid} on host a)"
-        )
+        show.print(f"[bold]migrator run --name shop --ip {ADDRESS}/24 -- redis-server …[/]   (pid {pid} on host a)")
         with stage.client.inside():
             count = fill(ADDRESS, PORT, options.mib)
-        show.print(
-            f"[dim]filled with {options.mib} MiB in {count} keys; the client begins to write and check[/]"
-        )
+        show.print(f"[dim]filled with {options.mib} MiB in {count} keys; the client begins to write and check[/]")
         client = Workload(
             "migrator.testing.redisclient",
             stage.folder,

@@ -12,7 +12,7 @@ from migrator.container.switchover import NetworkLock
 from migrator.engine.base import AfterCheckpoint, Source
 from migrator.linux import procfs
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts, Journal, Role, boot_id, journal_directory
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, journal_directory
 
 
 class Attended:
@@ -29,7 +29,7 @@ class Attended:
         for pid in source.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pids.append((pid, procfs.start_time(pid)))
-        facts = Facts(
+        facts = JournalHeader(
             migration=f"checkpoint-{uuid.uuid4().hex[:20]}",
             role=Role.SOURCE,
             pids=pids,

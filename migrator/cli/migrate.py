@@ -23,7 +23,7 @@ from migrator.engine.user.engine import UserEngine
 from migrator.errors import Fate, MigratorError, UsageError
 from migrator.recovery.journal import attended, journal_directory
 from migrator.recovery.settle import override
-from migrator.session.preflight import Report
+from migrator.session.preflight import PreflightReport
 from migrator.session.source import SourceSession, SourceSettings
 from transport import keys, ssh
 
@@ -114,7 +114,7 @@ def check(
         _finish(_interruptible(_migrate(workload, settings, login)), as_json)
 
 
-def _finish(done: tuple[model.MigrationResult, Report | None], as_json: bool) -> None:
+def _finish(done: tuple[model.MigrationResult, PreflightReport | None], as_json: bool) -> None:
     result, report = done
     show_result(err, result)
     if as_json:
@@ -132,7 +132,7 @@ def _finish(done: tuple[model.MigrationResult, Report | None], as_json: bool) ->
 
 async def _migrate(
     workload: Workload, settings: SourceSettings, login: host.Login
-) -> tuple[model.MigrationResult, Report | None]:
+) -> tuple[model.MigrationResult, PreflightReport | None]:
     engine = UserEngine()
     for one in await host.settle(login):
         err.print(f"[yellow]settled[/] migration {one.migration} of an earlier run: {one.detail}", markup=True)

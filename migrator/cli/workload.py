@@ -15,7 +15,7 @@ from migrator.errors import UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.openat2 import open_in_root
-from migrator.protocol.messages import Tree
+from migrator.protocol.messages import SyncTree
 
 _NO_FILES = frozenset(
     "proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs".split()  # noqa: SIM905
@@ -37,10 +37,10 @@ class Workload:
         return source_options(self.container)
 
 
-def trees(workload: Workload, copy_files: bool, paths: list[str]) -> tuple[Tree, ...]:
+def trees(workload: Workload, copy_files: bool, paths: list[str]) -> tuple[SyncTree, ...]:
     """What `--copy-files` and `--copy-path` mean for a workload: all below the root of a container that has one
     of its own, and these paths, as the workload sees them. Raises UsageError."""
-    chosen = [Tree("/")] if copy_files and own_root(workload) else []
+    chosen = [SyncTree("/")] if copy_files and own_root(workload) else []
     for path in paths:
         tree = _tree(workload, path)
         if tree not in chosen:
@@ -55,7 +55,7 @@ def own_root(workload: Workload) -> str:
     return "" if root == "/" else root
 
 
-def _within(tree: Tree, other: Tree, mounts: set[str]) -> bool:
+def _within(tree: SyncTree, other: SyncTree, mounts: set[str]) -> bool:
     """Whether `tree` is carried with `other` anyway: nothing is mounted on the way from there."""
     if tree == other or other.only:
         return False
@@ -68,7 +68,7 @@ def _within(tree: Tree, other: Tree, mounts: set[str]) -> bool:
     )
 
 
-def _tree(workload: Workload, path: str) -> Tree:
+def _tree(workload: Workload, path: str) -> SyncTree:
     what = f"--copy-path {path}"
     if not path.startswith("/") or ".." in path.split("/"):
         raise UsageError(f"{what}: not an absolute path", hint="name it as the workload sees it, such as /srv/data")
@@ -86,9 +86,9 @@ def _tree(workload: Workload, path: str) -> Tree:
     os.close(fd)
     _check_mount(workload, what, path)
     if stat.S_ISDIR(mode):
-        return Tree(path)
+        return SyncTree(path)
     if stat.S_ISREG(mode):
-        return Tree(os.path.dirname(path), os.fsencode(os.path.basename(path)))
+        return SyncTree(os.path.dirname(path), os.fsencode(os.path.basename(path)))
     raise UsageError(f"{what} is neither a file nor a directory")
 
 

@@ -48,9 +48,7 @@ def obstacles(container: Container | int) -> list[str]:
     container = _container(container)
     pid = container.init_pid
     net = network.read(pid)
-    found = [
-        f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links
-    ]
+    found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
     known = {"/", "/proc", *(fs.path for fs in mounts.own_tmpfs(pid)), mounts.SHM.path}
     below = ("/dev/", "/proc/", "/sys/")
     host = {(m.path, m.device) for m in mounts.mounts()}

@@ -36,9 +36,7 @@ _LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "f
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2)."""
-    result = _libc.mount(
-        source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
-    )
+    result = _libc.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode())
     if result == -1:
         error = ctypes.get_errno()
         raise OSError(error, f"mount {kind or source}: {os.strerror(error)}", target)
@@ -136,10 +134,6 @@ def own_tmpfs(pid: int, host_pid: int | str = "self") -> list[Tmpfs]:
     found = []
     for m in mounts(pid):
         if m.kind == "tmpfs" and m.device not in host and m.path != "/dev":
-            kept = [
-                o
-                for o in m.options.split(",")
-                if o.split("=")[0] in ("size", "mode", "nr_inodes", "uid", "gid")
-            ]
+            kept = [o for o in m.options.split(",") if o.split("=")[0] in ("size", "mode", "nr_inodes", "uid", "gid")]
             found.append(Tmpfs(m.path, ",".join(kept) or "mode=1777"))
     return found

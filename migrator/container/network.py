@@ -278,9 +278,7 @@ def _read_inside() -> NetworkState:
             routes=tuple(routes),
             neighbours=_neighbours(ip, int(eth["index"])) if eth else (),
             other_links=tuple(
-                sorted(
-                    n for i, n in names.items() if n not in ("lo", "eth0") and _kind(links[i]) != "fallback"
-                )
+                sorted(n for i, n in names.items() if n not in ("lo", "eth0") and _kind(links[i]) != "fallback")
             ),
         )
 

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from migrator.filesync.model import Facts, Inode
+from migrator.filesync.model import Attributes, Inode
 from migrator.protocol.messages import FILE_CHUNK, Close, Drop, Entry, Open, Put, Touch, TreeOp, Write
 
 BLOCK = 64 << 10  # what of a large file is sent again if a byte of it has changed
@@ -68,9 +68,9 @@ def large(entry: Entry, inode: Inode, file: int, *, in_place: bool) -> Iterator[
     inode.blocks = bytes(digests)
 
 
-def facts_of(status: os.stat_result) -> Facts:
+def facts_of(status: os.stat_result) -> Attributes:
     size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-    return Facts(status.st_mode, size, status.st_mtime_ns, status.st_uid, status.st_gid)
+    return Attributes(status.st_mode, size, status.st_mtime_ns, status.st_uid, status.st_gid)
 
 
 def inode_of(status: os.stat_result, target: bytes = b"") -> Inode:

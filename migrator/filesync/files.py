@@ -1,4 +1,4 @@
-"""Carrying files along: `--copy-files`.
+"""TreeSenders files along: `--copy-files`.
 
 The source sends what the destination wanted before the first round, while the workload runs. What the
 workload has changed since is found once it is frozen, block by block, and only that is sent again, into the

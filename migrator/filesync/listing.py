@@ -11,7 +11,7 @@ from migrator.filesync.attributes import carried
 from migrator.filesync.content import TICK, entry_of, inode_of
 from migrator.filesync.model import Node
 from migrator.filesync.view import TreeView
-from migrator.protocol.messages import Entry, MessageError, Tree, TreeAnswer, TreeList
+from migrator.protocol.messages import Entry, MessageError, SyncTree, TreeAnswer, TreeList
 from migrator.session import preflight
 
 _LIST = 512  # entries of one list
@@ -24,7 +24,7 @@ class TreeListing(TreeView):
     def __init__(
         self,
         number: int,
-        tree: Tree,
+        tree: SyncTree,
         top_fd: int,
         *,
         watched: bool = True,

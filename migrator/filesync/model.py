@@ -14,7 +14,7 @@ from typing import NamedTuple
 Key = tuple[int, int]  # st_dev, st_ino
 
 
-class Facts(NamedTuple):
+class Attributes(NamedTuple):
     """The part of lstat(2) that decides whether something has to be sent again."""
 
     mode: int
@@ -36,7 +36,7 @@ class Inode:
     """
 
     key: Key
-    facts: Facts
+    facts: Attributes
     target: bytes = b""
     blocks: bytes = b""
     changed: int = 0

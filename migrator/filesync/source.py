@@ -29,7 +29,7 @@ from migrator.filesync.model import Inode, Key, Node
 from migrator.filesync.view import DIRECTORY, GONE, Mapped, lstat
 from migrator.linux import fanotify
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import Drop, Join, Put, Remove, Stash, Touch, Tree, TreeOp, TreeOps, Unstash, Write
+from migrator.protocol.messages import Drop, Join, Put, Remove, Stash, SyncTree, Touch, TreeOp, TreeOps, Unstash, Write
 
 _BATCH = 512 << 10  # bytes of one message, about
 _BATCH_OPS = 1000
@@ -68,7 +68,7 @@ class TreeSource(TreeListing):
     def __init__(
         self,
         number: int,
-        tree: Tree,
+        tree: SyncTree,
         top_fd: int,
         *,
         watched: bool = True,

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from migrator.engine.base import FileFact
 from migrator.filesync.files import FileSender
-from migrator.filesync.tree_sender import Carrying
-from migrator.protocol.messages import AnyMessage, FilesSync, MessageError, Tree, TreeAnswer
+from migrator.filesync.tree_sender import TreeSenders
+from migrator.protocol.messages import AnyMessage, FilesSync, MessageError, SyncTree, TreeAnswer
 from migrator.session.preflight import Difference
 
 
-class Baggage:
+class FileSync:
     """What goes along with one workload whose root is `root` (/proc/PID/root).
 
     files: those that it has open or mapped
@@ -27,7 +27,7 @@ class Baggage:
     def __init__(
         self,
         files: Iterable[FileFact],
-        trees: Sequence[Tree],
+        trees: Sequence[SyncTree],
         root: str,
         *,
         send: Callable[[AnyMessage], Awaitable[float]],
@@ -35,10 +35,10 @@ class Baggage:
         pids: Callable[[], Sequence[int]],
     ) -> None:
         self._files = FileSender(files, send, root, tell)
-        self._trees = Carrying(trees, root, send=send, sync=self._files.sync, tell=tell, pids=pids)
+        self._trees = TreeSenders(trees, root, send=send, sync=self._files.sync, tell=tell, pids=pids)
         self._any_trees = bool(trees)
 
-    def proposed(self) -> list[Tree]:
+    def proposed(self) -> list[SyncTree]:
         """The trees, with what tells them from others."""
         return self._trees.proposed()
 
@@ -89,7 +89,7 @@ class Baggage:
         await self._trees.close()
 
 
-def check_wanted(wanted: Iterable[str], baggage: Baggage | None) -> None:
+def check_wanted(wanted: Iterable[str], baggage: FileSync | None) -> None:
     """Raises MessageError if the destination asks for what is not the workload's."""
     if set(wanted) - (baggage.known if baggage is not None else set()):
         raise MessageError("the destination wants files that are not the workload's")

@@ -30,8 +30,8 @@ from migrator.protocol.messages import (
     Put,
     Remove,
     Stash,
+    SyncTree,
     Touch,
-    Tree,
     TreeAnswer,
     TreeList,
     TreeOp,
@@ -50,7 +50,7 @@ class TreeTarget:
     Nothing is written before the first operation.
     """
 
-    def __init__(self, tree: Tree, top: str, name: str) -> None:
+    def __init__(self, tree: SyncTree, top: str, name: str) -> None:
         self.tree = tree
         self.top = top.rstrip("/") or "/"
         self.bytes = 0
@@ -476,7 +476,7 @@ class TreeTargets:
     after `close` is refused, and what is being done then is finished first: they may be called from several
     threads."""
 
-    def __init__(self, trees: list[Tree], root: str, name: str) -> None:
+    def __init__(self, trees: list[SyncTree], root: str, name: str) -> None:
         self._lock = threading.Lock()
         self._closed = False
         self.accepted = False
@@ -493,7 +493,7 @@ class TreeTargets:
                 raise MessageError("files of a workload that was not accepted")
             tree.apply(message.ops)
 
-    def shared(self) -> list[Tree]:
+    def shared(self) -> list[SyncTree]:
         """Those which are the same directory on both hosts: there is nothing to carry, and much to break."""
         return [target.tree for target in self._trees if target.shared]
 
@@ -509,7 +509,7 @@ class TreeTargets:
         return self._trees[number]
 
 
-def _top_of(tree: Tree, root: str) -> str:
+def _top_of(tree: SyncTree, root: str) -> str:
     """Where the tree is here. Links lead to it only where the host's own administrator has made them."""
     if ".." in tree.path.split("/") or "\0" in tree.path:
         raise MessageError(f"not the path of a tree: {tree.path!r}")

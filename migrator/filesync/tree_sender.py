@@ -18,7 +18,7 @@ from migrator.filesync.source import TreeSource
 from migrator.filesync.view import Mapped
 from migrator.linux import procfs
 from migrator.linux.openat2 import open_in_root
-from migrator.protocol.messages import AnyMessage, MessageError, Tree, TreeAnswer
+from migrator.protocol.messages import AnyMessage, MessageError, SyncTree, TreeAnswer
 from migrator.runtime.thread import OwnThread
 from migrator.session.preflight import Difference, below
 
@@ -29,7 +29,7 @@ _INODE = (1 << 63) - 1
 _SHORT = 0.05  # seconds of a pass that need not be made shorter
 
 
-class Carrying:
+class TreeSenders:
     """The trees of one workload whose root is `root` (/proc/PID/root).
 
     send:  sends a message in its turn; the seconds that it waited for that
@@ -40,7 +40,7 @@ class Carrying:
 
     def __init__(
         self,
-        trees: Sequence[Tree],
+        trees: Sequence[SyncTree],
         root: str,
         *,
         send: Callable[[AnyMessage], Awaitable[float]],
@@ -59,7 +59,7 @@ class Carrying:
         self._count = 0  # bytes since that was told
         self.seconds = 0.0  # of the last pass, without what it waited for its turn: what the freeze will need, about
 
-    def proposed(self) -> list[Tree]:
+    def proposed(self) -> list[SyncTree]:
         """The trees, with what tells them from others."""
         found = []
         for tree in self._chosen:

@@ -20,7 +20,7 @@ from migrator.filesync.files import FileError
 from migrator.filesync.model import Inode, Model, Node
 from migrator.linux import fanotify
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import Tree
+from migrator.protocol.messages import SyncTree
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.ENXIO)
@@ -46,7 +46,7 @@ class TreeView:
     def __init__(
         self,
         number: int,
-        tree: Tree,
+        tree: SyncTree,
         top_fd: int,
         *,
         watched: bool = True,

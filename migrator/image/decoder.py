@@ -73,8 +73,7 @@ class Decoder:
         if not self.finished:
             inside = " and a part of one" if self._buffer or self._skipping else ""
             raise ImageError(
-                f"the stream ends at byte {self.offset}, after {self.records} records{inside}, "
-                "without a trailer",
+                f"the stream ends at byte {self.offset}, after {self.records} records{inside}, without a trailer",
                 hint="it was cut short: nothing can be restarted from it",
             )
 

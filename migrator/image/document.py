@@ -78,9 +78,7 @@ def declarations() -> Iterator[tuple[str, str]]:
         comments = field_comments(cls)
         lines = ["\tstruct ckpt_hdr h;"] if issubclass(cls, Record) else []
         for member in cls._members:
-            lines.append(
-                f"\t{_C_TYPES[member.code]} {member.name};" + _c_comment(comments.get(member.name, ""))
-            )
+            lines.append(f"\t{_C_TYPES[member.code]} {member.name};" + _c_comment(comments.get(member.name, "")))
         yield name, _block(name, lines, " __attribute__((aligned(8)))")
 
 
@@ -94,9 +92,7 @@ def tables() -> Iterator[tuple[str, str]]:
         comments = field_comments(names)
         rows = ["| Name | Value | Meaning |", "|---|---|---|"]
         for value in names:
-            rows.append(
-                f"| `{value.name}` | {_number(names, value)} | {comments.get(value.name or '', '')} |"
-            )
+            rows.append(f"| `{value.name}` | {_number(names, value)} | {comments.get(value.name or '', '')} |")
         yield f"Values {names.__name__}", "\n".join(rows)
 
 
@@ -178,9 +174,7 @@ def _kernel_comment(name: str) -> str:
     for cls in record_classes():
         if name == f"struct {c_name(cls)}":
             lines = [
-                part
-                for line in _introduction(cls.__name__).splitlines()
-                for part in textwrap.wrap(line, 76) or [""]
+                part for line in _introduction(cls.__name__).splitlines() for part in textwrap.wrap(line, 76) or [""]
             ]
             return "/*\n" + "".join(f" * {line}".rstrip() + "\n" for line in lines) + " */\n" if lines else ""
     return ""

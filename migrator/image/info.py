@@ -1,6 +1,6 @@
 """What a stream holds, for people: a summary gathered record by record, whole stream or broken one.
 
-    summary = Summary()
+    summary = ImageSummary()
     for record in decoder.feed(chunk):
         summary.add(record)
     info = summary.finish()
@@ -140,7 +140,7 @@ class ImageInfo:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-class Summary:
+class ImageSummary:
     """Gathers an `ImageInfo`. Records may come without the contents of their pages."""
 
     def __init__(self) -> None:
@@ -238,9 +238,7 @@ class Summary:
     def _task(self, pid: int) -> TaskInfo:
         task = self._tasks.get(pid)
         if task is None:
-            task = self._tasks[pid] = _task_info(
-                r.TaskPids(pid=pid, tgid=pid, ppid=0, pgid=0, sid=0, flags=0)
-            )
+            task = self._tasks[pid] = _task_info(r.TaskPids(pid=pid, tgid=pid, ppid=0, pgid=0, sid=0, flags=0))
         return task
 
     def _take_task(self, record: r.Task) -> None:

@@ -143,9 +143,7 @@ class Order:
         if header.magic != r.MAGIC:
             self._fail(f"magic {header.magic:#x}: this is no image")
         if not 1 <= header.rev <= r.REV:
-            self._fail(
-                f"revision {header.rev} is not known (1 to {r.REV} are)", hint="a newer migrator may know it"
-            )
+            self._fail(f"revision {header.rev} is not known (1 to {r.REV} are)", hint="a newer migrator may know it")
         if header.arch_id != r.Arch.X86_64:
             self._fail(f"architecture {header.arch_id} is not x86-64 ({r.Arch.X86_64:d})")
         if header.page_shift != r.PAGE_SIZE.bit_length() - 1:

@@ -71,10 +71,7 @@ def _head(info: ImageInfo) -> Iterator[str]:
         yield "no header"
         return
     kernel = f"{text(head['sysname'])} {text(head['release'])} {text(head['machine'])}"
-    yield (
-        f"image revision {head['rev']} by {text(head['engine']) or 'an unnamed engine'}, "
-        f"flags {head['uflags']:#x}"
-    )
+    yield (f"image revision {head['rev']} by {text(head['engine']) or 'an unnamed engine'}, flags {head['uflags']:#x}")
     yield f"host {text(head['nodename'])}, {kernel}"
     if info.arch:
         yield f"cpu {text(info.arch['cpu_model'])}, xstate of {info.arch['xstate_size']} bytes"
@@ -119,11 +116,7 @@ def _memory(info: ImageInfo, verbose: bool) -> Iterator[str]:
 
 
 def _amount(memory: MemoryInfo) -> str:
-    mapped = (
-        f"{size(memory.size)} in {len(memory.mappings)} mappings"
-        if memory.kind == "mm"
-        else size(memory.size)
-    )
+    mapped = f"{size(memory.size)} in {len(memory.mappings)} mappings" if memory.kind == "mm" else size(memory.size)
     return f"{mapped}; sent {memory.data} pages with data, {memory.zero} zero, {memory.absent} absent"
 
 
@@ -148,9 +141,7 @@ def _descriptors(info: ImageInfo) -> Iterator[str]:
 
 def _objects(info: ImageInfo, verbose: bool) -> Iterator[str]:
     for thing in info.objects:
-        shown = " ".join(
-            f"{name}={_value(value, verbose)}" for name, value in thing.fields.items() if value or verbose
-        )
+        shown = " ".join(f"{name}={_value(value, verbose)}" for name, value in thing.fields.items() if value or verbose)
         yield f"  {thing.record}  {shown}"
 
 

@@ -172,9 +172,7 @@ class Cgroup:
         that it has there.
         """
         if not name or "/" in name or name.startswith("."):
-            raise UsageError(
-                f"bad cgroup name {name!r}", hint="a name has no slash and does not begin with a dot"
-            )
+            raise UsageError(f"bad cgroup name {name!r}", hint="a name has no slash and does not begin with a dot")
         chosen = hierarchy(version)
         path = (under or _parent(chosen)) / name
         path.mkdir(parents=True, exist_ok=True)

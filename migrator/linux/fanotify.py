@@ -152,6 +152,4 @@ def open_handle(fd: int, handle: bytes, flags: int) -> int:
     """Open what `handle` belongs to, on the file system of `fd` (no O_PATH descriptor). Close-on-exec. Raises
     OSError, ESTALE if it is gone."""
     buffer = ctypes.create_string_buffer(handle, max(len(handle), _HANDLE.size))
-    return sys.call(
-        _NR_OPEN_BY_HANDLE_AT, fd, ctypes.addressof(buffer), flags | os.O_CLOEXEC, name="open_by_handle_at"
-    )
+    return sys.call(_NR_OPEN_BY_HANDLE_AT, fd, ctypes.addressof(buffer), flags | os.O_CLOEXEC, name="open_by_handle_at")

@@ -99,9 +99,7 @@ def enter(pid: int, kinds: Collection[str]) -> None:
     unknown = set(kinds) - KINDS.keys()
     if unknown:
         raise ValueError(f"no such kind of namespace: {', '.join(sorted(unknown))}")
-    fds = {
-        kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in KINDS if kind in kinds
-    }
+    fds = {kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in KINDS if kind in kinds}
     for kind, fd in fds.items():
         setns(fd, KINDS[kind])
         os.close(fd)

@@ -137,9 +137,7 @@ def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal:
     set_regs(tid, new)
 
 
-def start_call(
-    tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...], stack: int = 0
-) -> None:
+def start_call(tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...], stack: int = 0) -> None:
     """Point a stopped thread at one `syscall` instruction, arguments in place; `stack` 0: on its own."""
     new = regs.copy()
     if stack:

@@ -84,7 +84,7 @@ class Hello(Message, tag="hello", frozen=True):
     host: Name = ""
 
 
-class Tree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SyncTree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is carried along as a whole: all below the directory `path`, as the workload sees it; or of that
     directory only the file `only`. Its inode number and the time of its last change (ns) tell whether both hosts
     look at the same directory."""
@@ -105,7 +105,7 @@ class Propose(Message, tag="propose", frozen=True):
     container_spec: Annotated[str, Meta(max_length=1 << 16)] = ""
     copy_files: bool = False
     dry_run: bool = False
-    trees: Annotated[list[Tree], Meta(max_length=64)] = []
+    trees: Annotated[list[SyncTree], Meta(max_length=64)] = []
 
 
 class Verdict(Message, tag="verdict", frozen=True):
@@ -326,7 +326,7 @@ class Done(Message, tag="done", frozen=True):
     compression_ratio: Seconds = 1.0
 
 
-class Report(Message, tag="report", frozen=True):
+class DestinationReport(Message, tag="report", frozen=True):
     """destination: its phases, once it runs."""
 
     migration: Id
@@ -391,7 +391,7 @@ AnyMessage = (
     | Abort
     | Ask
     | Done
-    | Report
+    | DestinationReport
     | Progress
     | Clock
     | Failure

@@ -52,7 +52,7 @@ class Role(Enum):
     DESTINATION = "destination"
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is needed to settle a migration without the program that began it.
 
     peer:      how to reach the other host, as given on the command line; "" if it is the one who calls
@@ -76,15 +76,15 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moves: list[tuple[str, str, str, str]] = []
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: Recorded
     at: float  # seconds since the epoch
     reason: str = ""
-    facts: Facts | None = None  # in the first record, and where something became known
+    facts: JournalHeader | None = None  # in the first record, and where something became known
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Record)
+_decoder = msgspec.json.Decoder(JournalRecord)
 
 
 def journal_directory() -> Path:
@@ -110,11 +110,11 @@ class Journal:
         """Use `create` or `open`."""
         self.path = path
         self._fd = fd
-        self._records: list[Record] = []
+        self._records: list[JournalRecord] = []
         self._size = 0  # bytes of the file that they are from
 
     @classmethod
-    def create(cls, directory: Path, facts: Facts, *, reason: str = "") -> Journal:
+    def create(cls, directory: Path, facts: JournalHeader, *, reason: str = "") -> Journal:
         """Begin the journal of a migration and lock it; durable on return.
 
         Raises FileExistsError if this host knows the migration already, JournalError if it cannot be
@@ -176,9 +176,9 @@ class Journal:
         self.reload()
         return True
 
-    def record(self, state: Recorded, *, facts: Facts | None = None, reason: str = "") -> None:
+    def record(self, state: Recorded, *, facts: JournalHeader | None = None, reason: str = "") -> None:
         """Append a record; durable on return. Raises JournalError: then what it says must not be done."""
-        record = Record(state=state, at=time.time(), reason=reason[:2000], facts=facts)
+        record = JournalRecord(state=state, at=time.time(), reason=reason[:2000], facts=facts)
         # A line that was cut off before ours must not swallow it.
         line = b"\n" + encode_line(record)
         try:
@@ -194,8 +194,8 @@ class Journal:
         else:
             self.reload()
 
-    def decide(self, decision: Recorded, *, reason: str = "", facts: Facts | None = None) -> Recorded:
-        """Record RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
+    def decide(self, decision: Recorded, *, reason: str = "", facts: JournalHeader | None = None) -> Recorded:
+        """JournalRecord RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
 
         The first record wins, also against another process that decides at the same time.
         """
@@ -220,11 +220,11 @@ class Journal:
             raise JournalError(f"cannot read {self.path}: {error.strerror}") from error
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[JournalRecord]:
         return self._records
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> JournalHeader:
         """The latest facts recorded. Raises JournalError if the first record is missing."""
         for record in reversed(self._records):
             if record.facts is not None:
@@ -270,12 +270,12 @@ class Journal:
         self.close()
 
 
-def encode_line(record: Record) -> bytes:
+def encode_line(record: JournalRecord) -> bytes:
     body = _encoder.encode(record)
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def decode_lines(data: bytes) -> Iterator[Record]:
+def decode_lines(data: bytes) -> Iterator[JournalRecord]:
     """The whole records in a journal's bytes. What is torn or damaged was never written."""
     for line in data.split(b"\n"):
         if len(line) < 10 or line[8:9] != b" ":

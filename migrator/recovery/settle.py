@@ -32,13 +32,13 @@ from migrator.protocol.states import (
     destination_step,
     source_step,
 )
-from migrator.recovery.journal import Facts, Journal, Role, boot_id, forget_old, unattended
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, forget_old, unattended
 from migrator.session.interfaces import Groups, NoSurroundings, Surroundings, open_group
 
 log = logging.getLogger("migrator.session")
 
 # Asks the destination of a migration for its decision; raises TransportError where it cannot be reached.
-AskPeer = Callable[[Facts], Awaitable[Recorded]]
+AskPeer = Callable[[JournalHeader], Awaitable[Recorded]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Tools:
     surroundings: Surroundings = field(default_factory=NoSurroundings)
 
 
-def thaw(facts: Facts, tools: Tools) -> bool:
+def thaw(facts: JournalHeader, tools: Tools) -> bool:
     """Let the tasks of a journal run, where they came from; False if there are none any more."""
     if not same_boot(facts):
         return False
@@ -81,7 +81,7 @@ def thaw(facts: Facts, tools: Tools) -> bool:
     return True
 
 
-def kill(facts: Facts, tools: Tools) -> None:
+def kill(facts: JournalHeader, tools: Tools) -> None:
     """Kill the tasks of a journal, frozen or not, and take down what stood around them."""
     group = tools.groups(facts.cgroup) if same_boot(facts) else None
     if group is not None and _ours(facts, group.pids()):
@@ -94,12 +94,12 @@ def kill(facts: Facts, tools: Tools) -> None:
             remove_empty({home for _, home in facts.homes})
 
 
-def same_boot(facts: Facts) -> bool:
+def same_boot(facts: JournalHeader) -> bool:
     """Whether the tasks of a journal can still exist."""
     return not facts.boot_id or facts.boot_id == boot_id()
 
 
-def _ours(facts: Facts, pids: list[int]) -> bool:
+def _ours(facts: JournalHeader, pids: list[int]) -> bool:
     """Whether a cgroup holds the tasks that the journal is about, and not others that came later."""
     if not facts.pids:
         return True
@@ -173,7 +173,7 @@ async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
     return Fate.DESTINATION if state is SourceState.AWAY else Fate.SOURCE
 
 
-def _act_for_source(action: SourceAction, journal: Journal, facts: Facts, tools: Tools) -> None:
+def _act_for_source(action: SourceAction, journal: Journal, facts: JournalHeader, tools: Tools) -> None:
     if action is SourceAction.JOURNAL_HERE:
         journal.record(Recorded.HERE, reason="settled after the agent ended")
     elif action is SourceAction.JOURNAL_AWAY:
@@ -192,7 +192,7 @@ def _went_away(journal: Journal) -> bool:
     return any(record.state is Recorded.AWAY for record in journal.records)
 
 
-def undecided(facts: Facts, why: object) -> Undecided:
+def undecided(facts: JournalHeader, why: object) -> Undecided:
     """The message for an operator who has to decide if nobody else can."""
     decide = f"`migrator settle {facts.migration}"
     return Undecided(
@@ -203,7 +203,7 @@ def undecided(facts: Facts, why: object) -> Undecided:
     )
 
 
-def _tasks(facts: Facts) -> str:
+def _tasks(facts: JournalHeader) -> str:
     if facts.container:
         return f"container {facts.container}"
     return f"pid {facts.pids[0][0]} and its tree" if facts.pids else f"cgroup {facts.cgroup}"
@@ -247,7 +247,7 @@ def answer(directory: Path, migration: str, tools: Tools) -> AnyMessage:
     reason = "the source asked before the copy was to run"
     journal = Journal.find(directory, migration, Role.DESTINATION)
     if journal is None:
-        facts = Facts(migration=migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
+        facts = JournalHeader(migration=migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
         with Journal.create(directory, facts, reason="asked about, never begun") as journal:
             decision = journal.decide(Recorded.DISCARDED, reason=reason)
             journal.record(Recorded.CLOSED)

@@ -29,12 +29,12 @@ def prepare() -> None:
     gc.freeze()
 
 
-def give_way() -> None:
+def yield_processor() -> None:
     """Let another thread have the interpreter that was just woken by what this one did, and is more urgent."""
     time.sleep(_WAY_SECONDS)
 
 
-class Calm:
+class LatencyGuard:
     """From `enter()` to `leave()` no collection, quick turns, and no waiting for others. `leave()` may be called
     without `enter()`, and twice. Any thread may do either."""
 

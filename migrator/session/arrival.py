@@ -24,7 +24,7 @@ ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: suc
 Make = Callable[[], NetworkArrival | None]
 
 
-class Arriving:
+class Arrival:
     """What a destination does about the network. `phases` are what it took."""
 
     def __init__(self, link: Link) -> None:

@@ -27,7 +27,7 @@ NEGLIGIBLE = 0.0005  # seconds
 GAIN = 0.85  # a round is better than the one before if it leaves less than this part of it
 
 
-class Verdict(enum.Enum):
+class NextStep(enum.Enum):
     CONTINUE = "continue"
     FREEZE = "freeze"
     GIVE_UP = "give up"
@@ -37,7 +37,7 @@ class Verdict(enum.Enum):
 class Decision:
     """What to do now, the downtime if the workload were frozen now (seconds), and why."""
 
-    verdict: Verdict
+    verdict: NextStep
     predicted_downtime: float
     reason: str
 
@@ -97,29 +97,29 @@ def decide(rounds: Sequence[Round], conditions: Conditions) -> Decision:
     budget, throughput = conditions.budget, conditions.throughput or measured_throughput(rounds)
     transfer = residual_pages(rounds) * PAGE / throughput if throughput else 0.0
 
-    def verdict(what: Verdict, why: str) -> Decision:
+    def verdict(what: NextStep, why: str) -> Decision:
         return Decision(what, predicted, why)
 
     if budget is not None and predicted <= budget:
-        return verdict(Verdict.FREEZE, f"{_ms(predicted)} predicted, within the budget of {_ms(budget)}")
+        return verdict(NextStep.FREEZE, f"{_ms(predicted)} predicted, within the budget of {_ms(budget)}")
     if conditions.elapsed >= conditions.timeout:
         spent = f"{conditions.timeout:g} s have passed"
         if budget is None:
-            return verdict(Verdict.FREEZE, f"{spent}, the timeout")
+            return verdict(NextStep.FREEZE, f"{spent}, the timeout")
         return verdict(
-            Verdict.GIVE_UP,
+            NextStep.GIVE_UP,
             f"{spent} and {_ms(predicted)} predicted is still over the budget of {_ms(budget)}: "
             + _obstacle(rounds, conditions, throughput),
         )
     if budget is not None:
-        return verdict(Verdict.CONTINUE, f"{_ms(predicted)} predicted, over the budget of {_ms(budget)}")
+        return verdict(NextStep.CONTINUE, f"{_ms(predicted)} predicted, over the budget of {_ms(budget)}")
     if transfer <= NEGLIGIBLE and (len(rounds) > 1 or rounds[-1].remaining >= 0):
-        return verdict(Verdict.FREEZE, "what is left takes no time to send")
+        return verdict(NextStep.FREEZE, "what is left takes no time to send")
     if len(rounds) >= MAX_ROUNDS:
-        return verdict(Verdict.FREEZE, f"{MAX_ROUNDS} rounds have been made")
+        return verdict(NextStep.FREEZE, f"{MAX_ROUNDS} rounds have been made")
     if converged(rounds):
-        return verdict(Verdict.FREEZE, "another round would not leave less to send")
-    return verdict(Verdict.CONTINUE, "each round leaves less to send")
+        return verdict(NextStep.FREEZE, "another round would not leave less to send")
+    return verdict(NextStep.CONTINUE, "each round leaves less to send")
 
 
 def converged(rounds: Sequence[Round]) -> bool:

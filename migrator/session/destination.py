@@ -27,14 +27,14 @@ from migrator.filesync.target import TreeTargets
 from migrator.model import OnEvent, Outcome, Where
 from migrator.protocol import messages as m
 from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
-from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 from migrator.recovery.settle import kill, thaw
 from migrator.runtime.fault_points import fault
-from migrator.runtime.latency import Calm, give_way, prepare
+from migrator.runtime.latency import LatencyGuard, prepare, yield_processor
 from migrator.runtime.pump import Pump
 from migrator.runtime.thread import OwnThread
 from migrator.session import preflight
-from migrator.session.arrival import Arriving
+from migrator.session.arrival import Arrival
 from migrator.session.interfaces import Link
 from migrator.session.report import round_done
 from migrator.session.settings import DestinationSettings, Prepared
@@ -56,7 +56,7 @@ class DestinationSession:
         self._tell = on_event
         self._events: asyncio.Queue[tuple[DestinationEvent, BaseException | None]] = asyncio.Queue()
         self._thread = OwnThread("engine")
-        self._arriving = Arriving(link)
+        self._arriving = Arrival(link)
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
         self._files: FileReceiver | None = None
@@ -74,7 +74,7 @@ class DestinationSession:
         self._rounds: list[Round] = []
         self._done: m.Done | None = None
         self._phases: list[Phase] = []
-        self._calm = Calm()
+        self._calm = LatencyGuard()
         self._pid = 0
         self._resumed_at = 0
         self._began = time.monotonic_ns()
@@ -280,7 +280,7 @@ class DestinationSession:
     async def _open_journal(self) -> None:
         if self._prepared is None:
             raise MigrationAborted("this host has refused the workload")
-        facts = Facts(
+        facts = JournalHeader(
             migration=self._migration,
             role=Role.DESTINATION,
             peer=self._link.peer,
@@ -333,7 +333,7 @@ class DestinationSession:
             fault("destination.built")
             # Told from here: what follows has the time of a round trip.
             loop.call_soon_threadsafe(self._post, DestinationEvent.BUILT)
-            give_way()
+            yield_processor()
             self._engine.hold()
             fault("destination.held")
         finally:
@@ -356,7 +356,9 @@ class DestinationSession:
     def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
         if self._journal is None:
             # Asked about a migration that was never begun here.
-            facts = Facts(migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
+            facts = JournalHeader(
+                migration=self._migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time()
+            )
             self._journal = Journal.create(self.settings.journal, facts)
             wish = Recorded.DISCARDED
         with self._phase("journal"):
@@ -366,7 +368,7 @@ class DestinationSession:
         running = decided is Recorded.RUNNING
         return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
 
-    def _facts_of_copy(self) -> Facts | None:
+    def _facts_of_copy(self) -> JournalHeader | None:
         """What became known while it was built and an agent needs that has to resume it for us."""
         moves = self._engine.moves if self._engine is not None else []
         assert self._journal is not None
@@ -414,7 +416,7 @@ class DestinationSession:
 
     async def _report(self) -> None:
         phases = [*self._phases, *self._arriving.phases, *(self._engine.phases if self._engine is not None else [])]
-        await self._send(m.Report(self._migration, phases[-200:], self._pid))
+        await self._send(m.DestinationReport(self._migration, phases[-200:], self._pid))
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from migrator.engine.base import Destination, Source
 from migrator.linux.cgroup import Cgroup
-from migrator.recovery.journal import Facts
+from migrator.recovery.journal import JournalHeader
 
 
 class Link(Protocol):
@@ -77,20 +77,20 @@ class Surroundings(Protocol):
     Both must do nothing where there is nothing to do, and be callable twice.
     """
 
-    def reopen(self, facts: Facts) -> None:
+    def reopen(self, facts: JournalHeader) -> None:
         """Its tasks will run here: give them what they need for it, network and connections above all."""
 
-    def remove(self, facts: Facts) -> None:
+    def remove(self, facts: JournalHeader) -> None:
         """Its tasks are gone: take down what stood around them."""
 
 
 class NoSurroundings:
     """For fakes."""
 
-    def reopen(self, facts: Facts) -> None:
+    def reopen(self, facts: JournalHeader) -> None:
         pass
 
-    def remove(self, facts: Facts) -> None:
+    def remove(self, facts: JournalHeader) -> None:
         pass
 
 

@@ -82,7 +82,7 @@ class Difference:
         return found
 
 
-class Report(msgspec.Struct, frozen=True):
+class PreflightReport(msgspec.Struct, frozen=True):
     """The outcome of a preflight, as `migrator check` shows it.
 
     predicted_downtime: seconds, before anything was measured on the link

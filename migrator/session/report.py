@@ -14,7 +14,7 @@ from migrator.protocol import messages as m
 from migrator.recovery.journal import journal_directory
 from migrator.session import convergence, preflight
 from migrator.session.interfaces import Link
-from migrator.session.workload import Copying
+from migrator.session.workload import WorkloadThread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +45,24 @@ class SourceSettings:
     dry_run: bool = False
     cold: bool = False
     copy_files: bool = False
-    trees: tuple[m.Tree, ...] = ()
+    trees: tuple[m.SyncTree, ...] = ()
     journal: Path = field(default_factory=journal_directory)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class MigrationSummary:
     """Everything that a result is made of."""
 
     settings: SourceSettings
     host: m.HostFacts
-    report: preflight.Report | None
-    copying: Copying
+    report: preflight.PreflightReport | None
+    copying: WorkloadThread
     link: Link
     began: int  # ns of CLOCK_MONOTONIC
     spans: list[Span]
     clock: model.ClockOffset
     running: m.Running | None
-    told: m.Report | None
+    told: m.DestinationReport | None
     decision: convergence.Decision | None
     pids: list[int]
 

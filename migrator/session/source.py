@@ -29,18 +29,18 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
-from migrator.filesync.sync import Baggage, check_wanted
+from migrator.filesync.sync import FileSync, check_wanted
 from migrator.model import OnEvent, Outcome, Span, Where
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
-from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 from migrator.recovery.settle import undecided
 from migrator.runtime.fault_points import fault
 from migrator.session import convergence, downtime_model, preflight
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.peer import Peer, Reconnect
-from migrator.session.report import SourceSettings, Summary, how_it_ended, round_done
-from migrator.session.workload import Copying, conditions
+from migrator.session.report import MigrationSummary, SourceSettings, how_it_ended, round_done
+from migrator.session.workload import WorkloadThread, conditions
 
 log = logging.getLogger("migrator.session")
 
@@ -67,18 +67,18 @@ class SourceSession:
     ) -> None:
         self.settings = settings
         self.state = SourceState.START
-        self.report: preflight.Report | None = None
+        self.report: preflight.PreflightReport | None = None
         self._host = host
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._tell = on_event
-        self._copying = Copying(factory, link, network)
-        self._baggage: Baggage | None = None
+        self._copying = WorkloadThread(factory, link, network)
+        self._baggage: FileSync | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._journal: Journal | None = None
-        self._facts = Facts(
+        self._facts = JournalHeader(
             migration=settings.migration,
             role=Role.SOURCE,
             peer=settings.peer,
@@ -100,7 +100,7 @@ class SourceSession:
         self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
         self._running: m.Running | None = None
-        self._destination_report: asyncio.Future[m.Report] | None = None
+        self._destination_report: asyncio.Future[m.DestinationReport] | None = None
         self._began = 0
         self._lost_at = 0.0
 
@@ -285,7 +285,7 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._baggage = Baggage(
+            self._baggage = FileSync(
                 files,
                 self.settings.trees,
                 root,
@@ -346,11 +346,11 @@ class SourceSession:
             )
             self._tell(round_done(settings.migration, told))
             await self._send(told)
-            if decision.verdict is convergence.Verdict.GIVE_UP:
+            if decision.verdict is convergence.NextStep.GIVE_UP:
                 raise MigrationAborted(
                     decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
                 )
-            if decision.verdict is convergence.Verdict.FREEZE:
+            if decision.verdict is convergence.NextStep.FREEZE:
                 break
         if settings.cold:
             await self._ask_clock()
@@ -476,7 +476,7 @@ class SourceSession:
         elif isinstance(message, m.Clock):
             self._clock.sample(message.asked, message.answered, time.monotonic_ns())
             self._clock_answered.set()
-        elif isinstance(message, m.Report):
+        elif isinstance(message, m.DestinationReport):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
         elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._baggage is not None:
@@ -496,7 +496,7 @@ class SourceSession:
         weighed = conditions(
             self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
         )
-        self.report = preflight.Report(
+        self.report = preflight.PreflightReport(
             self.settings.migration,
             self._host,
             verdict.destination,
@@ -528,8 +528,8 @@ class SourceSession:
 
     # The end
 
-    def _summary(self, told: m.Report | None) -> Summary:
-        return Summary(
+    def _summary(self, told: m.DestinationReport | None) -> MigrationSummary:
+        return MigrationSummary(
             settings=self.settings,
             host=self._host,
             report=self.report,
@@ -555,7 +555,7 @@ class SourceSession:
         )
 
     async def _result(self) -> model.MigrationResult:
-        told: m.Report | None = None
+        told: m.DestinationReport | None = None
         if self.state is SourceState.AWAY and self._destination_report is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_TELL_SECONDS):

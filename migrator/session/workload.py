@@ -1,6 +1,6 @@
 """The engine's half of a source: everything that touches the workload, on the engine's own thread.
 
-`Copying` knows nothing of the protocol; `migrator.session.source` calls it when the tables say so.
+`WorkloadThread` knows nothing of the protocol; `migrator.session.source` calls it when the tables say so.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from migrator.engine.base import Phase, Round, Source, Survey
 from migrator.errors import MigrationAborted
 from migrator.linux import procfs
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts, Journal
+from migrator.recovery.journal import Journal, JournalHeader
 from migrator.runtime.fault_points import fault
-from migrator.runtime.latency import Calm, give_way, prepare
+from migrator.runtime.latency import LatencyGuard, prepare, yield_processor
 from migrator.runtime.pump import Pump
 from migrator.runtime.thread import OwnThread
 from migrator.session import convergence, downtime_model
@@ -37,7 +37,7 @@ _STALLED = 10.0  # seconds without a byte taken
 _STANDING_SECONDS = 60.0  # from the last byte taken until all of it is in place
 
 
-class Copying:
+class WorkloadThread:
     """One workload being copied away.
 
     The stream goes engine -> pipe -> `link.pump_in`. If the link fails or the work is stopped, the pipe's
@@ -59,7 +59,7 @@ class Copying:
         self._standing = 0  # the last round that the destination has in place
         self._stood = asyncio.Event()
         self.ahead: Round | None = None  # a last one, of which no word was awaited
-        self._calm = Calm()
+        self._calm = LatencyGuard()
         self._pids: list[tuple[int, int]] = []
 
     # While the workload runs
@@ -140,7 +140,7 @@ class Copying:
     def pids(self) -> list[int]:
         return self._source.pids
 
-    def facts(self, facts: Facts) -> Facts:
+    def facts(self, facts: JournalHeader) -> JournalHeader:
         """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
         pids = []
         for pid in self._source.pids:
@@ -150,7 +150,9 @@ class Copying:
 
     # From the freeze to the thaw
 
-    async def save(self, journal: Journal, facts: Facts, late_files: Callable[[], Awaitable[None]] | None) -> None:
+    async def save(
+        self, journal: Journal, facts: JournalHeader, late_files: Callable[[], Awaitable[None]] | None
+    ) -> None:
         """Freeze, save and hold. On return the image is written to its trailer, the tasks are frozen by their
         cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
         loop = asyncio.get_running_loop()
@@ -161,7 +163,7 @@ class Copying:
     def _save(
         self,
         journal: Journal,
-        facts: Facts,
+        facts: JournalHeader,
         late_files: Callable[[], Awaitable[None]] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -183,7 +185,7 @@ class Copying:
                 asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
         self._source.final()
         self.close_stream()
-        give_way()  # the last of the image is to be sent
+        yield_processor()  # the last of the image is to be sent
         with self._phase("journal"):
             committing.result()
         fault("source.committing")

@@ -88,9 +88,7 @@ class Host:
             raise error
         return result
 
-    def popen(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any
-    ) -> subprocess.Popen[Any]:
+    def popen(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[Any]:
         """Start a command on this host. It is killed when the hosts go away."""
         child = subprocess.Popen(self._argv(argv), env=self._environment(env), **more)
         self._children.append(child)

@@ -74,9 +74,7 @@ def downtime_svg(samples: Sequence[Sample], bars: Sequence[Bar], *, title: str, 
     wait = max(gap[1] - gap[0], 1)
 
     margin = max((last - first) // 12, wait // 2, 1)
-    whole = _Panel(
-        first - margin, last + margin, unit=1e9, label="seconds since the migration began", zero=first
-    )
+    whole = _Panel(first - margin, last + margin, unit=1e9, label="seconds since the migration began", zero=first)
     # Magnified: the longest wait takes about a third of the width.
     near = _Panel(
         gap[0] - wait, gap[1] + wait, unit=1e6, label="milliseconds since the unanswered request", zero=gap[0]
@@ -173,8 +171,7 @@ def _latency(panel: _Panel, samples: Sequence[Sample], gap: Sample, top: float, 
     }
     path = "".join(f"M{x} {y}h0" for x, y in sorted(dots))
     parts.append(
-        f'<path d="{path}" stroke="#33557f" stroke-width="3.2" stroke-linecap="round" '
-        'fill="none" opacity="0.75"/>'
+        f'<path d="{path}" stroke="#33557f" stroke-width="3.2" stroke-linecap="round" fill="none" opacity="0.75"/>'
     )
     x, y = panel.x(gap[1]), bottom - (bottom - top) * (gap[1] - gap[0]) / 1e6 / ceiling
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="#cc3344"/>')

@@ -119,7 +119,7 @@ class Gap:
 
 
 @dataclass
-class Report:
+class ClientReport:
     """What the client saw.
 
     requests:        commands sent
@@ -175,7 +175,7 @@ class VerifyingClient:
         timeout: float = 60.0,
     ) -> None:
         self.samples: list[tuple[int, int]] = []
-        self.report = Report()
+        self.report = ClientReport()
         self._rate = rate
         self._pipeline = pipeline
         self._keys = keys
@@ -193,7 +193,7 @@ class VerifyingClient:
         self._thread.start()
         return self
 
-    def stop(self, *, seconds: float = 90.0) -> Report:
+    def stop(self, *, seconds: float = 90.0) -> ClientReport:
         """Ends the load, reads everything back, closes; returns the report.
 
         Raises `TimeoutError` where the server owes a reply for more than `seconds`.

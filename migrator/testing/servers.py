@@ -41,8 +41,7 @@ def nginx_command(directory: Path, port: int, *, workers: int = 3) -> list[str]:
     (directory / "www").mkdir(parents=True, exist_ok=True)
     (directory / "tmp").mkdir(exist_ok=True)
     temporary = "".join(
-        f"    {kind}_temp_path {directory}/tmp;\n"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"    {kind}_temp_path {directory}/tmp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     config = directory / "nginx.conf"
     config.write_text(

@@ -92,9 +92,7 @@ class Stage:
             "--authorized-keys", str(host.folder / "authorized_keys"),
             "--metrics", f"{host.address}:9740",
         ]  # fmt: skip
-        self._running[host.label] = host.popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
-        )
+        self._running[host.label] = host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         log.close()
         if wait:
             self.await_agent(host)
@@ -137,9 +135,7 @@ class Stage:
 
     # ------------------------------------------------------------------ the work
 
-    def start_container(
-        self, name: str, argv: list[str], *, address: str = "", host: Host | None = None
-    ) -> int:
+    def start_container(self, name: str, argv: list[str], *, address: str = "", host: Host | None = None) -> int:
         """`migrator run` on a host (a, if not told); the pid of its process 1."""
         command = [*MIGRATOR, "run", "-d", "--name", name, "--bridge", "br0"]
         if address:
@@ -167,9 +163,7 @@ class Stage:
             timeout=180,
         )
         if done.returncode:
-            raise MigrateFailed(
-                done.returncode, f"{done.stderr or ''}{done.stdout}\n{self.agent_log(destination)}"
-            )
+            raise MigrateFailed(done.returncode, f"{done.stderr or ''}{done.stdout}\n{self.agent_log(destination)}")
         result: dict[str, Any] = json.loads(done.stdout)
         return result
 

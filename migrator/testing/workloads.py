@@ -188,9 +188,7 @@ class Workload:
     def check_alive_and_progressing(self, *, ticks: int = 2, seconds: float = 20.0) -> None:
         """Returns when it has reported `ticks` times more from now, so its state is right after now."""
         before = self.ticks()
-        self.wait_for(
-            lambda lines: sum(line.startswith("tick ") for line in lines) >= before + ticks, seconds=seconds
-        )
+        self.wait_for(lambda lines: sum(line.startswith("tick ") for line in lines) >= before + ticks, seconds=seconds)
 
     def finish(self, *, seconds: float = 30.0) -> list[str]:
         """Asks it to stop, waits until it has; returns its lines. The last must be "ok"."""

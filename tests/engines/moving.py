@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import pytest
-from fakeshell import Child, hide_control
+from fakestub import Child, hide_control
 
 from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore
 from migrator.image.codec import HEADER, REGISTRY, Record

@@ -131,10 +131,10 @@ class Agent:
         """What another agent does if ours dies ahead of resume()."""
         from migrator import host
         from migrator.recovery import settle
-        from migrator.recovery.journal import Facts, Role
+        from migrator.recovery.journal import JournalHeader, Role
 
         made = self.destination
-        facts = Facts(migration="x", role=Role.DESTINATION, cgroup=made.cgroup, moves=made.moves)
+        facts = JournalHeader(migration="x", role=Role.DESTINATION, cgroup=made.cgroup, moves=made.moves)
         assert settle.thaw(facts, host.tools())
         made.tidy()
         return list(made.phases)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cli import MIGRATOR, await_file, build, end, migrator, started
 
-from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 
 pytestmark = pytest.mark.root
 
@@ -99,7 +99,7 @@ def test_a_frozen_container_is_shown_refused_and_thawed_and_ends_in_the_foregrou
 
 def test_what_a_migration_has_frozen_is_neither_thawed_nor_stopped_by_hand(tmp_path: Path) -> None:
     run_counter(tmp_path)
-    facts = Facts(migration="m-undecided", role=Role.SOURCE, container=NAME, boot_id=boot_id())
+    facts = JournalHeader(migration="m-undecided", role=Role.SOURCE, container=NAME, boot_id=boot_id())
     Journal.create(tmp_path / "journal", facts).close()
     for command in ("thaw", "stop"):
         done = migrator(command, NAME, code=2)

@@ -104,9 +104,7 @@ def test_a_name_is_given_once_and_free_again_when_its_container_has_exited() -> 
 
 
 def test_stop_lets_a_handler_finish_and_kills_what_has_none() -> None:
-    polite = ct.run(
-        offline("sh", "-c", "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.02; done")
-    )
+    polite = ct.run(offline("sh", "-c", "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.02; done"))
     log = Path(polite.spec.log)
     while "up" not in log.read_text():
         time.sleep(0.01)
@@ -254,9 +252,7 @@ def address_of(link: str) -> str:
     return shown.split("link/ether ")[1].split()[0]
 
 
-def test_a_port_is_shut_until_the_sandbox_is_opened(
-    two_hosts: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_port_is_shut_until_the_sandbox_is_opened(two_hosts: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ct.Sandbox, "open_port", lambda self: None)
     with two_hosts.b.inside():  # type: ignore[attr-defined]
         spec = ct.spec_for("ct-shut", ["sleep", "100"], bridge="br0", ip=["10.77.0.64/24", "fd77::64/64"])
@@ -270,9 +266,7 @@ def test_a_port_is_shut_until_the_sandbox_is_opened(
 
 def test_a_bad_address_leaves_nothing_behind(two_hosts: object) -> None:
     with two_hosts.a.inside():  # type: ignore[attr-defined]
-        spec = ct.spec_for(
-            "ct-bad", ["sleep", "100"], bridge="br0", ip=["10.77.0.65/24"], gateway="172.30.0.1"
-        )
+        spec = ct.spec_for("ct-bad", ["sleep", "100"], bridge="br0", ip=["10.77.0.65/24"], gateway="172.30.0.1")
         with pytest.raises((network.NetworkError, SandboxError), match=r"172\.30\.0\.1"):
             ct.run(spec)
         with pytest.raises(UsageError, match="no bridge"):

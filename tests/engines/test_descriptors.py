@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakeshell import Child
+from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
 from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, survey

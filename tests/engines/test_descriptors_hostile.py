@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakeshell import Child
+from fakestub import Child
 from moving import Moved, Surroundings, hidden  # noqa: F401
 
 from migrator.engine.user.descriptors import DescriptorRestore
@@ -65,9 +65,9 @@ def build(records: list[Record], netns: str) -> None:
         for rec in records:
             restore.record(rec)
         for objref in list(restore.tables):
-            with Child() as shell:
-                restore.install(shell, objref)
-                restore.finish([shell])
+            with Child() as stub:
+                restore.install(stub, objref)
+                restore.finish([stub])
         restore.activate()
     finally:
         restore.close()

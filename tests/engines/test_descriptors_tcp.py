@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from fakeshell import Child
+from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
 from migrator.engine.user.descriptors import DescriptorDump, Listeners, survey

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakeshell import Child
+from fakestub import Child
 from moving import Bytes, Moved, child, hidden, move  # noqa: F401
 
 from migrator.engine.user.descriptors import DescriptorDump, finish_moves, notes, survey

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pidhosts import PidHost, Program, migrate
 
-from migrator.engine.user.descriptors import DescriptorRestore, FileDrafts
-from migrator.engine.user.descriptors import Process as Owner
+from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles
+from migrator.engine.user.descriptors import Holder as Owner
 from migrator.image.codec import HEADER, REGISTRY, Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import File, FileTable
@@ -144,9 +144,9 @@ def opened(restore: DescriptorRestore, table: FileTable, number: int) -> int:
     return restore._files[objref]
 
 
-def draft_of_us() -> tuple[FileDrafts, Stream]:
+def draft_of_us() -> tuple[PredumpedFiles, Stream]:
     stream = Stream()
-    drafts = FileDrafts(ObjHash(), stream, os.getpid())
+    drafts = PredumpedFiles(ObjHash(), stream, os.getpid())
     pidfd = os.pidfd_open(os.getpid())
     drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
     os.close(pidfd)

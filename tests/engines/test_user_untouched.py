@@ -145,9 +145,7 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
 
 @pytest.mark.parametrize("last", ["arm", "round", "freeze", "final"])
 @pytest.mark.parametrize("victim", ["counter", "tree"])
-def test_a_workload_killed_in_between_ends_the_attempt_and_nothing_else(
-    last: str, victim: str, tmp_path: Path
-) -> None:
+def test_a_workload_killed_in_between_ends_the_attempt_and_nothing_else(last: str, victim: str, tmp_path: Path) -> None:
     with Workload(victim, tmp_path) as killed, open(os.devnull, "wb") as sink:
         group = f"untouched-{os.getpid()}"
         with (

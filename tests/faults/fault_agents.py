@@ -20,7 +20,7 @@ from typing import Any
 from migrator.errors import Fate, MigratorError, TransportError
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts, Journal, Role
+from migrator.recovery.journal import Journal, JournalHeader, Role
 from migrator.recovery.settle import Settlement, Tools, settle_all
 from migrator.runtime import fault_points
 from migrator.session.serve import ask_over, serve
@@ -93,7 +93,7 @@ class Agents:
     async def restart_source(self) -> list[Settlement]:
         """A new agent on the source, which can reach the destination."""
 
-        async def ask(facts: Facts) -> Recorded:
+        async def ask(facts: JournalHeader) -> Recorded:
             ours, theirs = socket.socketpair()
             server = asyncio.create_task(self._destination(theirs))
             async with await link_socket(ours, "b") as link:
@@ -106,13 +106,13 @@ class Agents:
     async def restart_source_alone(self) -> list[Settlement]:
         """A new agent on the source, which cannot reach the destination."""
 
-        async def ask(facts: Facts) -> Recorded:
+        async def ask(facts: JournalHeader) -> Recorded:
             raise TransportError("no route to host")
 
         return await settle_all(self.path / "a", self.tools("source"), ask)
 
     async def restart_destination(self) -> list[Settlement]:
-        async def ask(facts: Facts) -> Recorded:
+        async def ask(facts: JournalHeader) -> Recorded:
             raise AssertionError("a destination asks nobody")
 
         return await settle_all(self.path / "b", self.tools("destination"), ask)

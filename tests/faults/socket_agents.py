@@ -21,7 +21,7 @@ from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.source import UserSource
 from migrator.linux import procfs, repair
 from migrator.linux.cgroup import Cgroup
-from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 
 STEPS: list[tuple[Any, str]] = [
     (Cgroup, "freeze"),
@@ -57,7 +57,7 @@ def agent(pid: int, journals: Path, number: int, told: int) -> None:
     sink = os.open("/dev/null", os.O_WRONLY)
     with UserSource(pid, sink, SourceOptions()) as source:
         source.survey()
-        facts = Facts(
+        facts = JournalHeader(
             migration=f"killed-{time.time_ns()}",
             role=Role.SOURCE,
             pids=[(p, procfs.start_time(p)) for p in source.pids],

@@ -15,7 +15,7 @@ from migrator import host
 from migrator.errors import Fate
 from migrator.linux.cgroup import PARENT, directory_of, hierarchy
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts
+from migrator.recovery.journal import JournalHeader
 from migrator.recovery.settle import settle_all
 
 pytestmark = pytest.mark.root
@@ -70,7 +70,7 @@ def talking(tmp_path: Path) -> Iterator[Talking]:
     made.process.wait()
 
 
-async def nobody(facts: Facts) -> Recorded:
+async def nobody(facts: JournalHeader) -> Recorded:
     raise AssertionError("the source decides alone")
 
 

@@ -128,12 +128,8 @@ for line in sys.stdin:
 
 def test_an_echo_server_keeps_its_connection_and_its_bytes(stage: Stage) -> None:
     out = stage.folder / "server"
-    stage.start_container(
-        "echo", [str(build("tcpserver")), str(out), "10.77.0.61", "7000", "8"], address="10.77.0.61"
-    )
-    client = Workload(
-        "tcpclient", stage.folder, "10.77.0.61", "7000", "0", "500", "512", netns=stage.client.namespace
-    )
+    stage.start_container("echo", [str(build("tcpserver")), str(out), "10.77.0.61", "7000", "8"], address="10.77.0.61")
+    client = Workload("tcpclient", stage.folder, "10.77.0.61", "7000", "0", "500", "512", netns=stage.client.namespace)
     with client:
         here, there = stage.a, stage.b
         for _ in range(3):

@@ -211,9 +211,7 @@ print(size)
     assert any(size > 3000 for size in sizes)
 
 
-def test_an_announced_address_is_reached_at_its_new_place_at_once(
-    two_hosts: TwoHosts, client: socket.socket
-) -> None:
+def test_an_announced_address_is_reached_at_its_new_place_at_once(two_hosts: TwoHosts, client: socket.socket) -> None:
     source = start(two_hosts.a, ECHO, "a")
     wait_for_echo(client)
     arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")

@@ -253,9 +253,7 @@ def files() -> list[Record]:
         f.FileTable(
             objref=33,
             reserved=0,
-            descriptors=[
-                f.Descriptor(fd=fd, file_objref=21 + fd, cloexec=fd & 1, reserved=0) for fd in range(12)
-            ],
+            descriptors=[f.Descriptor(fd=fd, file_objref=21 + fd, cloexec=fd & 1, reserved=0) for fd in range(12)],
         ),
         f.EpollItems(
             epoll_objref=31,
@@ -317,9 +315,7 @@ def body() -> list[Record]:
             rlimits=[r.Rlimit(soft=1024, hard=(1 << 64) - 1)] * 16,
             itimers=[r.Itimer(value=5, interval=10)] * 3,
             timers=[
-                r.PosixTimer(
-                    timer_id=0, clock=1, notify=0, signo=14, tid=0, overrun=2, sigval=7, value=9, interval=0
-                )
+                r.PosixTimer(timer_id=0, clock=1, notify=0, signo=14, tid=0, overrun=2, sigval=7, value=9, interval=0)
             ],
         ),
         *files(),

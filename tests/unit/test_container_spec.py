@@ -105,9 +105,7 @@ def test_device_names_fit_and_differ_between_containers(one: str, other: str) ->
 
 
 def test_options_of_the_command_line_become_a_spec() -> None:
-    spec = spec_for(
-        "web", ["sleep", "1"], ip=["10.0.0.2/24"], gateway="10.0.0.1", env=["A=b=c"], tmpfs=["/x:size=1m"]
-    )
+    spec = spec_for("web", ["sleep", "1"], ip=["10.0.0.2/24"], gateway="10.0.0.1", env=["A=b=c"], tmpfs=["/x:size=1m"])
     assert spec.routes == (Route("default", "10.0.0.1"),)
     assert spec.env == {"A": "b=c"}
     assert spec.tmpfs == (Tmpfs("/x", "size=1m"),)

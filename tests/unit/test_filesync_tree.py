@@ -19,7 +19,7 @@ from migrator.filesync.source import TreeSource
 from migrator.filesync.target import TreeTarget, TreeTargets
 from migrator.filesync.view import Mapped
 from migrator.protocol import messages as m
-from migrator.protocol.messages import Tree
+from migrator.protocol.messages import SyncTree
 
 pytestmark = pytest.mark.root
 
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.root
 class Sides:
     """A source and a destination directory, and nothing in between but encoded messages."""
 
-    def __init__(self, folder: Path, *, watched: bool = True, tree: Tree | None = None) -> None:
+    def __init__(self, folder: Path, *, watched: bool = True, tree: SyncTree | None = None) -> None:
         self.here, self.there = folder / "here", folder / "there"
         self.here.mkdir()
         self.watched = watched
-        self.tree = tree or Tree("/")
+        self.tree = tree or SyncTree("/")
         self.ops: list[m.TreeOp] = []
 
     def start(self) -> TreeSource:
@@ -426,7 +426,7 @@ def shake(top: Path, chance: random.Random) -> None:
 
 
 def test_a_single_file_is_carried_and_its_neighbours_are_not(tmp_path: Path) -> None:
-    sides = Sides(tmp_path, tree=Tree("/srv", b"one"))
+    sides = Sides(tmp_path, tree=SyncTree("/srv", b"one"))
     (sides.here / "one").write_text("1")
     (sides.here / "two").write_text("2")
     sides.there.mkdir()
@@ -498,7 +498,7 @@ HOSTILE: dict[str, list[m.TreeOp]] = {
 def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, ops: list[m.TreeOp]) -> None:
     (tmp_path / "secret").write_text("mine")
     top = tmp_path / "top"
-    target = TreeTarget(Tree("/"), str(top), "m-test")
+    target = TreeTarget(SyncTree("/"), str(top), "m-test")
     with pytest.raises(m.MessageError):
         target.apply(ops)
     target.close(False)
@@ -530,7 +530,7 @@ def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.Tr
     (top / "to-secret").symlink_to(outside / "secret")
     subprocess.run(["mount", "--bind", outside, top / "mounted"], check=True)
     try:
-        target = TreeTarget(Tree("/"), str(top), "m-test")
+        target = TreeTarget(SyncTree("/"), str(top), "m-test")
         with pytest.raises(FileError, match=r"/(link/secret|to-secret|mounted/a|a) cannot be written"):
             target.apply([op])
         target.close(False)
@@ -542,15 +542,16 @@ def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.Tr
 
 
 @pytest.mark.parametrize(
-    ("tree", "root"), [(Tree("/"), ""), (Tree("/"), "/"), (Tree("/../etc"), "/srv"), (Tree("/a\0b"), "")]
+    ("tree", "root"),
+    [(SyncTree("/"), ""), (SyncTree("/"), "/"), (SyncTree("/../etc"), "/srv"), (SyncTree("/a\0b"), "")],
 )
-def test_a_tree_that_is_nobodys_to_replace_is_refused(tree: Tree, root: str) -> None:
+def test_a_tree_that_is_nobodys_to_replace_is_refused(tree: SyncTree, root: str) -> None:
     with pytest.raises(m.MessageError):
         TreeTargets([tree], root, "m-test")
 
 
 def test_a_tree_that_was_not_agreed_upon_or_is_over_is_refused(tmp_path: Path) -> None:
-    targets = TreeTargets([Tree("/")], str(tmp_path / "top"), "m-test")
+    targets = TreeTargets([SyncTree("/")], str(tmp_path / "top"), "m-test")
     with pytest.raises(m.MessageError):
         targets.apply(m.TreeOps(0, [m.Put(FILE)]))
     targets.accepted = True
@@ -565,10 +566,10 @@ def test_a_tree_that_was_not_agreed_upon_or_is_over_is_refused(tmp_path: Path) -
 def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
     status = (tmp_path / "top").stat()
-    same = Tree("/top", b"", status.st_ino, status.st_ctime_ns)
+    same = SyncTree("/top", b"", status.st_ino, status.st_ctime_ns)
     (tmp_path / "top/later").touch()
-    other = Tree("/top", b"", status.st_ino, status.st_ctime_ns - 3600 * 10**9)
-    for tree, shared in [(same, True), (other, False), (Tree("/top"), False)]:
+    other = SyncTree("/top", b"", status.st_ino, status.st_ctime_ns - 3600 * 10**9)
+    for tree, shared in [(same, True), (other, False), (SyncTree("/top"), False)]:
         assert bool(TreeTargets([tree], str(tmp_path), "m-test").shared()) == shared
 
 
@@ -579,7 +580,7 @@ def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None
 def test_a_list_of_what_cannot_be_there_is_refused(
     tmp_path: Path, directory: bytes, after: bytes, names: list[bytes]
 ) -> None:
-    target = TreeTarget(Tree("/"), str(tmp_path), "m-test")
+    target = TreeTarget(SyncTree("/"), str(tmp_path), "m-test")
     with pytest.raises(m.MessageError):
         target.compare(m.TreeList(0, 0, directory, after, True, [m.Entry(name, 0o100644) for name in names]))
     target.close(False)

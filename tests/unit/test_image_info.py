@@ -15,7 +15,7 @@ from image_samples import body, closed, stream
 from migrator.errors import UsageError
 from migrator.image import records as r
 from migrator.image.addresses import address_text
-from migrator.image.info import ImageInfo, Summary
+from migrator.image.info import ImageInfo, ImageSummary
 from migrator.image.render import render_text, size, text, to_json
 from migrator.imageinfo import read_info, summarise
 
@@ -156,7 +156,7 @@ def test_sizes_are_in_binary_units() -> None:
 
 
 def test_a_stream_that_goes_on_behind_an_error_does_not_fill_the_memory() -> None:
-    summary = Summary()
+    summary = ImageSummary()
     summary.broken("something")
     for pid in range(20_000):
         summary.add(r.SigPending(pid=pid, shared=0, infos=b""))

@@ -282,9 +282,7 @@ def test_a_whole_stream_is_accepted() -> None:
     assert order.records == len(body()) + 1
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"), [case[1:] for case in VIOLATIONS], ids=[case[0] for case in VIOLATIONS]
-)
+@pytest.mark.parametrize(("spoil", "message"), [case[1:] for case in VIOLATIONS], ids=[case[0] for case in VIOLATIONS])
 def test_a_stream_out_of_order_is_refused(spoil: Callable[[Stream], None], message: str) -> None:
     stream = closed(body())
     spoil(stream)

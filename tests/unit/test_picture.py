@@ -51,9 +51,7 @@ def a_migration(*, downtime_ms: float = 8.4, rounds: int = 5) -> tuple[list[tupl
 
 
 def texts(svg: str) -> list[str]:
-    return [
-        element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")
-    ]
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
 
 
 def test_the_title_states_the_downtime_that_the_client_saw() -> None:
@@ -80,9 +78,7 @@ def test_a_wait_outside_the_migration_is_not_its_downtime() -> None:
 
 def test_what_is_written_in_names_cannot_break_the_picture() -> None:
     samples, bars = a_migration()
-    svg = downtime_svg(
-        samples, [*bars, Bar('<&">', START, START + 900 * MS)], title="a < b & c", subtitle="<"
-    )
+    svg = downtime_svg(samples, [*bars, Bar('<&">', START, START + 900 * MS)], title="a < b & c", subtitle="<")
     assert any(words.startswith("a < b & c") for words in texts(svg))
 
 

@@ -21,7 +21,7 @@ ENTRY = m.Entry(b"etc/caf\xe9", 0o100644, 7, -5, 1000, 1000, b"", b"etc/first", 
 ID = "web-0123456789"
 EVERY: list[m.AnyMessage] = [
     m.Hello([1], "migrator 0.1", "a"),
-    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False, [m.Tree("/srv", b"one")]),
+    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False, [m.SyncTree("/srv", b"one")]),
     m.Verdict(HOST, [m.Reason("/etc/hosts", "differs", "copy it", True)], ["/etc/hosts"]),
     m.Begin(ID),
     m.FileBegin(FILE, 1000, 1000, True),
@@ -53,7 +53,7 @@ EVERY: list[m.AnyMessage] = [
     m.Abort(ID, "cancelled"),
     m.Ask(ID),
     m.Done(ID),
-    m.Report(ID, [Phase("build", 1, 2, 3, 4)], 7),
+    m.DestinationReport(ID, [Phase("build", 1, 2, 3, 4)], 7),
     m.Progress(Round(1, 2, 3, 4, 5, 6, 7.0, 8), 0.01, 1e9, "freeze", "it fits"),
     m.Clock(1, 2),
     m.Failure("cannot", "try again"),

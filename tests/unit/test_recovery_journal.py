@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from migrator.errors import UsageError
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import (
-    Facts,
     Journal,
     JournalError,
-    Record,
+    JournalHeader,
+    JournalRecord,
     Role,
     attended,
     decode_lines,
@@ -28,7 +28,7 @@ from migrator.recovery.journal import (
     unattended,
 )
 
-FACTS = Facts(
+FACTS = JournalHeader(
     migration="web-0001",
     role=Role.DESTINATION,
     peer="root@a",
@@ -54,7 +54,7 @@ def test_what_was_recorded_is_there_after_a_restart(journal: Journal) -> None:
 
 
 def test_later_facts_replace_earlier_ones(journal: Journal) -> None:
-    journal.record(Recorded.COMMITTING, facts=Facts(migration="web-0001", role=Role.SOURCE, pids=[(8, 9)]))
+    journal.record(Recorded.COMMITTING, facts=JournalHeader(migration="web-0001", role=Role.SOURCE, pids=[(8, 9)]))
     assert Journal.open(journal.path).facts.pids == [(8, 9)]
 
 
@@ -89,7 +89,7 @@ def test_a_migration_known_here_cannot_be_begun_again(journal: Journal, tmp_path
 
 
 WHOLE = b"".join(
-    b"\n" + encode_line(Record(state=state, at=1.0, facts=FACTS if state is Recorded.OPEN else None))
+    b"\n" + encode_line(JournalRecord(state=state, at=1.0, facts=FACTS if state is Recorded.OPEN else None))
     for state in (Recorded.OPEN, Recorded.RUNNING, Recorded.CLOSED)
 )
 
@@ -123,7 +123,7 @@ def test_only_journals_without_a_living_owner_are_unattended(tmp_path: Path) -> 
     script = (
         "import sys, time; from pathlib import Path\n"
         "from migrator.recovery.journal import *\n"
-        "journal = Journal.create(Path(sys.argv[1]), Facts(migration='web-0001', role=Role.SOURCE))\n"
+        "journal = Journal.create(Path(sys.argv[1]), JournalHeader(migration='web-0001', role=Role.SOURCE))\n"
         "print('there', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen(
@@ -156,7 +156,7 @@ def test_an_unsettled_journal_is_never_forgotten(journal: Journal, tmp_path: Pat
 @pytest.mark.parametrize("name", ["", "short", "../../etc/passwd", "a/b-000000", ".hidden-0000", "x" * 65])
 def test_an_id_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        Journal.create(tmp_path, Facts(migration=name, role=Role.SOURCE))
+        Journal.create(tmp_path, JournalHeader(migration=name, role=Role.SOURCE))
 
 
 def test_a_record_that_does_not_reach_the_disk_is_an_error(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_journal_that_cannot_be_created_says_where_to_put_it() -> None:
 
 
 def test_what_a_living_process_attends_to_is_told_from_what_is_open(tmp_path: Path) -> None:
-    with Journal.create(tmp_path, Facts(migration="m-12345678", role=Role.SOURCE)) as held:
+    with Journal.create(tmp_path, JournalHeader(migration="m-12345678", role=Role.SOURCE)) as held:
         assert attended(tmp_path) == ["m-12345678"]
         assert list(unattended(tmp_path)) == []
         held.record(Recorded.CLOSED)
         assert attended(tmp_path) == []
-    with Journal.create(tmp_path, Facts(migration="m-87654321", role=Role.SOURCE)):
+    with Journal.create(tmp_path, JournalHeader(migration="m-87654321", role=Role.SOURCE)):
         pass
     assert attended(tmp_path) == []

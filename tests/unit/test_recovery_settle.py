@@ -12,7 +12,7 @@ from migrator.errors import Fate, TransportError, UsageError
 from migrator.linux import procfs
 from migrator.protocol.messages import Discarded, Running
 from migrator.protocol.states import Recorded
-from migrator.recovery.journal import Facts, Journal, Role, boot_id
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 from migrator.recovery.settle import Settlement, Tools, answer, override, settle_all
 from migrator.testing.fakeengine import FakeGroup, FakeWorld
 
@@ -33,10 +33,10 @@ class Host:
         self.answer: Recorded | None = None
         self.tools = Tools(self.world.groups(role.value), self)
 
-    def reopen(self, facts: Facts) -> None:
+    def reopen(self, facts: JournalHeader) -> None:
         self.reopened.append(facts.container)
 
-    def remove(self, facts: Facts) -> None:
+    def remove(self, facts: JournalHeader) -> None:
         self.taken_down.append(facts.container)
 
     def journal(
@@ -46,7 +46,7 @@ class Host:
         pids: list[tuple[int, int]] | None = None,
         homes: list[tuple[int, str]] | None = None,
     ) -> None:
-        facts = Facts(
+        facts = JournalHeader(
             migration=ID,
             role=self.role,
             peer="root@b",
@@ -60,7 +60,7 @@ class Host:
             for state in states:
                 journal.record(state)
 
-    async def ask(self, facts: Facts) -> Recorded:
+    async def ask(self, facts: JournalHeader) -> Recorded:
         self.asked.append(facts.peer)
         if self.answer is None:
             raise TransportError("no route to host")
@@ -209,7 +209,7 @@ def test_a_migration_that_nobody_has_heard_of_is_discarded_for_ever(destination:
 
 
 def test_a_living_agent_is_left_to_act_upon_what_was_answered_for_it(destination: Host) -> None:
-    facts = Facts(migration=ID, role=Role.DESTINATION, cgroup="fake")
+    facts = JournalHeader(migration=ID, role=Role.DESTINATION, cgroup="fake")
     with Journal.create(destination.path / "journal", facts) as owner:
         assert isinstance(answer(destination.path / "journal", ID, destination.tools), Discarded)
         assert destination.copy == "held"  # killing it is the owner's business
@@ -220,12 +220,12 @@ async def test_one_that_cannot_be_settled_does_not_keep_the_others(
     source: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source.journal()
-    other = Facts(migration="aaaa-0001", role=Role.SOURCE, cgroup="fake")
+    other = JournalHeader(migration="aaaa-0001", role=Role.SOURCE, cgroup="fake")
     Journal.create(source.path / "journal", other).close()
 
     calls = iter([OSError(5, "Input/output error")])
 
-    def broken(facts: Facts) -> None:
+    def broken(facts: JournalHeader) -> None:
         if (error := next(calls, None)) is not None:
             raise error
 

@@ -12,7 +12,7 @@ from migrator.engine.base import Round
 from migrator.session.convergence import (
     MAX_ROUNDS,
     Conditions,
-    Verdict,
+    NextStep,
     decide,
     measured_throughput,
     predicted_downtime,
@@ -46,7 +46,7 @@ def steady(rate: float, throughput: float, total: int, count: int) -> list[Round
 
 def test_nothing_is_known_after_one_round_so_everything_may_be_dirty() -> None:
     assert residual_pages(rounds((1000, 10))) == 1000
-    assert decide(rounds((100_000, 1000)), LINK).verdict is Verdict.CONTINUE
+    assert decide(rounds((100_000, 1000)), LINK).verdict is NextStep.CONTINUE
 
 
 def test_the_residual_follows_from_the_last_two_rounds() -> None:
@@ -66,8 +66,8 @@ def test_it_freezes_as_soon_as_it_fits_the_budget() -> None:
     conditions = Conditions(throughput=400e6, rtt=0.0002, budget=0.020)
     history = steady(rate=12_000, throughput=100_000, total=262_144, count=12)
     verdicts = [decide(history[:n], conditions).verdict for n in range(1, 12)]
-    first = verdicts.index(Verdict.FREEZE)
-    assert set(verdicts[:first]) == {Verdict.CONTINUE}
+    first = verdicts.index(NextStep.FREEZE)
+    assert set(verdicts[:first]) == {NextStep.CONTINUE}
     assert decide(history[: first + 1], conditions).predicted_downtime <= 0.020
 
 
@@ -75,7 +75,7 @@ def test_without_a_budget_it_goes_on_as_long_as_that_helps() -> None:
     history = steady(rate=12_000, throughput=100_000, total=262_144, count=20)
     for n in range(1, 20):
         decision = decide(history[:n], LINK)
-        if decision.verdict is Verdict.FREEZE:
+        if decision.verdict is NextStep.FREEZE:
             break
     assert 3 <= n <= 8
     assert decision.predicted_downtime < 0.006
@@ -83,7 +83,7 @@ def test_without_a_budget_it_goes_on_as_long_as_that_helps() -> None:
 
 def test_a_workload_that_dirties_faster_than_the_link_is_frozen_when_rounds_no_longer_shrink() -> None:
     history = steady(rate=500_000, throughput=100_000, total=262_144, count=10)
-    first = next(n for n in range(1, 11) if decide(history[:n], LINK).verdict is Verdict.FREEZE)
+    first = next(n for n in range(1, 11) if decide(history[:n], LINK).verdict is NextStep.FREEZE)
     assert first <= 5
     assert "would not leave less" in decide(history[:first], LINK).reason
 
@@ -91,10 +91,10 @@ def test_a_workload_that_dirties_faster_than_the_link_is_frozen_when_rounds_no_l
 def test_with_a_budget_such_a_workload_is_given_up_at_the_timeout_with_the_reason() -> None:
     history = steady(rate=500_000, throughput=100_000, total=262_144, count=6)
     within = Conditions(throughput=400e6, rtt=0.0, budget=0.01, elapsed=59, timeout=60)
-    assert decide(history, within).verdict is Verdict.CONTINUE
+    assert decide(history, within).verdict is NextStep.CONTINUE
     late = Conditions(throughput=400e6, rtt=0.0, budget=0.01, elapsed=60, timeout=60)
     decision = decide(history, late)
-    assert decision.verdict is Verdict.GIVE_UP
+    assert decision.verdict is NextStep.GIVE_UP
     assert "2048 MB/s" in decision.reason and "400 MB/s" in decision.reason
 
 
@@ -104,7 +104,7 @@ def test_a_budget_that_no_rounds_can_meet_says_so() -> None:
 
 
 def test_an_idle_workload_is_frozen_after_the_second_round() -> None:
-    assert decide(rounds((262_144, 2600), (3, 1)), LINK).verdict is Verdict.FREEZE
+    assert decide(rounds((262_144, 2600), (3, 1)), LINK).verdict is NextStep.FREEZE
 
 
 def test_the_throughput_is_measured_on_rounds_long_enough_to_tell() -> None:
@@ -125,10 +125,10 @@ def test_it_always_ends_by_the_timeout_and_keeps_to_the_budget(
     conditions = Conditions(throughput=throughput, rtt=rtt, budget=budget, elapsed=elapsed, timeout=500)
     decision = decide(rounds(*sizes), conditions)
     assert decision.reason and not math.isnan(decision.predicted_downtime)
-    if decision.verdict is Verdict.CONTINUE:
+    if decision.verdict is NextStep.CONTINUE:
         assert elapsed < 500
         assert budget is not None or len(sizes) < MAX_ROUNDS
-    if decision.verdict is Verdict.FREEZE and budget is not None:
+    if decision.verdict is NextStep.FREEZE and budget is not None:
         assert decision.predicted_downtime <= budget
-    if decision.verdict is Verdict.GIVE_UP:
+    if decision.verdict is NextStep.GIVE_UP:
         assert budget is not None and elapsed >= 500

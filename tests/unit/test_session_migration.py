@@ -31,7 +31,7 @@ from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
 from migrator.recovery.settle import Tools
 from migrator.session import source, workload
-from migrator.session.arrival import Arriving
+from migrator.session.arrival import Arrival
 from migrator.session.destination import DestinationSession
 from migrator.session.serve import serve
 from migrator.session.settings import DestinationSettings, Prepared
@@ -174,7 +174,7 @@ async def test_the_source_is_told_before_the_destination_tidies_up(
     monkeypatch.setattr(DestinationSession, "_send", noting)
     await hosts.migrate()
     await hosts.quiet()
-    assert order[order.index("Running") :][:3] == ["Running", "tidy", "Report"]
+    assert order[order.index("Running") :][:3] == ["Running", "tidy", "DestinationReport"]
     assert order.count("tidy") == 1
 
 
@@ -290,7 +290,7 @@ async def test_a_link_lost_before_commit_thaws(hosts: Hosts, call: str) -> None:
 def resume_on_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the network could not be prepared: then it may take long, and others are heard meanwhile."""
     never = property(lambda session: False, lambda session, value: None)
-    monkeypatch.setattr(Arriving, "prepared", never, raising=False)
+    monkeypatch.setattr(Arrival, "prepared", never, raising=False)
 
 
 @pytest.mark.usefixtures("resume_on_thread")
@@ -435,7 +435,7 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     if fails:
         hosts.destination.fail = {"build": RestartFailed("no")}
-    changes: dict[str, Any] = {"copy_files": True, "trees": (m.Tree(str(top)),)}
+    changes: dict[str, Any] = {"copy_files": True, "trees": (m.SyncTree(str(top)),)}
     if fails:
         with pytest.raises(MigrationAborted):
             await hosts.migrate(**changes)
@@ -492,7 +492,7 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
     monkeypatch.setattr(workload, "_STALLED", 0.2)
     monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(workload, "in_flight", lambda link: 4096)
-    monkeypatch.setattr(workload.Copying, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload.WorkloadThread, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has taken nothing for"):
         await hosts.migrate()
     await hosts.quiet()
@@ -504,7 +504,7 @@ async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_befor
 ) -> None:
     monkeypatch.setattr(workload, "_STANDING_SECONDS", 0.2)
     monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(workload.Copying, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload.WorkloadThread, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has not built up round 1"):
         await hosts.migrate()
     await hosts.quiet()

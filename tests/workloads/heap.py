@@ -59,9 +59,7 @@ class Answerer:
 
     def __init__(self, out: str) -> None:
         command = [sys.executable, "-u", "-c", ECHO, out]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def check(self, question: str) -> None:
         assert self.process.stdin and self.process.stdout

@@ -3,10 +3,10 @@
 What is carried and what is refused is listed in docs/descriptors.md.
 """
 
-from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.listeners import Listeners
-from migrator.engine.user.descriptors.predumped import FileDrafts
+from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
@@ -16,10 +16,10 @@ __all__ = [
     "Context",
     "DescriptorDump",
     "DescriptorRestore",
-    "FileDrafts",
+    "Holder",
     "Listeners",
     "Memfd",
-    "Process",
+    "PredumpedFiles",
     "finish_moves",
     "notes",
     "survey",

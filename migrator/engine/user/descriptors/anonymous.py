@@ -25,7 +25,7 @@ def save_eventfd(objref: int, description: Description) -> EventFd:
 
 
 def save_timerfd(objref: int, description: Description) -> TimerFd:
-    # Asking lets an expired periodic timer go on, as a read would: only then are its ticks whole.
+    # Parasite lets an expired periodic timer go on, as a read would: only then are its ticks whole.
     remaining, interval = calls.timerfd_gettime(description.fd)
     process, number = description.holders[0]
     fields = fdinfo.read(process.pid, number).fields

@@ -80,34 +80,34 @@ class Root:
 
 
 @dataclass(slots=True, frozen=True)
-class Verdict:
+class Classification:
     kind: FileKind
     path: str = ""  # inside the tree's root
 
 
-def classify(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Verdict:
+def classify(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Classification:
     """What a descriptor is. `link` is where /proc/PID/fd/N points. Raises Obstacle."""
     if link.startswith("anon_inode:"):
         return _anon(link[len("anon_inode:") :], info)
     if info.flags & O_PATH:
-        return Verdict(FileKind.PATH, _path(link, status, root))
+        return Classification(FileKind.PATH, _path(link, status, root))
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFSOCK:
-        return Verdict(FileKind.SOCKET)
+        return Classification(FileKind.SOCKET)
     if kind == stat.S_IFIFO:
         if link.startswith("pipe:[") or status.st_nlink == 0:
-            return Verdict(FileKind.PIPE)
-        return Verdict(FileKind.FIFO, _path(link, status, root))
+            return Classification(FileKind.PIPE)
+        return Classification(FileKind.FIFO, _path(link, status, root))
     if kind == stat.S_IFCHR:
         return _device(link, status, root)
     if kind == stat.S_IFDIR:
-        return Verdict(FileKind.DIRECTORY, _path(link, status, root))
+        return Classification(FileKind.DIRECTORY, _path(link, status, root))
     if kind != stat.S_IFREG:
         raise Obstacle(f"{link} is a block device or unknown, which cannot be carried")
     return _regular(link, status, info, root)
 
 
-def _anon(name: str, info: FdInfo) -> Verdict:
+def _anon(name: str, info: FdInfo) -> Classification:
     kind = _ANON.get(name)
     if kind is None:
         what = _ANON_REFUSED.get(name, f"a kernel object ({name})")
@@ -116,10 +116,10 @@ def _anon(name: str, info: FdInfo) -> Verdict:
         raise Obstacle("a pidfd of a process that is gone cannot be carried")
     if kind == FileKind.EVENTFD and "eventfd-semaphore" not in info.fields:
         raise Obstacle("this kernel does not tell whether an eventfd is a semaphore (Linux 6.5 does)")
-    return Verdict(kind)
+    return Classification(kind)
 
 
-def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Verdict:
+def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Classification:
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
     for lock in info.locks:
@@ -129,16 +129,16 @@ def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Ver
         if link.startswith(_MEMFD):
             if status.st_blksize > _HUGE:
                 raise Obstacle(f"{link} is memory of huge pages, which cannot be carried")
-            return Verdict(FileKind.MEMFD, link[len(_MEMFD) : -len(DELETED)])
+            return Classification(FileKind.MEMFD, link[len(_MEMFD) : -len(DELETED)])
         if link.startswith(("/secretmem", "/SYSV", "/anon_hugepage")):
             raise Obstacle(f"{link} is memory that cannot be carried")
-        return Verdict(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
-    return Verdict(FileKind.REGULAR, _path(link, status, root))
+        return Classification(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
+    return Classification(FileKind.REGULAR, _path(link, status, root))
 
 
-def _device(link: str, status: os.stat_result, root: Root) -> Verdict:
+def _device(link: str, status: os.stat_result, root: Root) -> Classification:
     if status.st_rdev in _DEVICES:
-        return Verdict(FileKind.DEVICE, _path(link, status, root))
+        return Classification(FileKind.DEVICE, _path(link, status, root))
     if os.major(status.st_rdev) in _TTY_MAJORS:
         raise Obstacle(f"{link} is a terminal, which cannot be carried; start it with its input and output redirected")
     raise Obstacle(f"{link} is a device with a state of its own, which cannot be carried")

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Process:
+class Holder:
     """A process of the tree: `pid` as we see it, `vpid` as in the image, `pidfd` of it."""
 
     pid: int
@@ -37,7 +37,7 @@ class Description:
     kind: FileKind
     path: str
     root: Root
-    holders: list[tuple[Process, int]] = field(default_factory=list)
+    holders: list[tuple[Holder, int]] = field(default_factory=list)
     objref: int = 0
     inode_objref: int = 0
     locks_saved: bool = False
@@ -70,10 +70,10 @@ class Slot:
 
 
 @dataclass(slots=True)
-class Table:
+class DescriptorTable:
     """A descriptor table and the processes that use it (CLONE_FILES)."""
 
-    processes: list[Process]
+    processes: list[Holder]
     slots: list[Slot] = field(default_factory=list)
 
     def find(self, number: int) -> Description | None:
@@ -86,14 +86,14 @@ class Collection:
     Raises CheckpointFailed naming pid and descriptor if one cannot be carried; the workload is untouched.
     """
 
-    def __init__(self, processes: Sequence[Process]) -> None:
-        self.tables: list[Table] = []
+    def __init__(self, processes: Sequence[Holder]) -> None:
+        self.tables: list[DescriptorTable] = []
         self.descriptions: list[Description] = []
         self._buckets: dict[tuple[int, int, int], list[Description]] = {}
         self._last: dict[int, tuple[int, Description]] = {}  # number -> (pid, description) met last
         calls.allow_many_files()
         self.root = Root(processes[0].pid)
-        ordered: list[Table] = []
+        ordered: list[DescriptorTable] = []
         try:
             for process in processes:
                 place, known = search(ordered, partial(_order_tables, process))
@@ -113,8 +113,8 @@ class Collection:
             self.root.close()
             self.root.fd = -1
 
-    def _read_table(self, process: Process) -> Table:
-        table = Table([process])
+    def _read_table(self, process: Holder) -> DescriptorTable:
+        table = DescriptorTable([process])
         with fdinfo.Reader(process.pid) as reader:
             for number in fdinfo.numbers(process.pid):
                 info = reader.read(number)
@@ -125,14 +125,14 @@ class Collection:
         self.tables.append(table)
         return table
 
-    def _known_by_number(self, process: Process, number: int) -> Description | None:
+    def _known_by_number(self, process: Holder, number: int) -> Description | None:
         """A child mostly has its parent's descriptors under the same numbers: one call tells."""
         pid, description = self._last.get(number, (0, None))
         if description is not None and calls.same_file(pid, number, process.pid, number):
             return description
         return None
 
-    def _fetch(self, process: Process, number: int, info: FdInfo) -> Description:
+    def _fetch(self, process: Holder, number: int, info: FdInfo) -> Description:
         fd = calls.pidfd_getfd(process.pidfd, number)
         try:
             status = os.fstat(fd)
@@ -157,7 +157,7 @@ class Collection:
         return made
 
 
-def _order_tables(process: Process, table: Table) -> int:
+def _order_tables(process: Holder, table: DescriptorTable) -> int:
     return calls.order_tables(process.pid, table.processes[0].pid)
 
 

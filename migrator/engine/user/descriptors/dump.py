@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
-from migrator.engine.user.descriptors.description import Collection, Description, Process
+from migrator.engine.user.descriptors.description import Collection, Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
-from migrator.engine.user.descriptors.predumped import FileDrafts
+from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -52,15 +52,15 @@ class DescriptorDump:
 
     def __init__(
         self,
-        processes: Sequence[Process],
+        processes: Sequence[Holder],
         objhash: Refs,
         writer: Writer,
         *,
         still: Still = nullcontext,
-        drafts: FileDrafts | None = None,
+        drafts: PredumpedFiles | None = None,
     ) -> None:
         """`drafts`: what was written of them while they ran."""
-        self._drafts = drafts or FileDrafts(objhash, writer)
+        self._drafts = drafts or PredumpedFiles(objhash, writer)
         self._still = still
         self._processes = list(processes)
         self._objhash = objhash

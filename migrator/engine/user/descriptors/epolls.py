@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrator.engine.user.descriptors import calls, fdinfo
-from migrator.engine.user.descriptors.description import Description, Table
+from migrator.engine.user.descriptors.description import Description, DescriptorTable
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.records_files import Descriptor, EpollItem, EpollItems
 from migrator.linux.x86_64 import NR
@@ -27,7 +27,7 @@ _PER_BATCH = 200
 _F_DUPFD = 0
 
 
-class Shell(Protocol):
+class Stub(Protocol):
     """A process that is being built, stopped: what is needed of it here."""
 
     @property
@@ -37,7 +37,7 @@ class Shell(Protocol):
     def put(self, data: bytes) -> int: ...
 
 
-def save(epoll: Description, tables: Sequence[Table], everything: Sequence[Description]) -> EpollItems | None:
+def save(epoll: Description, tables: Sequence[DescriptorTable], everything: Sequence[Description]) -> EpollItems | None:
     """What an instance waits for; None if nothing. Raises CheckpointFailed."""
     process, number = epoll.holders[0]
     targets = fdinfo.read(process.pid, number).targets
@@ -80,43 +80,43 @@ def _match(
 @dataclass(slots=True)
 class _Step:
     item: EpollItem
-    number: int  # under which the target is installed in the shell
+    number: int  # under which the target is installed in the stub
     there: Descriptor | None  # what is installed under the number that the target was added as
 
 
-def restore(shell: Shell, epoll: int, rec: EpollItems, installed: Mapping[int, Descriptor]) -> None:
-    """Add everything to instance number `epoll` of the shell; `installed` is its table, by number."""
+def restore(stub: Stub, epoll: int, rec: EpollItems, installed: Mapping[int, Descriptor]) -> None:
+    """Add everything to instance number `epoll` of the stub; `installed` is its table, by number."""
     by_objref: dict[int, int] = {}
     for number, descriptor in installed.items():
         by_objref.setdefault(descriptor.file_objref, number)
     steps = []
     for item in rec.items:
         if item.file_objref not in by_objref or item.fd < 0:
-            raise ImageError(f"pid {shell.vpid} fd {epoll}: waits for a file that this process does not have")
+            raise ImageError(f"pid {stub.vpid} fd {epoll}: waits for a file that this process does not have")
         there = installed.get(item.fd)
         direct = there is not None and there.file_objref == item.file_objref
         steps.append(_Step(item, item.fd if direct else by_objref[item.file_objref], there))
     spent = [s for s in steps if s.item.events & EPOLLONESHOT and not s.item.events & ~_PRIVATE]
-    _add_spent(shell, epoll, spent)
+    _add_spent(stub, epoll, spent)
     rest = [s for s in steps if s not in spent]
     for first in range(0, len(rest), _PER_BATCH):
         part = rest[first : first + _PER_BATCH]
-        _control(shell, epoll, part, [s.item.events for s in part], EPOLL_CTL_ADD)
+        _control(stub, epoll, part, [s.item.events for s in part], EPOLL_CTL_ADD)
 
 
-def _add_spent(shell: Shell, epoll: int, part: list[_Step]) -> None:
+def _add_spent(stub: Stub, epoll: int, part: list[_Step]) -> None:
     """An event with EPOLLONESHOT that was delivered is silent until renewed, hang-ups included. The only
     way into that state is a delivery: ask for everything and collect it, one after the other."""
     for step in part:
-        _control(shell, epoll, [step], [_EVERYTHING | step.item.events], EPOLL_CTL_ADD)
-        if shell.call_batch([(NR["epoll_wait"], epoll, shell.put(bytes(16)), 1, 0)])[0] != 1:
+        _control(stub, epoll, [step], [_EVERYTHING | step.item.events], EPOLL_CTL_ADD)
+        if stub.call_batch([(NR["epoll_wait"], epoll, stub.put(bytes(16)), 1, 0)])[0] != 1:
             # not ready for anything, so there was nothing to deliver: errors and hang-ups stay armed
-            _control(shell, epoll, [step], [step.item.events], EPOLL_CTL_MOD)
+            _control(stub, epoll, [step], [step.item.events], EPOLL_CTL_MOD)
 
 
-def _control(shell: Shell, epoll: int, part: list[_Step], events: list[int], how: int) -> None:
+def _control(stub: Stub, epoll: int, part: list[_Step], events: list[int], how: int) -> None:
     raw = b"".join(struct.pack("<IQ", e, s.item.data) for e, s in zip(events, part, strict=True))
-    address = shell.put(raw)
+    address = stub.put(raw)
     batch: list[tuple[int, ...]] = []
     checked = []
     for index, step in enumerate(part):
@@ -126,26 +126,24 @@ def _control(shell: Shell, epoll: int, part: list[_Step], events: list[int], how
             batch.append((NR["epoll_ctl"], epoll, how, wanted, place))
             checked.append(step)
             continue
-        _through_another_number(shell, epoll, how, step, place)
-    for step, result in zip(checked, shell.call_batch(batch) if batch else [], strict=True):
+        _through_another_number(stub, epoll, how, step, place)
+    for step, result in zip(checked, stub.call_batch(batch) if batch else [], strict=True):
         if result < 0:
-            raise RestartFailed(
-                f"pid {shell.vpid} fd {epoll}: fd {step.item.fd} cannot be waited for (errno {-result})"
-            )
+            raise RestartFailed(f"pid {stub.vpid} fd {epoll}: fd {step.item.fd} cannot be waited for (errno {-result})")
 
 
-def _through_another_number(shell: Shell, epoll: int, how: int, step: _Step, place: int) -> None:
+def _through_another_number(stub: Stub, epoll: int, how: int, step: _Step, place: int) -> None:
     """The target was added under a number that it does not have any more: it gets it for a moment."""
     wanted = step.item.fd
     saved = -1
     if step.there is not None:
-        saved = shell.call_batch([(NR["fcntl"], wanted, _F_DUPFD, wanted + 1)])[0]
+        saved = stub.call_batch([(NR["fcntl"], wanted, _F_DUPFD, wanted + 1)])[0]
     add = (NR["epoll_ctl"], epoll, how, wanted, place)
-    results = shell.call_batch([(NR["dup3"], step.number, wanted, 0), add])
+    results = stub.call_batch([(NR["dup3"], step.number, wanted, 0), add])
     if saved >= 0 and step.there is not None:
         cloexec = os.O_CLOEXEC if step.there.cloexec else 0
-        shell.call_batch([(NR["dup3"], saved, wanted, cloexec), (NR["close"], saved)])
+        stub.call_batch([(NR["dup3"], saved, wanted, cloexec), (NR["close"], saved)])
     else:
-        shell.call_batch([(NR["close"], wanted)])
+        stub.call_batch([(NR["close"], wanted)])
     if min(results) < 0:
-        raise RestartFailed(f"pid {shell.vpid} fd {epoll}: a duplicate cannot be waited for ({results})")
+        raise RestartFailed(f"pid {stub.vpid} fd {epoll}: a duplicate cannot be waited for ({results})")

@@ -6,20 +6,20 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from migrator.engine.user.descriptors.classify import Verdict
-from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.classify import Classification
+from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 
 
 @dataclass(slots=True, frozen=True)
 class Found:
-    process: Process
+    process: Holder
     name: str  # of the process
     number: int
     link: str
     status: os.stat_result
     info: FdInfo
-    verdict: Verdict
+    verdict: Classification
 
     def __str__(self) -> str:
         return f"pid {self.process.pid} ({self.name}) fd {self.number}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from migrator.engine.user.descriptors import calls, fdinfo
-from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.description import Holder
 
 _PAUSE = 0.0002
 
@@ -29,7 +29,7 @@ class Listeners:
 
     A process or descriptor that vanishes meanwhile is left out."""
 
-    def __init__(self, processes: Sequence[Process]) -> None:
+    def __init__(self, processes: Sequence[Holder]) -> None:
         self._fds: list[int] = []
         self._poll = select.poll()
         seen: set[str] = set()
@@ -43,7 +43,7 @@ class Listeners:
             except OSError:
                 continue
 
-    def _look(self, process: Process, number: int) -> None:
+    def _look(self, process: Holder, number: int) -> None:
         fd = calls.pidfd_getfd(process.pidfd, number)
         sock = socket.socket(fileno=fd)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

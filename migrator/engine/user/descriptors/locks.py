@@ -12,20 +12,20 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from migrator.engine.user.descriptors.description import Table
+from migrator.engine.user.descriptors.description import DescriptorTable
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import FileLock
 from migrator.linux.x86_64 import NR
 
 if TYPE_CHECKING:
-    from migrator.engine.user.descriptors.epolls import Shell
+    from migrator.engine.user.descriptors.epolls import Stub
 
 _F_SETLK, _F_OFD_SETLK = 6, 37
 _TYPES = {1: fcntl.F_RDLCK, 2: fcntl.F_WRLCK}
 _FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock of x86-64
 
 
-def save(table: Table) -> Iterator[FileLock]:
+def save(table: DescriptorTable) -> Iterator[FileLock]:
     """The locks of the processes of a table, and those of its files: each of these once."""
     for slot in table.slots:
         for line in slot.locks:
@@ -41,10 +41,10 @@ def save(table: Table) -> Iterator[FileLock]:
         slot.description.locks_saved = True
 
 
-def take(shell: Shell, rec: FileLock, path: str) -> None:
+def take(stub: Stub, rec: FileLock, path: str) -> None:
     """Lock from inside: such a lock belongs to the process that takes it, until it closes the file."""
-    address = shell.put(_request(rec))
-    result = shell.call_batch([(NR["fcntl"], rec.fd, _F_SETLK, address)])[0]
+    address = stub.put(_request(rec))
+    result = stub.call_batch([(NR["fcntl"], rec.fd, _F_SETLK, address)])[0]
     if result < 0:
         raise _failure(-result, path)
 

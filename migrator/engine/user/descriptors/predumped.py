@@ -11,7 +11,7 @@ from typing import Protocol
 
 from migrator.engine.user.descriptors import calls
 from migrator.engine.user.descriptors.classify import Root
-from migrator.engine.user.descriptors.description import Description, Process
+from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
@@ -29,7 +29,7 @@ class Writer(Protocol):
     def encoded(self, raw: bytes) -> None: ...
 
 
-class FileDrafts:
+class PredumpedFiles:
     """`File` and `FileTable` records of a tree; those that stand in the stream already are not written again."""
 
     def __init__(self, objhash: Refs, writer: Writer, root_pid: int = 0) -> None:
@@ -44,7 +44,7 @@ class FileDrafts:
         self._inodes: dict[tuple[int, int, int], list[Place]] = {}
         self._taken: set[int] = set()
 
-    def draft(self, process: Process) -> int:
+    def draft(self, process: Holder) -> int:
         """Write what a running process has open by path; the objref that its table will have.
 
         Raises OSError if the tree ends."""

@@ -1,4 +1,4 @@
-"""The destination side: descriptors made again in the agent, and given to the shells of their owners."""
+"""The destination side: descriptors made again in the agent, and given to the stubs of their owners."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks
-from migrator.engine.user.descriptors.epolls import Shell
+from migrator.engine.user.descriptors.epolls import Stub
 from migrator.engine.user.descriptors.pipes import PipeRestore
 from migrator.engine.user.descriptors.predumped import BY_PATH
 from migrator.engine.user.descriptors.private_root import Move
@@ -50,7 +50,7 @@ class DescriptorRestore:
         self._early: set[int] = set()  # Files that came as drafts
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
-        self._has_already: dict[int, tuple[Shell, Contents]] = {}  # by vpid: what it was given
+        self._has_already: dict[int, tuple[Stub, Contents]] = {}  # by vpid: what it was given
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -60,7 +60,7 @@ class DescriptorRestore:
         self._started: list[tuple[int, r.TimerFd]] = []
         self._epolls: list[r.EpollItems] = []
         self._locks: list[r.FileLock] = []
-        self._installed: dict[int, tuple[Shell, int]] = {}  # vpid -> (shell, objref of its table)
+        self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
         self._sockets = SocketRestore(context)
         calls.allow_many_files()
         self._takers: dict[type[Record], Callable[[Any], None]] = {
@@ -97,29 +97,29 @@ class DescriptorRestore:
         for objref in self._early & named:
             self._make_good(self._records[objref])
 
-    def install(self, shell: Shell, files_objref: int) -> None:
-        """Give a stopped shell the descriptors of a table, and no others."""
-        self._give(shell, self._known(self.tables, files_objref, "table of descriptors"))
-        self._installed[shell.vpid] = shell, files_objref
+    def install(self, stub: Stub, files_objref: int) -> None:
+        """Give a stopped stub the descriptors of a table, and no others."""
+        self._give(stub, self._known(self.tables, files_objref, "table of descriptors"))
+        self._installed[stub.vpid] = stub, files_objref
 
-    def install_early(self, shell: Shell, files_objref: int) -> None:
+    def install_early(self, stub: Stub, files_objref: int) -> None:
         """The same while the tasks still run, of what a table has so far: in the end it may be all."""
         table = self.tables.get(files_objref)
         if table is not None and all(d.file_objref in self._files for d in table.descriptors):
-            self._give(shell, table)
+            self._give(stub, table)
 
-    def _give(self, shell: Shell, table: r.FileTable) -> None:
-        """Give a shell a table, unless it has just these openings of these files under these numbers."""
+    def _give(self, stub: Stub, table: r.FileTable) -> None:
+        """Give a stub a table, unless it has just these openings of these files under these numbers."""
         contents = [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
-        if self._has_already.get(shell.vpid) != (shell, contents):
-            shell.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
-            self._has_already[shell.vpid] = shell, contents
+        if self._has_already.get(stub.vpid) != (stub, contents):
+            stub.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+            self._has_already[stub.vpid] = stub, contents
 
-    def finish(self, shells: Iterable[Shell]) -> None:
-        """Once every shell has its descriptors: what epoll waits for, and who is told by signals."""
-        for shell in shells:
-            if shell.vpid not in self._installed:
-                raise ImageError(f"pid {shell.vpid} has no table of descriptors")
+    def finish(self, stubs: Iterable[Stub]) -> None:
+        """Once every stub has its descriptors: what epoll waits for, and who is told by signals."""
+        for stub in stubs:
+            if stub.vpid not in self._installed:
+                raise ImageError(f"pid {stub.vpid} has no table of descriptors")
         for pipe in self._pipes.values():
             pipe.close()
         for rec in self._epolls:
@@ -151,7 +151,7 @@ class DescriptorRestore:
         self._sockets.activate()
 
     def close(self) -> None:
-        """Close everything that the agent holds. The shells keep what they were given."""
+        """Close everything that the agent holds. The stubs keep what they were given."""
         self._sockets.close()
         for pipe in self._pipes.values():
             pipe.close()
@@ -289,36 +289,36 @@ class DescriptorRestore:
         except KeyError:
             raise ImageError(f"there is no {what} {objref}") from None
 
-    # ------------------------------------------------------------------ inside the shells
+    # ------------------------------------------------------------------ inside the stubs
 
     def _epoll(self, rec: r.EpollItems) -> None:
         entry = self._installed.get(rec.pid)
         if entry is None:
             raise ImageError(f"epoll instance {rec.epoll_objref}: there is no pid {rec.pid}")
-        shell, table = entry
+        stub, table = entry
         installed = {d.fd: d for d in self.tables[table].descriptors}
         number = next((n for n, d in installed.items() if d.file_objref == rec.epoll_objref), -1)
         if number < 0:
             raise ImageError(f"pid {rec.pid} does not have epoll instance {rec.epoll_objref}")
-        epolls.restore(shell, number, rec, installed)
+        epolls.restore(stub, number, rec, installed)
 
     def _owners(self) -> None:
         wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}
-        for shell, table in self._installed.values():
+        for stub, table in self._installed.values():
             for item in self.tables[table].descriptors:
                 rec = wanted.pop(item.file_objref, None)
                 if rec is not None:
-                    _set_owner(shell, item.fd, rec)
+                    _set_owner(stub, item.fd, rec)
 
 
-def _set_owner(shell: Shell, number: int, rec: r.File) -> None:
+def _set_owner(stub: Stub, number: int, rec: r.File) -> None:
     """From inside: the owner's pid is the tree's own, and the rights to signal it are the setter's."""
-    address = shell.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
+    address = stub.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
     batch: list[tuple[int, ...]] = [(NR["fcntl"], number, calls.F_SETOWN_EX, address)]
     if rec.owner_signal:
         batch.append((NR["fcntl"], number, calls.F_SETSIG, rec.owner_signal))
-    if min(shell.call_batch(batch)) < 0:
-        raise RestartFailed(f"pid {shell.vpid} fd {number}: pid {rec.owner_pid} cannot be made its owner")
+    if min(stub.call_batch(batch)) < 0:
+        raise RestartFailed(f"pid {stub.vpid} fd {number}: pid {rec.owner_pid} cannot be made its owner")
 
 
 def _about(rec: Record) -> str:

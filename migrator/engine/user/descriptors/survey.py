@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
-from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
@@ -15,7 +15,7 @@ from migrator.image.records_files import FileKind
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
-def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
+def survey(processes: Sequence[Holder], *, own_netns: bool) -> list[str]:
     """One sentence per obstacle, each naming pid, descriptor and reason; the tasks run on all the while.
 
     own_netns: the tree has a network namespace of its own, so that its addresses move with it. Descriptors
@@ -40,7 +40,7 @@ def survey(processes: Sequence[Process], *, own_netns: bool) -> list[str]:
     return reasons
 
 
-def look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
+def look(process: Holder, root: Root, reasons: list[str]) -> Iterator[Found]:
     """The descriptors of a running process in a tree with this root; a reason for each that cannot be carried."""
     pid = process.pid
     try:
@@ -61,7 +61,7 @@ def look(process: Process, root: Root, reasons: list[str]) -> Iterator[Found]:
             continue  # it was closed meanwhile
 
 
-def _outside(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
+def _outside(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
     """Pipes that processes outside of the tree have open too."""
     links: dict[str, Found] = {}
     for item in found:
@@ -81,7 +81,7 @@ def _outside(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
             return
 
 
-def _pidfds(found: list[Found], processes: Sequence[Process]) -> Iterator[str]:
+def _pidfds(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
     inside = {process.pid for process in processes}
     for item in found:
         if item.verdict.kind == FileKind.PIDFD and (pid := int(item.info.fields["Pid"])) not in inside:

@@ -7,10 +7,10 @@ import socket
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors import calls, fdinfo, sockopts
-from migrator.engine.user.descriptors.description import Process
+from migrator.engine.user.descriptors.description import Holder
 
 
-def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
+def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
     """(what it is about, what will be different), one for each process; the tasks run on all the while."""
     for process in processes:
         try:
@@ -22,7 +22,7 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
             yield about, "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
 
 
-def _knows_its_peer(process: Process, number: int) -> bool:
+def _knows_its_peer(process: Holder, number: int) -> bool:
     try:
         if not os.readlink(f"/proc/{process.pid}/fd/{number}").startswith("socket:"):
             return False

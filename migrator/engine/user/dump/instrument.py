@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
-from migrator.engine.user.dump.parasite import SCRATCH, Asking
+from migrator.engine.user.dump.parasite import SCRATCH, Parasite
 from migrator.engine.user.dump.process_tree import (
     Process,
     Thread,
@@ -32,7 +32,7 @@ _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
 _SCRATCH_NAME = b"migrator\0"
 
 
-class Arming:
+class Instrument:
     """`waits` learns of every stop, so that none makes a wait longer than it was."""
 
     def __init__(self, waits: Waits) -> None:
@@ -54,9 +54,7 @@ class Arming:
                 adjusted = True
             if adjusted:
                 arch.set_regs(tid, regs)
-            yield Thread(
-                tid, vtid_of(process, tid), regs, arch.get_xstate(tid), ptrace.get_sigmask(tid), rseq=rseq
-            )
+            yield Thread(tid, vtid_of(process, tid), regs, arch.get_xstate(tid), ptrace.get_sigmask(tid), rseq=rseq)
             self._waits.interrupted(pid, tid)
         finally:
             ptrace.detach(tid)
@@ -106,7 +104,7 @@ class Arming:
                 (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
             ]
         )
-        process.asking = Asking(remote)
+        process.asking = Parasite(remote)
         process.asking.prepare()
 
     def disarm_stopped(self, processes: Iterable[Process]) -> None:

@@ -123,9 +123,7 @@ class PageSender:
             self._writer.pages(objref, ranges)
 
 
-def _extend(
-    out: list[RangeOfPages], parts: list[memoryview], view: memoryview, start: int, run: int, end: int
-) -> None:
+def _extend(out: list[RangeOfPages], parts: list[memoryview], view: memoryview, start: int, run: int, end: int) -> None:
     if end > run:
         out.append((start, (end - run) // PAGE_SIZE, _DATA))
         parts.append(view[run:end])

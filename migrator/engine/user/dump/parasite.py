@@ -4,7 +4,7 @@ It is asked by calls that are made inside it, from tables that are written once,
 again and again: asking a stopped process that was prepared takes a tenth of a millisecond. The threads of a
 process run their tables at the same time.
 
-    asking = Asking(remote)          # its scratch area is mapped
+    asking = Parasite(remote)          # its scratch area is mapped
     asking.prepare()
     said = asking.process(regs, xstate, mask)     # the leader is stopped
     others = asking.threads(threads)              # the threads are stopped
@@ -89,7 +89,7 @@ class ProcessAnswers:
     subreaper: int
 
 
-class Asking:
+class Parasite:
     """The tables of one process. Good for as long as its scratch area is there."""
 
     def __init__(self, remote: Remote) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from migrator.engine.user.dump.parasite import Asking
+from migrator.engine.user.dump.parasite import Parasite
 from migrator.errors import CheckpointFailed
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -62,7 +62,7 @@ class Process:
     zombie: bool = False
     exit_code: int = 0
     remote: Remote | None = None
-    asking: Asking | None = None
+    asking: Parasite | None = None
     drafted: set[int] = field(default_factory=set)  # tids whose state was drafted
     protection: WriteProtection | None = None
     scanner: Scanner | None = None

@@ -131,4 +131,3 @@ def _data_spans(fd: int, size: int) -> list[Span]:
         out.append((start, -(-end // PAGE_SIZE) * PAGE_SIZE))
         position = end
     return out
-

@@ -13,11 +13,11 @@ from types import TracebackType
 
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.descriptors import DescriptorDump, FileDrafts, Listeners
-from migrator.engine.user.descriptors import Process as DescriptorOwner
+from migrator.engine.user.descriptors import DescriptorDump, Listeners, PredumpedFiles
+from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
-from migrator.engine.user.dump.instrument import Arming
+from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
 from migrator.engine.user.dump.process_tree import Process, ProcessTree
@@ -57,9 +57,9 @@ class UserSource:
         self._layout = LayoutDump(self._writer, self._objhash, self._shared)
         self._sender = PageSender(self._writer)
         self._waits = Waits()
-        self._arming = Arming(self._waits)
+        self._arming = Instrument(self._waits)
         self._tasks = TaskDump(self._writer, self._objhash, self._waits)
-        self._file_drafts = FileDrafts(self._objhash, self._writer, pid)
+        self._file_drafts = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
         self._trackers: dict[int, WpAsyncTracker] = {}
         self._generation = 0

@@ -78,7 +78,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             _open_files(process, files)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
-    owners = [descriptors.Process(p.pid, p.vpid, p.pidfd) for p in tree.living]
+    owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
     reasons += descriptors.survey(owners, own_netns=bool(options.container))
     _, xsize = header.xstate_facts(tree.root)
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")

@@ -18,9 +18,9 @@ from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
 from migrator.engine.user.restore import clocks, spawn
 from migrator.engine.user.restore.mappings import AddressSpace
-from migrator.engine.user.restore.process_tree import Forest
+from migrator.engine.user.restore.process_tree import StubTree
 from migrator.engine.user.restore.shm import SharedObjects
-from migrator.engine.user.restore.stub import Shell
+from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.restore.tasks import TaskRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
@@ -68,7 +68,7 @@ class UserDestination:
         self._container: Container | None = None
         self.sandbox: Sandbox | None = None
         self._cgroup: Cgroup | None = None
-        self._forest: Forest | None = None
+        self._stub_tree: StubTree | None = None
         self._tree: Tree | None = None
         self._spaces: dict[int, AddressSpace] = {}
         self._mms: dict[int, Mm] = {}
@@ -101,11 +101,11 @@ class UserDestination:
 
     @property
     def root_pid(self) -> int:
-        return self._forest.root.pid if self._forest is not None and self._forest.root is not None else 0
+        return self._stub_tree.root.pid if self._stub_tree is not None and self._stub_tree.root is not None else 0
 
     @property
     def pids(self) -> list[int]:
-        return [s.pid for s in self._forest.shells.values()] if self._forest is not None else []
+        return [s.pid for s in self._stub_tree.stubs.values()] if self._stub_tree is not None else []
 
     def __enter__(self) -> UserDestination:
         return self
@@ -140,15 +140,15 @@ class UserDestination:
     def hold(self) -> None:
         """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
         are if this program dies."""
-        assert self._cgroup is not None and self._forest is not None and self._header is not None
+        assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
             self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
-            for shell in self._forest.shells.values():
-                self._tasks.finish(shell)
+            for stub in self._stub_tree.stubs.values():
+                self._tasks.finish(stub)
         with self._phase("hold"):
             self._cgroup.freeze(wait=False)
-            for shell in self._forest.shells.values():
-                for thread in shell.threads.values():
+            for stub in self._stub_tree.stubs.values():
+                for thread in stub.threads.values():
                     ptrace.detach(thread.tid)
             for pid, signal in self._stopped_groups():
                 os.kill(pid, signal)  # waits in the frozen, and with it none runs when thawed, by whomever
@@ -186,10 +186,10 @@ class UserDestination:
         self._done = True
         if self._descriptors is not None:
             self._descriptors.close()
-        if self._forest is not None:
+        if self._stub_tree is not None:
             if self._cgroup is not None and self._held:
                 self._cgroup.kill()
-            self._forest.kill()
+            self._stub_tree.kill()
         if self.sandbox is not None:
             self.sandbox.remove()
         elif self._cgroup is not None:
@@ -244,19 +244,19 @@ class UserDestination:
             gc.disable()
             if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
                 self._stopped_at = mark.time
-            assert self._forest is not None
-            for shell in self._forest.shells.values():
-                urgency.raise_tasks(t.tid for t in shell.threads.values())
+            assert self._stub_tree is not None
+            for stub in self._stub_tree.stubs.values():
+                urgency.raise_tasks(t.tid for t in stub.threads.values())
 
     def _prepare(self) -> None:
         """Between two rounds: whatever can be done of the end already."""
-        assert self._forest is not None and self._tree is not None
-        self._forest.set_groups(self._tree)
-        for shell in self._forest.shells.values():
-            draft = self._tasks.tasks.get(shell.vpid)
+        assert self._stub_tree is not None and self._tree is not None
+        self._stub_tree.set_groups(self._tree)
+        for stub in self._stub_tree.stubs.values():
+            draft = self._tasks.tasks.get(stub.vpid)
             if draft is not None and self._descriptors is not None:
-                self._descriptors.install_early(shell, draft.task.files_objref)
-            self._tasks.prepare(shell)
+                self._descriptors.install_early(stub, draft.task.files_objref)
+            self._tasks.prepare(stub)
 
     @staticmethod
     def _check_processor(saved: HeaderX86) -> None:
@@ -270,12 +270,12 @@ class UserDestination:
             )
 
     def _take_tree(self, tree: Tree) -> None:
-        if self._forest is None:
+        if self._stub_tree is None:
             self._begin(tree)
-        assert self._forest is not None
-        before = set(self._forest.shells)
-        self._forest.apply(tree)
-        gone = before - set(self._forest.shells)
+        assert self._stub_tree is not None
+        before = set(self._stub_tree.stubs)
+        self._stub_tree.apply(tree)
+        gone = before - set(self._stub_tree.stubs)
         for objref in [o for o, mm in self._mms.items() if mm.pid in gone]:
             self._spaces.pop(objref, None)
             self._mms.pop(objref)
@@ -285,11 +285,11 @@ class UserDestination:
     def _begin(self, tree: Tree) -> None:
         """The first tree: make the root's stub and everything that stands around it."""
         contained = self._container is not None
-        self._forest = Forest(_CONTAINER_NAMESPACES if contained else 0)
-        with self._phase("shells"):
+        self._stub_tree = StubTree(_CONTAINER_NAMESPACES if contained else 0)
+        with self._phase("stubs"):
             assert self._header is not None
             self._clocks = clocks.offsets(self._header, self._reader)
-            root = self._forest.grow_root(tree, self._clocks)
+            root = self._stub_tree.grow_root(tree, self._clocks)
             if self._container is not None:
                 spec = ContainerSpec.from_json(self._container.spec)
                 bridge = self.options.bridge or None
@@ -313,58 +313,58 @@ class UserDestination:
     def _take_mm(self, mm: Mm) -> None:
         self._mms[mm.objref] = mm
         if mm.objref not in self._spaces:
-            assert self._forest is not None
-            shell = self._forest.shells.get(mm.pid)
-            if shell is None:
+            assert self._stub_tree is not None
+            stub = self._stub_tree.stubs.get(mm.pid)
+            if stub is None:
                 raise ImageError(f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree")
             for former in [o for o, m in self._mms.items() if m.pid == mm.pid and o != mm.objref]:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(shell, self._open_backing, self._names.__getitem__)
-            self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
+            self._spaces[mm.objref] = AddressSpace(stub, self._open_backing, self._names.__getitem__)
+            self._tasks.shape(stub, mm, self._files[mm.exe_objref].path)
 
     # ------------------------------------------------------------------ the end of the stream
 
     def _complete(self) -> None:
-        forest, tree = self._forest, self._tree
-        assert forest is not None and tree is not None and self._descriptors is not None
+        stub_tree, tree = self._stub_tree, self._tree
+        assert stub_tree is not None and tree is not None and self._descriptors is not None
         with self._phase("groups"):
-            forest.set_groups(tree)
+            stub_tree.set_groups(tree)
             codes = {v: s.task.exit_code for v, s in self._tasks.tasks.items()}
-            forest.make_zombies(codes)
-        shells = list(forest.shells.values())
+            stub_tree.make_zombies(codes)
+        stubs = list(stub_tree.stubs.values())
         with self._phase("descriptors"):
-            self._descriptors.settle(self._tasks.tasks[shell.vpid].task.files_objref for shell in shells)
-            for shell in shells:
-                self._descriptors.install(shell, self._tasks.tasks[shell.vpid].task.files_objref)
-            self._descriptors.finish(shells)
+            self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
+            for stub in stubs:
+                self._descriptors.install(stub, self._tasks.tasks[stub.vpid].task.files_objref)
+            self._descriptors.finish(stubs)
             self._shared.seal()
         with self._phase("tasks"):
-            for shell in shells:
-                mm = self._mms[self._tasks.tasks[shell.vpid].task.mm_objref]
-                self._tasks.shape(shell, mm, self._files[mm.exe_objref].path)
-                self._lock_memory(shell, mm)
-                self._tasks.dress(shell)
-                self._tasks.pending(shell)
-                self._tasks.timers(shell)
-                self._tasks.check(shell)
+            for stub in stubs:
+                mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
+                self._tasks.shape(stub, mm, self._files[mm.exe_objref].path)
+                self._lock_memory(stub, mm)
+                self._tasks.dress(stub)
+                self._tasks.pending(stub)
+                self._tasks.timers(stub)
+                self._tasks.check(stub)
 
-    def _lock_memory(self, shell: Shell, mm: Mm) -> None:
+    def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [
             (arch.NR["mlock"], item.start, item.end - item.start)
             for item in self._spaces[mm.objref].items
             if item.flags & VmaFlag.LOCKED
         ]
-        shell.checked(calls, "locking memory")
+        stub.checked(calls, "locking memory")
 
     def _stopped_groups(self) -> list[tuple[int, int]]:
-        assert self._forest is not None
+        assert self._stub_tree is not None
         out = []
-        for vpid, shell in self._forest.shells.items():
+        for vpid, stub in self._stub_tree.stubs.items():
             task = self._tasks.tasks[vpid].task
             if task.state == TaskState.STOPPED and task.exit_code in (19, 20, 21, 22):
-                out.append((shell.pid, 19))
+                out.append((stub.pid, 19))
         return out
 
     # ------------------------------------------------------------------ files
@@ -408,8 +408,8 @@ class UserDestination:
 
     def _close(self) -> None:
         gc.enable()
-        if self._forest is not None:
-            self._forest.close()
+        if self._stub_tree is not None:
+            self._stub_tree.close()
         self._shared.close()
         if self._cgroup is not None:
             self._cgroup.close()
@@ -438,10 +438,10 @@ class _Context:
         return self._owner._root_fd
 
     def pid_of(self, vpid: int) -> int:
-        forest = self._owner._forest
-        assert forest is not None
-        shell = forest.shells.get(vpid)
-        return shell.pid if shell is not None else 0
+        stub_tree = self._owner._stub_tree
+        assert stub_tree is not None
+        stub = stub_tree.stubs.get(vpid)
+        return stub.pid if stub is not None else 0
 
     def shm_fd(self, objref: int) -> int:
         return self._owner._shared.fd(objref)

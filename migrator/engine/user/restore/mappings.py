@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from migrator.engine.user.ranges import merge
-from migrator.engine.user.restore.stub import Shell
+from migrator.engine.user.restore.stub import Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import (
     PAGE_SIZE,
@@ -47,7 +47,7 @@ OpenBacking = Callable[[VmaItem], int]  # a descriptor of ours for the file or s
 
 @dataclass(slots=True)
 class Piece:
-    """A stretch of address space as it is mapped in the shell now."""
+    """A stretch of address space as it is mapped in the stub now."""
 
     start: int
     end: int
@@ -62,10 +62,10 @@ class Piece:
 
 
 class AddressSpace:
-    """The memory of one shell."""
+    """The memory of one stub."""
 
-    def __init__(self, shell: Shell, open_backing: OpenBacking, name_of: Callable[[int], str]) -> None:
-        self.shell = shell
+    def __init__(self, stub: Stub, open_backing: OpenBacking, name_of: Callable[[int], str]) -> None:
+        self.stub = stub
         self.mm: Mm | None = None
         self._open = open_backing
         self._name_of = name_of
@@ -82,7 +82,7 @@ class AddressSpace:
         """Make the mappings be exactly `vmas`. What was mapped the same keeps its contents."""
         self._flush_zeros()
         system = {_SYSTEM[VmaKind(v.kind)]: (v.start, v.end) for v in vmas.vmas if v.kind in _SYSTEM}
-        self.shell.place_system_mappings(system)
+        self.stub.place_system_mappings(system)
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
         holes: list[tuple[int, int, VmaItem]] = []
@@ -113,7 +113,7 @@ class AddressSpace:
                 holes.append((at, item.end, item))
             pieces.append(new)
         calls = self._unmaps(old, pieces, holes) + calls
-        self.shell.checked(calls, "changing the address space")
+        self.stub.checked(calls, "changing the address space")
         if holes:
             self._map(holes)
         self._pieces = [Piece(v.start, v.end, v) for v in wanted]
@@ -123,7 +123,7 @@ class AddressSpace:
     def clear(self) -> None:
         """Unmap everything."""
         self._zeros.clear()
-        self.shell.checked([(NR["munmap"], p.start, p.end - p.start) for p in self._pieces], "unmapping")
+        self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self._pieces], "unmapping")
         self._pieces, self._items, self._writable = [], [], []
 
     @staticmethod
@@ -163,7 +163,7 @@ class AddressSpace:
                 if item.objref and key not in numbers:
                     numbers[key] = len(fds)
                     fds.append(self._open(item))
-            inside = self.shell.receive(fds) if fds else []
+            inside = self.stub.receive(fds) if fds else []
         finally:
             for fd in fds:
                 os.close(fd)
@@ -193,13 +193,13 @@ class AddressSpace:
                 if item.name_objref not in names:
                     names[item.name_objref] = len(text)
                     text += self._name_of(item.name_objref).encode("utf-8", "surrogateescape") + b"\0"
-                at = self.shell.remote.data + names[item.name_objref]
+                at = self.stub.remote.data + names[item.name_objref]
                 after.append((NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, start, end - start, at))
         if text:
-            self.shell.put(text)
+            self.stub.put(text)
         calls += [(NR["close"], number) for number in inside]
-        self.shell.checked(calls, "mapping memory")
-        self.shell.call_batch(after)  # advice that this kernel does not know changes nothing that is seen
+        self.stub.checked(calls, "mapping memory")
+        self.stub.call_batch(after)  # advice that this kernel does not know changes nothing that is seen
 
     # ------------------------------------------------------------------ contents
 
@@ -231,7 +231,7 @@ class AddressSpace:
             for start, end in spans:
                 if any(a < end and start < b for a, b in file_backed):
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
-                        self.shell.mem.write(at, bytes(PAGE_SIZE))
+                        self.stub.mem.write(at, bytes(PAGE_SIZE))
                 else:
                     plain.append((start, end))
             self._drop(plain)
@@ -241,7 +241,7 @@ class AddressSpace:
         for start, end in merge(spans):
             for a, b, _ in self._writable_parts(start, end):
                 calls.append((NR["madvise"], a, b - a, _MADV_DONTNEED))
-        self.shell.checked(calls, "dropping pages")
+        self.stub.checked(calls, "dropping pages")
 
     def _write(self, spans: Sequence[tuple[int, int]], data: bytes) -> None:
         view = memoryview(data)
@@ -267,12 +267,12 @@ class AddressSpace:
                         flush()
                 else:
                     flush()
-                    self.shell.mem.write(a, view[position : position + b - a])
+                    self.stub.mem.write(a, view[position : position + b - a])
                     position += b - a
         flush()
         if position != len(view):
             raise RestartFailed(
-                f"pid {self.shell.vpid}: contents for memory that is not mapped ({len(view) - position} bytes)"
+                f"pid {self.stub.vpid}: contents for memory that is not mapped ({len(view) - position} bytes)"
             )
 
     def _write_run(self, run: Sequence[tuple[int, int]], view: memoryview, total: int) -> None:
@@ -283,10 +283,10 @@ class AddressSpace:
             address = ctypes.addressof(held)
         else:
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        got = memory.write_from(self.shell.pid, address, run, total)
+        got = memory.write_from(self.stub.pid, address, run, total)
         if got != total:
             raise RestartFailed(
-                f"pid {self.shell.vpid}: writing memory at {run[0][0]:#x}: {got} of {total} bytes",
+                f"pid {self.stub.vpid}: writing memory at {run[0][0]:#x}: {got} of {total} bytes",
                 hint="is there enough free memory on this host?",
             )
 
@@ -313,4 +313,3 @@ class AddressSpace:
 
 def _overlapping(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
     return [p for p in pieces if p.start < end and start < p.end]
-

@@ -1,4 +1,4 @@
-"""The tree of shells on the destination: processes with their pids, parents, sessions and groups.
+"""The tree of stubs on the destination: processes with their pids, parents, sessions and groups.
 
 Children are cloned by their parents, inside them, so that every relation is the kernel's own. A child that
 is in the session its parent was born into is made before the parent begins one of its own.
@@ -12,7 +12,7 @@ import time
 
 from migrator.engine.user.restore.clocks import Offsets, within
 from migrator.engine.user.restore.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
-from migrator.engine.user.restore.stub import Shell, ShellThread, await_birth
+from migrator.engine.user.restore.stub import Stub, StubThread, await_birth
 from migrator.errors import RestartFailed
 from migrator.image.records import TaskFlag, TaskPids, Tree
 from migrator.linux import procfs, ptrace
@@ -24,23 +24,23 @@ _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | _CLONE_PTRAC
 _SIGCHLD_SET = 1 << 16
 
 
-class Forest:
-    """All shells, by vpid. `root` is the first."""
+class StubTree:
+    """All stubs, by vpid. `root` is the first."""
 
     def __init__(self, namespaces: int = 0) -> None:
-        self.shells: dict[int, Shell] = {}
+        self.stubs: dict[int, Stub] = {}
         self.zombies: dict[int, TaskPids] = {}
         self._namespaces = namespaces
-        self._born_into: dict[int, int] = {}  # session that a shell was born into, by vpid
+        self._born_into: dict[int, int] = {}  # session that a stub was born into, by vpid
         self._session: dict[int, int] = {}
         self._group: dict[int, int] = {}
         self._outside = 0  # the session that the saved root's was outside of the tree
-        self.root: Shell | None = None
+        self.root: Stub | None = None
 
     # ------------------------------------------------------------------ building
 
-    def grow_root(self, tree: Tree, clocks: Offsets | None = None) -> Shell:
-        """Make the root's shell: the only one that is a child of ours. All others have its clocks."""
+    def grow_root(self, tree: Tree, clocks: Offsets | None = None) -> Stub:
+        """Make the root's stub: the only one that is a child of ours. All others have its clocks."""
         first = tree.tasks[0]
         pid, pidfd = within(clocks, lambda: spawn([first.pid], self._namespaces))
         try:
@@ -51,8 +51,8 @@ class Forest:
             os.kill(pid, 9)
             os.close(pidfd)
             raise
-        self.root = Shell(pid, first.pid, pidfd)
-        self.shells[first.pid] = self.root
+        self.root = Stub(pid, first.pid, pidfd)
+        self.stubs[first.pid] = self.root
         self.root.occupy()
         self._session[first.pid] = self._born_into[first.pid] = first.sid if first.sid != first.pid else -1
         self._outside = first.sid
@@ -60,23 +60,23 @@ class Forest:
         return self.root
 
     def apply(self, tree: Tree) -> None:
-        """Make the shells agree with `tree`: the missing are made, the ended are removed."""
+        """Make the stubs agree with `tree`: the missing are made, the ended are removed."""
         wanted = {t.pid: t for t in tree.tasks if not t.flags & TaskFlag.THREAD}
-        for vpid in [v for v in self.shells if v not in wanted or wanted[v].flags & TaskFlag.ZOMBIE]:
+        for vpid in [v for v in self.stubs if v not in wanted or wanted[v].flags & TaskFlag.ZOMBIE]:
             self._remove(vpid)
-        if self.root is None or self.root.vpid not in self.shells:
+        if self.root is None or self.root.vpid not in self.stubs:
             raise RestartFailed("the root task ended before the freeze", hint="there is nothing left to migrate")
         self._raise_subtree(self.root.vpid, wanted)
         self._orphans(wanted)
-        missing = [v for v, t in wanted.items() if v not in self.shells and not t.flags & TaskFlag.ZOMBIE]
+        missing = [v for v, t in wanted.items() if v not in self.stubs and not t.flags & TaskFlag.ZOMBIE]
         if missing:
             raise RestartFailed(f"pid {missing[0]}: its parent {wanted[missing[0]].ppid} is not in the tree")
         threads: dict[int, list[int]] = {}
         for task in tree.tasks:
             if task.flags & TaskFlag.THREAD:
                 threads.setdefault(task.tgid, []).append(task.pid)
-        for vpid, shell in self.shells.items():
-            self._apply_threads(shell, threads.get(vpid, []))
+        for vpid, stub in self.stubs.items():
+            self._apply_threads(stub, threads.get(vpid, []))
         self.zombies = {v: t for v, t in wanted.items() if t.flags & TaskFlag.ZOMBIE}
 
     def _raise_subtree(self, vpid: int, wanted: dict[int, TaskPids]) -> None:
@@ -86,7 +86,7 @@ class Forest:
             for t in wanted.values()
             if t.ppid == vpid and not t.flags & (TaskFlag.ZOMBIE | TaskFlag.ORPHAN) and t.pid != vpid
         ]
-        new = [t for t in children if t.pid not in self.shells]
+        new = [t for t in children if t.pid not in self.stubs]
         session = self._session[vpid]
         own = task.sid == vpid
         # before the parent begins a session of its own
@@ -94,10 +94,10 @@ class Forest:
             if own and session != vpid and child.sid == session:
                 self._clone(vpid, child)
         if own and session != vpid:
-            self.shells[vpid].checked([(NR["setsid"],)], "setsid")
+            self.stubs[vpid].checked([(NR["setsid"],)], "setsid")
             self._session[vpid] = self._group[vpid] = vpid
         for child in new:
-            if child.pid in self.shells:
+            if child.pid in self.stubs:
                 continue
             if child.sid in (child.pid, self._session[vpid]):
                 self._clone(vpid, child)
@@ -111,22 +111,22 @@ class Forest:
         assert self.root is not None
         for task in wanted.values():
             if task.flags & TaskFlag.ORPHAN and not task.flags & TaskFlag.ZOMBIE:
-                if task.pid not in self.shells:
+                if task.pid not in self.stubs:
                     if task.sid in (task.pid, self._session[self.root.vpid]):
                         self._clone(self.root.vpid, task, _CLONE_PARENT)
                     else:
                         self._clone_into_session(self.root.vpid, task, [task], _CLONE_PARENT)
                 self._raise_subtree(task.pid, wanted)
 
-    def _clone(self, parent_vpid: int, child: TaskPids, extra: int = 0) -> Shell:
+    def _clone(self, parent_vpid: int, child: TaskPids, extra: int = 0) -> Stub:
         """Clone `child` inside its parent; it comes stopped and traced."""
-        shell = self._clone_raw(self.shells[parent_vpid], child.pid, extra)
-        self.shells[child.pid] = shell
+        stub = self._clone_raw(self.stubs[parent_vpid], child.pid, extra)
+        self.stubs[child.pid] = stub
         self._session[child.pid] = self._born_into[child.pid] = self._session[parent_vpid]
         self._group[child.pid] = self._group[parent_vpid]
-        return shell
+        return stub
 
-    def _clone_raw(self, parent: Shell, vpid: int, extra: int = 0, *, channel: bool = True) -> Shell:
+    def _clone_raw(self, parent: Stub, vpid: int, extra: int = 0, *, channel: bool = True) -> Stub:
         base = parent.remote.data
         # a sibling ends with the signal that its maker ends with
         exit_signal = 0 if extra & _CLONE_PARENT else 17
@@ -139,11 +139,11 @@ class Forest:
             raise spawn_error(-result, [vpid])
         pid = self._outer_pid(parent, vpid, bool(extra & _CLONE_PARENT))
         await_birth(pid)
-        shell = Shell(pid, vpid, os.pidfd_open(pid))
-        shell.inherit(channel=channel)
-        return shell
+        stub = Stub(pid, vpid, os.pidfd_open(pid))
+        stub.inherit(channel=channel)
+        return stub
 
-    def _outer_pid(self, parent: Shell, vpid: int, sibling: bool) -> int:
+    def _outer_pid(self, parent: Stub, vpid: int, sibling: bool) -> int:
         if parent.pid == parent.vpid and not self._namespaces:
             return vpid
         above = int(procfs.status(parent.pid)["PPid"]) if sibling else parent.pid
@@ -154,21 +154,21 @@ class Forest:
 
     def _clone_into_session(self, parent_vpid: int, child: TaskPids, siblings: list[TaskPids], extra: int = 0) -> None:
         """A session whose leader has ended: a helper leads it for as long as it takes to clone its members."""
-        parent = self.shells[parent_vpid]
+        parent = self.stubs[parent_vpid]
         helper = self._clone_raw(parent, child.sid, extra, channel=False)
         try:
             helper.checked([(NR["setsid"],)], "setsid")
             for member in siblings:
-                if member.pid in self.shells:
+                if member.pid in self.stubs:
                     continue
-                shell = self._clone_raw(helper, member.pid, _CLONE_PARENT)
-                self.shells[member.pid] = shell
+                stub = self._clone_raw(helper, member.pid, _CLONE_PARENT)
+                self.stubs[member.pid] = stub
                 self._session[member.pid] = self._born_into[member.pid] = child.sid
                 self._group[member.pid] = child.sid
         finally:
             self._end_helper(parent, helper, reap=not extra)
 
-    def _end_helper(self, parent: Shell, helper: Shell, *, reap: bool) -> None:
+    def _end_helper(self, parent: Stub, helper: Stub, *, reap: bool) -> None:
         helper.close()
         os.kill(helper.pid, 9)
         os.waitpid(helper.pid, ptrace.WALL)
@@ -177,22 +177,22 @@ class Forest:
             self._forget_sigchld(parent)
 
     @staticmethod
-    def _forget_sigchld(shell: Shell) -> None:
+    def _forget_sigchld(stub: Stub) -> None:
         """Take the SIGCHLD of a helper's or zombie's end out of the queue: the program never had it."""
-        base = shell.put(struct.pack("<QQQ", _SIGCHLD_SET, 0, 0))
-        shell.call_batch([(NR["rt_sigtimedwait"], base, 0, base + 8, 8)] * 2)
+        base = stub.put(struct.pack("<QQQ", _SIGCHLD_SET, 0, 0))
+        stub.call_batch([(NR["rt_sigtimedwait"], base, 0, base + 8, 8)] * 2)
 
     # ------------------------------------------------------------------ threads
 
-    def _apply_threads(self, shell: Shell, wanted: list[int]) -> None:
-        for vtid in [v for v in shell.threads if v != shell.vpid and v not in wanted]:
-            self._end_thread(shell, vtid)
-        new = [v for v in wanted if v not in shell.threads]
+    def _apply_threads(self, stub: Stub, wanted: list[int]) -> None:
+        for vtid in [v for v in stub.threads if v != stub.vpid and v not in wanted]:
+            self._end_thread(stub, vtid)
+        new = [v for v in wanted if v not in stub.threads]
         for first in range(0, len(new), 256):
-            self._clone_threads(shell, new[first : first + 256])
+            self._clone_threads(stub, new[first : first + 256])
 
-    def _clone_threads(self, shell: Shell, vtids: list[int]) -> None:
-        base = shell.remote.data
+    def _clone_threads(self, stub: Stub, vtids: list[int]) -> None:
+        base = stub.remote.data
         size = CLONE_ARGS_SIZE + 8
         blob, calls = b"", []
         for i, vtid in enumerate(vtids):
@@ -200,31 +200,31 @@ class Forest:
             blob += clone_args(_THREAD_FLAGS, set_tid=at + CLONE_ARGS_SIZE, set_tid_size=1)
             blob += struct.pack("<i4x", vtid)
             calls.append((NR["clone3"], at, CLONE_ARGS_SIZE))
-        shell.put(blob)
-        for vtid, result in zip(vtids, shell.call_batch(calls), strict=True):
+        stub.put(blob)
+        for vtid, result in zip(vtids, stub.call_batch(calls), strict=True):
             if result < 0:
                 raise spawn_error(-result, [vtid])
         outer = {v: v for v in vtids}
-        if self._namespaces or shell.pid != shell.vpid:
+        if self._namespaces or stub.pid != stub.vpid:
             outer = {}
-            for tid in procfs.tids(shell.pid):
-                outer[procfs.ns_pid(procfs.status(shell.pid, tid))] = tid
+            for tid in procfs.tids(stub.pid):
+                outer[procfs.ns_pid(procfs.status(stub.pid, tid))] = tid
         for vtid in vtids:
             await_birth(outer[vtid])
-            shell.threads[vtid] = ShellThread(outer[vtid], vtid)
+            stub.threads[vtid] = StubThread(outer[vtid], vtid)
 
     @staticmethod
-    def _end_thread(shell: Shell, vtid: int) -> None:
-        thread = shell.threads.pop(vtid)
+    def _end_thread(stub: Stub, vtid: int) -> None:
+        thread = stub.threads.pop(vtid)
         regs = arch.get_regs(thread.tid)
         regs.r8 = 0
         # exit(0) of this thread alone: a batch of one call from which it does not return
-        table = shell.remote.table
+        table = stub.remote.table
         from migrator.linux import memory
         from migrator.linux.remote import pack_calls
 
-        memory.write(shell.pid, table, pack_calls([(NR["exit"], 0)]))
-        arch.start_batch(thread.tid, regs, shell.remote.scratch, table, 1, 23, 0)
+        memory.write(stub.pid, table, pack_calls([(NR["exit"], 0)]))
+        arch.start_batch(thread.tid, regs, stub.remote.scratch, table, 1, 23, 0)
         ptrace.cont(thread.tid)
         while ptrace.is_stop(ptrace.wait(thread.tid)):
             ptrace.cont(thread.tid)
@@ -232,29 +232,29 @@ class Forest:
     # ------------------------------------------------------------------ endings
 
     def _remove(self, vpid: int) -> None:
-        shell = self.shells.pop(vpid)
-        shell.close()
-        os.kill(shell.pid, 9)
-        for thread in reversed(list(shell.threads.values())):
+        stub = self.stubs.pop(vpid)
+        stub.close()
+        os.kill(stub.pid, 9)
+        for thread in reversed(list(stub.threads.values())):
             try:
                 while ptrace.is_stop(os.waitpid(thread.tid, ptrace.WALL)[1]):
                     pass
             except ChildProcessError:
                 continue
-        for other in self.shells.values():  # its parent reaps it; others have no such child
+        for other in self.stubs.values():  # its parent reaps it; others have no such child
             other.call_batch([(NR["wait4"], vpid, 0, 1, 0)])
             self._forget_sigchld(other)
 
     def set_groups(self, tree: Tree) -> None:
         """Process groups, once all processes are there."""
-        tasks = [t for t in tree.tasks if t.pid in self.shells and not t.flags & TaskFlag.THREAD]
+        tasks = [t for t in tree.tasks if t.pid in self.stubs and not t.flags & TaskFlag.THREAD]
         for task in tasks:
             if task.pgid == task.pid and self._group[task.pid] != task.pid:
                 self._set_group(task.pid, task.pid)
         for task in tasks:
             if self._group[task.pid] == task.pgid:
                 continue
-            leader = self.shells.get(task.pgid)
+            leader = self.stubs.get(task.pgid)
             if leader is not None and self._group[task.pgid] == task.pgid:
                 self._set_group(task.pid, task.pgid)
             elif task.pgid in self.zombies or self._known_outside(task):
@@ -268,11 +268,11 @@ class Forest:
         return self._group[task.pid] == -1 and task.sid in (self._outside, self.root.vpid)
 
     def _set_group(self, vpid: int, pgid: int) -> None:
-        self.shells[vpid].checked([(NR["setpgid"], 0, pgid)], f"setpgid to {pgid}")
+        self.stubs[vpid].checked([(NR["setpgid"], 0, pgid)], f"setpgid to {pgid}")
         self._group[vpid] = pgid
 
     def _group_of_ended(self, task: TaskPids, members: list[TaskPids]) -> None:
-        parent = self.shells[task.pid]
+        parent = self.stubs[task.pid]
         helper = self._clone_raw(parent, task.pgid, channel=False)
         try:
             helper.checked([(NR["setpgid"], 0, 0)], "setpgid")
@@ -284,36 +284,36 @@ class Forest:
     def make_zombies(self, exit_codes: dict[int, int]) -> None:
         """Clone the processes that have ended and wait for their parents, and end them the same way."""
         for vpid, task in self.zombies.items():
-            parent = self.shells.get(task.ppid)
+            parent = self.stubs.get(task.ppid)
             if parent is None:
                 continue
-            shell = self._clone_raw(parent, vpid, channel=False)
+            stub = self._clone_raw(parent, vpid, channel=False)
             code = exit_codes.get(vpid, 0)
-            shell.close()
+            stub.close()
             if code & 0x7F:
-                os.kill(shell.pid, code & 0x7F)
-                ptrace.cont(shell.pid, 0)
+                os.kill(stub.pid, code & 0x7F)
+                ptrace.cont(stub.pid, 0)
             else:
-                regs = arch.get_regs(shell.pid)
+                regs = arch.get_regs(stub.pid)
                 from migrator.linux import memory
                 from migrator.linux.remote import pack_calls
 
                 call = pack_calls([(NR["exit_group"], code >> 8 & 0xFF)])
-                memory.write(shell.pid, shell.remote.table, call)
-                arch.start_batch(shell.pid, regs, shell.remote.scratch, shell.remote.table, 1, 23, 0)
-                ptrace.cont(shell.pid)
-            while ptrace.is_stop(status := os.waitpid(shell.pid, ptrace.WALL)[1]):
-                ptrace.cont(shell.pid, ptrace.stop_signal(status) if code & 0x7F else 0)
+                memory.write(stub.pid, stub.remote.table, call)
+                arch.start_batch(stub.pid, regs, stub.remote.scratch, stub.remote.table, 1, 23, 0)
+                ptrace.cont(stub.pid)
+            while ptrace.is_stop(status := os.waitpid(stub.pid, ptrace.WALL)[1]):
+                ptrace.cont(stub.pid, ptrace.stop_signal(status) if code & 0x7F else 0)
             self._forget_sigchld(parent)
 
     def kill(self) -> None:
         """Discard: kill everything and reap it."""
-        for shell in reversed(list(self.shells.values())):
+        for stub in reversed(list(self.stubs.values())):
             try:
-                os.kill(shell.pid, 9)
+                os.kill(stub.pid, 9)
             except ProcessLookupError:
                 pass
-        left = {tid for shell in self.shells.values() for tid in (shell.pid, *(t.tid for t in shell.threads.values()))}
+        left = {tid for stub in self.stubs.values() for tid in (stub.pid, *(t.tid for t in stub.threads.values()))}
         # In no fixed order: the last thread of the init of a pid namespace does not end before all others have been
         # collected (zap_pid_ns_processes()), and any of them may be that one.
         while left:
@@ -324,9 +324,9 @@ class Forest:
         self.close()
 
     def close(self) -> None:
-        for shell in self.shells.values():
-            shell.close()
-        self.shells.clear()
+        for stub in self.stubs.values():
+            stub.close()
+        self.stubs.clear()
 
 
 def _collected(tid: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from migrator.engine.user.dump.restart_blocks import RESTART_BLOCK
-from migrator.engine.user.restore.stub import Shell, ShellThread
+from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import RestartBlock
 from migrator.linux import ptrace
@@ -23,9 +23,7 @@ ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
 
 
-def resumed(
-    shell: Shell, thread: ShellThread, block: RestartBlock | None, regs: arch.Regs, passed: int = 0
-) -> arch.Regs:
+def resumed(stub: Stub, thread: StubThread, block: RestartBlock | None, regs: arch.Regs, passed: int = 0) -> arch.Regs:
     """The registers that a task goes on with whose registers in the image are `regs`.
 
     `passed`: ns that its clock has run on since it was stopped. As of a task that is frozen and thawed on one
@@ -49,7 +47,7 @@ def resumed(
     if not remaining and number in _SLEEPS:  # it is over
         regs.rax, regs.orig_rax = 0, arch.MINUS_ONE
         return regs
-    if (number != NR["poll"] or ms) and _replay(shell, thread, number, remaining, regs):
+    if (number != NR["poll"] or ms) and _replay(stub, thread, number, remaining, regs):
         return regs
     if number == NR["poll"]:  # something is ready, or seems so while sockets are not complete yet
         regs.rdx = ms
@@ -62,9 +60,9 @@ def _made_again(regs: arch.Regs) -> arch.Regs:
     return regs
 
 
-def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs: arch.Regs) -> bool:
+def _replay(stub: Stub, thread: StubThread, number: int, remaining: int, regs: arch.Regs) -> bool:
     """Make the call for `remaining` ns and interrupt it. True if `regs` are those to go on with."""
-    at = shell.put(struct.pack("<qq", *divmod(max(remaining, 1), 10**9)) + arch.CALL_CODE)
+    at = stub.put(struct.pack("<qq", *divmod(max(remaining, 1), 10**9)) + arch.CALL_CODE)
     call = regs.copy()
     call.rip, call.rax, call.orig_rax = at + 16, number, arch.MINUS_ONE
     if number == NR["nanosleep"]:
@@ -95,7 +93,7 @@ def _replay(shell: Shell, thread: ShellThread, number: int, remaining: int, regs
     return False
 
 
-def _await(thread: ShellThread, signal: int) -> None:
+def _await(thread: StubThread, signal: int) -> None:
     """Wait for a stop by `signal`, 0 for that of an interruption."""
     while True:
         status = ptrace.wait(thread.tid)

@@ -27,19 +27,19 @@ PREPARED = SCRATCH_ADDRESS + SCRATCH_SIZE - PREPARED_SIZE
 
 
 @dataclass(slots=True)
-class ShellThread:
+class StubThread:
     tid: int
     vtid: int
 
 
 @dataclass(slots=True)
-class Shell:
+class Stub:
     """`pid` as we see it, `vpid` as the process itself will."""
 
     pid: int
     vpid: int
     pidfd: int
-    threads: dict[int, ShellThread] = field(default_factory=dict)  # by vtid
+    threads: dict[int, StubThread] = field(default_factory=dict)  # by vtid
     remote: Remote = field(init=False)
     mem: memory.MemFile = field(init=False)
     _socket: socket.socket | None = None
@@ -50,7 +50,7 @@ class Shell:
         self.remote = Remote(self.pid)
         self.remote.survivable = False  # it is killed with its tracer: nothing to return to
         self.mem = memory.MemFile(self.pid)
-        self.threads[self.vpid] = ShellThread(self.pid, self.vpid)
+        self.threads[self.vpid] = StubThread(self.pid, self.vpid)
 
     # ------------------------------------------------------------------ beginnings
 
@@ -137,7 +137,7 @@ class Shell:
     # ------------------------------------------------------------------ for those who build
 
     def call_batch(self, calls: Sequence[Call]) -> list[int]:
-        """System calls inside the shell; negative errno on error."""
+        """System calls inside the stub; negative errno on error."""
         if not calls:
             return []
         with self.remote.borrowed():
@@ -187,7 +187,7 @@ class Shell:
         return list(struct.unpack_from(f"<{len(fds)}i", raw, 16))
 
     def install_fds(self, items: list[tuple[int, int, bool]]) -> None:
-        """Give the shell exactly these descriptors: (our fd, number, close-on-exec)."""
+        """Give the stub exactly these descriptors: (our fd, number, close-on-exec)."""
         items = sorted(items, key=lambda item: item[1])
         if items and items[-1][1] >= self._their_fd:
             self._move_channel(items[-1][1] + 1)
@@ -233,7 +233,7 @@ class Shell:
 
     @property
     def segments(self) -> arch.Regs:
-        """Registers to begin from: all shells have the same segments."""
+        """Registers to begin from: all stubs have the same segments."""
         if self._segments is None:
             self._segments = arch.get_regs(self.pid)
         return self._segments

@@ -1,6 +1,6 @@
-"""What is set from inside a shell: limits, file system, signal actions, credentials, and each thread's own.
+"""What is set from inside a stub: limits, file system, signal actions, credentials, and each thread's own.
 
-All of it is system calls, in one table for each thread. The tables are worked out and written into the shell
+All of it is system calls, in one table for each thread. The tables are worked out and written into the stub
 while the tasks still run on the source; in the end they are only run, if the records are still the same.
 
 Credentials come last in each table: what is done before them needs the rights of root. The leader's table runs
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Shell, ShellThread
+from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
 from migrator.linux import memory, ptrace
@@ -34,7 +34,7 @@ _RLIMITS = 16
 _DEFAULT_ACTION = bytes(_ACTION_SIZE)
 _LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
 _SIGURG = 23
-GROUP = 64  # threads whose tables are in the shell at the same time
+GROUP = 64  # threads whose tables are in the stub at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +69,23 @@ class ThreadPart:
 
 
 @dataclass(slots=True)
-class Table:
-    """The calls of one thread, as they lie in the shell."""
+class SetupBatch:
+    """The calls of one thread, as they lie in the stub."""
 
     vtid: int
     address: int
     calls: list[Call]
 
 
-class Outfit:
-    """The tables of one group of threads of a shell, written into it. `threads[0]` is the leader, in the first one."""
+class TaskSetup:
+    """The tables of one group of threads of a stub, written into it. `threads[0]` is the leader, in the first one."""
 
     def __init__(
-        self, shell: Shell, process: ProcessPart | None, threads: Sequence[ThreadPart], creds: dict[int, Cred]
+        self, stub: Stub, process: ProcessPart | None, threads: Sequence[ThreadPart], creds: dict[int, Cred]
     ) -> None:
-        self._shell = shell
+        self._stub = stub
         self.parts = (process, *threads)
-        self.tables: list[Table] = []
+        self.tables: list[SetupBatch] = []
         blob, calls_of = b"", []
         for index, part in enumerate(threads):
             calls: list[Call] = []
@@ -102,12 +102,12 @@ class Outfit:
         self._begin = PREPARED + (-(-len(blob) // 64) * 64)
         packed = b""
         for vtid, calls in calls_of:
-            self.tables.append(Table(vtid, self._begin + len(packed), calls))
+            self.tables.append(SetupBatch(vtid, self._begin + len(packed), calls))
             packed += pack_calls(calls)
         self._size = len(packed)
         if self._begin + self._size > PREPARED + PREPARED_SIZE:
-            raise RestartFailed(f"pid {shell.vpid}: its credentials do not fit: {len(blob)} bytes")
-        memory.write(shell.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
+            raise RestartFailed(f"pid {stub.vpid}: its credentials do not fit: {len(blob)} bytes")
+        memory.write(stub.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
 
     def put_on(self) -> list[tuple[int, Call, int]]:
         """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
@@ -115,23 +115,23 @@ class Outfit:
         self._run(self.tables[1:] if process else self.tables)
         if process:
             self._run(self.tables[:1])
-        raw = memory.read(self._shell.pid, self._begin, self._size)
+        raw = memory.read(self._stub.pid, self._begin, self._size)
         results = struct.unpack(f"<{len(raw) // 8}q", raw)[7::8]
         if min(results) >= 0:
             return []
         every = [(table.vtid, call) for table in self.tables for call in table.calls]
         return [(vtid, call, -r) for (vtid, call), r in zip(every, results, strict=True) if -4096 < r < 0]
 
-    def _run(self, tables: Sequence[Table]) -> None:
-        shell = self._shell
-        code = shell.remote.scratch
+    def _run(self, tables: Sequence[SetupBatch]) -> None:
+        stub = self._stub
+        code = stub.remote.scratch
         for table in tables:
-            tid = shell.threads[table.vtid].tid
+            tid = stub.threads[table.vtid].tid
             ptrace.set_sigmask(tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
-            arch.start_batch(tid, shell.segments, code, table.address, len(table.calls), _SIGURG, 0)
+            arch.start_batch(tid, stub.segments, code, table.address, len(table.calls), _SIGURG, 0)
             ptrace.cont(tid)
         for table in tables:
-            thread: ShellThread = shell.threads[table.vtid]
+            thread: StubThread = stub.threads[table.vtid]
             while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
                 ptrace.cont(thread.tid)
             if not ptrace.is_stop(status) or ptrace.stop_signal(status) != _SIGURG:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from migrator.engine.user.restore import restart_blocks, task_setup
-from migrator.engine.user.restore.stub import Shell, ShellThread
+from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
     Cpu,
@@ -50,16 +50,16 @@ class TaskState:
 
 
 class TaskRestore:
-    """Collects the records of tasks and applies them to shells."""
+    """Collects the records of tasks and applies them to stubs."""
 
     def __init__(self, open_path: Callable[[str, int], int], *, own_root: bool) -> None:
         """`open_path(path, flags)`: a descriptor of ours for a path in the tree's file system.
-        `own_root`: that file system is the one that the shells see."""
+        `own_root`: that file system is the one that the stubs see."""
         self._open_path = open_path
         self._own_root = own_root
         self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
         self._shaped: dict[int, tuple[Mm, str]] = {}
-        self._outfits: dict[int, task_setup.Outfit] = {}
+        self._outfits: dict[int, task_setup.TaskSetup] = {}
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
         self._fs: dict[int, Fs] = {}
@@ -98,22 +98,22 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
-    def shape(self, shell: Shell, mm: Mm, exe: str) -> None:
+    def shape(self, stub: Stub, mm: Mm, exe: str) -> None:
         """What /proc shows of a program: its file, arguments, environment. Can come again."""
-        before = self._shaped.get(shell.vpid)
-        self._shaped[shell.vpid] = mm, exe
+        before = self._shaped.get(stub.vpid)
+        self._shaped[stub.vpid] = mm, exe
         calls: list[Call] = []
         fd = -1
         if before is None or before[1] != exe:
             ours = self._open_path(exe, os.O_RDONLY)
             try:
-                (fd,) = shell.receive([ours])
+                (fd,) = stub.receive([ours])
             finally:
                 os.close(ours)
             calls = [(NR["close"], fd)]
         elif before[0] == mm:
             return
-        base = shell.remote.data
+        base = stub.remote.data
         # struct prctl_mm_map (include/uapi/linux/prctl.h)
         layout = struct.pack(
             "<11QQIi",
@@ -121,71 +121,71 @@ class TaskRestore:
             mm.arg_start, mm.arg_end, mm.env_start, mm.env_end,
             base + 128, len(mm.auxv), fd,
         )  # fmt: skip
-        shell.put(layout.ljust(128, b"\0") + mm.auxv)
-        shell.checked([(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}")
+        stub.put(layout.ljust(128, b"\0") + mm.auxv)
+        stub.checked([(NR["prctl"], _PR_SET_MM, _PR_SET_MM_MAP, base, 104, 0), *calls], f"taking the shape of {exe}")
         if before is None or before[0].oom_score_adj != mm.oom_score_adj:
             try:
-                with open(f"/proc/{shell.pid}/oom_score_adj", "w") as file:
+                with open(f"/proc/{stub.pid}/oom_score_adj", "w") as file:
                     file.write(str(mm.oom_score_adj))
             except PermissionError:
                 pass  # lowering it wants CAP_SYS_RESOURCE; it is advice to the OOM killer only
 
-    def prepare(self, shell: Shell) -> None:
+    def prepare(self, stub: Stub) -> None:
         """Work out ahead what is to be set inside, as far as is known yet. Can come again."""
-        state = self.tasks.get(shell.vpid)
-        if state is None or not all(v in self.tasks for v in list(shell.threads)[: task_setup.GROUP]):
+        state = self.tasks.get(stub.vpid)
+        if state is None or not all(v in self.tasks for v in list(stub.threads)[: task_setup.GROUP]):
             return
         fs = self._fs.get(state.task.fs_objref)
         if fs is not None and self._is_plain(fs):
-            self._outfit(shell, self._process_part(shell, fs, shell.channel), list(shell.threads)[: task_setup.GROUP])
+            self._outfit(stub, self._process_part(stub, fs, stub.channel), list(stub.threads)[: task_setup.GROUP])
 
-    def dress(self, shell: Shell) -> None:
-        """Set everything of the tasks of a shell that is set from inside. No descriptors can be passed after it."""
-        fs = self._fs[self.tasks[shell.vpid].task.fs_objref]
-        part: task_setup.ProcessPart | None = self._process_part(shell, fs, shell.channel)
-        shell.channel_closed()
-        vtids = list(shell.threads)
+    def dress(self, stub: Stub) -> None:
+        """Set everything of the tasks of a stub that is set from inside. No descriptors can be passed after it."""
+        fs = self._fs[self.tasks[stub.vpid].task.fs_objref]
+        part: task_setup.ProcessPart | None = self._process_part(stub, fs, stub.channel)
+        stub.channel_closed()
+        vtids = list(stub.threads)
         # the leader is in the first group, which runs last
         groups = [vtids[first : first + task_setup.GROUP] for first in range(0, len(vtids), task_setup.GROUP)]
         for group in reversed(groups):
-            made = self._outfit(shell, part if group is groups[0] else None, group)
+            made = self._outfit(stub, part if group is groups[0] else None, group)
             for vtid, call, error in made.put_on():
                 which = task_setup.limit_of(call)
                 assert part is not None
                 if which < 0:
                     raise RestartFailed(f"tid {vtid}: {task_setup.about(call, part)}: {os.strerror(error)}")
-                if not self._limit_is(shell, which, part.limits[which]):
+                if not self._limit_is(stub, which, part.limits[which]):
                     soft, hard = part.limits[which]
                     why = os.strerror(error)
                     raise RestartFailed(
-                        f"pid {shell.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
+                        f"pid {stub.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
                         hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
                     )
 
-    def _process_part(self, shell: Shell, fs: Fs, channel: list[Call]) -> task_setup.ProcessPart:
-        task = self.tasks[shell.vpid].task
+    def _process_part(self, stub: Stub, fs: Fs, channel: list[Call]) -> task_setup.ProcessPart:
+        task = self.tasks[stub.vpid].task
         signal, sighand = self._signals[task.signal_objref], self._sighands[task.sighand_objref]
-        place = self._file_system(shell, fs)
+        place = self._file_system(stub, fs)
         return task_setup.process_part(task, sighand, signal, fs, place, channel)
 
-    def _outfit(self, shell: Shell, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.Outfit:
+    def _outfit(self, stub: Stub, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.TaskSetup:
         """The outfit of a group of threads: the one that was made last, if it is the same."""
         parts = [task_setup.thread_part(self.tasks[vtid].task) for vtid in vtids]
-        known = self._outfits.get(shell.vpid)
+        known = self._outfits.get(stub.vpid)
         if known is None or known.parts != (process, *parts):
-            known = self._outfits[shell.vpid] = task_setup.Outfit(shell, process, parts, self._creds)
+            known = self._outfits[stub.vpid] = task_setup.TaskSetup(stub, process, parts, self._creds)
         return known
 
     @staticmethod
-    def _limit_is(shell: Shell, which: int, wanted: tuple[int, int]) -> bool:
-        at = shell.put(bytes(16))
-        shell.checked([(NR["prlimit64"], 0, which, 0, at)], "reading a limit")
-        return struct.unpack("<QQ", shell.remote.get(16)) == wanted
+    def _limit_is(stub: Stub, which: int, wanted: tuple[int, int]) -> bool:
+        at = stub.put(bytes(16))
+        stub.checked([(NR["prlimit64"], 0, which, 0, at)], "reading a limit")
+        return struct.unpack("<QQ", stub.remote.get(16)) == wanted
 
     def _is_plain(self, fs: Fs) -> bool:
         return fs.root == "/" and self._own_root
 
-    def _file_system(self, shell: Shell, fs: Fs) -> tuple[bytes, list[Call]]:
+    def _file_system(self, stub: Stub, fs: Fs) -> tuple[bytes, list[Call]]:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
         if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
@@ -193,7 +193,7 @@ class TaskRestore:
         if fs.root != "/":
             fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
         try:
-            numbers = shell.receive(fds)
+            numbers = stub.receive(fds)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -205,7 +205,7 @@ class TaskRestore:
         return b".\0", calls
 
     @staticmethod
-    def _from_outside(thread: ShellThread, task: Task) -> None:
+    def _from_outside(thread: StubThread, task: Task) -> None:
         tid = thread.tid
         try:
             os.sched_setscheduler(tid, task.sched_policy, os.sched_param(task.sched_priority))
@@ -222,10 +222,10 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the last steps
 
-    def timers(self, shell: Shell) -> None:
+    def timers(self, stub: Stub) -> None:
         """Start the clocks: interval timers and POSIX timers, with what was left of them."""
-        signal = self._signals[self.tasks[shell.vpid].task.signal_objref]
-        base = shell.remote.data
+        signal = self._signals[self.tasks[stub.vpid].task.signal_objref]
+        base = stub.remote.data
         blob = b""
         calls: list[Call] = []
         for which, timer in enumerate(signal.itimers[:3]):
@@ -236,62 +236,62 @@ class TaskRestore:
                 blob += _timeval_pair(timer.interval, value)
                 calls.append((NR["setitimer"], which, base + len(blob) - 32, 0))
         if calls:
-            shell.put(blob)
-            shell.checked(calls, "interval timers")
-        self._posix_timers(shell, signal)
+            stub.put(blob)
+            stub.checked(calls, "interval timers")
+        self._posix_timers(stub, signal)
 
-    def _posix_timers(self, shell: Shell, signal: Signal) -> None:
+    def _posix_timers(self, stub: Stub, signal: Signal) -> None:
         """timer_create(2) gives out ids by itself, counting up: unwanted ones are deleted again."""
-        base = shell.remote.data
+        base = stub.remote.data
         following = 0
         for timer in sorted(signal.timers, key=lambda t: t.timer_id):
             # struct sigevent: value, signo, notify, tid
             event = struct.pack("<QiiI", timer.sigval, timer.signo, timer.notify, timer.tid & 0xFFFFFFFF)
             spec = struct.pack("<4q", *divmod(timer.interval, 10**9), *divmod(timer.value, 10**9))
-            shell.put(event.ljust(64, b"\0") + spec + bytes(8))
+            stub.put(event.ljust(64, b"\0") + spec + bytes(8))
             made = -1
             while following <= timer.timer_id:
-                shell.checked([(NR["timer_create"], timer.clock, base, base + 96)], "POSIX timer")
-                (made,) = struct.unpack("<i", shell.remote.get(4, 96))
+                stub.checked([(NR["timer_create"], timer.clock, base, base + 96)], "POSIX timer")
+                (made,) = struct.unpack("<i", stub.remote.get(4, 96))
                 if made != timer.timer_id:
-                    shell.checked([(NR["timer_delete"], made)], "POSIX timer")
+                    stub.checked([(NR["timer_delete"], made)], "POSIX timer")
                 if made > timer.timer_id:
                     break
                 following = made + 1
             if made != timer.timer_id:
-                raise RestartFailed(f"pid {shell.vpid}: POSIX timer {timer.timer_id} came out as {made}")
+                raise RestartFailed(f"pid {stub.vpid}: POSIX timer {timer.timer_id} came out as {made}")
             if timer.value or timer.interval:
-                shell.checked([(NR["timer_settime"], made, 0, base + 64, 0)], "POSIX timer")
+                stub.checked([(NR["timer_settime"], made, 0, base + 64, 0)], "POSIX timer")
 
-    def pending(self, shell: Shell) -> None:
+    def pending(self, stub: Stub) -> None:
         """Queue the signals that waited. They stay blocked until the registers are set."""
-        for thread in shell.threads.values():
+        for thread in stub.threads.values():
             for rec in self.tasks[thread.vtid].pending:
-                self._queue(shell, thread, rec)
+                self._queue(stub, thread, rec)
 
     @staticmethod
-    def _queue(shell: Shell, thread: ShellThread, rec: SigPending) -> None:
-        base = shell.remote.data
+    def _queue(stub: Stub, thread: StubThread, rec: SigPending) -> None:
+        base = stub.remote.data
         for at in range(0, len(rec.infos) - 127, 128):
             info = rec.infos[at : at + 128]
             (signo,) = struct.unpack_from("<i", info)
-            shell.put(info)
+            stub.put(info)
             if rec.shared:
-                call: Call = (NR["rt_sigqueueinfo"], shell.vpid, signo, base)
+                call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
             else:
-                call = (NR["rt_tgsigqueueinfo"], shell.vpid, thread.vtid, signo, base)
+                call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
             if signo == 23:  # the one that ends a batch: queued from outside instead
-                os.kill(shell.pid, signo)
+                os.kill(stub.pid, signo)
                 continue
-            shell.remote.tid = thread.tid
+            stub.remote.tid = thread.tid
             try:
-                shell.checked([call], f"pending signal {signo}")
+                stub.checked([call], f"pending signal {signo}")
             finally:
-                shell.remote.tid = shell.pid
+                stub.remote.tid = stub.pid
 
-    def check(self, shell: Shell) -> None:
+    def check(self, stub: Stub) -> None:
         """Set what of the processor's state might be refused: the extended state of every thread."""
-        for thread in shell.threads.values():
+        for thread in stub.threads.values():
             state = self.tasks[thread.vtid]
             if state.cpu is None or len(state.cpu.regs) != arch.REGS_SIZE:
                 raise RestartFailed(f"tid {thread.vtid}: no registers in the image")
@@ -303,24 +303,24 @@ class TaskRestore:
                     hint="the processors differ: `migrator check` compares them before anything is stopped",
                 ) from error
 
-    def registers(self, shell: Shell) -> dict[int, arch.Regs]:
+    def registers(self, stub: Stub) -> dict[int, arch.Regs]:
         """The registers that each thread is to resume with, by tid."""
         out = {}
-        for thread in shell.threads.values():
+        for thread in stub.threads.values():
             state = self.tasks[thread.vtid]
             assert state.cpu is not None
             regs = arch.Regs.from_buffer_copy(state.cpu.regs)
-            out[thread.tid] = restart_blocks.resumed(shell, thread, state.restart_block, regs, self.passed)
+            out[thread.tid] = restart_blocks.resumed(stub, thread, state.restart_block, regs, self.passed)
         return out
 
-    def finish(self, shell: Shell) -> None:
+    def finish(self, stub: Stub) -> None:
         """Take the scratch area away and put every thread where it was. Nothing runs yet."""
-        final = self.registers(shell)
-        remote = shell.remote
-        ptrace.set_sigmask(shell.pid, restart_blocks.ALL_BUT_TRAP)
+        final = self.registers(stub)
+        remote = stub.remote
+        ptrace.set_sigmask(stub.pid, restart_blocks.ALL_BUT_TRAP)
         with remote.borrowed():
             remote.unmap_scratch()
-        for thread in shell.threads.values():
+        for thread in stub.threads.values():
             task = self.tasks[thread.vtid].task
             arch.set_regs(thread.tid, final[thread.tid])
             ptrace.set_sigmask(thread.tid, task.blocked)

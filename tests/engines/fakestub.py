@@ -1,10 +1,10 @@
-"""A process that stands in for the shells of the user engine, and for the workload.
+"""A process that stands in for the stubs of the user engine, and for the workload.
 
     with Child() as child:
         child.run("r, w = os.pipe()")      # statements, in the child
         child.ask("os.read(r, 10)")        # an expression: its value
 
-As a shell it is given descriptors and makes system calls, as the engine's own shells do.
+As a stub it is given descriptors and makes system calls, as the engine's own stubs do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from migrator.engine.user.descriptors import Process, fdinfo
+from migrator.engine.user.descriptors import Holder, fdinfo
 
 _CONTROL = 1000  # number of the child's end of the control socket, above all that tests use
 
@@ -80,8 +80,8 @@ class Child:
         self.ask("None")  # it has closed what it inherited
 
     @property
-    def process(self) -> Process:
-        return Process(self.pid, self.vpid, self.pidfd)
+    def process(self) -> Holder:
+        return Holder(self.pid, self.vpid, self.pidfd)
 
     def run(self, code: str) -> None:
         self._tell(("run", code))
@@ -97,7 +97,7 @@ class Child:
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
-    # -- as a shell
+    # -- as a stub
 
     def install_fds(self, items: list[tuple[int, int, bool]]) -> None:
         self._tell(("install", [(number, cloexec) for _, number, cloexec in items]), [fd for fd, _, _ in items])
