@@ -33,7 +33,7 @@ bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)
 
 lint: $(STAMP)
-	@cd $(ROOT) && .venv/bin/ruff check . && .venv/bin/mypy
+	@cd $(ROOT) && .venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
 clean:
 	@rm -rf $(ROOT)/build $(ROOT)/.mypy_cache $(ROOT)/.ruff_cache $(ROOT)/.pytest_cache

@@ -105,9 +105,7 @@ def encode_block(sequence: int, raw_size: int, data: bytes, *, compressed: bool)
     length = BLOCK_HEADER.size + len(data)
     _check(Channel.STREAM, flags, 0, length)
     # One join, because blocks are large: no intermediate copy of the payload.
-    return b"".join(
-        (HEADER.pack(Channel.STREAM, flags, 0, length), BLOCK_HEADER.pack(sequence, raw_size), data)
-    )
+    return b"".join((HEADER.pack(Channel.STREAM, flags, 0, length), BLOCK_HEADER.pack(sequence, raw_size), data))
 
 
 def encode_end(sequence: int) -> bytes:

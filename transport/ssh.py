@@ -287,9 +287,7 @@ class _HostKeyCheck:
         self._accept_new = accept_new
         self._accepted = False
 
-    def known(
-        self, host: str, addr: str, port: int | None
-    ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    def known(self, host: str, addr: str, port: int | None) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """asyncssh's known_hosts hook; it also picks the algorithms by the keys that are known."""
         self.host, self._port = host, port
         try:
@@ -378,9 +376,7 @@ def _explained(
             hint=f"add {public} to authorized_keys there, or choose another key with --identity",
         )
     if isinstance(error, TimeoutError):
-        return TransportError(
-            f"{name} does not answer within {timeout:g} s", hint="is it up, is a firewall between?"
-        )
+        return TransportError(f"{name} does not answer within {timeout:g} s", hint="is it up, is a firewall between?")
     if isinstance(error, ConnectionRefusedError):
         return TransportError(
             f"nothing listens at {name}", hint="start sshd or `migrator agent` there, or give another port"

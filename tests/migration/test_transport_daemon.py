@@ -235,9 +235,7 @@ async def test_a_login_without_a_link_is_ended(host: Host, monkeypatch: pytest.M
         await asyncio.wait_for(connection.wait_closed(), 10)
 
 
-async def test_more_connections_than_allowed_are_turned_away(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_more_connections_than_allowed_are_turned_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     async with await host.connect() as link:
         monkeypatch.setattr("transport.daemon.MAX_CONNECTIONS", 1)
         with pytest.raises(TransportError):

@@ -20,6 +20,10 @@ def test_ruff_has_nothing_to_say() -> None:
     run("ruff", "check", ".")
 
 
+def test_the_code_is_formatted() -> None:
+    run("ruff", "format", "--check", ".")
+
+
 @pytest.mark.timeout(300)
 def test_the_packages_are_typed_strictly() -> None:
     run("mypy")

@@ -12,9 +12,7 @@ from transport.flow import FLOOR, QUEUE_SECONDS, ReceiveWindow, RoundTrip, SendW
 MIB = 1 << 20
 
 
-def run(
-    window: SendWindow, *, rate: float, round_trip: float, seconds: float, backlog: bool = False
-) -> float:
+def run(window: SendWindow, *, rate: float, round_trip: float, seconds: float, backlog: bool = False) -> float:
     """Let a link of `rate` bytes/s take what the window lets out; returns bytes/s achieved."""
     now = done = 0.0
     queue: list[float] = []  # when each block of 64 KiB will have been granted

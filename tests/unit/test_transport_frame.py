@@ -74,9 +74,7 @@ ALL_FRAMES = [frame for _, _, frame in FRAMES]
 
 
 @pytest.mark.parametrize(("encoded", "wire", "frame"), FRAMES)
-def test_a_frame_is_these_bytes_and_these_bytes_are_the_frame(
-    encoded: bytes, wire: bytes, frame: Frame
-) -> None:
+def test_a_frame_is_these_bytes_and_these_bytes_are_the_frame(encoded: bytes, wire: bytes, frame: Frame) -> None:
     assert encoded == wire
     assert FrameParser().feed(PREFACE + wire) == [frame]
 
@@ -154,9 +152,7 @@ def digest(frame: Frame) -> None:
         ((Channel.PACKETS, 0, 0, MAX_PACKETS + 1), "allowed are"),
     ],
 )
-def test_a_bad_header_is_refused_before_its_payload_arrives(
-    header: tuple[int, int, int, int], why: str
-) -> None:
+def test_a_bad_header_is_refused_before_its_payload_arrives(header: tuple[int, int, int, int], why: str) -> None:
     with pytest.raises(TransportError, match=why):
         FrameParser().feed(PREFACE + struct.pack("<BBHI", *header))
 
