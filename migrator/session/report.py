@@ -88,7 +88,7 @@ class MigrationSummary:
             spans += [
                 span
                 for span in model.spans_of(self.copying.source.phases, Where.SOURCE)
-                if span.name != "arm" and not span.name.startswith("round")
+                if span.name != "instrument" and not span.name.startswith("round")
             ]
         if self.told is not None:
             spans += model.spans_of(self.told.phases, Where.DESTINATION, self.clock)

@@ -316,8 +316,8 @@ class SourceSession:
             with self._span("files"):
                 await self._baggage.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
-        with self._span("arm"):
-            await copying.arm()
+        with self._span("instrument"):
+            await copying.instrument()
         while not settings.cold:
             await self._ask_clock()
             if self._baggage is not None:

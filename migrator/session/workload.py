@@ -83,8 +83,8 @@ class WorkloadThread:
 
         pump.task.add_done_callback(ended)
 
-    async def arm(self) -> None:
-        await self.thread.run(self._source.arm)
+    async def instrument(self) -> None:
+        await self.thread.run(self._source.instrument)
         if self.network is not None:
             await self.thread.run(self.network.prepare)
 
