@@ -57,10 +57,10 @@ class DescriptorDump:
         writer: Writer,
         *,
         still: Still = nullcontext,
-        drafts: PredumpedFiles | None = None,
+        predumped: PredumpedFiles | None = None,
     ) -> None:
-        """`drafts`: what was written of them while they ran."""
-        self._drafts = drafts or PredumpedFiles(objhash, writer)
+        """`predumped`: what was written of them while they ran."""
+        self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
         self._processes = list(processes)
         self._objhash = objhash
@@ -137,8 +137,8 @@ class DescriptorDump:
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
         for item in collection.descriptions:
-            item.objref = self._drafts.objref_of(item)
-            self._drafts.put(self._file(item, pids))
+            item.objref = self._predumped.objref_of(item)
+            self._predumped.put(self._file(item, pids))
         for item in collection.descriptions:
             if item.kind == FileKind.EPOLL:
                 items = epolls.save(item, collection.tables, collection.descriptions)
@@ -151,7 +151,7 @@ class DescriptorDump:
         for table in collection.tables:
             objref, _ = self._objhash.get(("files", table.processes[0].pid))
             entries = [Descriptor(s.number, s.description.objref, int(s.cloexec), 0) for s in table.slots]
-            self._drafts.put(FileTable(objref, 0, entries))
+            self._predumped.put(FileTable(objref, 0, entries))
             out.update({process.pid: objref for process in table.processes})
         return out
 

@@ -46,8 +46,8 @@ class DescriptorRestore:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.tables: dict[int, r.FileTable] = {}
-        self.final = True  # else the tasks still run, and what comes are drafts
-        self._early: set[int] = set()  # Files that came as drafts
+        self.final = True  # else the tasks still run, and what comes is pre-dumped
+        self._early: set[int] = set()  # Files that came pre-dumped
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
         self._has_already: dict[int, tuple[Stub, Contents]] = {}  # by vpid: what it was given
@@ -92,7 +92,7 @@ class DescriptorRestore:
             raise RestartFailed(f"{_about(rec)}: {error}") from error
 
     def settle(self, tables: Iterable[int]) -> None:
-        """Once all records are there, and ahead of install(): make the drafts good that `tables` name."""
+        """Once all records are there, and ahead of install(): complete the pre-dumped files that `tables` name."""
         named = {d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors}
         for objref in self._early & named:
             self._make_good(self._records[objref])

@@ -62,8 +62,8 @@ class Process:
     zombie: bool = False
     exit_code: int = 0
     remote: Remote | None = None
-    asking: Parasite | None = None
-    drafted: set[int] = field(default_factory=set)  # tids whose state was drafted
+    parasite: Parasite | None = None
+    predumped: set[int] = field(default_factory=set)  # tids whose state was pre-dumped
     protection: WriteProtection | None = None
     scanner: Scanner | None = None
     mem: memory.MemFile | None = None

@@ -23,7 +23,7 @@ from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
 from migrator.engine.user.dump.process_tree import Process, ProcessTree
-from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
@@ -59,10 +59,10 @@ class UserSource:
         self._shared = SharedMemory()
         self._layout = LayoutDump(self._writer, self._objhash, self._shared)
         self._sender = PageSender(self._writer)
-        self._waits = Waits()
-        self._instrument = Instrument(self._waits)
-        self._tasks = TaskDump(self._writer, self._objhash, self._waits)
-        self._file_drafts = PredumpedFiles(self._objhash, self._writer, pid)
+        self._restart_blocks = RestartBlocks()
+        self._instrument = Instrument(self._restart_blocks)
+        self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
+        self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
         self._trackers: dict[int, WpAsyncTracker] = {}
         self._generation = 0
@@ -171,7 +171,7 @@ class UserSource:
                 except (FileNotFoundError, ProcessLookupError):
                     continue
         self._shared.send(self._writer, self._sender, final=False)
-        self._draft()
+        self._predump()
         self._writer.write(RoundMark(number, RoundFlag.END, time.time_ns()))
         self._writer.flush()
         end = time.monotonic_ns()
@@ -216,7 +216,7 @@ class UserSource:
             for process in self.tree.living:
                 self._tasks.warm(process)
                 for tid in process.threads:
-                    self._waits.observe(process.pid, tid)
+                    self._restart_blocks.observe(process.pid, tid)
             self._transients = Transients(self._owners())
         self._seized = True
 
@@ -255,33 +255,33 @@ class UserSource:
 
     def _final(self, silence: Callable[[], None] | None) -> None:
         living = self.tree.living
-        with self._phase("memory"):  # first: it is on its way while the tasks are asked
+        with self._phase("memory"):  # first: it is sent while the parasite runs
             states = {}
             for process in living:
-                self._waits.confirm(process.pid, process.threads)
+                self._restart_blocks.confirm(process.pid, process.threads)
                 self._look(process)
                 self._prepare_scratch(process)
                 states[process.pid] = procfs.status(process.pid)
             self._write_tree(states)
-            self._waits.stopped()
+            self._restart_blocks.stopped()
             self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
             for process in living:
                 self._send_memory(process, final=True)
-        with self._phase("ask"):
-            said, others, timers = {}, {}, {}
+        with self._phase("parasite"):
+            replies, others, timers = {}, {}, {}
             for process in living:
-                pid, leader, asking = process.pid, process.leader, process.asking
-                assert asking is not None and leader.regs is not None
+                pid, leader, parasite = process.pid, process.leader, process.parasite
+                assert parasite is not None and leader.regs is not None
                 timers[pid] = list_timers(process)
-                said[pid] = asking.process(leader.regs, leader.mask, timers[pid], leader.xstate)
-                others[pid] = asking.threads([t for t in process.threads.values() if t is not leader])
-                brk = said[pid].brk
+                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
+                brk = replies[pid].brk
                 self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         if silence is not None:
             silence()
         with self._phase("descriptors"):
             self._descriptors = DescriptorDump(
-                self._owners(), self._objhash, self._writer, still=self._still, drafts=self._file_drafts
+                self._owners(), self._objhash, self._writer, still=self._still, predumped=self._predumped
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
@@ -296,8 +296,8 @@ class UserSource:
                 if process.zombie:
                     self._tasks.write_zombie(process)
                 else:
-                    answers = [said[pid].leader, *others[pid]]
-                    self._tasks.write(process, states[pid], said[pid], timers[pid], answers, tables[pid])
+                    thread_replies = [replies[pid].leader, *others[pid]]
+                    self._tasks.write(process, states[pid], replies[pid], timers[pid], thread_replies, tables[pid])
             self._writer.trailer()
 
     @contextmanager
@@ -413,38 +413,38 @@ class UserSource:
             self._writer.write(tree)
             self._tasks.keep({task.pid for task in tree.tasks if not task.flags & TaskFlag.ZOMBIE})
 
-    def _draft(self) -> None:
+    def _predump(self) -> None:
         """Write the state of tasks that are new, as far as it can be known while they run."""
         known = {task.pid for task in self._hierarchy if not task.flags & TaskFlag.ZOMBIE}
         for process in self.tree.living:
             if process.vpid in known and process.pid in self._trackers:
                 try:
-                    self._draft_process(process, known)
+                    self._predump_process(process, known)
                 except OSError:
-                    continue  # it has ended, or does not stop: what there is to say is said in the end
+                    continue  # it has ended, or does not stop: final() writes all of it
 
-    def _draft_process(self, process: Process, known: set[int]) -> None:
-        pid, asking = process.pid, process.asking
-        new = [tid for tid in procfs.tids(pid) if tid not in process.drafted]
-        if not new or asking is None:
+    def _predump_process(self, process: Process, known: set[int]) -> None:
+        pid, parasite = process.pid, process.parasite
+        new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
+        if not new or parasite is None:
             return
-        table = self._file_drafts.draft(DescriptorOwner(pid, process.vpid, process.pidfd))
+        table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
         with self._instrument.stopped(process, pid) as leader:
             assert leader.regs is not None
-            said = asking.process(leader.regs, leader.mask, (), leader.xstate)
-        threads = [(leader, said.leader)]
+            reply = parasite.process(leader.regs, leader.mask, (), leader.xstate)
+        threads = [(leader, reply.leader)]
         for tid in new:
             if tid != pid and procfs.stat(pid, tid)[3] != "D":
                 with self._instrument.stopped(process, tid) as thread:
-                    (answers,) = asking.threads([thread])
+                    (thread_reply,) = parasite.threads([thread])
                 if thread.vtid in known:
-                    threads.append((thread, answers))
-        self._tasks.draft(process, procfs.status(pid), said, threads, table)
-        process.drafted.update(new)
+                    threads.append((thread, thread_reply))
+        self._tasks.predump(process, procfs.status(pid), reply, threads, table)
+        process.predumped.update(new)
 
     def _try_instrument(self, process: Process) -> None:
-        """Arm a process; one that ends or becomes another program meanwhile, or sits in its parent's memory, is
-        left for later."""
+        """Instrument a process. One that ends, becomes another program or is in its parent's memory is left for a
+        later round."""
         try:
             if self._in_parents_memory(process):
                 return
@@ -475,7 +475,7 @@ class UserSource:
             for thing in (process.protection, process.scanner, process.mem):
                 if thing is not None:
                     thing.close()
-            process.protection = process.scanner = process.mem = process.remote = process.asking = remote = None
+            process.protection = process.scanner = process.mem = process.remote = process.parasite = remote = None
             process.executed += 1
         if text != process.maps:
             process.maps = text

@@ -252,9 +252,9 @@ class UserDestination:
         assert self._stub_tree is not None and self._tree is not None
         self._stub_tree.set_groups(self._tree)
         for stub in self._stub_tree.stubs.values():
-            draft = self._tasks.tasks.get(stub.vpid)
-            if draft is not None and self._descriptors is not None:
-                self._descriptors.install_early(stub, draft.task.files_objref)
+            state = self._tasks.tasks.get(stub.vpid)
+            if state is not None and self._descriptors is not None:
+                self._descriptors.install_early(stub, state.task.files_objref)
             self._tasks.prepare(stub)
 
     @staticmethod
@@ -345,7 +345,7 @@ class UserDestination:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
                 self._tasks.shape(stub, mm, self._files[mm.exe_objref].path)
                 self._lock_memory(stub, mm)
-                self._tasks.dress(stub)
+                self._tasks.apply(stub)
                 self._tasks.pending(stub)
                 self._tasks.timers(stub)
                 self._tasks.check(stub)

@@ -109,7 +109,7 @@ class TaskSetup:
             raise RestartFailed(f"pid {stub.vpid}: its credentials do not fit: {len(blob)} bytes")
         memory.write(stub.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
 
-    def put_on(self) -> list[tuple[int, Call, int]]:
+    def apply(self) -> list[tuple[int, Call, int]]:
         """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
         process = self.parts[0] is not None
         self._run(self.tables[1:] if process else self.tables)
