@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
+from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
@@ -15,6 +15,7 @@ from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable, PidFd
+from migrator.linux import descriptors
 
 _F_GET_SEALS = 1034
 _OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})
@@ -223,7 +224,7 @@ class DescriptorDump:
 
     @staticmethod
     def _owner(item: Description, pids: dict[int, int]) -> tuple[int, int, int]:
-        kind, pid, signal = calls.owner(item.fd)
+        kind, pid, signal = descriptors.owner(item.fd)
         if kind and pid not in pids:
             raise CheckpointFailed(f"{item}: its owner for signals (F_SETOWN) is pid {pid}, which is not in the tree")
         return kind, pids.get(pid, 0), signal

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from migrator.engine.user.descriptors import calls
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
+from migrator.linux import descriptors
 
 BY_PATH = frozenset({FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE})
 
@@ -128,6 +128,6 @@ class PredumpedFiles:
 
 def _same(a: Place, b: Place) -> bool:
     try:
-        return calls.same_file(*a, *b)
+        return descriptors.same_file(*a, *b)
     except OSError:
         return False  # one of them is closed

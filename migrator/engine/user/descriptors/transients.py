@@ -20,8 +20,9 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from migrator.engine.user.descriptors import calls, fdinfo, sockopts
+from migrator.engine.user.descriptors import fdinfo, sockopts
 from migrator.engine.user.descriptors.description import Holder
+from migrator.linux import sys
 
 _PAUSE = 0.0002
 _CONTROL = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD
@@ -51,7 +52,7 @@ class Transients:
                 continue
 
     def _look(self, process: Holder, number: int) -> None:
-        fd = calls.pidfd_getfd(process.pidfd, number)
+        fd = sys.pidfd_getfd(process.pidfd, number)
         sock = socket.socket(fileno=fd)
         what = f"pid {process.vpid} fd {number}"
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
