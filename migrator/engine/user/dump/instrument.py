@@ -27,7 +27,7 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
-_UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
+_UFFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | 1  # UFFD_USER_MODE_ONLY
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
 _SCRATCH_NAME = b"migrator\0"
 

@@ -12,6 +12,7 @@ tables at the same time.
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of
 
 NSIG = 64
 SIGACTION_SIZE = 32
-UNBLOCKABLE = (9, 19)
+UNBLOCKABLE = (signal.SIGKILL, signal.SIGSTOP)
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _RLIMITS = 16
-_SIGURG = 23
+_SIGURG = int(signal.SIGURG)  # ends a batch
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
 _THREAD_CALLS = 5

@@ -7,6 +7,7 @@ a program that runs under pre-copy must not feel.
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import time
 from collections.abc import Callable
@@ -30,7 +31,6 @@ _EINTR_CALLS = {
 }
 _ERESTARTNOHAND = (1 << 64) - 514
 _EINTR = (1 << 64) - 4
-_SIGTRAP = 5
 LEADERLESS = "such a process is not carried yet"
 _PATIENCE = 3.0  # seconds that a task may take to stop
 _STUCK = 0.002  # seconds after which the others run again for one that may wait for them
@@ -417,9 +417,9 @@ def _interrupt(tid: int) -> None:
         pass  # it has ended, which waiting for it tells
 
 
-def _go_on(tid: int, signal: int = 0) -> None:
+def _go_on(tid: int, signum: int = 0) -> None:
     try:
-        ptrace.cont(tid, signal)
+        ptrace.cont(tid, signum)
     except OSError:
         pass
 
@@ -440,13 +440,13 @@ def _poll(tasks: dict[int, tuple[Process, Thread]], halted: dict[int, tuple[Proc
             process.threads.pop(tid, None)
             del tasks[tid]
             continue
-        signal = ptrace.stop_signal(status)
+        signum = ptrace.stop_signal(status)
         if ptrace.stop_event(status) != ptrace.EVENT_STOP:
-            _go_on(tid, signal)  # a signal was about to be delivered: let it, then stop
+            _go_on(tid, signum)  # a signal was about to be delivered: let it, then stop
         elif halted is None:
             _go_on(tid)
         else:
-            thread.stop_signal = 0 if signal == _SIGTRAP else signal
+            thread.stop_signal = 0 if signum == signal.SIGTRAP else signum
             halted[tid] = tasks.pop(tid)
     return moved
 

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from signal import SIGCHLD
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.mappings import Objrefs
@@ -203,7 +204,7 @@ class TaskDump:
                 pid=thread.vtid,
                 state=TaskState.STOPPED if thread.stop_signal else TaskState.RUNNING,
                 exit_code=thread.stop_signal,
-                exit_signal=17,
+                exit_signal=int(SIGCHLD),
                 pdeath_signal=reply.pdeathsig,
                 mm_objref=process.mm_objref,
                 files_objref=shared.files,

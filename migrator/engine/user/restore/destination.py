@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
+_STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class UserDestination:
@@ -149,8 +151,8 @@ class UserDestination:
             for stub in self._stub_tree.stubs.values():
                 for thread in stub.threads.values():
                     ptrace.detach(thread.tid)
-            for pid, signal in self._stopped_groups():
-                os.kill(pid, signal)  # waits in the frozen, and with it none runs when thawed, by whomever
+            for pid in self._stopped_groups():
+                os.kill(pid, signal.SIGSTOP)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
 
     def resume(self) -> None:
@@ -358,13 +360,14 @@ class UserDestination:
         ]
         stub.checked(calls, "locking memory")
 
-    def _stopped_groups(self) -> list[tuple[int, int]]:
+    def _stopped_groups(self) -> list[int]:
+        """The processes that were stopped by a signal."""
         assert self._stub_tree is not None
         out = []
         for vpid, stub in self._stub_tree.stubs.items():
             task = self._tasks.tasks[vpid].task
-            if task.state == TaskState.STOPPED and task.exit_code in (19, 20, 21, 22):
-                out.append((stub.pid, 19))
+            if task.state == TaskState.STOPPED and task.exit_code in _STOP_SIGNALS:
+                out.append(stub.pid)
         return out
 
     # ------------------------------------------------------------------ files

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from signal import SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
 from migrator.engine.user.restore.stub import Stub, StubThread
@@ -280,7 +281,7 @@ class TaskRestore:
                 call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
             else:
                 call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
-            if signo == 23:  # the one that ends a batch: queued from outside instead
+            if signo == SIGURG:  # the one that ends a batch: queued from outside instead
                 os.kill(stub.pid, signo)
                 continue
             stub.remote.tid = thread.tid
