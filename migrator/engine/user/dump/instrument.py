@@ -11,16 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
+from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.parasite import SCRATCH, Parasite
-from migrator.engine.user.dump.process_tree import (
-    Process,
-    Thread,
-    out_of_critical_section,
-    stop_one,
-    vtid_of,
-    without_spurious_eintr,
-)
+from migrator.engine.user.dump.process import Process, Thread, vtid_of
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
+from migrator.engine.user.dump.tracing import stop_one
 from migrator.errors import CheckpointFailed
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch

@@ -52,7 +52,7 @@ _ASKED = [n for n in range(1, NSIG + 1) if n not in UNBLOCKABLE]
 
 
 class Stopped(Protocol):
-    """A stopped thread; see migrator.engine.user.dump.process_tree.Thread."""
+    """A stopped thread; see migrator.engine.user.dump.process.Thread."""
 
     tid: int
     regs: arch.Regs | None

@@ -22,7 +22,8 @@ from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
-from migrator.engine.user.dump.process_tree import Process, ProcessTree
+from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
 from migrator.engine.user.dump.survey import hierarchy

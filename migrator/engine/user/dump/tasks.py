@@ -17,7 +17,7 @@ from signal import SIGCHLD
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.mappings import Objrefs
 from migrator.engine.user.dump.parasite import ProcessReply, ThreadReply
-from migrator.engine.user.dump.process_tree import Process, Thread
+from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.image.codec import Record
 from migrator.image.records import (
