@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -452,8 +453,6 @@ class UserSource:
 
 
 def _await_end(pidfds: list[int]) -> None:
-    import select
-
     for pidfd in pidfds:
         if pidfd >= 0:
             select.select([pidfd], [], [], 5.0)
