@@ -40,13 +40,15 @@ class CheckpointGuard(CheckpointHooks):
         self._critical = critical
         self._journal: Journal | None = None
         self._ending = False
+        self.pids: list[int] = []
         found = workload.container
         self._network = NetworkLock(found) if found is not None and after is AfterCheckpoint.KILL else None
 
     def surveyed(self, source: Source) -> None:
         """Make the journal durable before the first task is touched. Raises JournalError."""
+        self.pids = list(source.pids)
         pids = []
-        for pid in source.pids:
+        for pid in self.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pids.append((pid, procfs.start_time(pid)))
         header = JournalHeader(
