@@ -39,7 +39,8 @@ async def wait(made: Container) -> int:
     """Wait for the end of a container that this process has started, and remove it. Its exit status as a shell
     counts it. Cancelling only stops waiting. Raises ChildProcessError if it was started by another process."""
     status = await exit_status(made.init_pid)
-    await asyncio.to_thread(container.remove, made.name)
+    if container.find(made.name) is not None:  # else it went to another host, or was stopped
+        await asyncio.to_thread(container.remove, made.name)
     return status
 
 
