@@ -135,6 +135,7 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     engine_reason: str = ""  # why that one
     rounds: list[Round] = []
     timeline: Timeline | None = None
+    connections_served: int = 0  # closed before the move, and served from the source to their end
     warnings: list[str] = []
 
 

@@ -34,7 +34,8 @@ _KEY_AT = -40
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A TCP connection as its container sees it. Addresses as text, IPv4 or IPv6."""
+    """A TCP connection as its container sees it. Addresses as text, IPv4 or IPv6; the keys raise ValueError for
+    text that is no address."""
 
     local: str
     local_port: int

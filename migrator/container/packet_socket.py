@@ -82,6 +82,9 @@ class PacketSocket:
         fprog = struct.pack("@HP", len(program), ctypes.addressof(blob))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def take(self) -> list[bytes]:
         """All frames that have come, without waiting."""
         frames: list[bytes] = []

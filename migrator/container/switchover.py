@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Protocol
 
 from migrator.container import announcement, connection_filter, network
 from migrator.container.bridge_port import Valve
@@ -44,6 +45,19 @@ from migrator.linux.repair import revive
 _RECEIVER, _SENDER = slice(VNET_HDR, VNET_HDR + 6), slice(VNET_HDR + 6, VNET_HDR + 12)
 
 CAPTURE_LIMIT = 64 << 20  # bytes; beyond it the clients' own retransmissions have to do
+
+
+class OrphanedConnection(Protocol):
+    """What a `Connection` is made of, as the source has said it."""
+
+    @property
+    def local(self) -> str: ...
+    @property
+    def local_port(self) -> int: ...
+    @property
+    def peer(self) -> str: ...
+    @property
+    def peer_port(self) -> int: ...
 
 
 class NetworkLock:
@@ -245,12 +259,17 @@ class NetworkArrival:
             self._stack = stack.pop_all()
         self._valve, self._port, self._inside, self._relay = valve, port, inside, relay
 
-    def divert(self, connections: Iterable[Connection]) -> None:
-        """What comes for these is for the source, and does not reach the copy. The port should be shut."""
+    def divert(self, connections: Iterable[OrphanedConnection]) -> None:
+        """What comes for these is for the source, and does not reach the copy. The port should be shut.
+
+        They are from the peer and checked: ImageError for what `NetworkLock.orphans()` cannot have returned."""
         if self._relay is None:
             self.prepare()
         if self._relay is not None:
-            self._relay.divert(connections)
+            try:
+                self._relay.divert(Connection(c.local, c.local_port, c.peer, c.peer_port) for c in connections)
+            except (ValueError, OSError) as error:
+                raise ImageError(f"connections that stay behind: {error}") from error
 
     def diverted(self) -> list[bytes]:
         """Frames that have come for them since the last call."""

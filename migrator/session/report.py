@@ -98,6 +98,12 @@ class MigrationSummary:
         spans.sort(key=lambda span: span.start)
         return model.Timeline(spans, self.copying.frozen_at, resumed_at, self.clock.error)
 
+    def _warnings(self) -> list[str]:
+        told = [str(r) for r in self.report.reasons if not r.blocking] if self.report else []
+        if lost := self.copying.orphans_lost:
+            told.append(f"{lost} connections that the program had closed did not end in time: their peers get a reset")
+        return told
+
     def result(self, outcome: Outcome, fate: Fate, reason: str) -> model.MigrationResult:
         timeline = self.timeline()
         predicted = self.decision.predicted_downtime if self.decision is not None else 0.0
@@ -122,7 +128,8 @@ class MigrationSummary:
             decision=self.decision.reason if self.decision is not None else "",
             rounds=self.copying.all_rounds,
             timeline=timeline,
-            warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
+            connections_served=len(self.copying.orphans),
+            warnings=self._warnings(),
         )
 
 
