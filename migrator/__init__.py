@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from migrator.api import containers
     from migrator.api.image import checkpoint, restart, wait
+    from migrator.api.image_info import read_info
     from migrator.api.local import Restarted, Saved
     from migrator.api.migration import check, migrate
     from migrator.api.recovery import decide, settle
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         UsageError,
     )
     from migrator.host import Login
-    from migrator.imageinfo import read_info
     from migrator.model import Event, MigrationResult, Outcome
 
 _HOMES = {
@@ -62,7 +62,7 @@ _HOMES = {
         "UsageError",
     ),
     "migrator.host": ("Login",),
-    "migrator.imageinfo": ("read_info",),
+    "migrator.api.image_info": ("read_info",),
     "migrator.model": ("Event", "MigrationResult", "Outcome"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

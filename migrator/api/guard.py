@@ -15,8 +15,6 @@ from migrator.linux import procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, journal_directory
 
-Critical = Callable[[], contextlib.AbstractContextManager[object]]  # a block that no signal may leave
-
 
 class CheckpointGuard(CheckpointHooks):
     """The hooks of one checkpoint; a context manager around it.
@@ -33,11 +31,9 @@ class CheckpointGuard(CheckpointHooks):
         after: AfterCheckpoint,
         *,
         whole: Callable[[], None],
-        critical: Critical = contextlib.nullcontext,
     ) -> None:
         self._workload = workload
         self._whole = whole
-        self._critical = critical
         self._journal: Journal | None = None
         self._ending = False
         self.pids: list[int] = []
@@ -71,9 +67,6 @@ class CheckpointGuard(CheckpointHooks):
 
     def saved(self) -> None:
         self._whole()
-
-    def deciding(self) -> contextlib.AbstractContextManager[object]:
-        return self._critical()
 
     def ending(self) -> None:
         """The image is whole, and the tasks, which are held, are to end: durable."""

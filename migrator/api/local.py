@@ -1,6 +1,6 @@
-"""checkpoint and restart on one host, blocking: each call from beginning to end on the thread that makes it.
+"""Saving and restarting on one host, blocking: each call from beginning to end on the thread that makes it.
 
-`migrator.api` has them for asyncio. `critical` makes a block that a signal handler which raises must not leave.
+`migrator.api.image` has them for asyncio.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 
 from migrator import container
 from migrator.api import image_buffer
-from migrator.api.guard import CheckpointGuard, Critical
-from migrator.api.output_file import wait_for_output
-from migrator.api.workloads import Workload, find_workload
+from migrator.api.guard import CheckpointGuard
+from migrator.api.workloads import Workload
 from migrator.container.sandbox import Sandbox
 from migrator.engine.base import (
     AfterCheckpoint,
@@ -34,7 +33,7 @@ from migrator.linux import pipes, procfs
 
 @dataclass(frozen=True)
 class Saved:
-    """What checkpoint() has made.
+    """What save() has made.
 
     id:      greater than 0
     pids:    of the processes saved, the root first
@@ -48,25 +47,6 @@ class Saved:
     container: str = ""
 
 
-def checkpoint(
-    target: Workload | str | int,
-    output: Path | int,
-    *,
-    after: AfterCheckpoint = AfterCheckpoint.RUN,
-    engine: str = "",
-    critical: Critical = contextlib.nullcontext,
-) -> Saved:
-    """Save a process tree (by the pid of its root) or a container (by its name) to a file or a descriptor.
-
-    A file is written beside and renamed: one of that name is a whole image or not there. To anything else of that
-    name, such as a FIFO, it is written. Raises UsageError, Refused or CheckpointFailed, with the workload running
-    as if nothing had been asked.
-    """
-    workload = target if isinstance(target, Workload) else find_workload(str(target))
-    with wait_for_output(output) as out:
-        return save(workload, out.fd, out.name, after=after, engine=engine, critical=critical, whole=out.whole)
-
-
 def save(
     workload: Workload,
     fd: int,
@@ -74,11 +54,12 @@ def save(
     *,
     after: AfterCheckpoint,
     engine: str = "",
-    critical: Critical = contextlib.nullcontext,
     whole: Callable[[], None],
 ) -> Saved:
-    """As checkpoint(), to a descriptor; `where` is its name in errors. `whole` is called while the tasks still
-    stand, when the image is complete: what it raises lets them run on."""
+    """Save a workload to a descriptor; `where` is its name in errors.
+
+    `whole` is called while the tasks still stand, when the image is complete. What it raises, as every error, lets
+    them run on as if nothing had been asked. Raises UsageError, Refused, CheckpointFailed or JournalError."""
     if workload.container is not None and os.getpid() in procfs.descendants(workload.pid):
         raise Refused(
             [f"container {workload.name}: migrator itself runs in it"],
@@ -86,7 +67,7 @@ def save(
         )
     choice = select(engine)
     try:
-        with CheckpointGuard(workload, after, whole=whole, critical=critical) as guard:
+        with CheckpointGuard(workload, after, whole=whole) as guard:
             made = choice.engine.checkpoint(
                 workload.pid,
                 fd,
@@ -116,13 +97,6 @@ class Restarted:
     engine_reason: str
     container: str = ""
 
-    def wait(self) -> int:
-        """Wait for the root to end, and take down what stood around it. Its status as a shell counts it."""
-        _, status = os.waitpid(self.pid, 0)
-        self.take_down()
-        code = os.waitstatus_to_exitcode(status)
-        return code if code >= 0 else 128 - code
-
     def take_down(self) -> None:
         """Remove what stood around a tree whose root has ended and was waited for."""
         if self.container:
@@ -141,7 +115,6 @@ def restart(
     built: Callable[[int], None] = lambda pid: None,
     waiting: Callable[[], None] = lambda: None,
     given_up: Callable[[], bool] = lambda: False,
-    critical: Critical = contextlib.nullcontext,
 ) -> Restarted:
     """Restart what was saved in a file or comes from a descriptor.
 
@@ -163,7 +136,7 @@ def restart(
                 fd = image_buffer.keep(fd, in_the_way, given_up)
                 opened.append(fd)
         made = SandboxMaker(bridge)
-        hooks = _Hooks(made, frozen, built, critical)
+        hooks = _Hooks(made, frozen, built)
         options = DestinationOptions(sandbox=made)
         choice = select(engine)
         root = choice.engine.restart(
@@ -189,18 +162,14 @@ def open_image(path: Path) -> int:
 
 
 class _Hooks(RestartHooks):
-    def __init__(self, made: SandboxMaker, frozen: bool, built: Callable[[int], None], critical: Critical) -> None:
+    def __init__(self, made: SandboxMaker, frozen: bool, built: Callable[[int], None]) -> None:
         self.cgroup = ""
         self._made = made
         self._frozen = frozen
         self._built = built
-        self._critical = critical
 
     def built(self, root: int) -> None:
         self._built(root)
-
-    def deciding(self) -> contextlib.AbstractContextManager[object]:
-        return self._critical()
 
     def held(self, destination: Destination) -> None:
         self.cgroup = destination.cgroup

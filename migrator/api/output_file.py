@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import stat
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -19,17 +18,8 @@ class NoReader(UsageError):
     """A FIFO that can be written to once somebody reads it."""
 
 
-def wait_for_output(to: Path | int) -> OutputFile:
-    """As the class, and waits until a FIFO has a reader. Raises UsageError."""
-    while True:
-        try:
-            return OutputFile(to)
-        except NoReader:
-            time.sleep(_LOOK_EVERY)
-
-
 async def open_output(to: Path | int) -> OutputFile:
-    """As `wait_for_output()`, without blocking the event loop."""
+    """As the class, and waits until a FIFO has a reader. Raises UsageError."""
     while True:
         try:
             return OutputFile(to)

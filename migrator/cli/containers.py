@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from migrator import container
 from migrator.api import containers
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported
@@ -55,7 +54,7 @@ def run(
             return 128 + signal.SIGINT
 
     with reported():
-        spec = container.spec_for(
+        spec = containers.spec_for(
             name, argv, bridge=bridge, ip=ip, gateway=gateway, hostname=hostname, root=root, env=env,
             tmpfs=tmpfs, cwd=workdir,
         )  # fmt: skip
@@ -76,7 +75,7 @@ def ps(
             out.table(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
 
 
-def _cells(row: container.Row) -> list[object]:
+def _cells(row: containers.Row) -> list[object]:
     dirty = row.dirty_bytes_per_second
     return [
         row.name,

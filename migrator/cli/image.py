@@ -12,14 +12,13 @@ import migrator
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import Target
-from migrator.engine.base import AfterCheckpoint
 from migrator.errors import UsageError
 from migrator.image.render import render_text, to_json
-from migrator.imageinfo import read_info
 
 images = typer.Typer(help="Look into images.", no_args_is_help=True)
 
 _STDIN, _STDOUT = 0, 1
+_After = migrator.AfterCheckpoint
 
 
 def checkpoint(
@@ -41,7 +40,7 @@ def checkpoint(
     with reported():
         if kill + leave_running + leave_stopped > 1:
             raise UsageError("--kill, --leave-running and --leave-stopped exclude one another")
-        after = AfterCheckpoint.KILL if kill else AfterCheckpoint.STOP if leave_stopped else AfterCheckpoint.RUN
+        after = _After.KILL if kill else _After.STOP if leave_stopped else _After.RUN
         to = _STDOUT if output is None or str(output) == "-" else output
         if to == _STDOUT and sys.stdout.isatty():
             raise UsageError("an image is not for a terminal", hint=f"migrator checkpoint {target} -o FILE, or > FILE")
@@ -109,7 +108,7 @@ def info(
 ) -> None:
     """Show what is in an image: tree, memory, descriptors, errors. Exits with 6 if it is not whole."""
     with reported():
-        found = read_info(path)
+        found = migrator.read_info(path)
         if as_json:
             out.json(to_json(found))
         else:

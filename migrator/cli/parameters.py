@@ -55,9 +55,9 @@ def address(text: str | Address) -> Address:
 
 def _workloads(incomplete: str) -> list[str]:
     """For the completion of a shell: the containers of this host."""
-    from migrator.container import list_containers
+    from migrator.api import containers
 
-    return [found.name for found in list_containers() if found.name.startswith(incomplete)]
+    return [name for name in containers.names() if name.startswith(incomplete)]
 
 
 Target = Annotated[
