@@ -29,6 +29,7 @@ from migrator.text import duration, printable, size
 _BAR = 40
 _PAGE = 4096
 _SLIVER = 100_000  # ns
+_FIRST, _PAUSE = 10, 1.0  # so many rounds are shown, then one in so many seconds, and the last
 _UNKNOWN = 1e6  # seconds: nothing was measured yet that a prediction could rest on
 _SHOWN = ("preflight", "instrument", "files")  # phases that are told by themselves, not in the timeline
 
@@ -41,6 +42,7 @@ class Display:
         self._phase = "connecting"
         self._since = time.monotonic()
         self._bytes = 0
+        self._told = 0.0  # when a round was shown last
         self._live = Live(
             get_renderable=self._status,
             console=console.rich,
@@ -88,6 +90,9 @@ class Display:
 
     def _round(self, event: RoundDone) -> None:
         made = event.round
+        if made.number > _FIRST and event.verdict == "continue" and time.monotonic() - self._told < _PAUSE:
+            return
+        self._told = time.monotonic()
         seconds = max((made.end - made.start) / 1e9, 1e-9)
         parts = [
             f"  round {made.number:<4} {duration(seconds):>9}",
@@ -100,7 +105,7 @@ class Display:
         if event.predicted_downtime < _UNKNOWN:
             parts.append(f"predicted downtime {duration(event.predicted_downtime)}")
         self._console.say("{}", "  ".join(parts))
-        if event.verdict != "continue":
+        if event.verdict == "freeze":  # why it is given up, the error says
             self._console.say("  [dim]{}: {}[/]", event.verdict, event.reason)
 
     def _status(self) -> Text:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cli import Orphan, counter, leftovers, state
 
 import migrator
 from migrator.linux.cgroup import directory_of
+from migrator.testing.examples import example
 
 pytestmark = pytest.mark.root
 
@@ -177,3 +180,21 @@ async def test_the_engine_is_chosen_by_name_and_one_that_there_is_not_is_refused
         assert (saved.engine, saved.engine_reason) == ("user", "it was asked for")
         with pytest.raises(migrator.UsageError, match="no engine 'steam'"):
             await migrator.checkpoint(program.pid, tmp_path / "image", engine="steam")
+
+
+def test_the_program_of_the_document_saves_a_process_and_brings_it_back(tmp_path: Path) -> None:
+    with counter(tmp_path) as program:
+        done = subprocess.Popen(
+            [sys.executable, str(example("api.md", "save.py", tmp_path)), str(program.pid), str(tmp_path / "image")],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert done.stdout is not None
+        lines = [done.stdout.readline(), done.stdout.readline()]
+        assert lines == [
+            f"saved [{program.pid}] with the user engine: nothing better is known\n",
+            f"pid {program.pid} runs again\n",
+        ]
+        program.check_alive_and_progressing()
+        program.finish()
+        assert done.communicate(timeout=20)[0] == ""
+        assert done.returncode == 0

@@ -165,7 +165,7 @@ def events(text: str) -> list[tuple[model.Event, int]]:
         (model.PhaseStarted(text, text, 0), 0),
         (model.Transferred(text, text, 1, 1), 0),
         (model.PhaseEnded(text, span), 0),
-        (model.RoundDone(text, made, 0.1, 1.0, text, text), 2),
+        (model.RoundDone(text, made, 0.1, 1.0, "freeze", text), 2),
         (model.Noted(text, text), 1),
         (model.Waiting(text, text), 1),
         (model.Settled(text, text, Fate.FROZEN.value), 2),
@@ -244,3 +244,16 @@ def test_sizes_and_durations() -> None:
     assert [duration(s) for s in (0.0125, 1.5, 130, 7500, 100 * 3600)] == [
         "12.5 ms", "1.50 s", "2m 10s", "2h 5m", "4d 4h",
     ]  # fmt: skip
+
+
+def test_of_many_rounds_the_first_are_shown_then_a_few_and_the_last() -> None:
+    screen = Screen()
+    display = Display(screen)
+    for number in range(1, 500):
+        verdict = "continue" if number < 499 else "give up"
+        made = Round(number=number, pages=0, zero_pages=0, bytes=72, start=0, end=10**6, dirty_rate=0.0)
+        display(model.RoundDone("m", made, 0.1, 1.0, verdict, "over the budget"))
+    shown = [int(line.split()[1]) for line in screen.text.splitlines()]
+    assert shown[:10] == list(range(1, 11))
+    assert shown[-1] == 499
+    assert len(shown) < 20
