@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+_PORT = re.compile(r"[0-9]{1,5}")
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(us|ms|s|m|h|)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kKMGT]?)(i?)B?(/s)?")
@@ -48,7 +49,7 @@ def address(text: str | Address) -> Address:
     if not isinstance(text, str):
         return text
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not _PORT.fullmatch(port) or int(port) > 65535:
         raise typer.BadParameter(f"{text!r} is no ADDRESS:PORT")
     return Address(host.strip("[]"), int(port))
 
