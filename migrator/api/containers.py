@@ -68,7 +68,8 @@ async def list(*, rate: float = 0.0) -> builtins.list[Row]:
     rows = await asyncio.to_thread(container.rows)
     if rate <= 0:
         return rows
-    return [replace(row, dirty_bytes_per_second=await _dirty_rate(row, rate)) for row in rows]
+    rates = await asyncio.gather(*(_dirty_rate(row, rate) for row in rows))
+    return [replace(row, dirty_bytes_per_second=found) for row, found in zip(rows, rates, strict=True)]
 
 
 def names() -> builtins.list[str]:

@@ -140,8 +140,6 @@ class SourceOptions:
     container: str = ""  # name of the container, "" for a plain subtree
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
-    after: AfterCheckpoint = AfterCheckpoint.KILL
-    tcp_established: bool = True
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
 
 
