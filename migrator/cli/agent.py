@@ -42,7 +42,7 @@ def agent(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
 ) -> None:
     """Serve other hosts. Settles first what an agent that died has left."""
-    log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(name)s %(message)s")
     with reported():
         if stdio:
             asyncio.run(run_stdio(bridge))

@@ -14,6 +14,7 @@ import logging
 import os
 import string
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString
@@ -95,12 +96,17 @@ err = Console(stderr=True)
 out = Console()
 
 
-def log_to_stderr(level: int) -> None:
+def log_to_stderr(level: int = logging.WARNING, form: str = "%(message)s") -> None:
     """What the program logs from here on, for a service manager's journal or whoever watches."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("%(asctime)s %(name)s %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    handler.setFormatter(_PrintableFormatter(form))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("asyncssh").setLevel(logging.WARNING)
+
+
+def show_crash(error: BaseException) -> None:
+    """A mistake of ours, and where it was made."""
+    err.lines("".join(traceback.format_exception(error)))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import ast
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -215,6 +217,36 @@ def test_a_log_line_holds_only_what_is_printable(text: str) -> None:
     except ValueError as error:
         record = logging.LogRecord("x", 40, "", 1, "failed", (), (type(error), error, error.__traceback__))
     assert all(line.isprintable() for line in formatter.format(record).split("\n"))
+
+
+@hostile
+def test_a_crash_is_shown_with_its_trace(screen: Screen, text: str) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        output.show_crash(error)
+    assert screen.text.startswith("Traceback")
+    assert "test_cli_output.py" in screen.text
+    assert all(line.isprintable() for line in screen.text.split("\n"))
+
+
+def test_a_command_that_crashes_or_warns_writes_only_what_is_printable() -> None:
+    script = """
+import logging, sys
+import migrator.cli.containers as commands
+from migrator.cli import main
+def boom(*_):
+    logging.getLogger("migrator.session").warning("of %s", "\\x1b[2J")
+    raise ValueError("\\x1b[3J")
+commands.interrupts.run = boom
+sys.argv = ["migrator", "ps"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "\\x1b[2J" in done.stderr
+    assert "ValueError: \\x1b[3J" in done.stderr
+    assert all(line.isprintable() for line in done.stderr.split("\n"))
 
 
 @given(st.text())
