@@ -83,6 +83,15 @@ async def _run(
     except MigratorError as error:
         error.fate = Fate.SOURCE
         raise
+
+    def named(result: MigrationResult) -> MigrationResult:
+        return msgspec.structs.replace(result, engine=choice.engine.name, engine_reason=choice.reason)
+
+    def tell(event: model.Event) -> None:
+        if isinstance(event, model.Ended):
+            event = msgspec.structs.replace(event, result=named(event.result))
+        on_event(event)
+
     found = workload.container
     session = SourceSession(
         SourceSettings(
@@ -103,7 +112,7 @@ async def _run(
         here,
         reconnect=lambda: login.connect(peer),
         network=NetworkLock(found) if found is not None and found.ifindex else None,
-        on_event=on_event,
+        on_event=tell,
     )
     try:
         result = await session.run()
@@ -111,8 +120,7 @@ async def _run(
         await _to_the_end(link.close())
     if result.outcome is Outcome.MIGRATED and found is not None:
         await _to_the_end(asyncio.to_thread(container.remove, found.name))
-    result = msgspec.structs.replace(result, engine=choice.engine.name, engine_reason=choice.reason)
-    return result, session.report
+    return named(result), session.report
 
 
 async def _to_the_end(work: Awaitable[T]) -> T:
