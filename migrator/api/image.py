@@ -14,6 +14,7 @@ from migrator.api import local
 from migrator.api.output_file import open_output
 from migrator.api.results import exit_status
 from migrator.api.stream import Stream
+from migrator.api.tasks import to_the_end
 from migrator.api.workloads import find_workload
 from migrator.engine.base import AfterCheckpoint
 from migrator.runtime.thread import OwnThread
@@ -133,15 +134,16 @@ async def _unless_cut(work: Callable[[], T], stream: Stream) -> T:
     """Do it on a thread of its own. Cancelling cuts the stream, and waits until the thread has undone what it
     had begun; where it was too late for that, the result is returned."""
     cancelled = False
-    async with OwnThread("image") as thread:
-        task = asyncio.ensure_future(thread.run(work))
-        while not task.done():
-            try:
-                await asyncio.wait([task], timeout=_CUT_EVERY if cancelled else None)
-            except asyncio.CancelledError:
-                cancelled = True
-            if cancelled and not task.done():
-                stream.cut()
+    thread = OwnThread("image")
+    task = asyncio.ensure_future(thread.run(work))
+    while not task.done():
+        try:
+            await asyncio.wait([task], timeout=_CUT_EVERY if cancelled else None)
+        except asyncio.CancelledError:
+            cancelled = True
+        if cancelled and not task.done():
+            stream.cut()
+    await to_the_end(thread.close())
     failed = task.exception()
     if cancelled and failed is not None:
         raise asyncio.CancelledError from failed

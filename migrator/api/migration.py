@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
 
 import msgspec
 
 from migrator import container, host, model
 from migrator.api.results import CheckResult
 from migrator.api.settings import MigrateSettings
+from migrator.api.tasks import to_the_end
 from migrator.api.workloads import find_workload, trees
 from migrator.container.switchover import NetworkLock
 from migrator.engine.select import select
@@ -19,8 +18,6 @@ from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.session.preflight import PreflightReport
 from migrator.session.report import SourceSettings
 from migrator.session.source import SourceSession
-
-T = TypeVar("T")
 
 
 async def migrate(
@@ -117,18 +114,7 @@ async def _run(
     try:
         result = await session.run()
     finally:
-        await _to_the_end(link.close())
+        await to_the_end(link.close())
     if result.outcome is Outcome.MIGRATED and found is not None:
-        await _to_the_end(asyncio.to_thread(container.remove, found.name))
+        await to_the_end(asyncio.to_thread(container.remove, found.name))
     return named(result), session.report
-
-
-async def _to_the_end(work: Awaitable[T]) -> T:
-    """What is decided is not undone by whoever has stopped waiting for it."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            continue
-    return task.result()

@@ -14,11 +14,14 @@ import pytest
 
 import migrator
 from migrator import model
-from migrator.api.migration import _to_the_end
+from migrator.api import image
 from migrator.api.output_file import OutputFile
 from migrator.api.settings import MigrateSettings
+from migrator.api.stream import Stream
+from migrator.api.tasks import to_the_end
 from migrator.engine.base import Round
 from migrator.errors import UsageError
+from migrator.runtime.thread import OwnThread
 
 
 def test_importing_it_loads_nothing_that_is_not_asked_for() -> None:
@@ -62,12 +65,29 @@ async def test_what_is_decided_is_done_although_whoever_waits_is_cancelled() -> 
             done.append(step)
         return 7
 
-    task = asyncio.create_task(_to_the_end(work()))
+    task = asyncio.create_task(to_the_end(work()))
     for _ in range(3):
         await asyncio.sleep(0.002)
         task.cancel()
     assert await task == 7
     assert done == [0, 1, 2]
+
+
+async def test_what_is_done_is_returned_although_it_is_cancelled_while_the_thread_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ending = asyncio.Event()
+
+    async def slow(thread: OwnThread) -> None:
+        ending.set()
+        await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(OwnThread, "close", slow)
+    with open("/dev/null", "wb") as null, Stream(null.fileno(), writing=True) as stream:
+        task = asyncio.create_task(image._unless_cut(lambda: 7, stream))
+        await ending.wait()
+        task.cancel()
+        assert await task == 7
 
 
 def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:

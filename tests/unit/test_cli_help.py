@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -94,9 +95,9 @@ def test_a_shell_completes_commands_options_and_names_of_containers(tmp_path: Pa
 
 
 def test_a_shell_is_given_the_script_that_asks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, "--show-completion", "bash"], capture_output=True, text=True, check=True
-    )
+    # It is found out from the processes above which shell that is.
+    asked = f"{shlex.quote(sys.executable)} -c {shlex.quote(MAIN)} --show-completion; exit $?"
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
     assert "complete -o default -F" in done.stdout
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
 
