@@ -2,6 +2,7 @@
 # make test    all tests; non-zero on any failure
 # make bench   every workload beside its stop-copy-restart and its floor
 # make lint    ruff and mypy
+# make man     manual pages of all commands, in build/man
 #
 # Each installs what is missing first (root, Debian 12 or like it); a second run finds it done.
 
@@ -11,7 +12,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo test bench lint setup clean help
+.PHONY: demo test bench lint man setup clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,9 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	@cd $(ROOT) && .venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+
+man: $(STAMP)
+	@cd $(ROOT) && $(PYTHON) tools/man.py build/man
 
 clean:
 	@rm -rf $(ROOT)/build $(ROOT)/.mypy_cache $(ROOT)/.ruff_cache $(ROOT)/.pytest_cache

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrator import host, model
+from migrator.api.recovery import settle
 from migrator.engine.select import select
 from migrator.errors import Fate, TransportError
 from migrator.protocol import messages as m
@@ -98,7 +99,7 @@ async def _linger(link: Link) -> None:
 
 async def _settle(login: host.Login) -> bool:
     """Settle what is open; whether something still is."""
-    settled = await host.settle(login)
+    settled = (await settle(login=login)).settled
     for one in settled:
         log.warning("migration %s, as its %s: %s", one.migration, one.role.value, one.detail)
     return any(one.fate is Fate.FROZEN for one in settled)

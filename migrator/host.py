@@ -6,7 +6,6 @@ line both stand on it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import uuid
@@ -210,7 +209,3 @@ async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
             await link.close()
 
     return await settle_all(journal or journal_directory(), tools(), ask)
-
-
-def settle_now(login: Login) -> list[Settlement]:
-    return asyncio.run(settle(login))

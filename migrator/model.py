@@ -131,6 +131,8 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     throughput: float = 0.0  # bytes/s of stream
     rtt: float = 0.0
     decision: str = ""  # why it was frozen when it was
+    engine: str = ""  # which did it here
+    engine_reason: str = ""  # why that one
     rounds: list[Round] = []
     timeline: Timeline | None = None
     connections_served: int = 0  # closed before the move, and served from the source to their end
@@ -188,13 +190,21 @@ class Waiting(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """What became of an earlier migration that was left unfinished; settled before this one begins."""
+
+    migration: str
+    detail: str
+    fate: str  # of errors.Fate
+
+
 class Ended(msgspec.Struct, frozen=True, tag=True):
     migration: str
     where: Where  # whose result this is
     result: MigrationResult
 
 
-Event = Started | PhaseStarted | PhaseEnded | RoundDone | Transferred | Noted | Waiting | Ended
+Event = Started | PhaseStarted | PhaseEnded | RoundDone | Transferred | Noted | Waiting | Settled | Ended
 OnEvent = Callable[[Event], None]
 
 

@@ -23,6 +23,7 @@ needs=(
 	nft:nftables
 	pgrep:procps
 	rsvg-convert:librsvg2-bin
+	groff:groff-base
 )
 
 missing=()

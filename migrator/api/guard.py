@@ -15,8 +15,6 @@ from migrator.linux import procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, journal_directory
 
-Critical = Callable[[], contextlib.AbstractContextManager[object]]  # a block that no signal may leave
-
 
 class CheckpointGuard(CheckpointHooks):
     """The hooks of one checkpoint; a context manager around it.
@@ -33,20 +31,20 @@ class CheckpointGuard(CheckpointHooks):
         after: AfterCheckpoint,
         *,
         whole: Callable[[], None],
-        critical: Critical = contextlib.nullcontext,
     ) -> None:
         self._workload = workload
         self._whole = whole
-        self._critical = critical
         self._journal: Journal | None = None
         self._ending = False
+        self.pids: list[int] = []
         found = workload.container
         self._network = NetworkLock(found) if found is not None and after is AfterCheckpoint.KILL else None
 
     def surveyed(self, source: Source) -> None:
         """Make the journal durable before the first task is touched. Raises JournalError."""
+        self.pids = list(source.pids)
         pids = []
-        for pid in source.pids:
+        for pid in self.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pids.append((pid, procfs.start_time(pid)))
         header = JournalHeader(
@@ -69,9 +67,6 @@ class CheckpointGuard(CheckpointHooks):
 
     def saved(self) -> None:
         self._whole()
-
-    def deciding(self) -> contextlib.AbstractContextManager[object]:
-        return self._critical()
 
     def ending(self) -> None:
         """The image is whole, and the tasks, which are held, are to end: durable."""

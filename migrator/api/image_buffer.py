@@ -43,7 +43,7 @@ def beginning(fd: int) -> InTheWay:
     return lambda: False  # whoever reads it will say what is wrong with it
 
 
-def keep(fd: int, in_the_way: InTheWay) -> int:
+def keep(fd: int, in_the_way: InTheWay, given_up: Callable[[], bool] = lambda: False) -> int:
     """Read the stream to its end, and wait for what is in the way to end, for some seconds. A descriptor of
     the whole stream; closing it gives back the room."""
     with tempfile.TemporaryFile() as file, open(fd, "rb", closefd=False, buffering=0) as stream:
@@ -51,7 +51,7 @@ def keep(fd: int, in_the_way: InTheWay) -> int:
         file.seek(0)
         kept = os.dup(file.fileno())
     deadline = time.monotonic() + _LAST_BREATH
-    while in_the_way() and time.monotonic() < deadline:
+    while in_the_way() and not given_up() and time.monotonic() < deadline:
         time.sleep(0.01)
     return kept
 

@@ -16,7 +16,6 @@ def make(*, local: bool = False) -> typer.Typer:
         name="migrator",
         help="Move running processes and containers between hosts.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
@@ -25,13 +24,13 @@ def make(*, local: bool = False) -> typer.Typer:
     app.command(no_args_is_help=True)(containers.stop)
     app.command(no_args_is_help=True)(containers.thaw)
     if not local:
-        from migrator.cli import migrate
+        from migrator.cli import agent, migrate
 
         app.command(no_args_is_help=True)(migrate.migrate)
         app.command(no_args_is_help=True)(migrate.check)
-        app.command()(migrate.agent)
-        app.command()(migrate.settle)
-        app.command()(migrate.keygen)
+        app.command()(agent.agent)
+        app.command()(agent.settle)
+        app.command()(agent.keygen)
     app.command(no_args_is_help=True)(image.checkpoint)
     app.command()(image.restart)
     app.add_typer(image.images, name="image")

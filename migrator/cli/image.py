@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from migrator.api import local
-from migrator.api.workloads import find_workload
-from migrator.cli.interrupts import aborting, held_back
+import migrator
+from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported
-from migrator.engine.base import AfterCheckpoint
+from migrator.cli.parameters import Target
 from migrator.errors import UsageError
 from migrator.image.render import render_text, to_json
-from migrator.imageinfo import read_info
 
 images = typer.Typer(help="Look into images.", no_args_is_help=True)
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_STDIN, _STDOUT = 0, 1
+_After = migrator.AfterCheckpoint
 
 
 def checkpoint(
-    target: Annotated[str, typer.Argument(metavar="PID|NAME", help="Root of the tree, or a container's name.")],
+    target: Target,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to a file, not standard output.")
     ] = None,
@@ -44,14 +40,11 @@ def checkpoint(
     with reported():
         if kill + leave_running + leave_stopped > 1:
             raise UsageError("--kill, --leave-running and --leave-stopped exclude one another")
-        after = AfterCheckpoint.KILL if kill else AfterCheckpoint.STOP if leave_stopped else AfterCheckpoint.RUN
-        workload = find_workload(target)
-        to_file = output is not None and str(output) != "-"
-        if not to_file and sys.stdout.isatty():
+        after = _After.KILL if kill else _After.STOP if leave_stopped else _After.RUN
+        to = _STDOUT if output is None or str(output) == "-" else output
+        if to == _STDOUT and sys.stdout.isatty():
             raise UsageError("an image is not for a terminal", hint=f"migrator checkpoint {target} -o FILE, or > FILE")
-        with aborting():
-            where = output if output is not None and to_file else sys.stdout.fileno()
-            local.checkpoint(workload, where, after=after, critical=held_back)
+        interrupts.run(lambda _: migrator.checkpoint(target, to, after=after))
 
 
 def restart(
@@ -66,24 +59,25 @@ def restart(
     bridge: Annotated[str, typer.Option(help="For a container: the bridge of this host.")] = "",
 ) -> None:
     """Restart what was saved. Waits for its end and exits as it does, unless --detach or --frozen."""
-    with reported():
-        with aborting():
-            made = local.restart(
-                _image(source),
-                frozen=frozen,
-                bridge=bridge,
-                built=lambda pid: _write_pidfile(pidfile, pid),
-                waiting=lambda: err.print("[dim]the original is still here: reading to the end of the image first[/]"),
-                critical=held_back,
-            )
+
+    async def whole(signals: interrupts.Signals) -> int:
+        made = await migrator.restart(
+            _image(source),
+            frozen=frozen,
+            bridge=bridge,
+            built=lambda pid: _write_pidfile(pidfile, pid),
+            waiting=lambda: err.say("[dim]the original is still here: reading to the end of the image first[/]"),
+        )
         if frozen:
-            err.print(f"[dim]pid {made.pid} is frozen in {made.cgroup}; `migrator thaw {made.pid}` lets it run[/]")
+            err.say("[dim]pid {} is frozen in {}; `migrator thaw {}` lets it run[/]", made.pid, made.cgroup, made.pid)
         if detach or frozen:
-            out.print(made.pid)
-            return
-        for number in _FORWARDED:  # signals meant for us are the root's
-            signal.signal(number, lambda n, _frame: _forward(made.pid, n))
-        status = made.wait()
+            out.say("{}", made.pid)
+            return 0
+        signals.forward(made.pid)
+        return await migrator.wait(made)
+
+    with reported():
+        status = interrupts.run(whole)
     raise typer.Exit(status)
 
 
@@ -92,7 +86,7 @@ def _image(path: Path | None) -> Path | int:
         return path
     if sys.stdin.isatty():
         raise UsageError("no image on standard input", hint="migrator restart -i FILE, or < FILE")
-    return 0
+    return _STDIN
 
 
 def _write_pidfile(path: Path | None, pid: int) -> None:
@@ -102,11 +96,6 @@ def _write_pidfile(path: Path | None, pid: int) -> None:
         path.write_text(f"{pid}\n")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint="nothing was restarted") from error
-
-
-def _forward(root: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(root, number)
 
 
 @images.command("info")
@@ -119,10 +108,10 @@ def info(
 ) -> None:
     """Show what is in an image: tree, memory, descriptors, errors. Exits with 6 if it is not whole."""
     with reported():
-        found = read_info(path)
+        found = migrator.read_info(path)
         if as_json:
-            print(to_json(found))
+            out.json(to_json(found))
         else:
-            print(render_text(found, errors=errors, tree=tree, verbose=verbose))
+            out.lines(render_text(found, errors=errors, tree=tree, verbose=verbose))
     if not found.whole:
         raise typer.Exit(6)

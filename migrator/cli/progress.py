@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from migrator.cli.output import duration, size
+from migrator.cli.output import Console
+from migrator.errors import Fate
 from migrator.model import (
     Event,
     MigrationResult,
@@ -18,16 +18,20 @@ from migrator.model import (
     PhaseEnded,
     PhaseStarted,
     RoundDone,
+    Settled,
     Span,
     Transferred,
     Waiting,
     Where,
 )
+from migrator.text import duration, printable, size
 
 _BAR = 40
 _PAGE = 4096
 _SLIVER = 100_000  # ns
+_FIRST, _PAUSE = 10, 1.0  # so many rounds are shown, then one in so many seconds, and the last
 _UNKNOWN = 1e6  # seconds: nothing was measured yet that a prediction could rest on
+_SHOWN = ("preflight", "instrument", "files")  # phases that are told by themselves, not in the timeline
 
 
 class Display:
@@ -38,16 +42,17 @@ class Display:
         self._phase = "connecting"
         self._since = time.monotonic()
         self._bytes = 0
+        self._told = 0.0  # when a round was shown last
         self._live = Live(
             get_renderable=self._status,
-            console=console,
+            console=console.rich,
             refresh_per_second=8,
             transient=True,
             auto_refresh=True,
         )
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal:
+        if self._console.rich.is_terminal:
             self._live.start()
         return self
 
@@ -63,18 +68,31 @@ class Display:
             case RoundDone():
                 self._round(event)
             case PhaseEnded():
-                if event.span.where is Where.SOURCE and event.span.name in ("preflight", "instrument", "files"):
-                    sent = f"  {size(self._bytes):>22}" if event.span.name == "files" and self._bytes else ""
-                    self._console.print(f"  {event.span.name:<10} {duration(event.span.seconds):>9}{sent}")
+                self._ended(event.span)
             case Noted():
-                self._console.print(f"  {event.text}", markup=False, highlight=False, soft_wrap=True)
+                self._console.say("  {}", event.text)
             case Waiting():
-                self._console.print(f"  [yellow]waiting[/]    {event.reason}")
+                self._console.say("  [yellow]waiting[/]    {}", event.reason)
+            case Settled():
+                self._console.say(
+                    "[yellow]settled[/] migration {} of an earlier run: {}", event.migration, event.detail
+                )
+                if event.fate == Fate.FROZEN.value:
+                    self._console.say("  [dim]it stays open; `migrator settle` tries again[/]")
             case _:
                 pass
 
+    def _ended(self, span: Span) -> None:
+        if span.where is not Where.SOURCE or span.name not in _SHOWN:
+            return
+        sent = f"  {size(self._bytes):>22}" if span.name == "files" and self._bytes else ""
+        self._console.say("  {:<10} {:>9}{}", span.name, duration(span.seconds), sent)
+
     def _round(self, event: RoundDone) -> None:
         made = event.round
+        if made.number > _FIRST and event.verdict == "continue" and time.monotonic() - self._told < _PAUSE:
+            return
+        self._told = time.monotonic()
         seconds = max((made.end - made.start) / 1e9, 1e-9)
         parts = [
             f"  round {made.number:<4} {duration(seconds):>9}",
@@ -86,44 +104,40 @@ class Display:
             parts.append(f"dirty {made.dirty_rate * _PAGE / 1e6:.1f} MB/s")
         if event.predicted_downtime < _UNKNOWN:
             parts.append(f"predicted downtime {duration(event.predicted_downtime)}")
-        self._console.print("  ".join(parts))
-        if event.verdict != "continue":
-            self._console.print(f"  [dim]{event.verdict}: {event.reason}[/]")
+        self._console.say("{}", "  ".join(parts))
+        if event.verdict == "freeze":  # why it is given up, the error says
+            self._console.say("  [dim]{}: {}[/]", event.verdict, event.reason)
 
     def _status(self) -> Text:
         seconds = time.monotonic() - self._since
         text = f"  {self._phase} {duration(seconds)}"
         if self._bytes:
             text += f"  {size(self._bytes)}  {self._bytes / max(seconds, 1e-9) / 1e6:.0f} MB/s"
-        return Text(text, style="dim")
+        return Text(printable(text), style="dim")
 
 
 def show_result(console: Console, result: MigrationResult) -> None:
     """The end of it: what happened, the timeline of the downtime, and what was sent."""
     if result.outcome is not Outcome.MIGRATED:
         return
-    console.print(
-        f"\n[green]{result.container or 'pid ' + str(result.pids[0] if result.pids else '?')}[/] runs on"
-        f" {result.destination} (pid {result.pid})"
-    )
+    what = result.container or f"pid {result.pids[0] if result.pids else '?'}"
+    console.say("\n[green]{}[/] runs on {} (pid {})", what, result.destination, result.pid)
     timeline = result.timeline
     if timeline is not None:
+        console.say(
+            "\ndowntime [bold]{}[/] [dim](predicted {}; freeze to first instruction there)[/]",
+            duration(result.downtime), duration(result.predicted_downtime),
+        )  # fmt: skip
         parts = timeline.downtime_parts()
-        console.print(
-            f"\ndowntime [bold]{duration(result.downtime)}[/]"
-            f" [dim](predicted {duration(result.predicted_downtime)}; freeze to first instruction there)[/]"
-        )
         if parts:
-            console.print(_timeline(parts, timeline.frozen_at, timeline.resumed_at))
-    pages = sum(r.pages for r in result.rounds)
-    console.print(
-        f"total    {duration(result.total)}: {len(result.rounds)} rounds, {pages:,} pages,"
-        f" {size(result.stream_bytes)} of stream, {size(result.wire_bytes)} on the wire"
-        f" (ratio {result.compression_ratio:.2f}), {result.throughput / 1e6:.0f} MB/s,"
-        f" round trip {duration(result.rtt)}"
-    )
+            console.show(_timeline(parts, timeline.frozen_at, timeline.resumed_at))
+    console.say(
+        "total    {}: {} rounds, {:,} pages, {} of stream, {} on the wire (ratio {:.2f}), {:.0f} MB/s, round trip {}",
+        duration(result.total), len(result.rounds), sum(r.pages for r in result.rounds), size(result.stream_bytes),
+        size(result.wire_bytes), result.compression_ratio, result.throughput / 1e6, duration(result.rtt),
+    )  # fmt: skip
     for warning in result.warnings:
-        console.print(f"[yellow]note:[/] {warning}")
+        console.say("[yellow]note:[/] {}", warning)
 
 
 def _timeline(parts: list[Span], start: int, end: int) -> Table:
@@ -136,8 +150,9 @@ def _timeline(parts: list[Span], start: int, end: int) -> Table:
     for part in _without_slivers(parts):
         left = round((part.start - start) / whole * _BAR)
         right = max(left + 1, round((part.end - start) / whole * _BAR))
-        name = "on the way" if part.where is Where.BETWEEN else part.name
-        table.add_row(f"  {name}", part.where.value, duration(part.seconds), " " * left + "█" * (right - left))
+        name = "on the way" if part.where is Where.BETWEEN else printable(part.name)
+        bar = " " * left + "█" * (right - left)
+        table.add_row(Text(f"  {name}"), part.where.value, duration(part.seconds), bar)
     table.add_row("  [bold]sum[/]", "", f"[bold]{duration(sum(p.seconds for p in parts))}[/]", "")
     return table
 

@@ -87,6 +87,7 @@ class Row:
     """One container as listings show it. `memory` in bytes resident, `age` in seconds.
 
     state: "running", "frozen", "arriving" (being restored here) or "exited"
+    dirty_bytes_per_second: that it writes to its memory; None where that was not measured
     """
 
     name: str
@@ -98,6 +99,7 @@ class Row:
     age: float
     addresses: tuple[str, ...]
     command: tuple[str, ...]
+    dirty_bytes_per_second: float | None = None
 
 
 def rows() -> list[Row]:

@@ -8,21 +8,19 @@ a fresh container and one that is being restored around a process 1 that cannot 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import stat
 from dataclasses import dataclass
 
 from migrator.container.spec import ContainerSpec, Tmpfs
+from migrator.linux import sys
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
-_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 SHM = Tmpfs("/dev/shm", "mode=1777")
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _DEVICES = {
     "null": (1, 3),
     "zero": (1, 5),
@@ -36,29 +34,22 @@ _LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "f
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2)."""
-    result = _libc.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode())
-    if result == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"mount {kind or source}: {os.strerror(error)}", target)
+    texts = os.fsencode(source), os.fsencode(target), kind.encode()
+    sys.libc("mount", *texts, flags, options.encode(), about=f"{kind or source} at {target}")
 
 
 def umount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
-    if _libc.umount2(os.fsencode(target), flags) == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"umount: {os.strerror(error)}", target)
+    sys.libc("umount2", os.fsencode(target), flags, about=target)
 
 
 def pivot_root(root: str) -> None:
     """Make `root` the root of the mount namespace; every process whose root or working directory was the
     old one moves along (pivot_root(2))."""
-    number = _NR_PIVOT_ROOT[os.uname().machine]
     os.chdir(root)
     # Putting the old root under the new one at the same place needs no directory for it: it comes to lie
     # on top of the new root, and is taken away from there.
-    if _libc.syscall(ctypes.c_long(number), b".", b".") == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"pivot_root: {os.strerror(error)}", root)
+    sys.libc("pivot_root", b".", b".", about=root)
     umount(".", MNT_DETACH)
     os.chdir("/")
 

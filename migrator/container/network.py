@@ -1,13 +1,14 @@
 """A container's network: a veth pair between its `eth0` and a port of a bridge.
 
 The host's end is named after the container; the container's end has the same MAC address on every host,
-so that neighbours keep their entries when it moves. The bridge port is the valve: in state `disabled` no
-frame passes either way, in state `forwarding` all do (`migrator.container.switchover`).
+so that neighbours keep their entries when it moves. In state `disabled` of
+the bridge port no frame passes either way, in state `forwarding` all do (`migrator.container.switchover`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from migrator.container.bridge_port import BR_STATE_DISABLED, Valve
+from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
 from migrator.errors import MigratorError, UsageError
 from migrator.linux.namespaces import run_in
@@ -25,8 +26,6 @@ IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80  # linux/if_addr.h
 NUD_STALE, NUD_KNOWN = 0x04, 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # linux/neighbour.h
 RTPROT_BOOT, RTPROT_STATIC, RT_TABLE_MAIN, RTN_UNICAST = 3, 4, 254, 1  # linux/rtnetlink.h
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
-
-EXIST, NODEV = 17, 19
 
 
 class NetworkError(MigratorError):
@@ -56,7 +55,7 @@ def ensure_bridge(ip: IPRoute, name: str) -> int:
                 hint=f"ip link add {name} type bridge, and make the uplink one of its ports",
             )
         # No spanning tree and no delay: a port forwards as soon as it is told to.
-        with _tolerating(EXIST):
+        with _tolerating(errno.EEXIST):
             ip.link("add", ifname=name, kind="bridge", br_forward_delay=0, br_stp_state=0)
         found = ip.link_lookup(ifname=name)
     link = ip.get_links(found[0])[0]
@@ -106,12 +105,12 @@ def set_up(spec: ContainerSpec, init_pid: int) -> int:
 
 def set_port(ip: IPRoute, index: int, state: int) -> None:
     """Set the state of a bridge port and see that it stays: a late carrier event would enable it again."""
-    with Valve(index) as valve:
+    with BridgePort(index) as port:
         for _ in range(50):
             if state == BR_STATE_DISABLED:
-                valve.shut()
+                port.shut()
             else:
-                valve.open()
+                port.open()
             if port_state(ip, index) == state:
                 return
             time.sleep(0.002)
@@ -142,7 +141,7 @@ def settle(ip: IPRoute, index: int, *, timeout: float = 5.0) -> None:
 
 def remove(veth: str) -> None:
     """Remove a veth pair by its host's end, if it exists."""
-    with IPRoute() as ip, _tolerating(NODEV):
+    with IPRoute() as ip, _tolerating(errno.ENODEV):
         for index in ip.link_lookup(ifname=veth):
             ip.link("del", index=index)
 
@@ -215,7 +214,7 @@ def _add_address(ip: IPRoute, index: int, address: str) -> None:
     if given.version == 6:
         wanted["flags"] = IFA_F_NODAD
     try:
-        with _tolerating(EXIST):
+        with _tolerating(errno.EEXIST):
             ip.addr("add", **wanted)
     except NetlinkError as error:
         raise NetworkError(f"address {address}: {error}") from None
@@ -238,7 +237,7 @@ def _add_route(ip: IPRoute, index: int, route: Route) -> None:
     if route.source:
         wanted["prefsrc"] = route.source
     try:
-        with _tolerating(EXIST):
+        with _tolerating(errno.EEXIST):
             ip.route("add", **wanted)
     except NetlinkError as error:
         raise NetworkError(

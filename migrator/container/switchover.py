@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from migrator.container import announcement, connection_filter, network
-from migrator.container.bridge_port import Valve
+from migrator.container.bridge_port import BridgePort
 from migrator.container.connection_filter import Connection
 from migrator.container.orphans import Orphans, Relay
 from migrator.container.packet_socket import MAX_FRAME, VNET_HDR, PacketSocket, concerning, give_all
@@ -69,7 +69,7 @@ class NetworkLock:
         self._mac = announcement.mac_bytes(container.spec.effective_mac)
         self._filter = concerning(self._mac)
         self._stack = contextlib.ExitStack()
-        self._valve: Valve | None = None
+        self._bridge_port: BridgePort | None = None
         self._bridge: PacketSocket | None = None
         self._port: PacketSocket | None = None
         self._locked = self._holding = False
@@ -85,10 +85,10 @@ class NetworkLock:
 
         A container without a network needs nothing, and all methods do nothing.
         """
-        if not self.container.ifindex or self._valve is not None:
+        if not self.container.ifindex or self._bridge_port is not None:
             return
         with contextlib.ExitStack() as stack:
-            valve = stack.enter_context(Valve(self.container.ifindex))
+            bridge_port = stack.enter_context(BridgePort(self.container.ifindex))
             # The bridge itself sees what it would pass on, whether or not the port takes it.
             bridge = PacketSocket(self.container.spec.bridge, promiscuous=True)
             stack.callback(bridge.close)
@@ -99,12 +99,12 @@ class NetworkLock:
             self._beginnings = stack.enter_context(connection_filter.taking_beginnings(self._mac))
             self._no_beginnings = stack.enter_context(connection_filter.dropping_beginnings())
             self._stack = stack.pop_all()
-        self._valve, self._bridge, self._port, self._orphans = valve, bridge, port, orphans
+        self._bridge_port, self._bridge, self._port, self._orphans = bridge_port, bridge, port, orphans
 
     def hold(self) -> None:
         """Capture what begins a connection from here on, and let nothing of that reach the container; all else
         passes. Connections that have begun go on."""
-        if self._valve is None:
+        if self._bridge_port is None:
             self.prepare()
         if self._port is None or self._bridge is None or self._holding:
             return
@@ -120,15 +120,15 @@ class NetworkLock:
 
     def lock(self) -> None:
         """Capture from here on and shut the port: four system calls. The container is cut off afterwards."""
-        if self._valve is None:
+        if self._bridge_port is None:
             self.prepare()
-        if self._valve is None or self._bridge is None or self._port is None:
+        if self._bridge_port is None or self._bridge is None or self._port is None:
             return
         # Capturing must begin before the port shuts. What passed the port in between is seen by the
         # socket there, and taken off again in captured(): every frame counts once.
         self._port.admit(self._filter)
         self._bridge.admit(self._filter)
-        self._valve.shut()
+        self._bridge_port.shut()
         # The container's own frames of that time are no sign that it speaks elsewhere.
         self._early = self._fresh()
         self._locked = True
@@ -169,11 +169,11 @@ class NetworkLock:
 
     def unlock(self) -> None:
         """The abort: deliver here what was captured, and open the port. As if nothing had been asked."""
-        if self._valve is None or self._port is None or not (self._locked or self._holding):
+        if self._bridge_port is None or self._port is None or not (self._locked or self._holding):
             return
         # Open first: what the container answers at once to what is delivered must get out.
         if self._locked:
-            self._valve.open()
+            self._bridge_port.open()
         self._let_begin()
         self.captured()
         give_all(self._port, self._kept)
@@ -194,7 +194,7 @@ class NetworkLock:
         """Close what is open. The port stays as it is."""
         self._let_begin()
         self._stack.close()
-        self._valve = self._bridge = self._port = self._orphans = None
+        self._bridge_port = self._bridge = self._port = self._orphans = None
         self._kept = []
         self._early = []
 
@@ -234,7 +234,7 @@ class NetworkArrival:
     def __init__(self, container: Container) -> None:
         self.container = container
         self._stack = contextlib.ExitStack()
-        self._valve: Valve | None = None
+        self._bridge_port: BridgePort | None = None
         self._port: PacketSocket | None = None
         self._inside: PacketSocket | None = None
         self._announcement: list[bytes] = []
@@ -242,12 +242,12 @@ class NetworkArrival:
 
     def prepare(self) -> None:
         """Open everything, before the source freezes. Raises OSError."""
-        if not self.container.ifindex or self._valve is not None:
+        if not self.container.ifindex or self._bridge_port is not None:
             return
         spec = self.container.spec
         self._announcement = announcement.announcement(spec.effective_mac, spec.addresses)
         with contextlib.ExitStack() as stack:
-            valve = stack.enter_context(Valve(self.container.ifindex))
+            bridge_port = stack.enter_context(BridgePort(self.container.ifindex))
             port = PacketSocket(spec.veth)
             stack.callback(port.close)
             # Sent from inside, so that our own bridge learns the address on the container's port.
@@ -257,7 +257,7 @@ class NetworkArrival:
             relay = Relay(self.container)
             stack.callback(relay.close)
             self._stack = stack.pop_all()
-        self._valve, self._port, self._inside, self._relay = valve, port, inside, relay
+        self._bridge_port, self._port, self._inside, self._relay = bridge_port, port, inside, relay
 
     def divert(self, connections: Iterable[OrphanedConnection]) -> None:
         """What comes for these is for the source, and does not reach the copy. The port should be shut.
@@ -292,17 +292,17 @@ class NetworkArrival:
 
         Frames are from the peer and checked: ImageError for what `captured()` cannot have returned.
         """
-        if self._valve is None:
+        if self._bridge_port is None:
             self.prepare()
         if self._port is not None:
             give_all(self._port, _checked(frames, announcement.mac_bytes(self.container.spec.effective_mac)))
 
     def unlock(self) -> None:
         """Open the port."""
-        if self._valve is None:
+        if self._bridge_port is None:
             self.prepare()
-        if self._valve is not None:
-            self._valve.open()
+        if self._bridge_port is not None:
+            self._bridge_port.open()
 
     def announce(self) -> None:
         """Tell switches and neighbours the new place, once. To be repeated (after 50, 200, 1000 ms), as
@@ -315,7 +315,7 @@ class NetworkArrival:
 
     def close(self) -> None:
         self._stack.close()
-        self._valve = self._port = self._inside = self._relay = None
+        self._bridge_port = self._port = self._inside = self._relay = None
 
     def __enter__(self) -> NetworkArrival:
         self.prepare()
@@ -329,8 +329,8 @@ def reopen(container: Container) -> None:
     """Give a container that is about to run here its network back: for an agent that finds it shut after a
     crash. Frames that came meanwhile are lost; its connections ask for them."""
     if container.ifindex:
-        with Valve(container.ifindex) as valve:
-            valve.open()
+        with BridgePort(container.ifindex) as port:
+            port.open()
     with contextlib.suppress(FileNotFoundError):
         revive(Cgroup.at(container.cgroup).pids())
 

@@ -1,4 +1,4 @@
-"""TreeSenders what is in a container's own tmpfs mounts, /dev/shm among them.
+"""What is in a container's own tmpfs mounts, /dev/shm among them, as an archive.
 
 A tmpfs has no path on the other host: its files travel as a tar archive (PAX, with owners, modes, times
 in nanoseconds and extended attributes). The archive comes from the peer and is hostile:

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -141,8 +140,6 @@ class SourceOptions:
     container: str = ""  # name of the container, "" for a plain subtree
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
-    after: AfterCheckpoint = AfterCheckpoint.KILL
-    tcp_established: bool = True
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
 
 
@@ -309,10 +306,6 @@ class CheckpointHooks:
     def saved(self) -> None:
         """Stopped; the image is complete."""
 
-    def deciding(self) -> AbstractContextManager[object]:
-        """Around all that comes after saved(): not to be interrupted."""
-        return nullcontext()
-
     def ending(self) -> None:
         """Held; about to be killed."""
 
@@ -322,10 +315,6 @@ class RestartHooks:
 
     def built(self, root: int) -> None:
         """Complete and stopped; `root` is the root's pid. What it raises discards the copy."""
-
-    def deciding(self) -> AbstractContextManager[object]:
-        """Around all that comes after built(): not to be interrupted."""
-        return nullcontext()
 
     def held(self, destination: Destination) -> None:
         """Frozen; about to run, or to be left frozen."""

@@ -50,16 +50,15 @@ def checkpoint(
         source.freeze()
         source.final(hooks.silence)
         hooks.saved()
-        with hooks.deciding():
-            if after is AfterCheckpoint.RUN:
-                source.thaw()
+        if after is AfterCheckpoint.RUN:
+            source.thaw()
+        else:
+            source.hold()
+            if after is AfterCheckpoint.KILL:
+                hooks.ending()
+                source.release()
             else:
-                source.hold()
-                if after is AfterCheckpoint.KILL:
-                    hooks.ending()
-                    source.release()
-                else:
-                    source.leave_stopped()
+                source.leave_stopped()
     return next(_ids)
 
 
@@ -76,14 +75,13 @@ def restart(
     with engine.destination(fd, options or DestinationOptions()) as destination:
         root = destination.build()
         hooks.built(root)
-        with hooks.deciding():
-            destination.hold()
-            hooks.held(destination)
-            if flags & RestartFlags.FROZEN:
-                destination.leave_frozen()
-            else:
-                destination.resume()
-                destination.tidy()
+        destination.hold()
+        hooks.held(destination)
+        if flags & RestartFlags.FROZEN:
+            destination.leave_frozen()
+        else:
+            destination.resume()
+            destination.tidy()
     return root
 
 

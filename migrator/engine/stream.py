@@ -99,7 +99,7 @@ class RecordReader:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.bytes = 0
+        self.bytes = 0  # of whole records so far
         self.records = 0
         self._buffer = bytearray(256 << 10)
         self._start = self._end = 0
@@ -116,12 +116,11 @@ class RecordReader:
             raise ImageError(f"record {self.records}: unknown type {kind}")
         if not HEADER.size <= length <= MAX_RECORD:
             raise ImageError(f"record {self.records} ({cls.__name__}): impossible length {length}")
+        body = length - HEADER.size
+        record = self._read_pages(body) if cls is Pages else cls.decode(self._take(body))
         self.records += 1
         self.bytes += length
-        length -= HEADER.size
-        if cls is Pages:
-            return self._read_pages(length)
-        return cls.decode(self._take(length))
+        return record
 
     def tell(self) -> int:
         """Where in a regular file the next record begins."""

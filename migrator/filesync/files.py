@@ -1,4 +1,4 @@
-"""TreeSenders files along: `--copy-files`.
+"""Files carried along: `--copy-files`.
 
 The source sends what the destination wanted before the first round, while the workload runs. What the
 workload has changed since is found once it is frozen, block by block, and only that is sent again, into the

@@ -19,7 +19,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from migrator.filesync.attributes import carried, xattrs_of
@@ -223,13 +223,38 @@ class TreeSource(TreeListing):
                 now.touched[node] = None
             return
         now.touched[parent] = None
-        path, left = os.path.join(parent.path, name), False  # what was there before
-        if node is not None:
-            left = node.there
-            if node.children is not None and stat.S_ISDIR(status.st_mode) and key not in now.limbo:
-                yield from self._do(Remove(path))  # a directory would take its place with all that is in it
-                left = False
-            self.model.forget(node)
+        left = yield from self._give_way(parent, name, node, one, now)
+        node = yield from self._bring(parent, fd, name, one, now)
+        if left and parent.child(name) is None:  # what should replace it is gone as well, or not yet known
+            yield from self._do(Remove(os.path.join(parent.path, name)))
+        if node is None:
+            return
+        if node.children is None:
+            yield from self._update(parent, node, fd, one, now)
+        else:
+            now.touched[node] = None
+
+    def _give_way(
+        self, parent: Node, name: bytes, node: Node | None, one: _Seen, now: _Pass
+    ) -> Generator[TreeOps, None, bool]:
+        """Forget what had the name before; whether it is still there."""
+        assert one.status is not None
+        if node is None:
+            return False
+        left = node.there
+        if node.children is not None and stat.S_ISDIR(one.status.st_mode) and one.key not in now.limbo:
+            # a directory would take its place with all that is in it
+            yield from self._do(Remove(os.path.join(parent.path, name)))
+            left = False
+        self.model.forget(node)
+        return left
+
+    def _bring(
+        self, parent: Node, fd: int, name: bytes, one: _Seen, now: _Pass
+    ) -> Generator[TreeOps, None, Node | None]:
+        """Give the name to what has it here: another name's, moved or shared, which is returned; or what is new."""
+        status, key, path = one.status, one.key, os.path.join(parent.path, name)
+        assert status is not None and key is not None
         node = None
         moved = self._moved(parent, name, one) if key not in now.limbo else None
         inside = moved is not None and parent.below(moved)
@@ -255,14 +280,7 @@ class TreeSource(TreeListing):
             yield from self._new_directory(parent, fd, name, status, now)
         else:
             yield from self._new(parent, fd, name, status, now)
-        if left and parent.child(name) is None:  # what should replace it is gone as well, or not yet known
-            yield from self._do(Remove(path))
-        if node is None:
-            return
-        if node.children is None:
-            yield from self._update(parent, node, fd, one, now)
-        else:
-            now.touched[node] = None
+        return node
 
     def _new_directory(
         self, parent: Node, fd: int, name: bytes, status: os.stat_result, now: _Pass

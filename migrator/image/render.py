@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from migrator.image.info import ImageInfo, MemoryInfo, TaskInfo
+from migrator.text import printable, size
 
 
 def to_json(info: ImageInfo) -> str:
@@ -22,7 +23,7 @@ def render_text(info: ImageInfo, *, errors: bool = False, tree: bool = False, ve
     """Lines for people. `errors` or `tree` alone show just those; `verbose` adds mappings and all fields."""
     lines: list[str] = []
     if errors:
-        lines += [f"error: {text(message)}" for message in info.errors]
+        lines += [f"error: {printable(message)}" for message in info.errors]
     if tree:
         lines += _tree(info)
     if not errors and not tree:
@@ -36,7 +37,7 @@ def render_text(info: ImageInfo, *, errors: bool = False, tree: bool = False, ve
         if info.objects and (verbose or not info.tables):
             lines += ["", "files, pipes and sockets", *_objects(info, verbose)]
         if info.errors:
-            lines += ["", *(f"error: {text(message)}" for message in info.errors)]
+            lines += ["", *(f"error: {printable(message)}" for message in info.errors)]
         if verbose:
             lines += ["", "records", *(f"  {name:<16} {count}" for name, count in info.counts.items())]
         lines.append("")
@@ -45,24 +46,9 @@ def render_text(info: ImageInfo, *, errors: bool = False, tree: bool = False, ve
     return "\n".join(lines) + "\n"
 
 
-def text(value: str) -> str:
-    """`value` with everything that is not printable escaped, as Python writes it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-
-
-def size(nr_bytes: int) -> str:
-    """A number of bytes in binary units: "3.2 MiB"."""
-    value = float(nr_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError  # the last unit takes all
-
-
 def _verdict(info: ImageInfo) -> str:
     read = f"{info.records} records, {info.bytes} bytes"
-    return f"whole: {read}" if info.whole else f"BROKEN after {read}: {text(info.cause)}"
+    return f"whole: {read}" if info.whole else f"BROKEN after {read}: {printable(info.cause)}"
 
 
 def _head(info: ImageInfo) -> Iterator[str]:
@@ -70,13 +56,15 @@ def _head(info: ImageInfo) -> Iterator[str]:
     if not head:
         yield "no header"
         return
-    kernel = f"{text(head['sysname'])} {text(head['release'])} {text(head['machine'])}"
-    yield (f"image revision {head['rev']} by {text(head['engine']) or 'an unnamed engine'}, flags {head['uflags']:#x}")
-    yield f"host {text(head['nodename'])}, {kernel}"
+    kernel = f"{printable(head['sysname'])} {printable(head['release'])} {printable(head['machine'])}"
+    yield (
+        f"image revision {head['rev']} by {printable(head['engine']) or 'an unnamed engine'}, flags {head['uflags']:#x}"
+    )
+    yield f"host {printable(head['nodename'])}, {kernel}"
     if info.arch:
-        yield f"cpu {text(info.arch['cpu_model'])}, xstate of {info.arch['xstate_size']} bytes"
+        yield f"cpu {printable(info.arch['cpu_model'])}, xstate of {info.arch['xstate_size']} bytes"
     if info.container:
-        yield f"container {text(info.container['name'])}, init {info.container['init_pid']}"
+        yield f"container {printable(info.container['name'])}, init {info.container['init_pid']}"
 
 
 def _tree(info: ImageInfo) -> Iterator[str]:
@@ -91,7 +79,7 @@ def _tree(info: ImageInfo) -> Iterator[str]:
 
 def _task(task: TaskInfo) -> str:
     state = task.state or ("zombie" if task.zombie else "state missing")
-    parts = [f"{task.pid}", text(task.comm) or "?", state]
+    parts = [f"{task.pid}", printable(task.comm) or "?", state]
     if task.thread:
         parts.append("thread")
     else:
@@ -107,12 +95,12 @@ def _task(task: TaskInfo) -> str:
 
 def _memory(info: ImageInfo, verbose: bool) -> Iterator[str]:
     for memory in info.memory:
-        yield f"  {memory.kind} {memory.objref}  {text(memory.what)}  {_amount(memory)}"
+        yield f"  {memory.kind} {memory.objref}  {printable(memory.what)}  {_amount(memory)}"
         if verbose:
             for number, part in sorted(memory.rounds.items()):
                 yield f"      round {number}: {part.data} data  {part.zero} zero  {part.absent} absent"
             for vma in memory.mappings:
-                yield f"      {vma.start:012x}-{vma.end:012x} {vma.perms} {vma.offset:08x} {text(vma.what)}"
+                yield f"      {vma.start:012x}-{vma.end:012x} {vma.perms} {vma.offset:08x} {printable(vma.what)}"
 
 
 def _amount(memory: MemoryInfo) -> str:
@@ -136,7 +124,7 @@ def _descriptors(info: ImageInfo) -> Iterator[str]:
         for fd in table:
             cloexec = "  cloexec" if fd.cloexec else ""
             at = f"  at {fd.pos}" if fd.pos else ""
-            yield f"    {fd.fd:>4}  {fd.kind:<9}  {text(fd.what)}{at}  flags {fd.flags:#o}{cloexec}"
+            yield f"    {fd.fd:>4}  {fd.kind:<9}  {printable(fd.what)}{at}  flags {fd.flags:#o}{cloexec}"
 
 
 def _objects(info: ImageInfo, verbose: bool) -> Iterator[str]:
@@ -148,7 +136,7 @@ def _objects(info: ImageInfo, verbose: bool) -> Iterator[str]:
 def _value(value: object, verbose: bool) -> str:
     match value:
         case str():
-            return text(value)
+            return printable(value)
         case {"length": int(length), "hex": str(shown), **rest} if not rest:
             return f"<{length} bytes{': ' + shown if verbose and shown else ''}>"
         case dict():

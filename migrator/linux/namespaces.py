@@ -12,7 +12,6 @@ process that enters, acts, and answers through a pipe:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
 import signal
@@ -20,8 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar, cast
 
 from migrator.errors import MigratorError
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from migrator.linux import sys
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -47,16 +45,12 @@ class NamespaceError(MigratorError):
 
 def setns(fd: int, flags: int = 0) -> None:
     """Move the calling thread into the namespace behind `fd`, or into those of a pidfd (setns(2))."""
-    if _libc.setns(fd, flags) == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"setns: {os.strerror(error)}", f"flags {flags:#x}")
+    sys.libc("setns", fd, flags, about=f"flags {flags:#x}")
 
 
 def unshare(flags: int) -> None:
     """Give the calling thread namespaces of its own (unshare(2))."""
-    if _libc.unshare(flags) == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"unshare: {os.strerror(error)}", f"flags {flags:#x}")
+    sys.libc("unshare", flags, about=f"flags {flags:#x}")
 
 
 def identity(pid: int, kind: str) -> int:

@@ -33,6 +33,15 @@ def call(number: int, *args: int, name: str = "", about: str = "") -> int:
     return result
 
 
+def libc(name: str, *args: int | bytes, about: str = "") -> int:
+    """Call a function of the C library that returns -1 and sets errno; raises OSError. An int is passed as long."""
+    result = int(getattr(_libc, name)(*(arg if isinstance(arg, bytes) else ctypes.c_long(arg) for arg in args)))
+    if result == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}", about or None)
+    return result
+
+
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """A duplicate, close-on-exec, of the descriptor `fd` of the process behind `pidfd` (pidfd_getfd(2))."""
     result = int(_quick(_NR["pidfd_getfd"], pidfd, fd, 0, 0, 0))

@@ -95,7 +95,7 @@ def test_what_only_root_may_do_is_said_so(monkeypatch: pytest.MonkeyPatch) -> No
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted", "/proc/1/ns/pid")
 
-    monkeypatch.setattr("migrator.cli.image.find_workload", forbidden)
+    monkeypatch.setattr("migrator.api.image.find_workload", forbidden)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     done = CliRunner().invoke(app, ["checkpoint", "1"])
     assert done.exit_code == 1

@@ -161,7 +161,7 @@ def test_the_filter_passes_what_concerns_the_container(destination: bytes, sourc
             assert run_filter(concerning(mac), to + by + bytes(50)) == wanted
 
 
-def test_the_valve_says_what_iproute_says() -> None:
+def test_the_bridge_port_says_what_iproute_says() -> None:
     # As strace(1) shows it for "bridge link set dev … state 0", with IFLA_PROTINFO for the port.
     assert message(7, 3).hex() == (
         "2c000000130005000000000000000000070000000700000000000000000000000c000c800500010003000000"

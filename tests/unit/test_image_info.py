@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_samples import body, closed, stream
 
+from migrator.api.image_info import read_info, summarise
 from migrator.errors import UsageError
 from migrator.image import records as r
 from migrator.image.addresses import address_text
 from migrator.image.info import ImageInfo, ImageSummary
-from migrator.image.render import render_text, size, text, to_json
-from migrator.imageinfo import read_info, summarise
+from migrator.image.render import render_text, to_json
+from migrator.text import printable, size
 
 STREAM = stream(closed(body()))
 
@@ -141,8 +142,8 @@ def test_the_json_holds_every_part() -> None:
 
 
 def test_a_name_cannot_drive_the_terminal() -> None:
-    assert text("a\x1b[31mb\n") == r"a\x1b[31mb\n"
-    assert text("größe") == "größe"
+    assert printable("a\x1b[31mb\n") == r"a\x1b[31mb\n"
+    assert printable("größe") == "größe"
 
 
 def test_sizes_are_in_binary_units() -> None:

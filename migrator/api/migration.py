@@ -1,0 +1,120 @@
+"""Moving a workload to another host, and finding out whether that could be done."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from migrator import container, host, model
+from migrator.api.results import CheckResult
+from migrator.api.settings import MigrateSettings
+from migrator.api.tasks import to_the_end
+from migrator.api.workloads import find_workload, trees
+from migrator.container.switchover import NetworkLock
+from migrator.engine.select import select
+from migrator.errors import Fate, MigratorError
+from migrator.model import MigrationResult, OnEvent, Outcome
+from migrator.session.preflight import PreflightReport
+from migrator.session.report import SourceSettings
+from migrator.session.source import SourceSession
+
+
+async def migrate(
+    target: str | int,
+    peer: str,
+    *,
+    settings: MigrateSettings | None = None,
+    login: host.Login | None = None,
+    on_event: OnEvent = model.nobody,
+) -> MigrationResult:
+    """Move a workload while it keeps working. Returns once it runs on `peer` and is gone here.
+
+    target:    a container's name, or the pid of the root of a process tree
+    peer:      [USER@]HOST[:PORT], any sshd or an agent
+    on_event:  is told what happens, on the event loop: see `migrator.model.Event`
+
+    What earlier migrations have left on this host is settled first. Cancelling the task aborts before COMMIT:
+    the workload runs on here, and CancelledError is raised. After COMMIT the outcome is waited for.
+
+    Raises UsageError, Refused, TransportError, MigrationAborted or another MigratorError, whose `fate` says
+    where the workload is; SOURCE for all but Undecided, which leaves it frozen here.
+    """
+    result, _ = await _run(target, peer, settings or MigrateSettings(), login or host.Login(), on_event, dry=False)
+    return result
+
+
+async def check(
+    target: str | int,
+    peer: str,
+    *,
+    settings: MigrateSettings | None = None,
+    login: host.Login | None = None,
+    on_event: OnEvent = model.nobody,
+) -> CheckResult:
+    """Find out whether `migrate` with the same arguments could be done. The workload is neither stopped nor
+    changed. Raises Refused, with every reason, if it cannot; else as `migrate`."""
+    result, report = await _run(target, peer, settings or MigrateSettings(), login or host.Login(), on_event, dry=True)
+    return CheckResult(
+        result=result,
+        processes=len(result.pids),
+        files=report.files if report is not None else 0,
+        predicted_downtime=report.predicted_downtime if report is not None else 0.0,
+        notes=result.warnings,
+    )
+
+
+async def _run(
+    target: str | int, peer: str, asked: MigrateSettings, login: host.Login, on_event: OnEvent, *, dry: bool
+) -> tuple[MigrationResult, PreflightReport | None]:
+    workload = await asyncio.to_thread(find_workload, str(target))
+    copy_files = asked.copy_files or bool(asked.copy_paths)
+    carried = await asyncio.to_thread(trees, workload, copy_files, list(asked.copy_paths))
+    choice = await asyncio.to_thread(select)
+    for one in await host.settle(login):
+        on_event(model.Settled(one.migration, one.detail, one.fate.value))
+    try:
+        options = await asyncio.to_thread(workload.source_options)
+        here = await asyncio.to_thread(host.facts, choice)
+        link = await login.connect(peer)
+    except MigratorError as error:
+        error.fate = Fate.SOURCE
+        raise
+
+    def named(result: MigrationResult) -> MigrationResult:
+        return msgspec.structs.replace(result, engine=choice.engine.name, engine_reason=choice.reason)
+
+    def tell(event: model.Event) -> None:
+        if isinstance(event, model.Ended):
+            event = msgspec.structs.replace(event, result=named(event.result))
+        on_event(event)
+
+    found = workload.container
+    session = SourceSession(
+        SourceSettings(
+            migration=host.new_migration(),
+            peer=peer,
+            container=options.container,
+            container_spec=options.container_spec,
+            max_downtime=asked.max_downtime,
+            timeout=asked.timeout,
+            bandwidth=asked.bandwidth,
+            dry_run=dry,
+            cold=asked.cold,
+            copy_files=copy_files,
+            trees=carried,
+        ),
+        lambda fd: choice.engine.source(workload.pid, fd, options),
+        link,
+        here,
+        reconnect=lambda: login.connect(peer),
+        network=NetworkLock(found) if found is not None and found.ifindex else None,
+        on_event=tell,
+    )
+    try:
+        result = await session.run()
+    finally:
+        await to_the_end(link.close())
+    if result.outcome is Outcome.MIGRATED and found is not None:
+        await to_the_end(asyncio.to_thread(container.remove, found.name))
+    return named(result), session.report

@@ -1,0 +1,25 @@
+"""What can be asked for. Durations are seconds, sizes are bytes, rates are bytes per second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateSettings:
+    """How a workload is to be moved.
+
+    max_downtime:  the longest stop that its users may feel; None for the shortest that can be had
+    timeout:       how long pre-copy may go on before the migration is given up
+    bandwidth:     cap on what is sent before the freeze, memory and files; 0.0 for none
+    cold:          no pre-copy: stop, copy, restart
+    copy_files:    carry along files that are missing or other there
+    copy_paths:    files and directories to carry along whole, as the workload sees them; implies `copy_files`
+    """
+
+    max_downtime: float | None = None
+    timeout: float = 600.0
+    bandwidth: float = 0.0
+    cold: bool = False
+    copy_files: bool = False
+    copy_paths: tuple[str, ...] = ()
