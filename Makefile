@@ -3,6 +3,11 @@
 # make bench   every workload beside its stop-copy-restart and its floor
 # make lint    ruff and mypy
 #
+# make test-kernel     the patched kernel in guests: selftests, both engines, live migrations between guests
+# make lab             a shell in two networked guests with the patched kernel
+# make bench-kernel    both engines side by side in one guest
+# make fuzz-kernel     hostile images for the restart path, with KASAN and lockdep (ARGS=SECONDS)
+#
 # Each installs what is missing first (root, Debian 12 or like it); a second run finds it done.
 
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -11,7 +16,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo test bench lint setup clean help
+.PHONY: demo test bench lint setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +36,22 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)
+
+# What a kernel build and the guests need beyond that.
+setup-kernel: $(STAMP)
+	@$(ROOT)/tools/setup-kernel.sh
+
+test-kernel: setup-kernel
+	@cd $(ROOT) && MIGRATOR_TEST_KERNEL=1 $(PYTHON) -m pytest -q -ra --durations=10 -n 0 --timeout 3600 tests/vm $(ARGS)
+
+lab: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.shell $(ARGS)
+
+bench-kernel: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.bench $(ARGS)
+
+fuzz-kernel: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.fuzz $(ARGS)
 
 lint: $(STAMP)
 	@cd $(ROOT) && .venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy

@@ -1,0 +1,130 @@
+"""Kernels, images and guests put together: what tests ask for.
+
+    with Lab(tmp_path).guest() as guest: ...
+    with Lab(tmp_path).pair() as (a, b): ...
+
+Guests start from a snapshot of a guest that has just booted, which takes a third of a second; it is made once
+for a kernel and its images. Only two guests on one cable need to tell each other apart, so they are given their
+addresses after that: a is 10.77.0.1, b is 10.77.0.2, on br0, whose uplink is eth0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from tests.vm import image
+from tests.vm.machine import Machine
+
+AGENT_PORT = 7022
+MEMORY_MIB = 1024
+
+
+@cache
+def kernel(variant: str = "release") -> Path:
+    """The bzImage of a variant (kernel-patches/scripts/build), built if that has not been done."""
+    script = image.KERNEL_PATCHES / "scripts" / "build"
+    built = subprocess.run([str(script), variant], stdout=subprocess.PIPE, text=True, check=True)
+    return Path(built.stdout.strip()) / "bzImage"
+
+
+@cache
+def drives() -> tuple[Path, Path]:
+    """The images of a guest: the base, and the project with its tools."""
+    programs = image.ROOT / "build" / "guest"
+    subprocess.run([str(image.KERNEL_PATCHES / "scripts" / "tools"), str(programs)], check=True)
+    return image.base_image(), image.project_image(programs)
+
+
+@dataclass(slots=True)
+class Lab:
+    """Guests of one test, with their consoles and sockets in `folder`.
+
+    Unix socket paths are short (108 bytes), so `folder` must be, too.
+    """
+
+    folder: Path
+    memory_mib: int = MEMORY_MIB
+    _serial: Iterator[int] = field(default_factory=lambda: iter(range(1000)))
+
+    def guest(self, variant: str = "release", *, name: str = "guest") -> Machine:
+        """One guest."""
+        return self._machine(variant, name)
+
+    @contextlib.contextmanager
+    def pair(self, first: str = "release", second: str = "release") -> Iterator[tuple[Machine, Machine]]:
+        """Two guests on one cable, with an agent each that the other may log in to."""
+        ends = self.folder / "a.lan", self.folder / "b.lan"
+        with (
+            self._machine(first, "a", lan=ends) as a,
+            self._machine(second, "b", lan=(ends[1], ends[0])) as b,
+        ):
+            for number, guest in enumerate((a, b), 1):
+                plug_in(guest, number)
+            for guest in (a, b):
+                start_agent(guest)
+            yield a, b
+
+    def _machine(
+        self, variant: str, name: str, *, lan: tuple[Path, Path] | None = None, ssh_port: int = 0
+    ) -> Machine:
+        return Machine(
+            kernel(variant), drives(), folder=self.folder, name=name, memory_mib=self.memory_mib,
+            snapshot=snapshot(variant, self.memory_mib), lan=lan, ssh_port=ssh_port,
+            boot_seconds=180 if variant == "debug" else 60,
+        )  # fmt: skip
+
+
+@cache
+def snapshot(variant: str, memory_mib: int) -> Path:
+    """A guest that has booted, as a file; its caches are warm."""
+    parts = [str(kernel(variant).parent), *map(str, drives()), str(memory_mib)]
+    for name in ("machine.py", "lab.py"):
+        parts.append((Path(__file__).parent / name).read_text())
+    target = image.CACHE / f"snapshot-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:12]}"
+    with image.locked(image.CACHE / "snapshot"):
+        if target.exists():
+            os.utime(target)
+            return target
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        booted = Machine(
+            kernel(variant), drives(), folder=image.CACHE / "boot", name=f"boot-{variant}", memory_mib=memory_mib,
+            boot_seconds=180 if variant == "debug" else 60,
+        )  # fmt: skip
+        with booted as guest:
+            guest.run("migrator check --help", seconds=120)
+            guest.save(partial)
+        partial.rename(target)
+        image.forget_old(image.CACHE, "snapshot-*", keep=6)
+    return target
+
+
+def plug_in(guest: Machine, number: int) -> None:
+    """Give a guest its place on the cable, and a bridge for containers."""
+    address = f"10.77.0.{number}"
+    guest.run(
+        f"ip link set eth0 address 52:54:00:77:00:{number:02x}\n"
+        "ip link add br0 type bridge forward_delay 0 stp_state 0\n"
+        "ip link set eth0 master br0 && ip link set eth0 up && ip link set br0 up\n"
+        f"ip addr add {address}/24 dev br0\n"
+        f"echo 'export MIGRATOR_HOST={guest.name}' >> /root/.profile"
+    )
+
+
+def start_agent(guest: Machine) -> None:
+    """Start the agent of a guest and wait until it listens."""
+    guest.spawn(
+        f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /root/.ssh/host_key "
+        "--authorized-keys /root/.ssh/authorized_keys --metrics '' --identity /root/.ssh/id_ed25519 "
+        "-v > /tmp/agent.log 2>&1"
+    )
+    guest.run(
+        f"i=0; until nc -z 127.0.0.1 {AGENT_PORT}; do sleep 0.1; i=$((i+1)); "
+        "[ $i -lt 300 ] || { cat /tmp/agent.log >&2; exit 1; }; done"
+    )
