@@ -15,7 +15,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -51,19 +51,20 @@ class Lab:
 
     folder: Path
     memory_mib: int = MEMORY_MIB
-    _serial: Iterator[int] = field(default_factory=lambda: iter(range(1000)))
 
     def guest(self, variant: str = "release", *, name: str = "guest") -> Machine:
         """One guest."""
         return self._machine(variant, name)
 
     @contextlib.contextmanager
-    def pair(self, first: str = "release", second: str = "release") -> Iterator[tuple[Machine, Machine]]:
+    def pair(
+        self, first: str = "release", second: str = "release", *, ssh_ports: tuple[int, ...] = (0, 0)
+    ) -> Iterator[tuple[Machine, Machine]]:
         """Two guests on one cable, with an agent each that the other may log in to."""
         ends = self.folder / "a.lan", self.folder / "b.lan"
         with (
-            self._machine(first, "a", lan=ends) as a,
-            self._machine(second, "b", lan=(ends[1], ends[0])) as b,
+            self._machine(first, "a", lan=ends, ssh_port=ssh_ports[0]) as a,
+            self._machine(second, "b", lan=(ends[1], ends[0]), ssh_port=ssh_ports[1]) as b,
         ):
             for number, guest in enumerate((a, b), 1):
                 plug_in(guest, number)

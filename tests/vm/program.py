@@ -27,7 +27,7 @@ class Program:
     def __init__(self, guest: Machine, name: str, *arguments: object) -> None:
         self.guest = guest
         self.name = name
-        self.out = f"/tmp/{name.partition('.')[0]}-{next(_serial)}.out"
+        self.out = f"/tmp/{name.removesuffix('.py').removesuffix('.sh').rpartition('.')[2]}-{next(_serial)}.out"
         self.pid = 0
         self._command = " ".join([*self._program(), self.out, *map(str, arguments)])
         self._started_on = guest
@@ -37,10 +37,12 @@ class Program:
             return [os.path.realpath(sys.executable), str(SOURCES / self.name)]
         if self.name.endswith(".sh"):
             return ["/usr/bin/bash", str(SOURCES / self.name)]
+        if "." in self.name:
+            return [sys.executable, "-m", self.name]
         return [str(build(self.name))]
 
     def __enter__(self) -> Program:
-        self.guest.spawn(f"{self._command} < /dev/null")
+        self.guest.spawn(f"{self._command} < /dev/null > {self.out}.stdout 2> {self.out}.stderr")
         ready = self.await_lines("ready pid=", 1)[0]
         self.pid = int(ready.removeprefix("ready pid="))
         return self
