@@ -33,7 +33,7 @@ PROGRAMS = (
 )  # fmt: skip
 # The dynamic loader and what glibc opens by name.
 LIBRARIES = ("ld-linux-x86-64.so.2", "libnss_files.so.2", "libgcc_s.so.1")
-DEVELOPMENT = re.compile(r"(_?ruff|mypy|mypyc|[0-9a-f]+__mypyc|pip|setuptools|_distutils_hack|distutils-prec|hypothesis)")
+DEVELOPMENT = re.compile(r"(__editable__|_?ruff|mypy|mypyc|[0-9a-f]+__mypyc|pip|setuptools|_distutils_hack|distutils-prec|hypothesis)")
 UNUSED_STDLIB = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo", "site-packages", "pydoc_data")
 
 
@@ -179,7 +179,7 @@ def _is_elf(path: Path) -> bool:
 
 
 def _etc(tree: Path) -> None:
-    for folder in ("dev", "proc", "sys", "tmp", "run", "var", "root", "mnt", str(ROOT)[1:]):
+    for folder in ("dev", "proc", "sys", "tmp", "run", "var", "mnt", str(ROOT)[1:]):
         (tree / folder).mkdir(parents=True, exist_ok=True)
     _copy_to(GUEST / "setup.sh", tree / "etc" / "setup.sh")
     _copy_to(GUEST / "commands.sh", tree / "etc" / "commands.sh")
@@ -188,17 +188,17 @@ def _etc(tree: Path) -> None:
     path = f"{ROOT}/build/guest:{Path(sys.executable).parent}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     for name, text in {
         "inittab": "::sysinit:/etc/setup.sh\n::respawn:/etc/commands.sh\n",
-        "passwd": "root:x:0:0:root:/root:/bin/sh\nsshd:x:74:74::/run/sshd:/bin/false\nnobody:x:65534:65534::/:/bin/false\n",
+        "passwd": "root:x:0:0:root:/var/root:/bin/sh\nsshd:x:74:74::/run/sshd:/bin/false\nnobody:x:65534:65534::/:/bin/false\n",
         "group": "root:x:0:\ntty:x:5:\nsshd:x:74:\nnogroup:x:65534:\n",
         "hosts": "127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n",
         "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
         "project": f"{ROOT}\n",
         "profile": (
-            f"export PATH={path} HOME=/root PYTHONPATH={ROOT} PYTHONDONTWRITEBYTECODE=1 TERM=${{TERM:-linux}}\n"
+            f"export PATH={path} HOME=/var/root PYTHONPATH={ROOT} PYTHONDONTWRITEBYTECODE=1 TERM=${{TERM:-linux}}\n"
             f"export LANG=C.UTF-8 PYTHON={sys.executable}\n"
         ),
         "sshd_config": (
-            "HostKey /root/.ssh/host_key\nPermitRootLogin yes\nUseDNS no\nStrictModes no\nPidFile none\n"
+            "HostKey /var/root/.ssh/host_key\nPermitRootLogin yes\nUseDNS no\nStrictModes no\nPidFile none\n"
             f"SetEnv PATH={path} PYTHONPATH={ROOT} PYTHONDONTWRITEBYTECODE=1\n"
         ),
     }.items():

@@ -114,15 +114,15 @@ def plug_in(guest: Machine, number: int) -> None:
         "ip link add br0 type bridge forward_delay 0 stp_state 0\n"
         "ip link set eth0 master br0 && ip link set eth0 up && ip link set br0 up\n"
         f"ip addr add {address}/24 dev br0\n"
-        f"echo 'export MIGRATOR_HOST={guest.name}' >> /root/.profile"
+        f"echo 'export MIGRATOR_HOST={guest.name}' >> /var/root/.profile"
     )
 
 
 def start_agent(guest: Machine) -> None:
     """Start the agent of a guest and wait until it listens."""
     guest.spawn(
-        f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /root/.ssh/host_key "
-        "--authorized-keys /root/.ssh/authorized_keys --metrics '' --identity /root/.ssh/id_ed25519 "
+        f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /var/root/.ssh/host_key "
+        "--authorized-keys /var/root/.ssh/authorized_keys --metrics '' --identity /var/root/.ssh/id_ed25519 "
         "-v > /tmp/agent.log 2>&1"
     )
     guest.run(

@@ -94,7 +94,7 @@ class Machine:
             "-M", "q35", "-cpu", "max", "-smp", str(cpus), "-m", str(memory_mib),
             "-accel", "tcg,thread=multi", "-nodefaults", "-no-reboot", "-display", "none",
             "-kernel", str(kernel),
-            "-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable no_timer_check mitigations=off "
+            "-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable no_timer_check "
             "random.trust_cpu=on root=/dev/vda ro rootfstype=erofs init=/bin/init",
             "-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console",
             "-device", "virtio-serial-pci",

@@ -17,7 +17,7 @@ Pair = tuple[Machine, Machine]
 def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
     """`migrator migrate` from one guest to the other; its result."""
     done = source.run(
-        f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /root/.ssh/id_ed25519 "
+        f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /var/root/.ssh/id_ed25519 "
         f"--json {' '.join(options)}",
         seconds=180, status=None,
     )  # fmt: skip

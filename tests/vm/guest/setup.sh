@@ -4,7 +4,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o ptmxmode=666 devpts /dev/pts
-for folder in /dev/shm /tmp /run /var /root; do
+for folder in /dev/shm /tmp /run /var; do
 	mount -t tmpfs -o mode=755 tmpfs $folder
 done
 chmod 1777 /tmp /dev/shm
@@ -14,7 +14,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 	echo "+$controller" > /sys/fs/cgroup/cgroup.subtree_control
 done
-cp -a /etc/skel/. /root/
+cp -a /etc/skel /var/root
 mount -t erofs -o ro /dev/vdb "$(cat /etc/project)"
 hostname guest
 ip link set lo up
