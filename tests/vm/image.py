@@ -28,8 +28,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "migr
 KERNEL_PATCHES = ROOT / "kernel-patches"
 
 PROGRAMS = (
-    "redis-server", "redis-cli", "sshd", "ssh", "setpriv", "nsenter", "unshare", "ip", "nft", "pgrep", "bash", "setsid",
-    "taskset", "prlimit", "nginx", "ss",
+    "redis-server", "redis-cli", "sshd", "ssh", "nginx", "setpriv", "nsenter", "unshare", "setsid", "taskset", "prlimit",
+    "ip", "ss", "nft", "ps", "pgrep", "pkill", "bash", "sed", "cat", "sleep", "timeout", "tail", "date",
 )  # fmt: skip
 # The dynamic loader and what glibc opens by name.
 LIBRARIES = ("ld-linux-x86-64.so.2", "libnss_files.so.2", "libgcc_s.so.1")

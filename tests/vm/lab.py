@@ -68,8 +68,9 @@ class Lab:
         ):
             for number, guest in enumerate((a, b), 1):
                 plug_in(guest, number)
-            for guest in (a, b):
                 start_agent(guest)
+            for guest in (a, b):
+                await_agent(guest)
             yield a, b
 
     def _machine(
@@ -119,13 +120,17 @@ def plug_in(guest: Machine, number: int) -> None:
 
 
 def start_agent(guest: Machine) -> None:
-    """Start the agent of a guest and wait until it listens."""
+    """Start the agent of a guest. It does not listen yet: see `await_agent`."""
     guest.spawn(
         f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /var/root/.ssh/host_key "
         "--authorized-keys /var/root/.ssh/authorized_keys --metrics '' --identity /var/root/.ssh/id_ed25519 "
         "-v > /tmp/agent.log 2>&1"
     )
+
+
+def await_agent(guest: Machine) -> None:
+    """Returns once the agent of a guest listens; half a minute at most."""
     guest.run(
-        f"i=0; until nc -z 127.0.0.1 {AGENT_PORT}; do sleep 0.1; i=$((i+1)); "
-        "[ $i -lt 300 ] || { cat /tmp/agent.log >&2; exit 1; }; done"
+        f"for i in {{1..300}}; do (exec 3<> /dev/tcp/127.0.0.1/{AGENT_PORT}) 2> /dev/null && exit; sleep 0.1; done; "
+        "cat /tmp/agent.log >&2; exit 1"
     )

@@ -121,7 +121,7 @@ class Machine:
             self._port, self._monitor = (self._accept(listener) for listener in listeners)
             if self._snapshot is None:
                 self._await_ready()
-            self.run(f"date -s @{time.time():.0f}; echo {self.name} > /proc/sys/kernel/hostname")
+            self._set_clock()
         except BaseException:
             self.close()
             raise
@@ -166,7 +166,7 @@ class Machine:
     def spawn(self, script: str) -> int:
         """Start a shell script that goes on by itself, in a session of its own; its pid."""
         quoted = shlex.quote(f"exec {script}")
-        return int(self.run(f"setsid sh -c {quoted} > /dev/null 2>&1 & echo $!").stdout)
+        return int(self.run(f"setsid bash -c {quoted} > /dev/null 2>&1 & echo $!").stdout)
 
     def put(self, path: str, content: bytes) -> None:
         """Write a file in the guest."""
@@ -215,6 +215,13 @@ class Machine:
                 self._check_alive()
                 if time.monotonic() > deadline:
                     raise MachineLost(f"{self.name}: QEMU does not connect{self._last_words()}") from None
+
+    def _set_clock(self) -> None:
+        """A guest has the wall clock of its snapshot, and two hosts agree by theirs what time has passed."""
+        began = time.time()
+        self.run(f"echo {self.name} > /proc/sys/kernel/hostname; date")
+        now = time.time()
+        self.run(f"date -s @{now + (now - began) / 2:.6f}")
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._boot_seconds

@@ -70,7 +70,7 @@ class Program:
         deadline = time.monotonic() + seconds
         while len(found := [line for line in self.lines() if line.startswith(start)]) < count:
             if time.monotonic() > deadline:
-                state = self.guest.run(f"ps | grep -F {self.out} | grep -v grep; dmesg | tail -n 20", status=None)
+                state = self.guest.run(f"ps ax | grep -F {self.out} | grep -v grep; dmesg | tail -n 20", status=None)
                 raise CommandFailed(
                     f"{self.name} in {self.guest.name}: {len(found)} of {count} lines {start!r} after {seconds} s; "
                     f"it wrote {self.lines()[-3:]}\n{state.stdout}"
@@ -82,8 +82,9 @@ class Program:
         """Returns once it has reported `more` times from now on that its state is right."""
         self.await_lines("tick ", len(self.ticks()) + more)
 
-    def is_gone(self) -> bool:
-        return self.guest.run(f"[ -e /proc/{self.pid} ]", status=None).status != 0
+    def await_end(self) -> None:
+        """Returns when there is no such process any more, nor its zombie; ten seconds at most."""
+        self.guest.run(f"for i in {{1..100}}; do [ -e /proc/{self.pid} ] || exit 0; sleep 0.1; done; exit 1")
 
     def finish(self) -> list[str]:
         """Ask it to stop; its last line must be "ok". Returns its lines."""

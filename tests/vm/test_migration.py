@@ -38,7 +38,7 @@ def test_a_program_moves_there_and_back(pair: Pair, name: str, arguments: tuple[
         program.check_progress()
         for _ in range(2):
             migrate(program.pid, here, there, "--copy-files")
-            assert program.is_gone()
+            program.await_end()
             program.guest = there
             program.check_progress()
             here, there = there, here
@@ -59,7 +59,7 @@ def test_redis_moves_and_its_client_never_notices(pair: Pair) -> None:
     with client:
         client.check_progress()
         for here, there in ((a, b), (b, a)):
-            migrate("shop", here, there)
+            migrate("shop", here, there, "--copy-files")
             (row,) = json.loads(there.run("migrator ps --json").stdout)
             assert (row["name"], row["state"]) == ("shop", "running")
             client.check_progress()

@@ -26,7 +26,7 @@ def test_a_workload_goes_on_from_its_image(guest: Machine, name: str, arguments:
     with Program(guest, name, *arguments) as program:
         program.check_progress()
         guest.run(f"migrator checkpoint {program.pid} --kill -o /tmp/image")
-        assert program.is_gone()
+        program.await_end()
         guest.run("migrator restart --detach -i /tmp/image")
         program.check_progress()
         program.finish()

@@ -6,7 +6,10 @@ import itertools
 import re
 import time
 
+from tests.vm import image
 from tests.vm.machine import Machine
+
+TOOLS = image.ROOT / "build" / "guest"
 
 
 def counts(text: str) -> list[int]:
@@ -29,14 +32,14 @@ def await_count(guest: Machine, count: int, *, file: str = "/tmp/cr-test.out") -
 
 def test_a_stopped_counter_is_saved_from_outside(guest: Machine) -> None:
     """./test & kill -STOP; ./ckpt > image; keep what it wrote; kill -CONT; ./rstr < image; compare."""
-    pid = guest.spawn("test")
+    pid = guest.spawn(f"{TOOLS}/test")
     await_count(guest, 1)
     guest.run(f"kill -STOP {pid}")
-    guest.run(f"ckpt {pid} > /tmp/ckpt.image")
+    guest.run(f"{TOOLS}/ckpt {pid} > /tmp/ckpt.image")
     guest.run("mv /tmp/cr-test.out /tmp/cr-test.out.orig && cp /tmp/cr-test.out.orig /tmp/cr-test.out")
     saved = counts(guest.run("cat /tmp/cr-test.out").stdout)[-1]
     guest.run(f"kill -CONT {pid}")
-    copy = guest.spawn("rstr < /tmp/ckpt.image")
+    copy = guest.spawn(f"{TOOLS}/rstr < /tmp/ckpt.image")
     original = await_count(guest, saved + 3, file="/tmp/cr-test.out.orig")
     text = await_count(guest, saved + 3)
     assert guest.run(f"cat /proc/{copy}/comm").stdout == "test\n", "rstr has become the program"
@@ -47,13 +50,13 @@ def test_a_stopped_counter_is_saved_from_outside(guest: Machine) -> None:
 
 def test_a_program_saves_itself(guest: Machine) -> None:
     """./self > self.image; keep what it wrote, mark it; ./rstr < image: checkpoint() returns 0 in the copy."""
-    pid = guest.spawn("self > /tmp/self.image")
+    pid = guest.spawn(f"{TOOLS}/self > /tmp/self.image")
     original = await_count(guest, 3)
     ret = re.search(r"^checkpoint ret: (\d+)$", original, re.MULTILINE)
     assert ret and int(ret[1]) > 0, original
     guest.run("mv /tmp/cr-test.out /tmp/cr-test.out.orig && cp /tmp/cr-test.out.orig /tmp/cr-test.out")
     guest.run("sed -i s/count/xxxxx/g /tmp/cr-test.out")
-    copy = guest.spawn("rstr < /tmp/self.image")
+    copy = guest.spawn(f"{TOOLS}/rstr < /tmp/self.image")
     text = await_count(guest, 5)
     guest.run(f"kill -KILL {pid} {copy}")
     original = guest.run("cat /tmp/cr-test.out.orig").stdout

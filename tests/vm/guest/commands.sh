@@ -20,7 +20,7 @@ while read -r verb first second <&3; do
 	case $verb in
 	run)
 		take "$second" > /run/commands/script
-		timeout -s KILL "$first" sh /run/commands/script 3>&- < /dev/null > /run/commands/out 2> /run/commands/err
+		timeout -s KILL "$first" bash /run/commands/script 3>&- < /dev/null > /run/commands/out 2> /run/commands/err
 		;;
 	put)
 		take "$first" > "$second" 2> /run/commands/err
