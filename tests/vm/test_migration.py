@@ -64,7 +64,8 @@ def test_redis_moves_and_its_client_never_notices(pair: Pair) -> None:
             assert (row["name"], row["state"]) == ("shop", "running")
             client.check_progress()
         client.finish()
-    report = json.loads(a.run(f"tail -n 1 {client.out}.stdout").stdout)
+        a.run(f"for i in {{1..100}}; do grep -q replies {client.out}.stdout && exit; sleep 0.1; done; exit 1")
+        report = json.loads(a.run(f"tail -n 1 {client.out}.stdout").stdout)
     assert report["replies"] > 100
     assert (report["lost_replies"], report["wrong_replies"], report["reconnects"]) == (0, 0, 0)
     a.run("migrator stop shop")
