@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrator import host, model
-from migrator.engine.user.engine import UserEngine
+from migrator.engine.select import select
 from migrator.errors import Fate, TransportError
 from migrator.protocol import messages as m
 from migrator.recovery.journal import journal_directory
@@ -44,11 +44,10 @@ class AgentSettings:
 
 async def run_daemon(settings: AgentSettings) -> None:
     """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end."""
-    engine = UserEngine()
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)
-    here = host.destination_settings(engine, bridge=settings.bridge, journal=journal)
+    here = host.destination_settings(select(), bridge=settings.bridge, journal=journal)
 
     async def handler(link: Link, peer: str, rights: frozenset[str]) -> None:
         if "receive" not in rights:
@@ -85,7 +84,7 @@ async def run_stdio(bridge: str = "") -> None:
     link = await ssh.stdio_link()
     login = host.Login()
     await _settle(login)
-    await serve_link(link, host.destination_settings(UserEngine(), bridge=bridge))
+    await serve_link(link, host.destination_settings(select(), bridge=bridge))
     await link.close()
 
 

@@ -15,13 +15,10 @@ from pathlib import Path
 
 from migrator import container
 from migrator.container import state, switchover
-from migrator.container.sandbox import take_down
+from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
-from migrator.engine.base import DestinationOptions
-from migrator.engine.user.descriptors import finish_moves
-from migrator.engine.user.dump import header
-from migrator.engine.user.engine import UserEngine
-from migrator.engine.user.restore.destination import UserDestination
+from migrator.engine.base import Destination, DestinationOptions, Engine
+from migrator.engine.select import Choice, select
 from migrator.errors import Refused
 from migrator.linux import procfs
 from migrator.linux.repair import revive
@@ -56,6 +53,20 @@ class Login:
         )
 
 
+class SandboxMaker:
+    """What stands around a container that an engine restores here; see `migrator.engine.base.SandboxFactory`.
+
+    `bridge` is the one of this host, if it is called otherwise than on the source."""
+
+    def __init__(self, bridge: str = "") -> None:
+        self.sandbox: Sandbox | None = None
+        self._bridge = bridge
+
+    def __call__(self, spec: str, init_pid: int) -> Sandbox:
+        self.sandbox = prepare(ContainerSpec.from_json(spec), init_pid, bridge=self._bridge or None)
+        return self.sandbox
+
+
 class HostSurroundings:
     """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
 
@@ -74,7 +85,7 @@ class HostSurroundings:
             with contextlib.suppress(OSError):  # one that has ended has no root directory, and the next one has
                 root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    finish_moves(root, facts.moves)
+                    select().engine.finish_moves(root, facts.moves)
                 finally:
                     os.close(root)
                 break
@@ -100,23 +111,22 @@ def new_migration() -> str:
     return f"m-{uuid.uuid4().hex[:20]}"
 
 
-def facts(engine: UserEngine) -> HostFacts:
-    """The facts of this host for a preflight, abilities found out by trying. Takes some milliseconds."""
-    _, size = header.xstate_facts(os.getpid())
-    return collect_host(engine.name, engine.probe(), size)
+def facts(choice: Choice) -> HostFacts:
+    """The facts of this host for a preflight. Takes some milliseconds."""
+    return collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
 
 
-def destination_settings(engine: UserEngine, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
+def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
     """This host as a destination. `bridge` is for containers whose bridge is called otherwise there."""
     return DestinationSettings(
-        host=facts(engine),
-        prepare=lambda proposal: _prepare(engine, proposal, bridge),
+        host=facts(choice),
+        prepare=lambda proposal: _prepare(choice.engine, proposal, bridge),
         journal=journal or journal_directory(),
         tools=tools(),
     )
 
 
-_restarted: list[UserDestination] = []  # those whose root is a child of this process
+_restarted: list[Destination] = []  # those whose root is a child of this process
 
 
 def reap() -> None:
@@ -140,23 +150,22 @@ def _ended(pid: int) -> bool:
     return status["State"][0] == "Z" and status["TracerPid"] == "0"
 
 
-def _prepare(engine: UserEngine, proposal: Propose, bridge: str) -> Prepared:
-    made: list[UserDestination] = []
-    options = DestinationOptions(bridge=bridge, cgroup_name=f"restart-{proposal.migration}")
+def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
+    maker = SandboxMaker(bridge)
+    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}")
     cgroup = options.cgroup_name
     if proposal.container:
         spec = ContainerSpec.from_json(proposal.container_spec)
         _refuse_container(spec, proposal, bridge)
         cgroup = state.cgroup_name(spec.name)
 
-    def factory(fd: int) -> UserDestination:
-        made.append(engine.destination(fd, options))
-        _restarted.append(made[-1])
-        return made[-1]
+    def factory(fd: int) -> Destination:
+        made = engine.destination(fd, options)
+        _restarted.append(made)
+        return made
 
     def arrival() -> NetworkArrival | None:
-        sandbox = made[-1].sandbox if made else None
-        return switchover.NetworkArrival(sandbox.container) if sandbox is not None else None
+        return switchover.NetworkArrival(maker.sandbox.container) if maker.sandbox is not None else None
 
     return Prepared(factory=factory, cgroup=cgroup, arrival=arrival)
 

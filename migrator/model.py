@@ -133,6 +133,7 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     decision: str = ""  # why it was frozen when it was
     rounds: list[Round] = []
     timeline: Timeline | None = None
+    connections_served: int = 0  # closed before the move, and served from the source to their end
     warnings: list[str] = []
 
 

@@ -86,8 +86,8 @@ def ps(
 
 def _dirty_rates(rows: list[container.Row], seconds: float) -> dict[str, float]:
     """Bytes per second written, by container: two sweeps of dirty tracking, `seconds` apart."""
-    from migrator.cli.workload import find_workload
-    from migrator.engine.user.engine import UserEngine
+    from migrator.api.workloads import find_workload
+    from migrator.engine.select import select
 
     found: dict[str, float] = {}
     sink = os.open("/dev/null", os.O_WRONLY)
@@ -96,7 +96,7 @@ def _dirty_rates(rows: list[container.Row], seconds: float) -> dict[str, float]:
             if row.state != "running":
                 continue
             workload = find_workload(row.name)
-            with UserEngine().source(workload.pid, sink, workload.source_options()) as source:
+            with select().engine.source(workload.pid, sink, workload.source_options()) as source:
                 found[row.name] = source.dirty_rate(seconds)
     finally:
         os.close(sink)

@@ -15,11 +15,11 @@ import typer
 
 from migrator import container, host, model
 from migrator.agent import AgentSettings, run_daemon, run_stdio
+from migrator.api.workloads import Workload, find_workload, trees
 from migrator.cli.output import duration, err, out, reported
 from migrator.cli.progress import Display, show_result
-from migrator.cli.workload import Workload, find_workload, trees
 from migrator.container.switchover import NetworkLock
-from migrator.engine.user.engine import UserEngine
+from migrator.engine.select import select
 from migrator.errors import Fate, MigratorError, UsageError
 from migrator.recovery.journal import attended, journal_directory
 from migrator.recovery.settle import override
@@ -133,14 +133,14 @@ def _finish(done: tuple[model.MigrationResult, PreflightReport | None], as_json:
 async def _migrate(
     workload: Workload, settings: SourceSettings, login: host.Login
 ) -> tuple[model.MigrationResult, PreflightReport | None]:
-    engine = UserEngine()
+    chosen = await asyncio.to_thread(select)
     for one in await host.settle(login):
         err.print(f"[yellow]settled[/] migration {one.migration} of an earlier run: {one.detail}", markup=True)
         if one.fate is Fate.FROZEN:
             err.print("  [dim]it stays open; `migrator settle` tries again[/]")
     try:
         options = workload.source_options()
-        here = await asyncio.to_thread(host.facts, engine)
+        here = await asyncio.to_thread(host.facts, chosen)
         link = await login.connect(settings.peer)
     except MigratorError as error:
         error.fate = Fate.SOURCE
@@ -159,7 +159,7 @@ async def _migrate(
     with Display(err) as display:
         session = SourceSession(
             settings,
-            lambda fd: engine.source(workload.pid, fd, options),
+            lambda fd: chosen.engine.source(workload.pid, fd, options),
             link,
             here,
             reconnect=lambda: login.connect(settings.peer),

@@ -63,7 +63,7 @@ class Display:
             case RoundDone():
                 self._round(event)
             case PhaseEnded():
-                if event.span.where is Where.SOURCE and event.span.name in ("preflight", "arm", "files"):
+                if event.span.where is Where.SOURCE and event.span.name in ("preflight", "instrument", "files"):
                     sent = f"  {size(self._bytes):>22}" if event.span.name == "files" and self._bytes else ""
                     self._console.print(f"  {event.span.name:<10} {duration(event.span.seconds):>9}{sent}")
             case Noted():

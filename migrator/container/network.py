@@ -147,6 +147,12 @@ def remove(veth: str) -> None:
             ip.link("del", index=index)
 
 
+def rename(index: int, name: str) -> None:
+    """Give link `index` another name. Nothing where the kernel does not rename what is up (before 6.2)."""
+    with IPRoute() as ip, contextlib.suppress(NetlinkError):
+        ip.link("set", index=index, ifname=name)
+
+
 def read(init_pid: int) -> NetworkState:
     """What the network namespace of a process has now. Nothing is stopped or changed."""
     return run_in(init_pid, {"net"}, _read_inside)

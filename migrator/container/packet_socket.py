@@ -7,9 +7,13 @@ header is what carries that to where the frame goes on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import struct
+from collections.abc import Iterable
+
+from migrator.linux.bpf import Program
 
 VNET_HDR = 10
 MAX_FRAME = 1 << 17
@@ -51,12 +55,14 @@ class PacketSocket:
     """A raw socket on one device of the calling thread's network namespace. It takes nothing until
     `admit()`. Raises OSError; PermissionError without CAP_NET_RAW."""
 
-    def __init__(self, device: str, *, promiscuous: bool = False, buffer: int = 32 << 20) -> None:
+    def __init__(
+        self, device: str, *, promiscuous: bool = False, buffer: int = 32 << 20, program: Program | None = None
+    ) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
         try:
             self._socket.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
-            self.admit(REJECT_ALL)
+            self.admit(program or REJECT_ALL)
             self._socket.bind((device, _ETH_P_ALL))
             if promiscuous:
                 request = struct.pack("=iHH8s", socket.if_nametoindex(device), _PACKET_MR_PROMISC, 0, b"")
@@ -66,12 +72,18 @@ class PacketSocket:
             raise
         self._buffer = bytearray(MAX_FRAME)
 
-    def admit(self, program: list[Instruction]) -> None:
+    def admit(self, program: list[Instruction] | Program) -> None:
         """From now on take the frames that `program` passes."""
+        if isinstance(program, Program):
+            program.filter(self._socket)
+            return
         code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
         blob = ctypes.create_string_buffer(code, len(code))
         fprog = struct.pack("@HP", len(program), ctypes.addressof(blob))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def take(self) -> list[bytes]:
         """All frames that have come, without waiting."""
@@ -93,3 +105,11 @@ class PacketSocket:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def give_all(port: PacketSocket, frames: Iterable[bytes]) -> None:
+    """A frame that the device refuses is one lost frame, which every network may lose; it is no reason to give
+    up a migration whose point of no return has passed."""
+    for frame in frames:
+        with contextlib.suppress(OSError):
+            port.give(frame)

@@ -5,14 +5,19 @@ sockets were saved would promise data that the copy does not have. So its port i
 sends in that time must not be lost either, or the client waits 200 ms before it sends it again. So what the
 bridge would have passed to the port is captured, shipped, and delivered to the copy:
 
-    1. source        lock()      capture begins, then the port shuts
-    2. source        captured()  what has come so far; again and again until the source is released
-    3. destination   unlock()    the port opens; nobody sends there yet
-    4. destination   inject()    into eth0 of the copy, whose sockets stand: their answers get out
-    5. destination   announce()  switches and neighbours send to the new place from now on
-    6. source        release()
+    1. source        hold()      new connections wait: their first segments are captured, all else passes
+    2. source        lock()      all is captured, then the port shuts
+    3. source        captured()  what has come so far; again and again until the source is released
+    4. source        orphans()   connections that stay behind, to be served through the link
+    5. destination   divert()    what comes for those does not reach the copy
+    6. destination   unlock()    the port opens; nobody sends there yet
+    7. destination   inject()    into eth0 of the copy, whose sockets stand: their answers get out
+    8. destination   announce()  switches and neighbours send to the new place from now on
+    9. source        release()
 
-Until 3 the source may `unlock()` instead: what was captured is delivered there, and nothing has happened.
+A connection that waits to be accepted cannot be saved, so between 1 and 2 the program gets the time to accept what
+has begun. Until 6 the source may `unlock()` instead: what was captured is delivered there, and nothing has
+happened.
 
 When the announcement comes by, the source stops capturing: from that frame on, the network delivers to the
 new place by itself.
@@ -23,17 +28,36 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Protocol
 
-from migrator.container import announcement
+from migrator.container import announcement, connection_filter, network
 from migrator.container.bridge_port import Valve
-from migrator.container.packet_socket import MAX_FRAME, VNET_HDR, PacketSocket, concerning
+from migrator.container.connection_filter import Connection
+from migrator.container.orphans import Orphans, Relay
+from migrator.container.packet_socket import MAX_FRAME, VNET_HDR, PacketSocket, concerning, give_all
 from migrator.container.state import Container
 from migrator.errors import ImageError
+from migrator.linux.bpf import TCX_EGRESS, tcx
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.namespaces import entered
 from migrator.linux.repair import revive
 
+_RECEIVER, _SENDER = slice(VNET_HDR, VNET_HDR + 6), slice(VNET_HDR + 6, VNET_HDR + 12)
+
 CAPTURE_LIMIT = 64 << 20  # bytes; beyond it the clients' own retransmissions have to do
+
+
+class OrphanedConnection(Protocol):
+    """What a `Connection` is made of, as the source has said it."""
+
+    @property
+    def local(self) -> str: ...
+    @property
+    def local_port(self) -> int: ...
+    @property
+    def peer(self) -> str: ...
+    @property
+    def peer_port(self) -> int: ...
 
 
 class NetworkLock:
@@ -48,7 +72,9 @@ class NetworkLock:
         self._valve: Valve | None = None
         self._bridge: PacketSocket | None = None
         self._port: PacketSocket | None = None
-        self._locked = False
+        self._locked = self._holding = False
+        self._orphans: Orphans | None = None
+        self._fence: contextlib.ExitStack | None = None
         self._early: list[bytes] = []
         self._kept: list[bytes] = []
         self._kept_bytes = 0
@@ -68,8 +94,29 @@ class NetworkLock:
             stack.callback(bridge.close)
             port = PacketSocket(self.container.spec.veth)
             stack.callback(port.close)
+            orphans = Orphans(self.container)
+            stack.callback(orphans.close)
+            self._beginnings = stack.enter_context(connection_filter.taking_beginnings(self._mac))
+            self._no_beginnings = stack.enter_context(connection_filter.dropping_beginnings())
             self._stack = stack.pop_all()
-        self._valve, self._bridge, self._port = valve, bridge, port
+        self._valve, self._bridge, self._port, self._orphans = valve, bridge, port, orphans
+
+    def hold(self) -> None:
+        """Capture what begins a connection from here on, and let nothing of that reach the container; all else
+        passes. Connections that have begun go on."""
+        if self._valve is None:
+            self.prepare()
+        if self._port is None or self._bridge is None or self._holding:
+            return
+        self._port.admit(self._beginnings)
+        self._bridge.admit(self._beginnings)
+        self._fence = contextlib.ExitStack()
+        self._fence.enter_context(tcx(self._no_beginnings, self.container.ifindex, TCX_EGRESS))
+        self._holding = True
+
+    def handshakes(self) -> int:
+        """Connections from outside that have begun and are not established yet."""
+        return self._orphans.handshakes() if self._orphans is not None else 0
 
     def lock(self) -> None:
         """Capture from here on and shut the port: four system calls. The container is cut off afterwards."""
@@ -86,6 +133,33 @@ class NetworkLock:
         self._early = self._fresh()
         self._locked = True
 
+    def orphans(self) -> list[Connection]:
+        """Connections that no program holds any more and that are not at their end, once the port is shut."""
+        return self._orphans.find() if self._orphans is not None else []
+
+    def orphans_left_out(self) -> int:
+        """How many there were beyond what can be served."""
+        return self._orphans.left_out if self._orphans is not None else 0
+
+    def orphans_living(self) -> int:
+        """How many of them have not ended."""
+        return self._orphans.living() if self._orphans is not None else 0
+
+    def outgoing(self) -> list[bytes]:
+        """Frames that orphaned connections have sent: for `NetworkArrival.emit()`."""
+        return self._orphans.outgoing() if self._orphans is not None else []
+
+    def deliver(self, frames: Iterable[bytes]) -> None:
+        """Frames for orphaned connections, of `NetworkArrival.diverted()`."""
+        if self._orphans is not None:
+            self._orphans.deliver(_checked(frames, self._mac))
+
+    def set_aside(self) -> None:
+        """The container has gone, its network stays for what is left of it, under a name that a container which
+        comes back does not need."""
+        if self._orphans is not None:
+            network.rename(self.container.ifindex, f"mo{self.container.ifindex}")
+
     def captured(self) -> list[bytes]:
         """The frames that came for the container since the last call, in order. Opaque: for `inject()`."""
         fresh = self._early + self._fresh()
@@ -95,14 +169,22 @@ class NetworkLock:
 
     def unlock(self) -> None:
         """The abort: deliver here what was captured, and open the port. As if nothing had been asked."""
-        if self._valve is None or self._port is None or not self._locked:
+        if self._valve is None or self._port is None or not (self._locked or self._holding):
             return
         # Open first: what the container answers at once to what is delivered must get out.
-        self._valve.open()
+        if self._locked:
+            self._valve.open()
+        self._let_begin()
         self.captured()
-        _deliver(self._port, self._kept)
+        give_all(self._port, self._kept)
         self._locked = False
         self.close()
+
+    def _let_begin(self) -> None:
+        if self._fence is not None:
+            self._fence.close()
+            self._fence = None
+        self._holding = False
 
     def release(self) -> None:
         """The container runs elsewhere: stop capturing. The port stays shut and goes with the container."""
@@ -110,8 +192,9 @@ class NetworkLock:
 
     def close(self) -> None:
         """Close what is open. The port stays as it is."""
+        self._let_begin()
         self._stack.close()
-        self._valve = self._bridge = self._port = None
+        self._valve = self._bridge = self._port = self._orphans = None
         self._kept = []
         self._early = []
 
@@ -155,6 +238,7 @@ class NetworkArrival:
         self._port: PacketSocket | None = None
         self._inside: PacketSocket | None = None
         self._announcement: list[bytes] = []
+        self._relay: Relay | None = None
 
     def prepare(self) -> None:
         """Open everything, before the source freezes. Raises OSError."""
@@ -170,8 +254,36 @@ class NetworkArrival:
             with entered(f"/proc/{self.container.init_pid}/ns/net"):
                 inside = PacketSocket("eth0")
             stack.callback(inside.close)
+            relay = Relay(self.container)
+            stack.callback(relay.close)
             self._stack = stack.pop_all()
-        self._valve, self._port, self._inside = valve, port, inside
+        self._valve, self._port, self._inside, self._relay = valve, port, inside, relay
+
+    def divert(self, connections: Iterable[OrphanedConnection]) -> None:
+        """What comes for these is for the source, and does not reach the copy. The port should be shut.
+
+        They are from the peer and checked: ImageError for what `NetworkLock.orphans()` cannot have returned."""
+        if self._relay is None:
+            self.prepare()
+        if self._relay is not None:
+            try:
+                self._relay.divert(Connection(c.local, c.local_port, c.peer, c.peer_port) for c in connections)
+            except (ValueError, OSError) as error:
+                raise ImageError(f"connections that stay behind: {error}") from error
+
+    def diverted(self) -> list[bytes]:
+        """Frames that have come for them since the last call."""
+        return self._relay.diverted() if self._relay is not None else []
+
+    def emit(self, frames: Iterable[bytes]) -> None:
+        """Send frames of orphaned connections as if the copy had sent them. They are from the peer and checked."""
+        if self._inside is not None:
+            mac = announcement.mac_bytes(self.container.spec.effective_mac)
+            give_all(self._inside, _checked(frames, mac, _SENDER))
+
+    def is_outgoing(self, frame: bytes) -> bool:
+        """Whether a frame of the source is one to `emit()`, not to `inject()`."""
+        return frame[_SENDER] == announcement.mac_bytes(self.container.spec.effective_mac)
 
     def inject(self, frames: Iterable[bytes]) -> None:
         """Deliver captured frames to eth0 as if they had just come. The copy's sockets must stand.
@@ -183,7 +295,7 @@ class NetworkArrival:
         if self._valve is None:
             self.prepare()
         if self._port is not None:
-            _deliver(self._port, _checked(frames, announcement.mac_bytes(self.container.spec.effective_mac)))
+            give_all(self._port, _checked(frames, announcement.mac_bytes(self.container.spec.effective_mac)))
 
     def unlock(self) -> None:
         """Open the port."""
@@ -203,7 +315,7 @@ class NetworkArrival:
 
     def close(self) -> None:
         self._stack.close()
-        self._valve = self._port = self._inside = None
+        self._valve = self._port = self._inside = self._relay = None
 
     def __enter__(self) -> NetworkArrival:
         self.prepare()
@@ -223,18 +335,10 @@ def reopen(container: Container) -> None:
         revive(Cgroup.at(container.cgroup).pids())
 
 
-def _checked(frames: Iterable[bytes], mac: bytes) -> list[bytes]:
+def _checked(frames: Iterable[bytes], mac: bytes, whose: slice = _RECEIVER) -> list[bytes]:
     good = []
     for frame in frames:
-        if not VNET_HDR + 14 <= len(frame) <= MAX_FRAME or frame[VNET_HDR : VNET_HDR + 6] != mac:
+        if not VNET_HDR + 14 <= len(frame) <= MAX_FRAME or frame[whose] != mac:
             raise ImageError("a captured frame is not for this container")
         good.append(frame)
     return good
-
-
-def _deliver(port: PacketSocket, frames: Iterable[bytes]) -> None:
-    for frame in frames:
-        # A frame that the device refuses is one lost frame, which every network may lose; it is no reason
-        # to give up a migration whose point of no return has passed.
-        with contextlib.suppress(OSError):
-            port.give(frame)

@@ -1,41 +1,42 @@
 """The contract between an engine and whoever drives it.
 
-An engine turns a process tree into a stream of records and a stream of records into a
-process tree. Everything here is synchronous and must be called from one OS thread per
-object (ptrace knows threads): a session gives each object a thread of its own.
+An engine turns a process tree into a stream of records, and a stream of records into a process tree. `Engine` has
+the two calls of the design, checkpoint() and restart(), and makes the objects of a live migration: a `Source` on
+one host and a `Destination` on the other.
 
-The life of the source side, and where the workload is after each call:
+    with engine.source(pid, fd, options) as source:   # the workload runs
+        source.survey()
+        source.instrument()
+        source.round()            # again and again
+        source.seize()
+        source.quiesce(0.1)
+        source.freeze()           # stopped
+        source.final(shut)        # saved to the trailer
+        source.hold()             # frozen by its cgroup: survives the death of this program
+        source.release()          # gone: only once the destination is known to run it
+        source.thaw()             # at any point before release() instead: runs, as if nothing had been asked
 
-    with engine.source(pid, writer, options) as source:   # running, untouched
-        source.survey()      # running; refusals raised here, as `Refused`
-        source.arm()         # running; dirty tracking armed, header and tree written
-        source.round()       # running; one pre-copy round written (repeat)
-        source.seize()       # running; attached to
-        source.freeze()      # every task in a ptrace stop
-        source.final()       # tasks' state, last pages and trailer written; still stopped
-        source.hold()        # frozen by the cgroup freezer: survives the death of the agent
-        source.release()     # killed and reaped: only after the destination is RUNNING
-        source.thaw()        # at any point instead: running, as if nothing had been asked
-    # leaving the block before release() or hold() thaws
+    with engine.destination(fd, options) as destination:
+        destination.build()       # reads to the trailer; the copy is complete and stopped
+        destination.hold()        # frozen by its cgroup
+        destination.resume()      # runs
+        destination.tidy()
+        destination.discard()     # at any point before resume() instead: killed, nothing left
 
-and of the destination side:
-
-    with engine.destination(reader, options) as destination:
-        destination.build()    # reads to the trailer, building as it reads; tasks stopped. What is left
-                               # after it can be refused by nobody
-        destination.hold()     # complete, frozen by the cgroup freezer, no longer traced
-        destination.resume()   # running
-        destination.tidy()     # soon after: closes what was needed to build
-        destination.discard()  # at any point before resume(): killed, nothing left
-    # leaving the block before hold() discards
+All calls are synchronous. Those of one object come from one thread, the one that made it: ptrace(2) knows threads.
+The exceptions are named. Errors are those of `migrator.errors`; each says where the workload is.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
+
+from migrator.linux.cgroup import Cgroup
 
 
 class CheckpointFlags(enum.IntFlag):
@@ -143,49 +144,241 @@ class SourceOptions:
     after: AfterCheckpoint = AfterCheckpoint.KILL
     tcp_established: bool = True
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
-    progress: Callable[[str, int, int], None] | None = None  # phase, bytes, pages
+
+
+class Sandbox(Protocol):
+    """What stands around the tasks of a container: namespaces, mounts, network, cgroup."""
+
+    @property
+    def cgroup(self) -> Cgroup: ...
+    def settled(self) -> object:
+        """The container runs here: note it."""
+
+    def remove(self) -> None:
+        """Kill what is inside and take everything down. Safe to call twice."""
+
+
+SandboxFactory = Callable[[str, int], Sandbox]  # specification (JSON), pid of process 1 in its new namespaces
 
 
 @dataclass
 class DestinationOptions:
-    container: str = ""  # restore into a container of this name; "" for a plain subtree
-    root: str = ""  # a directory to use as root of the file system; "" for the host's
+    """sandbox: makes what stands around a container; None: this caller takes no containers
+    root:    a directory to use as root of the file system; "" for the host's
+    cgroup_name: the hold cgroup of a plain subtree; derived from the pid where empty"""
+
+    sandbox: SandboxFactory | None = None
+    root: str = ""
     cgroup_name: str = ""
-    detach: bool = True
-    bridge: str = ""  # the bridge of this host for a container, if it is called otherwise than on the source
+
+
+Move = tuple[str, str, str, str]  # of a file, by resume(): directory, private directory, name there, name
 
 
 class Source(Protocol):
-    def survey(self) -> Survey: ...
-    def arm(self) -> None: ...
-    def round(self) -> Round: ...
-    def seize(self) -> None: ...
-    def freeze(self) -> None: ...
-    def final(self) -> None: ...
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
-    def thaw(self) -> None: ...
+    """A process tree on its way into a stream. Made by `Engine.source()`; the workload runs."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Before hold() and release(): as thaw(), and an error goes into the stream."""
+
+    def survey(self) -> Survey:
+        """Look at the tree. Runs before and after. Raises Refused with every obstacle."""
+
+    def instrument(self) -> None:
+        """Begin to track writes, and write the header and the hierarchy. Runs before and after; each process stops
+        for less than a millisecond. Raises CheckpointFailed."""
+
+    def round(self) -> Round:
+        """Write what has changed in memory since the last round; all of it, the first time. Runs before and after.
+        Raises CheckpointFailed, and OSError of the stream."""
+
+    def dirty_rate(self, seconds: float) -> float:
+        """Bytes per second that the tree writes to its private memory, measured over `seconds`. Runs before and
+        after; nothing is written but what instrument() writes. Raises CheckpointFailed."""
+
+    def seize(self) -> None:
+        """Attach to every task, ahead of the freeze. Runs before and after. Raises CheckpointFailed."""
+
+    def quiesce(self, seconds: float) -> bool:
+        """Wait until nothing is on its way that only running tasks can take, such as connections that wait to be
+        accepted; at most this long. Whether it is so. Runs before and after."""
+
+    def freeze(self) -> None:
+        """Stop every task. Runs before, is stopped after; runs on if it raises CheckpointFailed.
+
+        What is on its way (see quiesce()) cannot be saved: then the tasks run for a moment, and are stopped again,
+        a number of times before it raises."""
+
+    def final(self, silence: Callable[[], None] | None = None) -> None:
+        """Write the last pages, the state of all tasks, and the trailer. Stopped before and after. `silence` is
+        called before sockets are looked at, to shut the network. Raises CheckpointFailed, and OSError of the
+        stream."""
+
+    def hold(self) -> None:
+        """Freeze the tasks by their cgroup and let go of them. Stopped before; after, they stay frozen whatever
+        becomes of this program."""
+
+    def release(self) -> None:
+        """Kill the tasks, without a word to their peers. Held before, gone after."""
+
+    def leave_stopped(self) -> None:
+        """Let go of held tasks so that they are stopped as by SIGSTOP: SIGCONT lets them run on."""
+
+    def thaw(self) -> None:
+        """Let the workload run, as if nothing had been asked. From any state but gone; may be called twice."""
+
     @property
-    def phases(self) -> list[Phase]: ...
+    def phases(self) -> list[Phase]:
+        """What was done so far. Any thread."""
+
     @property
-    def pids(self) -> list[int]: ...
+    def pids(self) -> list[int]:
+        """The processes, root first, in the caller's pid namespace."""
+
     @property
-    def cgroup(self) -> str: ...  # a path, or a name; "" where there will be none
+    def cgroup(self) -> str:
+        """The hold cgroup: its path, or before it is there its name."""
+
     @property
-    def homes(self) -> list[tuple[int, str]]: ...  # (pid, directory of its cgroup), root first, to go back to
+    def homes(self) -> list[tuple[int, str]]:
+        """(pid, directory of the cgroup that it came from), root first: to go back to."""
 
 
 class Destination(Protocol):
-    on_round: Callable[[int], None]  # called when a pre-copy round has ended: all of it is in place
+    """A stream on its way to becoming a process tree. Made by `Engine.destination()`; there is nothing yet."""
 
-    def build(self) -> int: ...  # the root's pid in the caller's pid namespace
-    def hold(self) -> None: ...
-    def resume(self) -> None: ...
-    def tidy(self) -> None: ...
-    def discard(self) -> None: ...
+    on_round: Callable[[int], None]  # called by build() when a pre-copy round is in place; its number
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Before hold(): as discard()."""
+
+    def build(self) -> int:
+        """Read to the trailer and build. The copy is complete and stopped after; the root's pid in the caller's pid
+        namespace. Later steps depend only on the copy's own tasks. Raises ImageError or RestartFailed: then
+        nothing of the copy is left."""
+
+    def hold(self) -> None:
+        """Freeze the copy by its cgroup and let go of it. Stopped before; frozen after, whatever becomes of this
+        program. Raises RestartFailed."""
+
+    def resume(self) -> None:
+        """Let the copy run. Held before, runs after. Any thread, while no other call is under way."""
+
+    def tidy(self) -> None:
+        """Close what was needed to build. Runs before and after; may be called twice."""
+
+    def leave_frozen(self) -> None:
+        """Instead of resume(): complete, and frozen until its cgroup is thawed."""
+
+    def discard(self) -> None:
+        """Kill the copy; nothing is left of it. From any state but running; may be called twice."""
+
     @property
-    def phases(self) -> list[Phase]: ...
+    def phases(self) -> list[Phase]:
+        """What was done so far. Any thread."""
+
     @property
-    def cgroup(self) -> str: ...
+    def cgroup(self) -> str:
+        """Path of the hold cgroup; "" before there is one."""
+
     @property
-    def moves(self) -> list[tuple[str, str, str, str]]: ...  # of files, by resume(): for who finishes it
+    def root_pid(self) -> int:
+        """The root's pid in the caller's pid namespace; 0 before there is one. Any thread."""
+
+    @property
+    def moves(self) -> list[Move]:
+        """What resume() does to files, for whoever has to finish it: `Engine.finish_moves()`."""
+
+
+class CheckpointHooks:
+    """What the caller of checkpoint() does in between; here nothing. What a hook raises is an error of the call:
+    the workload runs on, unless it is held already."""
+
+    def surveyed(self, source: Source) -> None:
+        """Runs; nothing has been touched."""
+
+    def silence(self) -> None:
+        """Stopped; the sockets are looked at next."""
+
+    def saved(self) -> None:
+        """Stopped; the image is complete."""
+
+    def deciding(self) -> AbstractContextManager[object]:
+        """Around all that comes after saved(): not to be interrupted."""
+        return nullcontext()
+
+    def ending(self) -> None:
+        """Held; about to be killed."""
+
+
+class RestartHooks:
+    """What the caller of restart() does in between; here nothing."""
+
+    def built(self, root: int) -> None:
+        """Complete and stopped; `root` is the root's pid. What it raises discards the copy."""
+
+    def deciding(self) -> AbstractContextManager[object]:
+        """Around all that comes after built(): not to be interrupted."""
+        return nullcontext()
+
+    def held(self, destination: Destination) -> None:
+        """Frozen; about to run, or to be left frozen."""
+
+
+NO_CHECKPOINT_HOOKS, NO_RESTART_HOOKS = CheckpointHooks(), RestartHooks()
+
+
+class Engine(Protocol):
+    """One way of saving and restoring process trees. Any thread may call these, but see `Source`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def probe(self) -> list[Capability]:
+        """What it can do on this host, found out by trying. Takes some milliseconds; touches no workload."""
+
+    def xstate_size(self) -> int:
+        """Bytes of extended processor state that it saves of a task of this host."""
+
+    def source(self, pid: int, fd: int, options: SourceOptions) -> Source:
+        """A source that writes the tree below `pid` to `fd`. The calling process may be in the tree: it is left
+        out, and has ended with status 0 in the copy. Raises UsageError if there is no such process."""
+
+    def destination(self, fd: int, options: DestinationOptions) -> Destination:
+        """A destination that reads the stream `fd`."""
+
+    def checkpoint(
+        self,
+        pid: int,
+        fd: int,
+        flags: CheckpointFlags,
+        *,
+        after: AfterCheckpoint = AfterCheckpoint.RUN,
+        options: SourceOptions | None = None,
+        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
+    ) -> int:
+        """Save the tree below `pid` to `fd`; a checkpoint id, greater than 0. Runs before; after, as `after` says.
+
+        Without SUBTREE `pid` must be the init task of a container. On an error the tasks run on, and the stream
+        ends with an error record. Raises UsageError, Refused, CheckpointFailed, and OSError of the stream."""
+
+    def restart(
+        self,
+        fd: int,
+        flags: RestartFlags,
+        *,
+        options: DestinationOptions | None = None,
+        hooks: RestartHooks = NO_RESTART_HOOKS,
+    ) -> int:
+        """Restart the tree saved in `fd`; the root's pid. It runs after, or with FROZEN is frozen. On an error
+        nothing is left of it. Raises ImageError or RestartFailed."""
+
+    def finish_moves(self, root: int, moves: list[Move]) -> None:
+        """Do what the `Destination.resume()` of a program that has died would have done to files. `root` is a
+        descriptor of the tree's root directory. May be called twice."""

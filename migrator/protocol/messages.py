@@ -7,6 +7,7 @@ bounds is a `MessageError`, and none of it is acted upon. `docs/protocol.md` lis
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Meta
 from migrator.engine.base import FileFact, Phase, Round, Survey
 from migrator.errors import TransportError
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 1 << 20  # bytes, as the transport allows
 FILE_CHUNK = 512 << 10  # bytes of a file in one message
 
@@ -280,6 +281,27 @@ class Ready(Message, tag="ready", frozen=True):
     built_at: Nanoseconds  # CLOCK_MONOTONIC of the destination
 
 
+class OrphanedConnection(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A TCP connection of a container; addresses as text."""
+
+    local: Annotated[str, Meta(max_length=45)]
+    local_port: Annotated[int, Meta(ge=0, le=65535)]
+    peer: Annotated[str, Meta(max_length=45)]
+    peer_port: Annotated[int, Meta(ge=0, le=65535)]
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_address(self.local)
+        ipaddress.ip_address(self.peer)
+
+
+class Orphans(Message, tag="orphans", frozen=True):
+    """source: before `commit`: these connections were closed by their program and stay with me until they have
+    ended; their frames go through this link, both ways."""
+
+    migration: Id
+    connections: Annotated[list[OrphanedConnection], Meta(max_length=4096)]
+
+
 class Commit(Message, tag="commit", frozen=True):
     """source: run it. From here on the destination decides."""
 
@@ -385,6 +407,7 @@ AnyMessage = (
     | TreeOps
     | Standing
     | Ready
+    | Orphans
     | Commit
     | Running
     | Discarded

@@ -14,12 +14,15 @@ from collections.abc import Callable
 
 from migrator.engine.base import Phase
 from migrator.errors import MigratorError
+from migrator.protocol.messages import OrphanedConnection
 from migrator.runtime.thread import OwnThread
 from migrator.session.interfaces import Link, NetworkArrival
 
 log = logging.getLogger("migrator.session")
 
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
+
+_DIVERT_EVERY = 0.002
 
 Make = Callable[[], NetworkArrival | None]
 
@@ -30,6 +33,7 @@ class Arrival:
     def __init__(self, link: Link) -> None:
         self.phases: list[Phase] = []
         self.prepared = False
+        self.orphans: list[OrphanedConnection] = []  # served by the source
         self._link = link
         self._thread = OwnThread("network")
         self._arrival: NetworkArrival | None = None
@@ -58,9 +62,19 @@ class Arrival:
         """Open the port, just before the copy runs: what it says in its first instant must not be lost."""
         if self._arrival is not None:
             start = time.monotonic_ns()
+            if self.orphans:
+                self._divert(self._arrival)
             self._arrival.unlock()
             self.phases.append(Phase("open port", start, time.monotonic_ns()))
             self._thread.submit(self._greet, self._arrival, loop)
+
+    def _divert(self, arrival: NetworkArrival) -> None:
+        """It is decided that the copy runs: what fails here costs connections that were closed, no more."""
+        try:
+            arrival.divert(self.orphans)
+        except (MigratorError, OSError) as error:
+            log.warning("connections that stay behind cannot be served: %s", error)
+            self.orphans = []
 
     def runs(self) -> None:
         """The copy runs, or never will: its new place may be announced."""
@@ -76,12 +90,28 @@ class Arrival:
 
     def _begin(self, arrival: NetworkArrival) -> None:
         self._tasks = [asyncio.create_task(self._announce(arrival)), asyncio.create_task(self._take_frames(arrival))]
+        if self.orphans:
+            self._tasks.append(asyncio.create_task(self._send_frames(arrival)))
 
     async def _take_frames(self, arrival: NetworkArrival) -> None:
         with contextlib.suppress(MigratorError, OSError):
             while True:
                 frames = await self._link.receive_packets()
-                await self._thread.run(arrival.inject, frames)
+                leaving = [frame for frame in frames if arrival.is_outgoing(frame)] if self.orphans else []
+                if leaving:
+                    await self._thread.run(arrival.emit, leaving)
+                    frames = [frame for frame in frames if not arrival.is_outgoing(frame)]
+                if frames:
+                    await self._thread.run(arrival.inject, frames)
+
+    async def _send_frames(self, arrival: NetworkArrival) -> None:
+        """What comes for connections that the source serves."""
+        with contextlib.suppress(MigratorError, OSError):
+            while True:
+                frames = await self._thread.run(arrival.diverted)
+                if frames:
+                    await self._link.send_packets(frames)
+                await asyncio.sleep(_DIVERT_EVERY)
 
     async def _announce(self, arrival: NetworkArrival) -> None:
         with contextlib.suppress(OSError):

@@ -463,6 +463,10 @@ class DestinationSession:
                 raise m.MessageError("a list of files at the wrong time")
             for answer in await asyncio.to_thread(self._trees.compare, message):
                 await self._send(answer)
+        elif isinstance(message, m.Orphans):
+            if message.migration != self._migration or self.state is not DestinationState.READY:
+                raise m.MessageError("connections that stay behind, at the wrong time")
+            self._arriving.orphans = message.connections
         elif isinstance(message, m.FilesSync):
             await self._send(message)
         elif isinstance(message, m.Progress):

@@ -88,7 +88,7 @@ class MigrationSummary:
             spans += [
                 span
                 for span in model.spans_of(self.copying.source.phases, Where.SOURCE)
-                if span.name != "arm" and not span.name.startswith("round")
+                if span.name != "instrument" and not span.name.startswith("round")
             ]
         if self.told is not None:
             spans += model.spans_of(self.told.phases, Where.DESTINATION, self.clock)
@@ -97,6 +97,12 @@ class MigrationSummary:
             resumed_at = self.clock.to_here(self.running.resumed_at)
         spans.sort(key=lambda span: span.start)
         return model.Timeline(spans, self.copying.frozen_at, resumed_at, self.clock.error)
+
+    def _warnings(self) -> list[str]:
+        told = [str(r) for r in self.report.reasons if not r.blocking] if self.report else []
+        if lost := self.copying.orphans_lost:
+            told.append(f"{lost} connections that the program had closed did not end in time: their peers get a reset")
+        return told
 
     def result(self, outcome: Outcome, fate: Fate, reason: str) -> model.MigrationResult:
         timeline = self.timeline()
@@ -122,7 +128,8 @@ class MigrationSummary:
             decision=self.decision.reason if self.decision is not None else "",
             rounds=self.copying.all_rounds,
             timeline=timeline,
-            warnings=[str(r) for r in self.report.reasons if not r.blocking] if self.report else [],
+            connections_served=len(self.copying.orphans),
+            warnings=self._warnings(),
         )
 
 

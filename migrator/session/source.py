@@ -231,6 +231,9 @@ class SourceSession:
             self._after(self.settings.freeze_limit, self._too_long_frozen)
         elif action is a.SEND_COMMIT:
             fault("source.ready")
+            if self._copying.orphans:
+                stay = [m.OrphanedConnection(c.local, c.local_port, c.peer, c.peer_port) for c in self._copying.orphans]
+                await self._send(m.Orphans(migration, stay))
             await self._send(m.Commit(migration))
             fault("source.committed")
             self._forwarding = self._spawn(self._forward())
@@ -316,8 +319,8 @@ class SourceSession:
             with self._span("files"):
                 await self._baggage.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
-        with self._span("arm"):
-            await copying.arm()
+        with self._span("instrument"):
+            await copying.instrument()
         while not settings.cold:
             await self._ask_clock()
             if self._baggage is not None:
@@ -383,6 +386,9 @@ class SourceSession:
         with self._span("release"):
             await self._copying.release()
         fault("source.released")
+        if self._copying.orphans:
+            with self._span("closed connections"), contextlib.suppress(MigratorError, OSError):
+                await self._copying.serve_orphans(self._peer.link)
         # Both hosts are quiet now: the best time to compare their clocks.
         with contextlib.suppress(TimeoutError, MigratorError, OSError):
             async with asyncio.timeout(_CLOCK_LIMIT):

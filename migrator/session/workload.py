@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import msgspec
 
 from migrator.engine.base import Phase, Round, Source, Survey
-from migrator.errors import MigrationAborted
+from migrator.errors import MigrationAborted, MigratorError
 from migrator.linux import procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, JournalHeader
@@ -27,10 +27,14 @@ from migrator.runtime.latency import LatencyGuard, prepare, yield_processor
 from migrator.runtime.pump import Pump
 from migrator.runtime.thread import OwnThread
 from migrator.session import convergence, downtime_model
-from migrator.session.interfaces import Link, NetworkLock, SourceFactory
+from migrator.session.interfaces import Connection, Link, NetworkLock, SourceFactory
 
 FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
 _FORWARD_EVERY = 0.002
+_HANDSHAKE_SECONDS = 0.5  # a peer that has not answered by then may never do so
+_HANDSHAKE_PAUSE = 0.001
+_ACCEPT_SECONDS = 3.0  # for a program that accepts one connection after the other
+_ORPHAN_SECONDS = 30.0  # how long connections that stayed behind are served
 _AHEAD = range(128, 4097)  # pages of the last round for which one more is worth its while
 _LOOK_EVERY = 0.5  # seconds
 _STALLED = 10.0  # seconds without a byte taken
@@ -60,7 +64,8 @@ class WorkloadThread:
         self._stood = asyncio.Event()
         self.ahead: Round | None = None  # a last one, of which no word was awaited
         self._calm = LatencyGuard()
-        self._pids: list[tuple[int, int]] = []
+        self.orphans: list[Connection] = []  # that stay behind
+        self.orphans_lost = 0  # of them, those that had not ended when they were given up
 
     # While the workload runs
 
@@ -83,8 +88,8 @@ class WorkloadThread:
 
         pump.task.add_done_callback(ended)
 
-    async def arm(self) -> None:
-        await self.thread.run(self._source.arm)
+    async def instrument(self) -> None:
+        await self.thread.run(self._source.instrument)
         if self.network is not None:
             await self.thread.run(self.network.prepare)
 
@@ -172,10 +177,8 @@ class WorkloadThread:
             # waits for it: at the worst it is on its way when what is left would be.
             self.ahead = self._source.round()
         self._source.seize()
+        self._quiesce()
         self.frozen_at = time.monotonic_ns()
-        if self.network is not None:  # before the freeze: what is on its way to be accepted is accepted by then
-            with self._phase("network lock"):
-                self.network.lock()
         self._source.freeze()
         fault("source.frozen")
         # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
@@ -183,14 +186,33 @@ class WorkloadThread:
         if late_files is not None:
             with self._phase("changed files"):
                 asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
-        self._source.final()
+        self._source.final(self._shut_network)
         self.close_stream()
         yield_processor()  # the last of the image is to be sent
+        if self.network is not None:
+            self.orphans = list(self.network.orphans())
         with self._phase("journal"):
             committing.result()
         fault("source.committing")
         self._source.hold()
         fault("source.saved")
+
+    def _quiesce(self) -> None:
+        """Hold back new connections, and let those that have begun be established and accepted: a connection that
+        no descriptor names cannot be saved. The workload runs."""
+        if self.network is None:
+            return
+        with self._phase("quiesce"):
+            self.network.hold()
+            begun = time.monotonic()
+            while self.network.handshakes() and time.monotonic() - begun < _HANDSHAKE_SECONDS:
+                time.sleep(_HANDSHAKE_PAUSE)
+            self._source.quiesce(_ACCEPT_SECONDS)
+
+    def _shut_network(self) -> None:
+        if self.network is not None:
+            with self._phase("network lock"):
+                self.network.lock()
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -224,27 +246,64 @@ class WorkloadThread:
     # After COMMIT
 
     async def forward(self, link: Link, arrived: asyncio.Event) -> None:
-        """Pass on frames that come to the old place, until they come to the new one."""
+        """Pass on frames that come to the old place, until they come to the new one; and those of connections that
+        stay behind, both ways."""
         if self.network is None:
             return
-        end = float("inf")
-        while time.monotonic() < end and not (arrived.is_set() and self.network.moved):
-            frames = await self.thread.run(self.network.captured)
-            if frames:
-                await link.send_packets(frames)
-            if arrived.is_set() and end == float("inf"):
-                end = time.monotonic() + FORWARD_SECONDS
-            await asyncio.sleep(_FORWARD_EVERY)
+        taking = asyncio.create_task(self._take_frames(link)) if self.orphans else None
+        try:
+            end = float("inf")
+            while time.monotonic() < end and not (arrived.is_set() and self.network.moved):
+                frames = await self.thread.run(self.network.captured)
+                await self._pass_on(link, frames)
+                if arrived.is_set() and end == float("inf"):
+                    end = time.monotonic() + FORWARD_SECONDS
+                await asyncio.sleep(_FORWARD_EVERY)
+        finally:
+            if taking is not None:
+                taking.cancel()
+
+    async def serve_orphans(self, link: Link) -> None:
+        """Pass on the frames of connections that stay behind, until they have ended or their time is over. The
+        source copy is gone."""
+        if self.network is None or not self.orphans:
+            return
+        taking = asyncio.create_task(self._take_frames(link))
+        end = time.monotonic() + _ORPHAN_SECONDS
+        try:
+            while left := await self.thread.run(self.network.orphans_living):
+                if time.monotonic() > end or taking.done():
+                    self.orphans_lost = left
+                    return
+                look_again = time.monotonic() + _LOOK_EVERY / 10
+                while time.monotonic() < look_again:
+                    await self._pass_on(link, [])
+                    await asyncio.sleep(_FORWARD_EVERY)
+        finally:
+            taking.cancel()
+
+    async def _pass_on(self, link: Link, frames: list[bytes]) -> None:
+        assert self.network is not None
+        if self.orphans:
+            frames = frames + await self.thread.run(self.network.outgoing)
+        if frames:
+            await link.send_packets(frames)
+
+    async def _take_frames(self, link: Link) -> None:
+        assert self.network is not None
+        with contextlib.suppress(MigratorError, OSError):
+            while True:
+                await self.thread.run(self.network.deliver, await link.receive_packets())
 
     def relax(self) -> None:
         """It is decided: nothing is urgent any more."""
         self._calm.leave()
 
     async def release(self) -> None:
-        """Kill the source copy: the destination's runs."""
+        """Kill the source copy: the destination's runs. Its network stays for what is left of it."""
         await self.thread.run(self._source.release)
         if self.network is not None:
-            await self.thread.run(self.network.release)
+            await self.thread.run(self.network.set_aside if self.orphans else self.network.release)
 
     async def close(self) -> None:
         """Close what is open. Leaves the workload as it is."""

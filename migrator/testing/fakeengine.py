@@ -163,8 +163,8 @@ class FakeSource(_Phases):
         wanted = self._script.wanted_pids
         return Survey([os.getpid()], 1, 1 << 20, self._script.files, frozenset(), 2696, "wp-async", 0, wanted)
 
-    def arm(self) -> None:
-        self._play("arm")
+    def instrument(self) -> None:
+        self._play("instrument")
         os.write(self._fd, b"header")
 
     def round(self) -> Round:
@@ -179,14 +179,20 @@ class FakeSource(_Phases):
     def seize(self) -> None:
         """Nothing to attach to."""
 
+    def quiesce(self, seconds: float) -> bool:
+        self._play("quiesce")
+        return True
+
     def freeze(self) -> None:
         with self.phase("freeze"):
             self._play("freeze")
             self._world.set("source", f"stop {os.getpid()}")
 
-    def final(self) -> None:
+    def final(self, silence: Callable[[], None] | None = None) -> None:
         with self.phase("final"):
             self._play("final")
+            if silence is not None:
+                silence()
             _write(self._fd, b"state" + TRAILER)
 
     def hold(self) -> None:

@@ -126,9 +126,13 @@ class Host:
 
 
 class TwoHosts:
-    """Context manager: hosts `a` and `b`, and `client`. Everything is removed on leaving."""
+    """Context manager: hosts `a` and `b`, and `client`. Everything is removed on leaving.
 
-    def __init__(self, *, tag: str = "mv") -> None:
+    `delay` is what a frame takes on the client's cable, in seconds: half a round trip."""
+
+    def __init__(self, *, tag: str = "mv", delay: float = 0.0) -> None:
+        self._delay = delay
+        self._cable: subprocess.Popen[str] | None = None
         self.tag = f"{tag}-{os.getpid()}-{next(_serial)}"
         self.folder = Path(tempfile.mkdtemp(prefix=f"{self.tag}-"))
         self.lan = f"{self.tag}-lan"
@@ -151,6 +155,8 @@ class TwoHosts:
             for number, host in enumerate(self.hosts):
                 netns.create(host.namespace)
                 _plug_in(self.lan, host, number)
+            if self._delay:
+                self._cable = _slow_down(self.lan, self.hosts.index(self.client), self._delay)
         except BaseException:
             self.close()
             raise
@@ -164,6 +170,9 @@ class TwoHosts:
     def close(self) -> None:
         for host in self.hosts:
             host.close()
+        if self._cable is not None:
+            self._cable.kill()
+            self._cable.communicate()
         for namespace in (*(host.namespace for host in self.hosts), self.lan):
             if os.path.exists(f"/run/netns/{namespace}"):
                 netns.remove(namespace)
@@ -198,3 +207,18 @@ def _plug_in(lan: str, host: Host, number: int) -> None:
         port = int(ip.link_lookup(ifname=f"port{number}")[0])
         ip.link("set", index=port, master=ip.link_lookup(ifname="switch")[0])
         ip.link("set", index=port, state="up")
+
+
+def _slow_down(lan: str, number: int, seconds: float) -> subprocess.Popen[str]:
+    """Put a slow cable between a host's port and the switch: the port is taken off, and another is put on."""
+    with entered(f"/run/netns/{lan}"), IPRoute() as ip:
+        port = int(ip.link_lookup(ifname=f"port{number}")[0])
+        ip.link("set", index=port, master=0)
+        ip.link("add", ifname="near", kind="veth", peer={"ifname": "slow"})
+        for name in ("near", "slow"):
+            ip.link("set", index=int(ip.link_lookup(ifname=name)[0]), state="up")
+        ip.link("set", index=int(ip.link_lookup(ifname="slow")[0]), master=ip.link_lookup(ifname="switch")[0])
+    argv = [sys.executable, "-m", "migrator.testing.slowcable", "near", f"port{number}", str(seconds)]
+    cable = subprocess.Popen(["nsenter", f"--net=/run/netns/{lan}", *argv], stdout=subprocess.PIPE, text=True)
+    assert cable.stdout is not None and cable.stdout.readline() == "ready\n"
+    return cable

@@ -38,8 +38,8 @@ class MigrateFailed(AssertionError):
 class Stage:
     """Two hosts, each with an agent. `a`, `b`, `client` are the hosts of migrator.testing.hosts."""
 
-    def __init__(self, *, agents: bool = True, tag: str = "st") -> None:
-        self.hosts = TwoHosts(tag=tag)
+    def __init__(self, *, agents: bool = True, tag: str = "st", delay: float = 0.0) -> None:
+        self.hosts = TwoHosts(tag=tag, delay=delay)
         self.a, self.b, self.client = self.hosts.a, self.hosts.b, self.hosts.client
         self._agents = agents
         self._running: dict[str, subprocess.Popen[Any]] = {}

@@ -89,7 +89,7 @@ class Agent:
         options = SourceOptions(cgroup_name=f"{self.name}-{next(_serial)}")
         with UserSource(pid, fd, options) as source:
             survey = source.survey()
-            source.arm()
+            source.instrument()
             for _ in range(rounds):
                 done.append(source.round())
                 time.sleep(pause)

@@ -18,7 +18,7 @@ import pytest
 from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, Listeners, survey
+from migrator.engine.user.descriptors import DescriptorDump, Transients, survey
 from migrator.engine.user.descriptors.tcp import state_of
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
@@ -434,11 +434,11 @@ def test_a_connection_that_waits_to_be_accepted_is_not_lost(net: Net) -> None:
 def test_listeners_tell_whether_connections_wait(net: Net) -> None:
     with net.child() as server:
         client = connected(net, server)
-        with Listeners([server.process]) as listeners:
-            assert listeners.waiting == 0 and listeners.settle(0)
+        with Transients([server.process]) as listeners:
+            assert listeners.waiting() == "" and listeners.settle(0)
             second = net.outside()
             second.connect((V4, 5000))
-            assert listeners.waiting == 1 and not listeners.settle(0.001)
+            assert "waits to be accepted" in listeners.waiting() and not listeners.settle(0.001)
             server.run("l.accept()")
             assert listeners.settle(0)
         client.close()

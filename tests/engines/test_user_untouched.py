@@ -22,7 +22,7 @@ from migrator.testing.workloads import Workload
 pytestmark = pytest.mark.root
 
 XSTATE_BV = 512  # its place in the area that XSAVE writes
-STAGES = ["survey", "arm", "round", "freeze", "final", "hold"]
+STAGES = ["survey", "instrument", "round", "freeze", "final", "hold"]
 WORKLOADS = [("counter",), ("threads",), ("signals",), ("memory", 4, 10, "all"), ("tree", 8), ("heap.py", 2)]
 
 
@@ -69,7 +69,7 @@ def test_a_remote_call_leaves_no_trace(tmp_path: Path) -> None:
     with Workload("threads", tmp_path) as threads, open(os.devnull, "wb") as sink:
         options = SourceOptions(cgroup_name=f"untouched-{os.getpid()}")
         with UserSource(threads.pid, sink.fileno(), options) as source:
-            source.arm()
+            source.instrument()
             source.freeze()
             before = of_threads(source)
             for tid, thread in source.tree.living[0].threads.items():  # what the stop itself has to mend
@@ -143,7 +143,7 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
                 left.remove()
 
 
-@pytest.mark.parametrize("last", ["arm", "round", "freeze", "final"])
+@pytest.mark.parametrize("last", ["instrument", "round", "freeze", "final"])
 @pytest.mark.parametrize("victim", ["counter", "tree"])
 def test_a_workload_killed_in_between_ends_the_attempt_and_nothing_else(last: str, victim: str, tmp_path: Path) -> None:
     with Workload(victim, tmp_path) as killed, open(os.devnull, "wb") as sink:

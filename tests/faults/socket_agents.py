@@ -66,7 +66,7 @@ def agent(pid: int, journals: Path, number: int, told: int) -> None:
             homes=source.homes,
         )
         Journal.create(journals, facts)
-        source.arm()
+        source.instrument()
         killed_at(number, told)
         source.freeze()
         source.final()

@@ -20,7 +20,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "migrator.container": ("migrator.container", "migrator.linux", "migrator.errors"),
     "migrator.engine": (
         "migrator.engine",
-        "migrator.container",
         "migrator.image",
         "migrator.linux",
         "migrator.errors",

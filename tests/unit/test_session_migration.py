@@ -155,7 +155,7 @@ async def test_a_dry_run_ends_with_a_report_and_leaves_no_trace(hosts: Hosts) ->
     await hosts.quiet()
     assert result.outcome is Outcome.DRY_RUN
     assert session.report is not None and session.report.ok and session.report.rss_bytes == 1 << 20
-    assert hosts.engine is not None and "arm" not in hosts.engine.calls
+    assert hosts.engine is not None and "instrument" not in hosts.engine.calls
     assert hosts.journal(Role.SOURCE) is None and hosts.journal(Role.DESTINATION) is None
     assert hosts.world.log == ["source run", "destination none"]
 
@@ -213,7 +213,7 @@ async def test_what_another_agent_needs_to_resume_the_copy_is_durable_before_it_
     assert found == [(moves, "fake")]
 
 
-@pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])
+@pytest.mark.parametrize("call", ["survey", "instrument", "round", "freeze", "final", "hold"])
 async def test_a_source_that_fails_before_commit_lets_the_workload_run_on(hosts: Hosts, call: str) -> None:
     hosts.source.fail = {call: CheckpointFailed(f"{call} failed")}
     with pytest.raises(CheckpointFailed, match=f"{call} failed") as caught:
@@ -247,7 +247,7 @@ async def test_a_copy_that_the_engine_cannot_resume_is_thawed_by_its_cgroup(host
     assert hosts.world.check() == ("none", "run")
 
 
-@pytest.mark.parametrize("call", ["survey", "arm", "round", "freeze", "final", "hold"])
+@pytest.mark.parametrize("call", ["survey", "instrument", "round", "freeze", "final", "hold"])
 async def test_cancelling_aborts_at_any_step_before_commit(hosts: Hosts, call: str) -> None:
     hosts.source.slow = {call: 0.1}
     task = asyncio.create_task(hosts.migrate())

@@ -5,18 +5,27 @@ from __future__ import annotations
 import os
 import platform
 
+from migrator.engine import calls
 from migrator.engine.base import (
+    NO_CHECKPOINT_HOOKS,
+    NO_RESTART_HOOKS,
     AfterCheckpoint,
     Capability,
     CheckpointFlags,
+    CheckpointHooks,
     DestinationOptions,
+    Move,
     RestartFlags,
+    RestartHooks,
     SourceOptions,
 )
+from migrator.engine.calls import check_pid
+from migrator.engine.user.descriptors import finish_moves
+from migrator.engine.user.dump import header
+from migrator.engine.user.dump.own_tree import OwnTreeSource, holds_us
 from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.restore import spawn
 from migrator.engine.user.restore.destination import UserDestination
-from migrator.errors import UsageError
 from migrator.linux import cgroup, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
@@ -32,9 +41,8 @@ class UserEngine:
     name = "user"
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> UserSource:
-        """A source of the stream `fd` for the tree below `pid`. Raises UsageError if there is no such process."""
-        _check_pid(pid)
-        return UserSource(pid, fd, options)
+        check_pid(pid)
+        return (OwnTreeSource if holds_us(pid) else UserSource)(pid, fd, options)
 
     def destination(self, fd: int, options: DestinationOptions) -> UserDestination:
         return UserDestination(fd, options)
@@ -47,46 +55,25 @@ class UserEngine:
         *,
         after: AfterCheckpoint = AfterCheckpoint.RUN,
         options: SourceOptions | None = None,
+        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
     ) -> int:
-        """Save the tree whose root is `pid` to `fd`: the seed's checkpoint(2). Returns a checkpoint id > 0.
-
-        Without SUBTREE `pid` must be a container's init task. The tasks are stopped meanwhile; what becomes
-        of them then is `after`. On an error they run on, and the stream ends with an error record."""
-        _check_pid(pid)
-        options = options or SourceOptions()
-        options.subtree = bool(flags & CheckpointFlags.SUBTREE)
-        if not options.subtree and not is_container_init(pid):
-            raise UsageError(
-                f"pid {pid} is not the init task of a container",
-                hint="pass --subtree to save it and its children, and see to what it shares with others",
-            )
-        with UserSource(pid, fd, options) as source:
-            source.survey()
-            source.arm()
-            source.freeze()
-            source.final()
-            if after is AfterCheckpoint.KILL:
-                source.hold()
-                source.release()
-            elif after is AfterCheckpoint.STOP:
-                source.leave_stopped()
-            else:
-                source.thaw()
-        return os.getpid()
+        return calls.checkpoint(self, pid, fd, flags, after=after, options=options, hooks=hooks)
 
     def restart(
-        self, fd: int, flags: RestartFlags = NO_RESTART_FLAGS, *, options: DestinationOptions | None = None
+        self,
+        fd: int,
+        flags: RestartFlags = NO_RESTART_FLAGS,
+        *,
+        options: DestinationOptions | None = None,
+        hooks: RestartHooks = NO_RESTART_HOOKS,
     ) -> int:
-        """Restart the tree saved in `fd`: the seed's restart(2). Returns the pid of its root."""
-        with UserDestination(fd, options or DestinationOptions()) as destination:
-            root = destination.build()
-            destination.hold()
-            if flags & RestartFlags.FROZEN:
-                destination.leave_frozen()
-            else:
-                destination.resume()
-                destination.tidy()
-        return root
+        return calls.restart(self, fd, flags, options=options, hooks=hooks)
+
+    def finish_moves(self, root: int, moves: list[Move]) -> None:
+        finish_moves(root, moves)
+
+    def xstate_size(self) -> int:
+        return header.xstate_facts()[1]
 
     def probe(self) -> list[Capability]:
         """What works on this host, found out by trying it on a task of our own."""
@@ -94,22 +81,6 @@ class UserEngine:
         out.append(_attempt("freezer cgroup", lambda: f"version {cgroup.hierarchy().version}"))
         out += _probe_stub()
         return out
-
-    @property
-    def available(self) -> bool:
-        return all(c.available for c in self.probe())
-
-
-def is_container_init(pid: int) -> bool:
-    """Whether `pid` is process 1 of a pid namespace that is not ours."""
-    from migrator.linux import procfs
-
-    return procfs.ns_pid(procfs.status(pid)) == 1 and pid != 1
-
-
-def _check_pid(pid: int) -> None:
-    if pid <= 0 or not os.path.exists(f"/proc/{pid}"):
-        raise UsageError(f"there is no process {pid}", hint="`migrator ps` and ps(1) list what runs")
 
 
 def _probe_stub() -> list[Capability]:

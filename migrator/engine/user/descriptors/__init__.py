@@ -5,21 +5,21 @@ What is carried and what is refused is listed in docs/descriptors.md.
 
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
-from migrator.engine.user.descriptors.listeners import Listeners
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
 from migrator.engine.user.descriptors.survey_notes import notes
+from migrator.engine.user.descriptors.transients import Transients
 
 __all__ = [
     "Context",
     "DescriptorDump",
     "DescriptorRestore",
     "Holder",
-    "Listeners",
     "Memfd",
     "PredumpedFiles",
+    "Transients",
     "finish_moves",
     "notes",
     "survey",

@@ -41,7 +41,7 @@ def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
         )
     )
     cpu = cpu_facts()
-    features, size = xstate_facts(pid)
+    features, size = xstate_facts()
     writer.write(HeaderX86(features, size, cpu["vendor"], cpu["model"], cpu["flags"], vdso_digest(pid)))
 
 
@@ -70,7 +70,7 @@ def cpu_facts() -> dict[str, str]:
     return out
 
 
-def xstate_facts(pid: int) -> tuple[int, int]:
+def xstate_facts() -> tuple[int, int]:
     """(features, size in bytes) of the extended state. Read from a task of our own: all have the same."""
     from migrator.engine.user.restore.spawn import probe_xstate
 

@@ -59,7 +59,7 @@ class Instrument:
         finally:
             ptrace.detach(tid)
 
-    def arm(self, process: Process) -> WpAsyncTracker:
+    def install(self, process: Process) -> WpAsyncTracker:
         """Begin to track the writes of a running process. Raises OSError if it ends meanwhile."""
         pid = process.pid
         remote = Remote(pid)
@@ -107,7 +107,7 @@ class Instrument:
         process.asking = Parasite(remote)
         process.asking.prepare()
 
-    def disarm_stopped(self, processes: Iterable[Process]) -> None:
+    def remove_stopped(self, processes: Iterable[Process]) -> None:
         """Take the scratch areas out of stopped processes."""
         for process in processes:
             remote = process.remote
@@ -119,7 +119,7 @@ class Instrument:
             except OSError:
                 pass  # it was killed meanwhile
 
-    def disarm_running(self, processes: Iterable[Process]) -> None:
+    def remove_running(self, processes: Iterable[Process]) -> None:
         """Take the scratch areas that are left out of processes that run: each stops for a moment."""
         for process in processes:
             remote = process.remote

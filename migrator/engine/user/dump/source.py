@@ -6,14 +6,16 @@ import contextlib
 import errno
 import gc
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Self
 
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.descriptors import DescriptorDump, Listeners, PredumpedFiles
+from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
@@ -35,6 +37,7 @@ from migrator.linux.pagemap import Scanner
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
+_RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
 _SURVEYS = 4
 
 
@@ -57,7 +60,7 @@ class UserSource:
         self._layout = LayoutDump(self._writer, self._objhash, self._shared)
         self._sender = PageSender(self._writer)
         self._waits = Waits()
-        self._arming = Instrument(self._waits)
+        self._instrument = Instrument(self._waits)
         self._tasks = TaskDump(self._writer, self._objhash, self._waits)
         self._file_drafts = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
@@ -66,8 +69,8 @@ class UserSource:
         self._hierarchy: list[TaskPids] = []  # as it was written last
         self._rounds: list[Round] = []
         self._phases: list[Phase] = []
-        self._armed = self._held = self._done = self._seized = False
-        self._listeners: Listeners | None = None
+        self._instrumented = self._held = self._done = self._seized = False
+        self._transients: Transients | None = None
 
     # ------------------------------------------------------------------ what others may know
 
@@ -81,12 +84,12 @@ class UserSource:
 
     @property
     def cgroup(self) -> str:
-        """Its path; before arm() has made it, its name."""
+        """Its path; before instrument() has made it, its name."""
         return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
 
     @property
     def homes(self) -> list[tuple[int, str]]:
-        """(pid, directory of the cgroup) of the tasks that arm() moves to ours, or has moved; the root first."""
+        """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
         if not self._own_cgroup or self._cgroup is not None:
             return list(self._came_from.items())
         homes = []
@@ -99,7 +102,7 @@ class UserSource:
     def _cgroup_name(self) -> str:
         return self.options.cgroup_name or f"migrate-{self.pid}"
 
-    def __enter__(self) -> UserSource:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -128,9 +131,9 @@ class UserSource:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
         return survey
 
-    def arm(self) -> None:
+    def instrument(self) -> None:
         """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
-        with self._phase("arm"):
+        with self._phase("instrument"):
             if self._cgroup is None:
                 self._adopt()
             self.tree.refresh()
@@ -139,8 +142,8 @@ class UserSource:
                 self._writer.write(Container(1, self.options.container, self.options.container_spec))
             self._write_tree()
             for process in self.tree.living:
-                self._try_arm(process)
-            self._armed = True
+                self._try_instrument(process)
+            self._instrumented = True
             self._writer.flush()
 
     def round(self) -> Round:
@@ -157,7 +160,7 @@ class UserSource:
             except OSError:
                 continue  # it has ended: the next round knows
             if process.pid not in self._trackers:
-                self._try_arm(process)
+                self._try_instrument(process)
         self._write_tree()
         self._writer.write(RoundMark(number, 0, time.time_ns()))
         for process in self.tree.living:
@@ -189,7 +192,7 @@ class UserSource:
 
     def dirty_rate(self, seconds: float) -> float:
         """Bytes per second that the tree writes to its private memory, over `seconds`. Sends nothing."""
-        self.arm()
+        self.instrument()
         self._sweep_only()
         start = time.monotonic()
         time.sleep(seconds)
@@ -214,32 +217,43 @@ class UserSource:
                 self._tasks.warm(process)
                 for tid in process.threads:
                     self._waits.observe(process.pid, tid)
-            self._listeners = Listeners(self._owners())
+            self._transients = Transients(self._owners())
         self._seized = True
 
-    def freeze(self) -> None:
-        """Stop every task. On failure the workload runs on.
+    def quiesce(self, seconds: float) -> bool:
+        return self._transients is None or self._transients.settle(seconds)
 
-        The network should be held already: then connections that wait to be accepted, which nobody can carry,
-        are given a moment to be accepted."""
+    def freeze(self) -> None:
         if not self._seized:
             self.seize()
-        if self._listeners is not None:
-            self._listeners.settle(_ACCEPT_SECONDS)
-            self._listeners.close()
-            self._listeners = None
+        self.quiesce(_ACCEPT_SECONDS)
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"), _killed_is_failed():
-            self.tree.stop()
+            for pause in _RETRY_AFTER:
+                self.tree.stop()
+                if self._transients is None or not self._transients.waiting():
+                    break
+                self.tree.detach()
+                time.sleep(pause)
+                self.quiesce(_ACCEPT_SECONDS)
+                self.tree.seize()
+            else:
+                self.tree.stop()
+        if self._transients is not None:
+            waits = self._transients.waiting()
+            self._transients.close()
+            self._transients = None
+            if waits:
+                raise CheckpointFailed(waits, hint="try again: a moment later the program will have taken it")
 
-    def final(self) -> None:
+    def final(self, silence: Callable[[], None] | None = None) -> None:
         """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
-        if not self._armed:
-            raise CheckpointFailed("final() before arm()")
+        if not self._instrumented:
+            raise CheckpointFailed("final() before instrument()")
         with _killed_is_failed():
-            self._final()
+            self._final(silence)
 
-    def _final(self) -> None:
+    def _final(self, silence: Callable[[], None] | None) -> None:
         living = self.tree.living
         with self._phase("memory"):  # first: it is on its way while the tasks are asked
             states = {}
@@ -263,6 +277,8 @@ class UserSource:
                 others[pid] = asking.threads([t for t in process.threads.values() if t is not leader])
                 brk = said[pid].brk
                 self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
+        if silence is not None:
+            silence()
         with self._phase("descriptors"):
             self._descriptors = DescriptorDump(
                 self._owners(), self._objhash, self._writer, still=self._still, drafts=self._file_drafts
@@ -304,9 +320,9 @@ class UserSource:
         gc.enable()
 
     def leave_stopped(self) -> None:
-        """Instead of thaw(): the tasks are left stopped, as by SIGSTOP; SIGCONT lets them run on."""
-        for pid in [p.pid for p in self.tree.living]:
-            os.kill(pid, 19)
+        """Held, the tasks are left stopped, as by SIGSTOP; SIGCONT lets them run on."""
+        for process in self.tree.living:  # none runs on before it stops: the signal waits in the frozen
+            os.kill(process.pid, signal.SIGSTOP)
         self.thaw()
 
     def release(self) -> None:
@@ -340,11 +356,11 @@ class UserSource:
             self._cgroup.thaw()
         else:
             if self.tree.stopped:
-                self._arming.disarm_stopped(self.tree.living)
+                self._instrument.remove_stopped(self.tree.living)
                 self.tree.detach()
-            elif self._armed:
+            elif self._instrumented:
                 self.tree.detach()
-        self._arming.disarm_running(self.tree.living)
+        self._instrument.remove_running(self.tree.living)
         self._close()
         self._send_home()
 
@@ -352,7 +368,7 @@ class UserSource:
 
     def _list_pids(self) -> list[int]:
         below = procfs.descendants(self.pid)
-        if self._cgroup is not None and (self._armed or not self._own_cgroup):
+        if self._cgroup is not None and (self._instrumented or not self._own_cgroup):
             known = set(below)
             below += [p for p in self._cgroup.pids() if p not in known]
         if os.getpid() in below:
@@ -413,27 +429,27 @@ class UserSource:
         if not new or asking is None:
             return
         table = self._file_drafts.draft(DescriptorOwner(pid, process.vpid, process.pidfd))
-        with self._arming.stopped(process, pid) as leader:
+        with self._instrument.stopped(process, pid) as leader:
             assert leader.regs is not None
             said = asking.process(leader.regs, leader.mask, (), leader.xstate)
         threads = [(leader, said.leader)]
         for tid in new:
             if tid != pid and procfs.stat(pid, tid)[3] != "D":
-                with self._arming.stopped(process, tid) as thread:
+                with self._instrument.stopped(process, tid) as thread:
                     (answers,) = asking.threads([thread])
                 if thread.vtid in known:
                     threads.append((thread, answers))
         self._tasks.draft(process, procfs.status(pid), said, threads, table)
         process.drafted.update(new)
 
-    def _try_arm(self, process: Process) -> None:
+    def _try_instrument(self, process: Process) -> None:
         """Arm a process; one that ends or becomes another program meanwhile, or sits in its parent's memory, is
         left for later."""
         try:
             if self._in_parents_memory(process):
                 return
             process.mm_objref = self._mm_objref(process)
-            self._trackers[process.pid] = self._arming.arm(process)
+            self._trackers[process.pid] = self._instrument.install(process)
         except OSError as error:
             process.remote = None
             try:  # one that is ending has lost its memory before it is a zombie
@@ -478,7 +494,7 @@ class UserSource:
                 f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
             )
         process.mm_objref = self._mm_objref(process)
-        self._arming.prepare_stopped(process)
+        self._instrument.prepare_stopped(process)
 
     def _send_memory(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
         """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
@@ -521,9 +537,9 @@ class UserSource:
                 continue
 
     def _close(self) -> None:
-        if self._listeners is not None:
-            self._listeners.close()
-            self._listeners = None
+        if self._transients is not None:
+            self._transients.close()
+            self._transients = None
         self.tree.close()
         self._shared.close()
         self._trackers.clear()

@@ -80,7 +80,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
     reasons += descriptors.survey(owners, own_netns=bool(options.container))
-    _, xsize = header.xstate_facts(tree.root)
+    _, xsize = header.xstate_facts()
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
     wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
     found = Survey(

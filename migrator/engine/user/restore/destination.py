@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Self
 
-from migrator.container.sandbox import Sandbox, prepare
-from migrator.container.spec import ContainerSpec
-from migrator.engine.base import DestinationOptions, Phase
+from migrator.engine.base import DestinationOptions, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
@@ -66,7 +65,7 @@ class UserDestination:
         self._header: Header | None = None
         self._arch: HeaderX86 | None = None
         self._container: Container | None = None
-        self.sandbox: Sandbox | None = None
+        self._sandbox: Sandbox | None = None
         self._cgroup: Cgroup | None = None
         self._stub_tree: StubTree | None = None
         self._tree: Tree | None = None
@@ -95,8 +94,8 @@ class UserDestination:
         return str(self._cgroup.path) if self._cgroup is not None else ""
 
     @property
-    def moves(self) -> list[tuple[str, str, str, str]]:
-        """What resume() does to files: `migrator.engine.user.descriptors.finish_moves` does it in its stead."""
+    def moves(self) -> list[Move]:
+        """What resume() does to files: `Engine.finish_moves()` does it in its stead."""
         return self._descriptors.moves if self._descriptors is not None else []
 
     @property
@@ -107,7 +106,7 @@ class UserDestination:
     def pids(self) -> list[int]:
         return [s.pid for s in self._stub_tree.stubs.values()] if self._stub_tree is not None else []
 
-    def __enter__(self) -> UserDestination:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -121,7 +120,7 @@ class UserDestination:
     def build(self) -> int:
         """Read to the trailer and build; the tasks are stopped. The root's pid in our namespace.
 
-        What is left for hold() depends on nothing but these tasks, and is refused by nobody.
+        Later steps depend only on these tasks.
 
         Raises ImageError for a broken stream, RestartFailed for what this host cannot do; nothing of the copy
         is left after either."""
@@ -165,8 +164,8 @@ class UserDestination:
 
     def tidy(self) -> None:
         """After resume(), soon: what the tasks close ends only when we have closed ours. Twice does no harm."""
-        if self.sandbox is not None:
-            self.sandbox.settled()
+        if self._sandbox is not None:
+            self._sandbox.settled()
         if self._descriptors is not None:
             self._descriptors.close()
         self._close()
@@ -190,8 +189,8 @@ class UserDestination:
             if self._cgroup is not None and self._held:
                 self._cgroup.kill()
             self._stub_tree.kill()
-        if self.sandbox is not None:
-            self.sandbox.remove()
+        if self._sandbox is not None:
+            self._sandbox.remove()
         elif self._cgroup is not None:
             self._cgroup.remove()
         self._close()
@@ -285,16 +284,17 @@ class UserDestination:
     def _begin(self, tree: Tree) -> None:
         """The first tree: make the root's stub and everything that stands around it."""
         contained = self._container is not None
+        if contained and self.options.sandbox is None:
+            raise RestartFailed("this is the image of a container, and only plain trees are taken here")
         self._stub_tree = StubTree(_CONTAINER_NAMESPACES if contained else 0)
         with self._phase("stubs"):
             assert self._header is not None
             self._clocks = clocks.offsets(self._header, self._reader)
             root = self._stub_tree.grow_root(tree, self._clocks)
             if self._container is not None:
-                spec = ContainerSpec.from_json(self._container.spec)
-                bridge = self.options.bridge or None
-                self.sandbox = prepare(spec, root.pid, bridge=bridge)
-                self._cgroup = self.sandbox.cgroup
+                assert self.options.sandbox is not None
+                self._sandbox = self.options.sandbox(self._container.spec, root.pid)
+                self._cgroup = self._sandbox.cgroup
                 root.checked([(_UNSHARE, spawn.CLONE_NEWCGROUP)], "unshare of the cgroup namespace")
             else:
                 self._cgroup = Cgroup.create(self.options.cgroup_name or f"restart-{root.pid}")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from migrator import container
 from migrator.container.state import of_pid
 from migrator.engine.base import SourceOptions
-from migrator.engine.contained import source_options
-from migrator.errors import UsageError
+from migrator.errors import Refused, UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.openat2 import open_in_root
@@ -34,7 +33,18 @@ class Workload:
         return self.container.name if self.container is not None else str(self.pid)
 
     def source_options(self) -> SourceOptions:
-        return source_options(self.container)
+        """What an engine must know of its container. Raises Refused for what would be lost silently."""
+        found = self.container
+        if found is None:
+            return SourceOptions()
+        reasons = container.obstacles(found)
+        if reasons:
+            raise Refused(reasons, hint="the container runs on")
+        return SourceOptions(
+            container=found.name,
+            container_spec=container.describe(found).to_json(),
+            container_cgroup=found.cgroup,
+        )
 
 
 def trees(workload: Workload, copy_files: bool, paths: list[str]) -> tuple[SyncTree, ...]:

@@ -41,7 +41,7 @@ class OwnTreeSource(UserSource):
 
     def _list_pids(self) -> list[int]:
         below = procfs.descendants(self.pid)
-        if self._cgroup is not None and self._armed:
+        if self._cgroup is not None and self._instrumented:
             known = set(below)
             below += [pid for pid in self._cgroup.pids() if pid not in known]
         ours = set(procfs.descendants(os.getpid())) - {os.getpid()}

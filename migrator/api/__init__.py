@@ -1,0 +1,1 @@
+"""What migrator does, for programs: the command line, the agent and a fleet controller call the same functions."""

@@ -1,0 +1,122 @@
+"""What is on its way in a running tree and cannot be saved: only running tasks can take it.
+
+A connection that waits to be accepted belongs to no descriptor yet, and a descriptor that is sent through a unix
+socket to none any more. A program takes both within microseconds when it runs. So a freeze waits for a moment in
+which there is none, and looks again once the tasks are stopped.
+
+    with Transients(processes) as transients:    # ahead of the freeze
+        ...                                      # hold back new connections
+        transients.settle(0.005)                 # then freeze
+        transients.waiting()                     # "" if there is nothing now
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from migrator.engine.user.descriptors import calls, fdinfo, sockopts
+from migrator.engine.user.descriptors.description import Holder
+
+_PAUSE = 0.0002
+_CONTROL = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_CHUNK = 1 << 16
+
+
+class Transients:
+    """The listeners and unix sockets that `processes` have now, each held by a duplicate: close it soon.
+
+    A process or descriptor that vanishes meanwhile is left out."""
+
+    def __init__(self, processes: Sequence[Holder]) -> None:
+        self._listeners: dict[int, str] = {}  # our descriptor -> what it is to the tree
+        self._unix: dict[int, str] = {}
+        self._poll = select.poll()
+        self._poll_unix = select.poll()
+        seen: set[str] = set()
+        for process in processes:
+            try:
+                for number in fdinfo.numbers(process.pid):
+                    link = os.readlink(f"/proc/{process.pid}/fd/{number}")
+                    if link.startswith("socket:[") and link not in seen:
+                        seen.add(link)
+                        self._look(process, number)
+            except OSError:
+                continue
+
+    def _look(self, process: Holder, number: int) -> None:
+        fd = calls.pidfd_getfd(process.pidfd, number)
+        sock = socket.socket(fileno=fd)
+        what = f"pid {process.vpid} fd {number}"
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self._listeners[sock.detach()] = what
+            self._poll.register(fd, select.POLLIN)
+        elif sock.family == socket.AF_UNIX:
+            self._unix[sock.detach()] = what
+            self._poll_unix.register(fd, select.POLLIN)
+        else:
+            sock.close()
+
+    def waiting(self) -> str:
+        """What there is now, in words; "" for nothing."""
+        for fd, _ in self._poll.poll(0):
+            return f"{self._listeners[fd]}: a connection waits to be accepted"
+        for fd, events in self._poll_unix.poll(0):
+            if events & select.POLLIN and _carries_descriptors(fd):
+                return f"{self._unix[fd]}: descriptors are on their way through this unix socket (SCM_RIGHTS)"
+        return ""
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until the program has taken everything, at most this long; whether it has."""
+        end = time.monotonic() + seconds
+        while self.waiting():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_PAUSE)
+        return True
+
+    def close(self) -> None:
+        for fd in (*self._listeners, *self._unix):
+            os.close(fd)
+        self._listeners.clear()
+        self._unix.clear()
+
+    def __enter__(self) -> Transients:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _carries_descriptors(fd: int) -> bool:
+    """Whether a descriptor is in the queue of a unix socket. All is left in place."""
+    sock = sockopts.borrow(fd)
+    before = sock.getsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF)
+    sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, 0)
+    found = False
+    try:
+        while not found:
+            data, control, _, _ = sock.recvmsg(_CHUNK, _CONTROL, _PEEK)
+            for level, kind, payload in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    found = True
+                    numbers = array.array("i")
+                    numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+                    for number in numbers:
+                        os.close(number)
+            if not data:
+                break
+    except OSError:
+        pass  # nothing more
+    finally:
+        sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, before)
+        sock.detach()
+    return found
