@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.lab import Lab
+from tests.vm.lab import Lab, series
 from tests.vm.machine import Machine
 
-# `make test` runs without: building a kernel takes minutes, and needs packages that nothing else does.
+# What there is to test of a series as soon as it has patches.
+OF_THE_CALLS = ["test_calls.py", "test_crossover.py", "test_fuzz.py", "test_selftests.py", "test_walkthroughs.py"]
+
+# `make test` runs without any: building a kernel takes minutes, and needs packages that nothing else does.
 collect_ignore_glob = [] if os.environ.get("MIGRATOR_TEST_KERNEL") else ["test_*.py"]
+collect_ignore = [] if series() else OF_THE_CALLS
 
 _FAILED = pytest.StashKey[bool]()
+
+
+def pytest_report_header() -> str:
+    if not os.environ.get("MIGRATOR_TEST_KERNEL"):
+        return "kernel: left to `make test-kernel`"
+    return f"kernel: {len(series())} patches" if series() else "kernel: no patches; the tests of the calls are left out"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -34,6 +34,16 @@ def kernel(variant: str = "release") -> Path:
     return Path(built.stdout.strip()) / "bzImage"
 
 
+def series() -> list[str]:
+    """The patches that `build` applies, in their order (kernel-patches/scripts/common.sh)."""
+    patches = Path(os.environ.get("KERNEL_PATCHES") or image.KERNEL_PATCHES / "patches")
+    try:
+        lines = (patches / "series").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [name for line in lines if (name := line.partition("#")[0].strip())]
+
+
 @cache
 def drives() -> tuple[Path, Path]:
     """The images of a guest: the base, and the project with its tools."""
