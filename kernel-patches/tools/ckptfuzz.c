@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sched.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -25,6 +26,7 @@
 
 #define MAX_IMAGES 64
 #define MAX_RECORDS 65536
+#define TREE 102
 #define PAGES 403
 #define NOBODY 65534
 
@@ -34,6 +36,7 @@ struct image {
 	size_t len;
 	size_t nr;
 	uint32_t *at;	/* offset of each record */
+	pid_t pid;	/* of its root */
 };
 
 static struct image images[MAX_IMAGES];
@@ -81,6 +84,9 @@ static void load(struct image *image, const char *name)
 	for (at = 0; at + 8 <= image->len && image->nr < MAX_RECORDS; at += word(image->data + at + 4)) {
 		if (word(image->data + at + 4) < 8)
 			break;
+		/* generation, number of tasks, and then the first one, which begins with its pid */
+		if (!image->pid && word(image->data + at) == TREE && at + 20 <= image->len)
+			image->pid = word(image->data + at + 16);
 		image->at[image->nr++] = at;
 	}
 	if (!image->nr) {
@@ -165,8 +171,21 @@ static void nothing(int sig)
 	(void)sig;
 }
 
+/* fork(), with a pid that is wanted if it is free. */
+static pid_t fork_as(pid_t pid)
+{
+	struct clone_args args = {
+		.exit_signal = SIGCHLD,
+		.set_tid = (uintptr_t)&pid,
+		.set_tid_size = pid > 0,
+	};
+	long child = syscall(SYS_clone3, &args, sizeof(args));
+
+	return child < 0 ? fork() : child;
+}
+
 /* The errno that restart() gave, 0 if what was restarted runs until it is killed, -1 if it died before. */
-static int try(const unsigned char *data, size_t len, int unprivileged)
+static int try(const unsigned char *data, size_t len, pid_t pid, int unprivileged)
 {
 	struct pollfd poll_fd;
 	size_t done = 0;
@@ -177,7 +196,7 @@ static int try(const unsigned char *data, size_t len, int unprivileged)
 
 	if (pipe2(fds, O_CLOEXEC) < 0)
 		die("pipe2");
-	child = fork();
+	child = fork_as(pid);
 	if (child < 0)
 		die("fork");
 	if (!child) {
@@ -254,7 +273,7 @@ int main(int argc, char **argv)
 		for (i = chance(4); i >= 0; i--)
 			len = mutate(image, buffer, len);
 		dprintf(log, "<4>ckptfuzz: %ld\n", total);
-		result = try(buffer, len, total & 1);
+		result = try(buffer, len, image->pid, total & 1);
 		if (result > 0)
 			outcome[result & 255]++;
 		else if (result == 0)

@@ -28,12 +28,14 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "migr
 KERNEL_PATCHES = ROOT / "kernel-patches"
 
 PROGRAMS = (
-    "redis-server", "redis-cli", "sshd", "ssh", "nginx", "setpriv", "nsenter", "unshare", "setsid", "taskset", "prlimit",
-    "ip", "ss", "nft", "ps", "pgrep", "pkill", "bash", "sed", "cat", "sleep", "timeout", "tail", "date",
+    "redis-server", "redis-cli", "sshd", "ssh", "nginx", "setpriv", "nsenter", "unshare", "setsid", "taskset",
+    "prlimit", "ip", "ss", "nft", "ps", "pgrep", "pkill", "bash", "sed", "cat", "sleep", "timeout", "tail", "date",
 )  # fmt: skip
 # The dynamic loader and what glibc opens by name.
 LIBRARIES = ("ld-linux-x86-64.so.2", "libnss_files.so.2", "libgcc_s.so.1")
-DEVELOPMENT = re.compile(r"(__editable__|_?ruff|mypy|mypyc|[0-9a-f]+__mypyc|pip|setuptools|_distutils_hack|distutils-prec|hypothesis)")
+DEVELOPMENT = re.compile(
+    r"(__editable__|_?ruff|mypy|mypyc|[0-9a-f]+__mypyc|pip|setuptools|_distutils_hack|distutils-prec|hypothesis)"
+)
 UNUSED_STDLIB = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo", "site-packages", "pydoc_data")
 
 
@@ -188,7 +190,10 @@ def _etc(tree: Path) -> None:
     path = f"{ROOT}/build/guest:{Path(sys.executable).parent}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     for name, text in {
         "inittab": "::sysinit:/etc/setup.sh\n::respawn:/etc/commands.sh\n",
-        "passwd": "root:x:0:0:root:/var/root:/bin/sh\nsshd:x:74:74::/run/sshd:/bin/false\nnobody:x:65534:65534::/:/bin/false\n",
+        "passwd": (
+            "root:x:0:0:root:/var/root:/bin/sh\nsshd:x:74:74::/run/sshd:/bin/false\n"
+            "nobody:x:65534:65534::/:/bin/false\n"
+        ),
         "group": "root:x:0:\ntty:x:5:\nsshd:x:74:\nnogroup:x:65534:\n",
         "hosts": "127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n",
         "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",

@@ -3,9 +3,8 @@
     with Lab(tmp_path).guest() as guest: ...
     with Lab(tmp_path).pair() as (a, b): ...
 
-Guests start from a snapshot of a guest that has just booted, which takes a third of a second; it is made once
-for a kernel and its images. Only two guests on one cable need to tell each other apart, so they are given their
-addresses after that: a is 10.77.0.1, b is 10.77.0.2, on br0, whose uplink is eth0.
+Guests start from snapshots, which takes a third of a second; they are made once for a kernel and its images. Of two
+on one cable, a is 10.77.0.1 and b is 10.77.0.2, on br0, whose uplink is eth0; their agents run.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tests.vm.machine import Machine
 
 AGENT_PORT = 7022
 MEMORY_MIB = 1024
+PLACES = ("a", "b")
 
 
 @cache
@@ -52,7 +52,7 @@ def drives() -> tuple[Path, Path]:
     return image.base_image(), image.project_image(programs)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Lab:
     """Guests of one test, with their consoles and sockets in `folder`.
 
@@ -63,8 +63,8 @@ class Lab:
     memory_mib: int = MEMORY_MIB
 
     def guest(self, variant: str = "release", *, name: str = "guest") -> Machine:
-        """One guest."""
-        return self._machine(variant, name)
+        """One guest, with nobody on its cable."""
+        return self._machine(variant, "guest", name=name)
 
     @contextlib.contextmanager
     def pair(
@@ -76,44 +76,42 @@ class Lab:
             self._machine(first, "a", lan=ends, ssh_port=ssh_ports[0]) as a,
             self._machine(second, "b", lan=(ends[1], ends[0]), ssh_port=ssh_ports[1]) as b,
         ):
-            for number, guest in enumerate((a, b), 1):
-                plug_in(guest, number)
-                start_agent(guest)
-            for guest in (a, b):
-                await_agent(guest)
             yield a, b
 
     def _machine(
-        self, variant: str, name: str, *, lan: tuple[Path, Path] | None = None, ssh_port: int = 0
+        self, variant: str, role: str, *, name: str = "", lan: tuple[Path, Path] | None = None, ssh_port: int = 0
     ) -> Machine:
         return Machine(
-            kernel(variant), drives(), folder=self.folder, name=name, memory_mib=self.memory_mib,
-            snapshot=snapshot(variant, self.memory_mib), lan=lan, ssh_port=ssh_port,
-            boot_seconds=180 if variant == "debug" else 60,
+            kernel(variant), drives(), folder=self.folder, name=name or role, memory_mib=self.memory_mib,
+            snapshot=snapshot(variant, self.memory_mib, role), lan=lan, ssh_port=ssh_port,
         )  # fmt: skip
 
 
 @cache
-def snapshot(variant: str, memory_mib: int) -> Path:
-    """A guest that has booted, as a file; its caches are warm."""
+def snapshot(variant: str, memory_mib: int, role: str) -> Path:
+    """A guest that has booted, as a file: "a" and "b" have their place on the cable and an agent."""
     parts = [str(kernel(variant).parent), *map(str, drives()), str(memory_mib)]
     for name in ("machine.py", "lab.py"):
         parts.append((Path(__file__).parent / name).read_text())
-    target = image.CACHE / f"snapshot-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:12]}"
-    with image.locked(image.CACHE / "snapshot"):
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    target = image.CACHE / f"snapshot-{role}-{digest}"
+    with image.locked(image.CACHE / f"snapshot-{role}"):
         if target.exists():
             os.utime(target)
             return target
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        partial = target.with_name(f"{target.name}.new")
         booted = Machine(
-            kernel(variant), drives(), folder=image.CACHE / "boot", name=f"boot-{variant}", memory_mib=memory_mib,
+            kernel(variant), drives(), folder=image.CACHE / "boot", name=role, memory_mib=memory_mib,
             boot_seconds=180 if variant == "debug" else 60,
         )  # fmt: skip
         with booted as guest:
-            guest.run("migrator check --help", seconds=120)
+            guest.run("migrator checkpoint --help", seconds=120)  # so that it need not be read from the disk again
+            if role in PLACES:
+                plug_in(guest, PLACES.index(role) + 1)
+                start_agent(guest)
             guest.save(partial)
         partial.rename(target)
-        image.forget_old(image.CACHE, "snapshot-*", keep=6)
+        image.forget_old(image.CACHE, f"snapshot-{role}-*", keep=4)
     return target
 
 
@@ -130,17 +128,14 @@ def plug_in(guest: Machine, number: int) -> None:
 
 
 def start_agent(guest: Machine) -> None:
-    """Start the agent of a guest. It does not listen yet: see `await_agent`."""
+    """Start the agent of a guest; returns once it listens, a minute at most."""
     guest.spawn(
         f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /var/root/.ssh/host_key "
         "--authorized-keys /var/root/.ssh/authorized_keys --metrics '' --identity /var/root/.ssh/id_ed25519 "
         "-v > /tmp/agent.log 2>&1"
     )
-
-
-def await_agent(guest: Machine) -> None:
-    """Returns once the agent of a guest listens; half a minute at most."""
     guest.run(
-        f"for i in {{1..300}}; do (exec 3<> /dev/tcp/127.0.0.1/{AGENT_PORT}) 2> /dev/null && exit; sleep 0.1; done; "
-        "cat /tmp/agent.log >&2; exit 1"
+        f"for i in {{1..600}}; do (exec 3<> /dev/tcp/127.0.0.1/{AGENT_PORT}) 2> /dev/null && exit; sleep 0.1; done; "
+        "cat /tmp/agent.log >&2; exit 1",
+        seconds=120,
     )

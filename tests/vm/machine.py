@@ -159,9 +159,9 @@ class Machine:
             )
         return done
 
-    def python(self, code: str, *arguments: object, **more: float) -> str:
+    def python(self, code: str) -> str:
         """Run Python code with this project importable; what it prints."""
-        return self.run(f"$PYTHON -c {shlex.quote(code)} {shlex.join(map(str, arguments))}", **more).stdout
+        return self.run(f"$PYTHON -c {shlex.quote(code)}").stdout
 
     def spawn(self, script: str) -> int:
         """Start a shell script that goes on by itself, in a session of its own; its pid."""
@@ -274,5 +274,3 @@ class Machine:
             if path.exists() and (text := path.read_text(errors="replace")[-3000:].strip()):
                 words += f"\n{path}:\n{text}"
         return words
-
-

@@ -76,10 +76,9 @@ def running(name: str, folder: Path) -> Iterator[int]:
             child.wait()
     else:
         workload, rest = arguments[name]
-        with Workload(workload, folder, *rest) as program:
-            program.check_alive_and_progressing(seconds=120)
-            yield program.pid
-            program.kill()
+        with Workload(workload, folder, *rest) as counting:
+            counting.check_alive_and_progressing(seconds=120)
+            yield counting.pid
 
 
 def cold(engine: Engine, name: str, folder: Path) -> float:

@@ -48,7 +48,7 @@ def main() -> int:
                 from migrator.testing.workloads import build
 
                 print(WELCOME.format(a=shlex.join(enter[0]), b=shlex.join(enter[1]), counter=build("counter")))
-            return subprocess.run([*enter[0], *map(shlex.quote, arguments.command)], check=False).returncode
+            return subprocess.run([*enter[0], *arguments.command], check=False).returncode
 
 
 def start_sshd(guest: Machine) -> None:

@@ -18,7 +18,9 @@ def test_every_selftest_passes_and_none_is_skipped(guest: Machine) -> None:
     assert names, "the series has no selftests"
     failed = []
     for name in names:
-        done = guest.run(f"mkdir -p /tmp/self/{name} && cd /tmp/self/{name} && {folder}/{name}", seconds=300, status=None)
+        done = guest.run(
+            f"mkdir -p /tmp/self/{name} && cd /tmp/self/{name} && {folder}/{name}", seconds=300, status=None
+        )
         skipped = re.findall(r"^ok .*# SKIP.*$", done.stdout, re.MULTILINE)
         if done.status or skipped or not re.search(r"^ok ", done.stdout, re.MULTILINE):
             failed.append(f"{name}: status {done.status}\n{done.stdout}{done.stderr}")

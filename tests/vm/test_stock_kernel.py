@@ -21,7 +21,9 @@ def test_a_kernel_without_the_calls_says_so_and_the_user_engine_works(folder: Pa
         assert guest.python(CALLS).split() == ["ENOSYS", "ENOSYS"]
         assert "Function not implemented" in guest.run("rstr < /dev/null", status=1).stderr
         with Program(guest, "counter") as counter:
-            guest.run(f"migrator checkpoint {counter.pid} --kill -o /tmp/image && migrator restart --detach -i /tmp/image")
+            guest.run(
+                f"migrator checkpoint {counter.pid} --kill -o /tmp/image && migrator restart --detach -i /tmp/image"
+            )
             counter.check_progress()
             lines = counter.finish()
         assert numbers(lines) == list(range(1, len(numbers(lines)) + 1))
