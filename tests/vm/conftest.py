@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from tests.vm.lab import Lab, series
 from tests.vm.machine import Machine
 
 # What there is to test of a series as soon as it has patches.
-OF_THE_CALLS = ["test_fuzz.py", "test_selftests.py", "test_walkthroughs.py"]
+OF_THE_CALLS = ["test_fuzz.py", "test_mixed_kernels.py", "test_selftests.py", "test_walkthroughs.py"]
 
 # `make test` runs without any: building a kernel takes minutes, and needs packages that nothing else does.
 collect_ignore_glob = [] if os.environ.get("MIGRATOR_TEST_KERNEL") else ["test_*.py"]
@@ -30,13 +30,13 @@ def pytest_report_header() -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         item.stash[_FAILED] = True
         if item.parent is not None:
             item.parent.stash[_FAILED] = True
-    return report  # type: ignore[return-value]
+    return report
 
 
 def _kept(request: pytest.FixtureRequest) -> Iterator[Path]:

@@ -31,6 +31,8 @@ PROGRAMS = (
     "redis-server", "redis-cli", "sshd", "ssh", "nginx", "setpriv", "nsenter", "unshare", "setsid", "taskset",
     "prlimit", "ip", "ss", "nft", "ps", "pgrep", "pkill", "bash", "sed", "cat", "sleep", "timeout", "tail", "date",
 )  # fmt: skip
+# The parts of a checkout that are of use in a guest.
+PROJECT = ("migrator", "transport", "policies", "tests", "kernel-patches/include", "build/workloads")
 # The dynamic loader and what glibc opens by name.
 LIBRARIES = ("ld-linux-x86-64.so.2", "libnss_files.so.2", "libgcc_s.so.1")
 DEVELOPMENT = re.compile(
@@ -73,13 +75,12 @@ def base_image() -> Path:
 def project_image(programs: Path) -> Path:
     """The image of this checkout, mounted at its own path; `programs` (ckpt, rstr, ...) are in its build/guest."""
     build_all()
-    files = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        check=True, capture_output=True, text=True,
-    ).stdout.split("\0")  # fmt: skip
-    sources = [ROOT / name for name in sorted(set(files)) if name and not name.endswith(".patch")]
-    sources = [path for path in sources if path.is_file()]
-    sources += sorted(path for path in (ROOT / "build" / "workloads").iterdir() if path.is_file())
+    sources = [
+        path
+        for name in PROJECT
+        for path in sorted((ROOT / name).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     extra = sorted(path for path in programs.iterdir() if path.is_file())
     content = hashlib.sha256()
     for path in (*sources, *extra):

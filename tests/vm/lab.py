@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tests.vm import image
-from tests.vm.machine import Machine
+from tests.vm.machine import CommandFailed, Machine
 
 AGENT_PORT = 7022
 MEMORY_MIB = 1024
@@ -139,3 +141,18 @@ def start_agent(guest: Machine) -> None:
         "cat /tmp/agent.log >&2; exit 1",
         seconds=120,
     )
+
+
+def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
+    """`migrator migrate` from one guest to the other; its result."""
+    done = source.run(
+        f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /var/root/.ssh/id_ed25519 "
+        f"--json {' '.join(options)}",
+        seconds=180, status=None,
+    )  # fmt: skip
+    if done.status:
+        log = destination.run("tail -n 30 /tmp/agent.log").stdout
+        raise CommandFailed(f"{source.name} to {destination.name}: {done.status}\n{done.stdout}{done.stderr}\n{log}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["outcome"] == "migrated"
+    return result

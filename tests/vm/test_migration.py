@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
-from tests.vm.lab import AGENT_PORT
-from tests.vm.machine import CommandFailed, Machine
+from tests.vm.lab import migrate
+from tests.vm.machine import Machine
 from tests.vm.program import Program, numbers
 
 Pair = tuple[Machine, Machine]
-
-
-def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
-    """`migrator migrate` from one guest to the other; its result."""
-    done = source.run(
-        f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /var/root/.ssh/id_ed25519 "
-        f"--json {' '.join(options)}",
-        seconds=180, status=None,
-    )  # fmt: skip
-    if done.status:
-        log = destination.run("tail -n 30 /tmp/agent.log").stdout
-        raise CommandFailed(f"{source.name} to {destination.name}: {done.status}\n{done.stdout}{done.stderr}\n{log}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    assert result["outcome"] == "migrated"
-    return result
 
 
 @pytest.mark.parametrize(
