@@ -42,7 +42,9 @@ setup-kernel: $(STAMP)
 	@$(ROOT)/tools/setup-kernel.sh
 
 test-kernel: setup-kernel
-	@cd $(ROOT) && MIGRATOR_TEST_KERNEL=1 $(PYTHON) -m pytest -q -ra --durations=10 -n 0 --timeout 3600 tests/vm $(ARGS)
+	@$(ROOT)/kernel-patches/scripts/build all
+	@cd $(ROOT) && MIGRATOR_TEST_KERNEL=1 $(PYTHON) -m pytest -q -ra --durations=10 -n 2 --dist loadfile \
+		--timeout 3600 tests/vm $(ARGS)
 
 lab: setup-kernel
 	@cd $(ROOT) && $(PYTHON) -m tests.vm.shell $(ARGS)

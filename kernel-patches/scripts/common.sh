@@ -53,3 +53,12 @@ once() {
 	[ -e "$target" ] || { rm -rf "$target".new; "$@" "$target.new"; mv "$target.new" "$target"; }
 	exec 9>&-
 }
+
+# Of what is kept under these names only the youngest $1 stay.
+forget_old() {
+	local keep=$1
+	shift
+	ls -dt "$@" 2> /dev/null | grep -v '\.lock$' | tail -n +$((keep + 1)) | while read -r old; do
+		rm -rf "$old" "$old.lock"
+	done
+}
