@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _quick = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the GIL: for calls that take less than a microsecond
 _quick.restype = ctypes.c_long
