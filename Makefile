@@ -1,4 +1,5 @@
 # make demo    two hosts, a Redis under load, one live migration, a picture of the downtime
+# make demo-web  a web server with short connections, there and back; ARGS="--delay 25" for a round trip of 50 ms
 # make test    all tests; non-zero on any failure
 # make bench   every workload beside its stop-copy-restart and its floor
 # make lint    ruff and mypy
@@ -17,7 +18,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo test bench lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
+.PHONY: demo demo-web test bench lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,9 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/demo.py $(ARGS)
+
+demo-web: $(STAMP)
+	@cd $(ROOT) && $(PYTHON) tools/demo_web.py $(ARGS)
 
 test: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) -m pytest -q -ra --durations=10 -n auto --dist loadfile $(ARGS)
