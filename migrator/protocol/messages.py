@@ -13,10 +13,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from migrator.engine.base import FileFact, Phase, Round, Survey
+from migrator.engine.base import Phase, Round, Survey
 from migrator.errors import TransportError
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 1 << 20  # bytes, as the transport allows
 FILE_CHUNK = 512 << 10  # bytes of a file in one message
 
@@ -27,6 +27,7 @@ Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
 LISTED = 2048  # entries of a list in one message
+MOST_FILES = 1 << 14  # that a workload has open or mapped
 FileName = Annotated[bytes, Meta(max_length=255)]
 FilePath = Annotated[bytes, Meta(max_length=4095)]
 Mode = Annotated[int, Meta(ge=0, le=0o177777)]
@@ -86,12 +87,12 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class SyncTree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is carried along as a whole: all below the directory `path`, as the workload sees it; or of that
-    directory only the file `only`. Its inode number and the time of its last change (ns) tell whether both hosts
-    look at the same directory."""
+    """What is carried along: all below the directory `path`, as the workload sees it; or of that directory only the
+    files `only`. Its inode number and the time of its last change (ns) tell whether both hosts look at the same
+    directory."""
 
     path: Annotated[str, Meta(max_length=4096, pattern=r"^/")]
-    only: FileName = b""
+    only: Annotated[list[FileName], Meta(max_length=MOST_FILES)] = []
     inode: Count = 0  # its lower 63 bits
     changed_ns: Stamp = 0
 
@@ -118,30 +119,11 @@ class Verdict(Message, tag="verdict", frozen=True):
 
 
 class Begin(Message, tag="begin", frozen=True):
-    """source: the stream begins."""
+    """source: files and the stream follow. `trees`: those of the files that were wanted, numbered after the proposed
+    ones."""
 
     migration: Id
-
-
-class FileBegin(Message, tag="file-begin", frozen=True):
-    """source: a file that the destination wanted. `in_place`: it was sent before, and only changes follow."""
-
-    file: FileFact
-    uid: Count = 0
-    gid: Count = 0
-    in_place: bool = False
-
-
-class FileData(Message, tag="file-data", frozen=True):
-    offset: Count
-    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)]
-
-
-class FileEnd(Message, tag="file-end", frozen=True):
-    """source: the file is complete; `digest` is the sha256 of it, "" after changes in place."""
-
-    size: Count
-    digest: Annotated[str, Meta(max_length=64)] = ""
+    trees: Annotated[list[SyncTree], Meta(max_length=MOST_FILES)] = []
 
 
 class FilesSync(Message, tag="files-sync", frozen=True):
@@ -231,20 +213,20 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
 
 
 class Remove(msgspec.Struct, frozen=True, array_like=True, tag="remove"):
-    """`path`, with all below it, is gone; `aside`: it never was on the source, and is to be kept elsewhere."""
+    """`path`, with all below it, is gone; `keep`: it never was on the source, and is to be kept elsewhere."""
 
     path: FilePath
-    aside: bool = False
+    keep: bool = False
 
 
-class Stash(msgspec.Struct, frozen=True, array_like=True, tag="stash"):
+class MoveAside(msgspec.Struct, frozen=True, array_like=True, tag="move-aside"):
     """`path` will be somewhere else: keep it under `number`."""
 
     path: FilePath
     number: Count
 
 
-class Unstash(msgspec.Struct, frozen=True, array_like=True, tag="unstash"):
+class MoveBack(msgspec.Struct, frozen=True, array_like=True, tag="move-back"):
     """What was kept under `number` is now `path`, in place of whatever has its name."""
 
     number: Count
@@ -257,7 +239,7 @@ class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
     number: Count
 
 
-TreeOp = Put | Open | Write | Close | Touch | Join | Remove | Stash | Unstash | Drop
+TreeOp = Put | Open | Write | Close | Touch | Join | Remove | MoveAside | MoveBack | Drop
 
 
 class TreeOps(Message, tag="tree-ops", frozen=True):
@@ -398,9 +380,6 @@ AnyMessage = (
     | Propose
     | Verdict
     | Begin
-    | FileBegin
-    | FileData
-    | FileEnd
     | FilesSync
     | TreeList
     | TreeAnswer

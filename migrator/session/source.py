@@ -29,7 +29,7 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
-from migrator.filesync.sync import FileSync, check_wanted
+from migrator.filesync.sync import FileSync
 from migrator.model import OnEvent, Outcome, Span, Where
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
@@ -72,7 +72,7 @@ class SourceSession:
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._tell = on_event
         self._copying = WorkloadThread(factory, link, network)
-        self._baggage: FileSync | None = None
+        self._files: FileSync | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
@@ -222,7 +222,7 @@ class SourceSession:
             self._facts = await self._copying.thread.run(self._copying.facts, self._facts)
             self._journal = await self._copying.journal_thread.run(Journal.create, self.settings.journal, self._facts)
         elif action is a.SEND_BEGIN:
-            await self._send(m.Begin(migration))
+            await self._send(m.Begin(migration, self._files.single if self._files is not None else []))
             fault("source.begun")
         elif action is a.COPY:
             self._start_work(self._copy(), SourceEvent.CONVERGED)
@@ -288,7 +288,7 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._baggage = FileSync(
+            self._files = FileSync(
                 files,
                 self.settings.trees,
                 root,
@@ -304,7 +304,7 @@ class SourceSession:
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
-            self._baggage.proposed() if self._baggage is not None else [],
+            self._files.proposed() if self._files is not None else [],
         )
         self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
         await self._send(proposal)
@@ -315,16 +315,16 @@ class SourceSession:
         settings, copying = self.settings, self._copying
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
-        if self._baggage is not None:
+        if self._files is not None:
             with self._span("files"):
-                await self._baggage.send()
+                await self._files.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
         with self._span("instrument"):
             await copying.instrument()
         while not settings.cold:
             await self._ask_clock()
-            if self._baggage is not None:
-                await self._baggage.step()
+            if self._files is not None:
+                await self._files.step()
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
             weighed = conditions(
@@ -335,7 +335,7 @@ class SourceSession:
                 timeout=settings.timeout,
                 tasks=self._tasks_there,
                 factor=self._factor,
-                files=self._baggage.seconds if self._baggage is not None else 0.0,
+                files=self._files.seconds if self._files is not None else 0.0,
             )
             decision = convergence.decide(copying.rounds, weighed)
             self._decision = decision
@@ -363,7 +363,7 @@ class SourceSession:
     async def _save(self) -> None:
         assert self._journal is not None
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
-        late = self._baggage.send_last if self._baggage is not None and self._baggage.goes else None
+        late = self._files.step if self._files is not None and self._files.goes else None
         await self._copying.save(self._journal, self._facts, late)
 
     def _sent_files(self, count: int) -> None:
@@ -485,8 +485,8 @@ class SourceSession:
         elif isinstance(message, m.DestinationReport):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
-        elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._baggage is not None:
-            self._baggage.heard(message)
+        elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._files is not None:
+            self._files.heard(message)
         elif isinstance(message, m.Failure):
             error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
             self._post(SourceEvent.FAILED, error)
@@ -498,7 +498,10 @@ class SourceSession:
     def _judge(self, verdict: m.Verdict) -> None:
         if self.state is not SourceState.PREFLIGHT or self.report is not None:
             raise m.MessageError("a verdict that was not asked for")
-        check_wanted(verdict.wanted, self._baggage)
+        if self._files is not None:
+            self._files.check_wanted(verdict.wanted)
+        elif verdict.wanted:
+            raise m.MessageError("files are wanted that were not offered")
         weighed = conditions(
             self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
         )
@@ -520,9 +523,9 @@ class SourceSession:
     async def _weigh(self, verdict: m.Verdict) -> None:
         """Compare what is carried along, and go on."""
         try:
-            if self._baggage is not None:
+            if self._files is not None:
                 assert self.report is not None
-                notes = (await self._baggage.compare(verdict.wanted)).reasons(verdict.destination.host)
+                notes = (await self._files.compare(verdict.wanted)).reasons(verdict.destination.host)
                 self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
                 for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
                     self._tell(model.Noted(self.settings.migration, str(note)))
@@ -587,8 +590,8 @@ class SourceSession:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
-        if self._baggage is not None:
-            await self._baggage.close()
+        if self._files is not None:
+            await self._files.close()
         await self._copying.close()
         if self._journal is not None:
             self._journal.close()

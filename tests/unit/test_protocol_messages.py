@@ -21,12 +21,9 @@ ENTRY = m.Entry(b"etc/caf\xe9", 0o100644, 7, -5, 1000, 1000, b"", b"etc/first", 
 ID = "web-0123456789"
 EVERY: list[m.AnyMessage] = [
     m.Hello([1], "migrator 0.1", "a"),
-    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False, [m.SyncTree("/srv", b"one")]),
+    m.Propose(ID, HOST, SURVEY, "web", "{}", True, False, [m.SyncTree("/srv", [b"one"])]),
     m.Verdict(HOST, [m.Reason("/etc/hosts", "differs", "copy it", True)], ["/etc/hosts"]),
-    m.Begin(ID),
-    m.FileBegin(FILE, 1000, 1000, True),
-    m.FileData(5, b"data"),
-    m.FileEnd(9, "ff" * 32),
+    m.Begin(ID, [m.SyncTree("/etc", [b"hosts"])]),
     m.FilesSync(3),
     m.TreeList(1, 0, b"etc", b"a", True, [ENTRY]),
     m.TreeAnswer(1, [0], [b"left\xff"], False),
@@ -40,13 +37,14 @@ EVERY: list[m.AnyMessage] = [
             m.Touch(ENTRY),
             m.Join(b"a", b"b"),
             m.Remove(b"old", True),
-            m.Stash(b"x", 1),
-            m.Unstash(1, b"y"),
+            m.MoveAside(b"x", 1),
+            m.MoveBack(1, b"y"),
             m.Drop(2),
         ],
     ),
     m.Standing("m-12345678", 3),
     m.Ready(ID, 5),
+    m.Orphans(ID, [m.OrphanedConnection("10.0.0.1", 80, "fd00::1", 65535)]),
     m.Commit(ID),
     m.Running(ID, 6),
     m.Discarded(ID, "no memory"),
@@ -121,9 +119,9 @@ def test_a_message_that_no_peer_would_take_is_not_sent() -> None:
 
 
 def test_peers_without_a_common_version_part_with_a_hint() -> None:
-    assert m.common_version([1, 2]) == 1
+    assert m.common_version([m.VERSION - 1, m.VERSION]) == m.VERSION
     with pytest.raises(m.MessageError) as caught:
-        m.common_version([2])
+        m.common_version([m.VERSION - 1])
     assert "release" in caught.value.hint
 
 

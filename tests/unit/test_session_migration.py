@@ -23,8 +23,8 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
-from migrator.filesync import tree_sender
-from migrator.filesync.view import Mapped
+from migrator.filesync import sync
+from migrator.filesync.changes import Mapped
 from migrator.model import Outcome
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
@@ -405,6 +405,7 @@ async def test_files_are_carried_along_with_what_changed_until_the_freeze(
         freeze(self)
 
     monkeypatch.setattr(FakeSource, "freeze", write_and_freeze)
+    monkeypatch.setattr(sync, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     await hosts.migrate(copy_files=True)
     assert (root / str(data).lstrip("/")).read_text() == "before\nafter\n"
@@ -431,7 +432,7 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
         freeze(self)
 
     monkeypatch.setattr(FakeSource, "freeze", change_and_freeze)
-    monkeypatch.setattr(tree_sender, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
+    monkeypatch.setattr(sync, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     if fails:
         hosts.destination.fail = {"build": RestartFailed("no")}
