@@ -14,7 +14,7 @@ from migrator.errors import Refused, UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.openat2 import open_in_root
-from migrator.protocol.messages import SyncTree
+from migrator.protocol.trees import SyncTree
 
 _NO_FILES = frozenset(
     "proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs".split()  # noqa: SIM905

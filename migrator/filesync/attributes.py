@@ -6,7 +6,8 @@ import contextlib
 import os
 import stat
 
-from migrator.protocol.messages import Entry, MessageError
+from migrator.protocol.trees import Entry
+from migrator.protocol.wire import MessageError
 
 _XATTRS = ("user.", "security.capability", "system.posix_acl_")
 

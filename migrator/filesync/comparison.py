@@ -12,7 +12,8 @@ from migrator.filesync.attributes import carried
 from migrator.filesync.paths import WORK, check, shown
 from migrator.filesync.top import TreeTop
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import LISTED, Entry, MessageError, TreeAnswer, TreeList
+from migrator.protocol.trees import Entry, TreeAnswer, TreeList
+from migrator.protocol.wire import LISTED, MessageError
 
 _SHARED_NS = 60 * 10**9  # how long ago the source may have looked
 _INODE = (1 << 63) - 1

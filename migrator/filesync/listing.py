@@ -14,7 +14,8 @@ from migrator.filesync.difference import FEW, Difference
 from migrator.filesync.model import Node
 from migrator.filesync.paths import check
 from migrator.filesync.view import TreeView
-from migrator.protocol.messages import Entry, MessageError, TreeAnswer, TreeList
+from migrator.protocol.trees import Entry, TreeAnswer, TreeList
+from migrator.protocol.wire import MessageError
 
 _LIST = 512  # entries of one list
 _MOST_SURPLUS = 1 << 20

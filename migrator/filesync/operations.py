@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from migrator.filesync.content import path_of
-from migrator.protocol.messages import Put, TreeOp, TreeOps, Write
+from migrator.protocol.trees import Put, TreeOp, TreeOps, Write
 
 _BATCH = 512 << 10  # bytes of one message, about
 _BATCH_OPS = 1000

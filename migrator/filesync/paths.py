@@ -6,7 +6,7 @@ import errno
 import os
 
 from migrator.errors import MigratorError
-from migrator.protocol.messages import MessageError
+from migrator.protocol.wire import MessageError
 
 WORK = b".migrator-"  # what begins so at the top of a tree is ours, and never carried
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

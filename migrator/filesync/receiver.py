@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from migrator.filesync.top import top_of
 from migrator.filesync.tree_receiver import TreeReceiver
-from migrator.protocol.messages import MessageError, SyncTree, TreeAnswer, TreeList, TreeOps
+from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
+from migrator.protocol.wire import MessageError
 
 
 class FileReceiver:

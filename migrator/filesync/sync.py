@@ -21,7 +21,9 @@ from migrator.filesync.paths import FileError, below
 from migrator.filesync.tree_sender import TreeSender, trees_of
 from migrator.linux import procfs
 from migrator.linux.openat2 import open_in_root
-from migrator.protocol.messages import AnyMessage, FilesSync, MessageError, SyncTree, TreeAnswer
+from migrator.protocol.messages import AnyMessage, FilesSync
+from migrator.protocol.trees import SyncTree, TreeAnswer
+from migrator.protocol.wire import MessageError
 from migrator.runtime.thread import OwnThread
 
 _WINDOW = 8  # lists without an answer

@@ -10,7 +10,8 @@ import os
 
 from migrator.filesync.paths import FileError, shown
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import MessageError, SyncTree
+from migrator.protocol.trees import SyncTree
+from migrator.protocol.wire import MessageError
 
 
 class TreeTop:

@@ -20,7 +20,7 @@ from migrator.filesync.updates import Seen, Updates
 from migrator.filesync.view import TreeView
 from migrator.linux import fanotify
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import Drop, Join, MoveAside, MoveBack, Put, Remove, TreeOps
+from migrator.protocol.trees import Drop, Join, MoveAside, MoveBack, Put, Remove, TreeOps
 
 
 class TreePass:

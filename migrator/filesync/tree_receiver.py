@@ -21,12 +21,11 @@ from migrator.filesync.staging import StagedWrites, write_all
 from migrator.filesync.top import TreeTop
 from migrator.filesync.work_directory import WorkDirectory
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import (
+from migrator.protocol.trees import (
     Close,
     Drop,
     Entry,
     Join,
-    MessageError,
     MoveAside,
     MoveBack,
     Open,
@@ -39,6 +38,7 @@ from migrator.protocol.messages import (
     TreeOp,
     Write,
 )
+from migrator.protocol.wire import MessageError
 
 _MOST_ASIDE = 1 << 20
 

@@ -25,7 +25,7 @@ from migrator.filesync.listing import Listing
 from migrator.filesync.operations import Operations
 from migrator.filesync.tree_pass import TreePass
 from migrator.filesync.view import TreeView
-from migrator.protocol.messages import Remove, SyncTree, TreeAnswer, TreeList, TreeOps
+from migrator.protocol.trees import Remove, SyncTree, TreeAnswer, TreeList, TreeOps
 
 
 class TreeSender:

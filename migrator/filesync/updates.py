@@ -17,7 +17,7 @@ from migrator.filesync.operations import Operations
 from migrator.filesync.paths import GONE
 from migrator.filesync.view import TreeView
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import Put, Touch, TreeOps
+from migrator.protocol.trees import Put, Touch, TreeOps
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME
 

@@ -15,7 +15,7 @@ from migrator.filesync.model import Model, Node
 from migrator.filesync.paths import DIRECTORY, GONE, WORK, FileError, lstat, shown
 from migrator.linux import fanotify
 from migrator.linux.openat2 import open_beneath
-from migrator.protocol.messages import SyncTree
+from migrator.protocol.trees import SyncTree
 
 
 class TreeView:

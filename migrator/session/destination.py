@@ -24,6 +24,7 @@ from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
 from migrator.filesync.receiver import FileReceiver
 from migrator.model import OnEvent, Outcome, Where
+from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
@@ -256,7 +257,7 @@ class DestinationSession:
         try:
             root = self.settings.root_of(proposal)
             self._files = FileReceiver(proposal.trees, root, proposal.migration)
-            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, root)
+            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.value().files, root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
             self._files.want(wanted)
@@ -413,7 +414,9 @@ class DestinationSession:
 
     async def _report(self) -> None:
         phases = [*self._phases, *self._arriving.phases, *(self._engine.phases if self._engine is not None else [])]
-        await self._send(m.DestinationReport(self._migration, phases[-200:], self._pid))
+        await self._send(
+            m.DestinationReport(self._migration, [facts.Phase.of(phase) for phase in phases[-200:]], self._pid)
+        )
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -446,11 +449,11 @@ class DestinationSession:
     async def _heard(self, message: m.AnyMessage) -> None:
         if isinstance(message, m.Clock):
             await self._send(m.Clock(message.asked, time.monotonic_ns()))
-        elif isinstance(message, m.TreeOps):
+        elif isinstance(message, trees.TreeOps):
             if self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
                 raise m.MessageError("files at the wrong time")
             await asyncio.to_thread(self._files.apply, message)
-        elif isinstance(message, m.TreeList):
+        elif isinstance(message, trees.TreeList):
             if self.state is not DestinationState.PREFLIGHT:
                 raise m.MessageError("a list of files at the wrong time")
             for answer in await asyncio.to_thread(self._files.compare, message):
@@ -464,7 +467,7 @@ class DestinationSession:
         elif isinstance(message, m.Progress):
             if len(self._rounds) >= _MOST_ROUNDS:
                 raise m.MessageError(f"more than {_MOST_ROUNDS} rounds")
-            self._rounds.append(message.round)
+            self._rounds.append(message.round.value())
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:
                 if self._prepared is not None:

@@ -73,7 +73,7 @@ def compare(
             )
         )
     wanted = []
-    for fact in proposal.survey.files:
+    for fact in (told.value() for told in proposal.survey.files):
         problem = file_problem(fact, files.get(fact.path))
         if problem and proposal.copy_files:
             wanted.append(fact.path)

@@ -30,7 +30,8 @@ from migrator.errors import (
     Undecided,
 )
 from migrator.filesync.sync import FileSync
-from migrator.model import OnEvent, Outcome, Span, Where
+from migrator.model import OnEvent, Outcome, Phase, Where
+from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
@@ -95,7 +96,7 @@ class SourceSession:
         self._factor = 1.0
         self._decision: convergence.Decision | None = None
         self._clock = model.ClockOffset()
-        self._spans: list[Span] = []
+        self._phases: list[Phase] = []
         self._arrived = asyncio.Event()
         self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
@@ -299,14 +300,14 @@ class SourceSession:
         proposal = m.Propose(
             self.settings.migration,
             self._host,
-            dataclasses.replace(survey, files=files),
+            facts.Survey.of(dataclasses.replace(survey, files=files)),
             self.settings.container,
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
             self._files.proposed() if self._files is not None else [],
         )
-        self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
+        self._phases.append(Phase("survey", began, time.monotonic_ns(), where=Where.SOURCE))
         await self._send(proposal)
         fault("source.proposed")
         self._after(self.settings.timeout, self._timed_out)
@@ -316,10 +317,10 @@ class SourceSession:
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
         if self._files is not None:
-            with self._span("files"):
+            with self._phase("files"):
                 await self._files.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
-        with self._span("instrument"):
+        with self._phase("instrument"):
             await copying.instrument()
         while not settings.cold:
             await self._ask_clock()
@@ -339,9 +340,9 @@ class SourceSession:
             )
             decision = convergence.decide(copying.rounds, weighed)
             self._decision = decision
-            self._spans.append(Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages))
+            self._phases.append(Phase(f"round {made.number}", made.start, made.end, made.bytes, made.pages))
             told = m.Progress(
-                made,
+                facts.Round.of(made),
                 min(decision.predicted_downtime, 1e9),
                 weighed.throughput,
                 decision.verdict.value,
@@ -383,11 +384,11 @@ class SourceSession:
             self._tell(model.RoundDone(self.settings.migration, ahead, *known, "continue", ""))
         if self._forwarding is not None:
             await self._forwarding
-        with self._span("release"):
+        with self._phase("release"):
             await self._copying.release()
         fault("source.released")
         if self._copying.orphans:
-            with self._span("closed connections"), contextlib.suppress(MigratorError, OSError):
+            with self._phase("closed connections"), contextlib.suppress(MigratorError, OSError):
                 await self._copying.serve_orphans(self._peer.link)
         # Both hosts are quiet now: the best time to compare their clocks.
         with contextlib.suppress(TimeoutError, MigratorError, OSError):
@@ -448,15 +449,15 @@ class SourceSession:
         await self._send(m.Clock(time.monotonic_ns()))
 
     @contextlib.contextmanager
-    def _span(self, name: str) -> Any:
+    def _phase(self, name: str) -> Any:
         start = time.monotonic_ns()
         self._tell(model.PhaseStarted(self.settings.migration, name, start))
         try:
             yield
         finally:
-            span = Span(name, Where.SOURCE, start, time.monotonic_ns())
-            self._spans.append(span)
-            self._tell(model.PhaseEnded(self.settings.migration, span))
+            phase = Phase(name, start, time.monotonic_ns(), where=Where.SOURCE)
+            self._phases.append(phase)
+            self._tell(model.PhaseEnded(self.settings.migration, phase))
 
     # Messages
 
@@ -485,7 +486,7 @@ class SourceSession:
         elif isinstance(message, m.DestinationReport):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
-        elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._files is not None:
+        elif isinstance(message, m.FilesSync | trees.TreeAnswer) and self._files is not None:
             self._files.heard(message)
         elif isinstance(message, m.Failure):
             error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
@@ -545,7 +546,7 @@ class SourceSession:
             copying=self._copying,
             link=self._peer.link,
             began=self._began,
-            spans=self._spans,
+            phases=self._phases,
             clock=self._clock,
             running=self._running,
             told=told,

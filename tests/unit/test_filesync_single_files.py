@@ -14,7 +14,9 @@ from migrator.filesync.paths import FileError
 from migrator.filesync.receiver import FileReceiver
 from migrator.filesync.sync import FileSync
 from migrator.protocol import messages as m
-from migrator.protocol.messages import FILE_CHUNK, MessageError, SyncTree
+from migrator.protocol import trees
+from migrator.protocol.trees import SyncTree
+from migrator.protocol.wire import FILE_CHUNK, MessageError
 
 BLOCK = 64 << 10
 
@@ -57,8 +59,8 @@ class Wire:
         if isinstance(message, m.FilesSync):
             self.sync.heard(message)
         else:
-            assert isinstance(message, m.TreeOps)
-            self.sent += sum(len(op.data) for op in message.ops if isinstance(op, m.Put | m.Write))
+            assert isinstance(message, trees.TreeOps)
+            self.sent += sum(len(op.data) for op in message.ops if isinstance(op, trees.Put | trees.Write))
             self.receiver.apply(message)
         return 0.0
 
@@ -137,8 +139,8 @@ async def test_nothing_is_sent_again_where_nothing_changed(wire: Wire) -> None:
 async def test_changes_that_are_cut_off_leave_the_file_as_it_was(wire: Wire) -> None:
     (wire.here / "log").write_bytes(b"a" * 1000)
     await wire.start("log")
-    entry = m.Entry(b"log", 0o100644, 1000)
-    wire.receiver.apply(m.TreeOps(0, [m.Open(entry, in_place=True), m.Write(0, b"b" * 500)]))
+    entry = trees.Entry(b"log", 0o100644, 1000)
+    wire.receiver.apply(trees.TreeOps(0, [trees.Open(entry, in_place=True), trees.Write(0, b"b" * 500)]))
     wire.receiver.close(True)
     assert (wire.there / "log").read_bytes() == b"a" * 1000
     assert os.listdir(wire.there) == ["log"]
@@ -172,13 +174,13 @@ async def test_a_file_that_is_gone_is_an_error_with_its_name(wire: Wire, monkeyp
         await wire.start("log")
 
 
-FILE = m.Entry(b"data", 0o100644, 1)
+FILE = trees.Entry(b"data", 0o100644, 1)
 HOSTILE: dict[str, Callable[[FileReceiver], None]] = {
     "another file": lambda there: there.add([SyncTree("/etc", [b"shadow"])]),
     "a whole directory": lambda there: there.add([SyncTree("/")]),
     "one more file": lambda there: there.add([SyncTree("/", [b"data", b"more"])]),
     "a longer path": lambda there: there.add([SyncTree("/", [b"a/../data"])]),
-    "before it was agreed upon": lambda there: there.apply(m.TreeOps(0, [m.Put(FILE, b"x")])),
+    "before it was agreed upon": lambda there: there.apply(trees.TreeOps(0, [trees.Put(FILE, b"x")])),
 }
 
 
@@ -198,16 +200,16 @@ def test_what_was_not_asked_for_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     "op",
     [
-        m.Put(m.Entry(b"other", 0o100644, 1), b"x"),
-        m.Put(m.Entry(b"", 0o040777)),
-        m.Remove(b"other"),
-        m.Join(b"data", b"other"),
-        m.Join(b"other", b"data"),
-        m.MoveAside(b"other", 1),
+        trees.Put(trees.Entry(b"other", 0o100644, 1), b"x"),
+        trees.Put(trees.Entry(b"", 0o040777)),
+        trees.Remove(b"other"),
+        trees.Join(b"data", b"other"),
+        trees.Join(b"other", b"data"),
+        trees.MoveAside(b"other", 1),
     ],
     ids=str,
 )
-def test_beside_the_files_that_were_asked_for_nothing_is_touched(tmp_path: Path, op: m.TreeOp) -> None:
+def test_beside_the_files_that_were_asked_for_nothing_is_touched(tmp_path: Path, op: trees.TreeOp) -> None:
     (tmp_path / "other").write_text("mine")
     before = tmp_path.stat().st_mode
     receiver = FileReceiver([], str(tmp_path), "m-test")
@@ -215,7 +217,7 @@ def test_beside_the_files_that_were_asked_for_nothing_is_touched(tmp_path: Path,
     receiver.want(["/data"])
     receiver.add([SyncTree("/", [b"data"])])
     with pytest.raises(MessageError):
-        receiver.apply(m.TreeOps(0, [op]))
+        receiver.apply(trees.TreeOps(0, [op]))
     receiver.close(False)
     assert (tmp_path / "other").read_text() == "mine"
     assert tmp_path.stat().st_mode == before
@@ -245,6 +247,6 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None
     receiver.want(["/data"])
     receiver.add([SyncTree("/", [b"data"])])
     with pytest.raises(FileError):
-        receiver.apply(m.TreeOps(0, [m.Open(FILE, in_place=True)]))
+        receiver.apply(trees.TreeOps(0, [trees.Open(FILE, in_place=True)]))
     receiver.close(False)
     assert (tmp_path / "secret").read_text() == "mine"

@@ -27,6 +27,7 @@ from migrator.filesync import sync
 from migrator.filesync.changes import Mapped
 from migrator.model import Outcome
 from migrator.protocol import messages as m
+from migrator.protocol import trees
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
 from migrator.recovery.settle import Tools
@@ -436,7 +437,7 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     if fails:
         hosts.destination.fail = {"build": RestartFailed("no")}
-    changes: dict[str, Any] = {"copy_files": True, "trees": (m.SyncTree(str(top)),)}
+    changes: dict[str, Any] = {"copy_files": True, "trees": (trees.SyncTree(str(top)),)}
     if fails:
         with pytest.raises(MigrationAborted):
             await hosts.migrate(**changes)
