@@ -4,6 +4,11 @@
 # make lint    ruff and mypy
 # make man     manual pages of all commands, in build/man
 #
+# make test-kernel     the patched kernel in guests: selftests, both engines, live migrations between guests
+# make lab             a shell in two networked guests with the patched kernel
+# make bench-kernel    both engines side by side in one guest
+# make fuzz-kernel     hostile images for the restart path, with KASAN and lockdep (ARGS=SECONDS)
+#
 # Each installs what is missing first (root, Debian 12 or like it); a second run finds it done.
 
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -12,7 +17,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo test bench lint man setup clean help
+.PHONY: demo test bench lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +37,24 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)
+
+# What a kernel build and the guests need beyond that.
+setup-kernel: $(STAMP)
+	@$(ROOT)/tools/setup-kernel.sh
+
+test-kernel: setup-kernel
+	@$(ROOT)/kernel-patches/scripts/build all
+	@cd $(ROOT) && MIGRATOR_TEST_KERNEL=1 $(PYTHON) -m pytest -q -ra --durations=10 -n 2 --dist loadfile \
+		--timeout 3600 tests/vm $(ARGS)
+
+lab: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.shell $(ARGS)
+
+bench-kernel: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.bench $(ARGS)
+
+fuzz-kernel: setup-kernel
+	@cd $(ROOT) && $(PYTHON) -m tests.vm.fuzz $(ARGS)
 
 lint: $(STAMP)
 	@cd $(ROOT) && .venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy

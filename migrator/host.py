@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrator import container
-from migrator.container import state, switchover
+from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine
@@ -182,6 +182,9 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
     if wanted and not default and not os.path.isdir(f"/sys/class/net/{wanted}/bridge") and not _has_link(wanted):
         reasons.append(f"container {spec.name}: there is no bridge {wanted} here")
         hints.append("make it there, or name another for what arrives: migrator agent --bridge NAME")
+    if spec.bridge and (lacking := connection_filter.missing()):
+        reasons.append(f"container {spec.name}: its connections cannot be moved: {lacking}")
+        hints.append("use a kernel with bpf(2)")
     arrives = any(tree.path == "/" and not tree.only for tree in proposal.trees)
     if spec.root and not arrives and not os.path.isdir(spec.root):
         reasons.append(f"container {spec.name}: its root directory {spec.root} is not here")

@@ -10,10 +10,11 @@ from migrator import container, host, model
 from migrator.api.results import CheckResult
 from migrator.api.settings import MigrateSettings
 from migrator.api.tasks import to_the_end
-from migrator.api.workloads import find_workload, trees
+from migrator.api.workloads import Workload, find_workload, trees
+from migrator.container import connection_filter
 from migrator.container.switchover import NetworkLock
 from migrator.engine.select import select
-from migrator.errors import Fate, MigratorError
+from migrator.errors import Fate, MigratorError, Refused
 from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.session.preflight import PreflightReport
 from migrator.session.report import SourceSettings
@@ -75,6 +76,7 @@ async def _run(
         on_event(model.Settled(one.migration, one.detail, one.fate.value))
     try:
         options = await asyncio.to_thread(workload.source_options)
+        await asyncio.to_thread(_check_network, workload)
         here = await asyncio.to_thread(host.facts, choice)
         link = await login.connect(peer)
     except MigratorError as error:
@@ -118,3 +120,10 @@ async def _run(
     if result.outcome is Outcome.MIGRATED and found is not None:
         await to_the_end(asyncio.to_thread(container.remove, found.name))
     return named(result), session.report
+
+
+def _check_network(workload: Workload) -> None:
+    """Raises Refused where the connections of a container could not be held together."""
+    found = workload.container
+    if found is not None and found.ifindex and (lacking := connection_filter.missing()):
+        raise Refused([f"container {found.name}: its connections cannot be moved: {lacking}"])

@@ -74,6 +74,15 @@ def taking_beginnings(mac: bytes) -> Program:
     return Program(_beginning(mac, KEEP_ALL, KEEP_NONE), SOCKET_FILTER)
 
 
+def missing() -> str:
+    """Why this kernel cannot run these programs; "" if it can, as a try has shown."""
+    try:
+        with dropping_beginnings(), connection_set() as connections, taking(connections):
+            return ""
+    except OSError as error:
+        return f"bpf(2) does not work here ({error.strerror}): CONFIG_BPF_SYSCALL and CAP_BPF are needed"
+
+
 def dropping(connections: KeySet) -> Program:
     """Drops segments of `connections`; for an egress of a device. All else passes."""
     return Program(_belonging(connections, TCX_DROP, TCX_NEXT), SCHED_CLS)

@@ -25,6 +25,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from signal import SIGURG, SIGWINCH
 
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -32,7 +33,7 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-_BATCH_SIGNALS = (23, 28)  # SIGURG, SIGWINCH: ignored by default
+_BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH))  # ignored by default
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
 

@@ -9,17 +9,15 @@ import ctypes
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_held = ctypes.PyDLL(None, use_errno=True)  # keeps the GIL: cheaper for calls of a microsecond
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
-_syscall_held = _held.syscall
-_syscall_held.restype = ctypes.c_long
+_quick = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the GIL: for calls that take less than a microsecond
+_quick.restype = ctypes.c_long
+_quick.argtypes = [ctypes.c_long] * 6
 
-KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = 0, 1, 2, 3, 4
+KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 7
 
 _NR = {
-    "process_vm_readv": 310,
-    "process_vm_writev": 311,
     "kcmp": 312,
     "pidfd_getfd": 438,
     "get_robust_list": 274,
@@ -47,12 +45,25 @@ def libc(name: str, *args: int | bytes, about: str = "") -> int:
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """A duplicate, close-on-exec, of the descriptor `fd` of the process behind `pidfd` (pidfd_getfd(2))."""
-    return call(_NR["pidfd_getfd"], pidfd, fd, 0, name="pidfd_getfd", about=f"fd {fd}")
+    result = int(_quick(_NR["pidfd_getfd"], pidfd, fd, 0, 0, 0))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"pidfd_getfd: {os.strerror(error)}", f"fd {fd}")
+    return result
+
+
+def kcmp(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> int:
+    """0 if two tasks share a resource of `kind`; 1, 2 or 3 for the order of two that differ (kcmp(2))."""
+    result = int(_quick(_NR["kcmp"], pid_a, pid_b, kind, a, b))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"kcmp: {os.strerror(error)}", f"pids {pid_a} and {pid_b}")
+    return result
 
 
 def same(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> bool:
     """Whether two tasks share a resource of `kind` (kcmp(2))."""
-    return call(_NR["kcmp"], pid_a, pid_b, kind, a, b, name="kcmp", about=f"pids {pid_a} and {pid_b}") == 0
+    return kcmp(pid_a, pid_b, kind, a, b) == 0
 
 
 def get_robust_list(tid: int) -> tuple[int, int]:

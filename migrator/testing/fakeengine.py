@@ -18,8 +18,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from migrator.engine.base import FileFact, Phase, Round, Survey
+from migrator.engine import calls
+from migrator.engine.base import (
+    NO_CHECKPOINT_HOOKS,
+    NO_RESTART_HOOKS,
+    AfterCheckpoint,
+    Capability,
+    CheckpointFlags,
+    CheckpointHooks,
+    Destination,
+    DestinationOptions,
+    FileFact,
+    Move,
+    Phase,
+    RestartFlags,
+    RestartHooks,
+    Round,
+    Source,
+    SourceOptions,
+    Survey,
+)
 from migrator.errors import ImageError, RestartFailed
 from migrator.session.interfaces import HoldGroup
 
@@ -158,6 +179,15 @@ class FakeSource(_Phases):
     def homes(self) -> list[tuple[int, str]]:
         return []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._held:
+            self.thaw()
+
     def survey(self) -> Survey:
         self._play("survey")
         wanted = self._script.wanted_pids
@@ -175,6 +205,10 @@ class FakeSource(_Phases):
         _write(self._fd, bytes(4096) * pages)
         end = max(time.monotonic_ns(), start + 1000 * pages)
         return Round(self._round, pages, 0, pages * 4096, start, end, 0.0)
+
+    def dirty_rate(self, seconds: float) -> float:
+        self._play("dirty_rate")
+        return 0.0
 
     def seize(self) -> None:
         """Nothing to attach to."""
@@ -205,6 +239,10 @@ class FakeSource(_Phases):
         assert self._held
         self._world.set("source", "none")
 
+    def leave_stopped(self) -> None:
+        self._play("leave_stopped")
+        assert self._held
+
     def thaw(self) -> None:
         self._play("thaw")
         if self._world.state("source") != "run":
@@ -218,9 +256,19 @@ class FakeDestination(_Phases):
         super().__init__()
         self._world, self._fd, self._script = world, fd, script
         self.cgroup = "fake"
-        self.moves: list[tuple[str, str, str, str]] = []
+        self.moves: list[Move] = []
+        self.root_pid = 0
         self.bytes = 0
         self.on_round: Callable[[int], None] = lambda _number: None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._world.state("destination") == "stop":
+            self.discard()
 
     def build(self) -> int:
         tail = b""
@@ -234,7 +282,8 @@ class FakeDestination(_Phases):
         with self.phase("restore"):
             self._script.play("build")
             self._world.set("destination", f"stop {os.getpid()}")
-        return 4242
+        self.root_pid = 4242
+        return self.root_pid
 
     def hold(self) -> None:
         self._script.play("hold")
@@ -249,10 +298,62 @@ class FakeDestination(_Phases):
     def tidy(self) -> None:
         self._script.play("tidy")
 
+    def leave_frozen(self) -> None:
+        self._script.play("leave_frozen")
+
     def discard(self) -> None:
         self._script.play("discard")
         assert self._world.state("destination") != "run"
         self._world.set("destination", "none")
+
+
+class FakeEngine:
+    """`migrator.engine.base.Engine` on a `FakeWorld`. `lacks` names an ability that it does not find on this host."""
+
+    def __init__(self, world: FakeWorld, script: Script | None = None, *, name: str = "fake", lacks: str = "") -> None:
+        self.name = name
+        self._world, self._script, self._lacks = world, script or Script(), lacks
+        self.sources: list[FakeSource] = []
+
+    def probe(self) -> list[Capability]:
+        found = [Capability("a directory", True, str(self._world.directory))]
+        return [*found, Capability(self._lacks, False, "not on this host")] if self._lacks else found
+
+    def xstate_size(self) -> int:
+        return 2696
+
+    def source(self, pid: int, fd: int, options: SourceOptions) -> Source:
+        calls.check_pid(pid)
+        self.sources.append(FakeSource(self._world, fd, self._script))
+        return self.sources[-1]
+
+    def destination(self, fd: int, options: DestinationOptions) -> Destination:
+        return FakeDestination(self._world, fd, self._script)
+
+    def checkpoint(
+        self,
+        pid: int,
+        fd: int,
+        flags: CheckpointFlags,
+        *,
+        after: AfterCheckpoint = AfterCheckpoint.RUN,
+        options: SourceOptions | None = None,
+        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
+    ) -> int:
+        return calls.checkpoint(self, pid, fd, flags, after=after, options=options, hooks=hooks)
+
+    def restart(
+        self,
+        fd: int,
+        flags: RestartFlags,
+        *,
+        options: DestinationOptions | None = None,
+        hooks: RestartHooks = NO_RESTART_HOOKS,
+    ) -> int:
+        return calls.restart(self, fd, flags, options=options, hooks=hooks)
+
+    def finish_moves(self, root: int, moves: list[Move]) -> None:
+        self._script.play("finish_moves")
 
 
 def _write(fd: int, data: bytes) -> None:

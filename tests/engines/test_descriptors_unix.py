@@ -13,7 +13,7 @@ import pytest
 from fakestub import Child
 from moving import Bytes, Moved, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, finish_moves, notes, survey
+from migrator.engine.user.descriptors import DescriptorDump, Transients, finish_moves, notes, survey
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 
@@ -35,6 +35,53 @@ def test_messages_stay_messages(child: Child, move: Callable[..., Child], kind: 
     child.run(f"a, b = socket.socketpair(socket.AF_UNIX, socket.{kind}); [b.send(b'x' * n) for n in (1, 200, 30)]")
     copy = move(child)
     assert copy.ask("[len(adopt(os.dup(0)).recv(1000)) for _ in range(3)]") == [1, 200, 30]
+
+
+PEEKING = """
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+[b.send(b'x' * n) for n in (100, 200, 300)]
+import threading
+seen, end = set(), threading.Event()
+def peek():
+    while not end.is_set():
+        seen.add(len(a.recv(1000, socket.MSG_PEEK)))
+looking = threading.Thread(target=peek, daemon=True)
+looking.start()
+"""
+
+
+def test_a_running_program_peeks_at_its_next_message_whoever_else_looks(child: Child) -> None:
+    child.run(PEEKING)
+    with Transients([child.process]) as transients:
+        for _ in range(5000):
+            assert transients.settle(0)
+    child.run("end.set(); looking.join(5)")
+    assert child.ask("seen, looking.is_alive()") == ({100}, False)
+
+
+def test_the_peek_offset_of_a_running_program_stays_its_own(child: Child) -> None:
+    child.run("a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.setsockopt(socket.SOL_SOCKET, 42, 0)")
+    child.run("[b.send(b'x' * n) for n in (100, 200, 300)]")
+    with Transients([child.process]) as transients:
+        for size in (100, 200, 300):
+            assert transients.settle(0)
+            assert child.ask("len(a.recv(1000, socket.MSG_PEEK))") == size
+
+
+def test_a_descriptor_that_comes_next_is_seen_while_the_program_runs(child: Child) -> None:
+    child.run("a, b = socket.socketpair(); socket.send_fds(b, [b'x'], [1])")
+    with Transients([child.process]) as transients:
+        assert not transients.settle(0) and "SCM_RIGHTS" in transients.waiting()
+        child.run("[os.close(fd) for fd in socket.recv_fds(a, 1, 1)[1]]")
+        assert transients.settle(0) and not transients.waiting()
+
+
+def test_a_descriptor_behind_other_messages_is_seen_once_the_program_stands(child: Child) -> None:
+    child.run("a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); b.send(b'before')")
+    child.run("socket.send_fds(b, [b'x'], [1])")
+    with Transients([child.process]) as transients:
+        assert transients.settle(0) and "SCM_RIGHTS" in transients.waiting()
+        assert child.ask("a.recv(6)") == b"before"
 
 
 def test_looking_into_sockets_takes_nothing_out(child: Child) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import threading
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from migrator.container import Container, ContainerSpec, Sandbox, run
+import migrator
+from migrator.container import Container, ContainerSpec, Sandbox, connection_filter, run, stop
 from migrator.container.switchover import NetworkArrival, NetworkLock
+from migrator.errors import Refused
 from migrator.linux.namespaces import entered
 from migrator.testing.hosts import Host, TwoHosts
 
@@ -70,6 +73,21 @@ def address(request: pytest.FixtureRequest, two_hosts: TwoHosts) -> Iterator[str
     yield request.param
 
 
+def test_a_kernel_without_bpf_is_told_before_anything_is_done(
+    two_hosts: TwoHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = start(two_hosts.a, "a")
+    monkeypatch.setattr(connection_filter, "dropping_beginnings", no_bpf)
+    with two_hosts.a.inside():
+        with pytest.raises(Refused, match="orphaned: its connections cannot be moved: bpf"):
+            asyncio.run(migrator.check("orphaned", "root@10.77.0.2:7022"))
+        assert container.alive
+
+
+def no_bpf() -> None:
+    raise OSError(38, "Function not implemented")
+
+
 def test_a_new_connection_waits_while_an_old_one_goes_on(two_hosts: TwoHosts, address: str) -> None:
     container = start(two_hosts.a, "a")
     old = connect(two_hosts, address)
@@ -121,8 +139,6 @@ def test_a_connection_that_was_closed_before_the_move_ends_as_if_nothing_were(
     arrival.announce()
     with two_hosts.a.inside():
         lock.set_aside()
-        from migrator.container import stop
-
         stop("orphaned")  # all its tasks are gone; what it has sent is not
 
     over = threading.Event()

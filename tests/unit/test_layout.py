@@ -134,6 +134,15 @@ def test_the_session_does_not_know_who_drives_it() -> None:
         assert not wrong, f"{name} imports {', '.join(wrong)}"
 
 
+def test_only_the_selector_names_an_engine() -> None:
+    of_itself = tuple(f"migrator.engine.{path.name}" for path in (ROOT / "migrator/engine").iterdir() if path.is_dir())
+    for name, path in modules().items():
+        if name == "migrator.engine.select" or below(name, of_itself):
+            continue
+        wrong = [imported for imported in imports(path, name) if below(imported, of_itself)]
+        assert not wrong, f"{name} imports {', '.join(wrong)}: only the contract is for all"
+
+
 def test_only_tests_import_the_test_kit() -> None:
     for name, path in modules().items():
         if name.startswith("migrator.testing"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 
 from migrator.engine import calls
 from migrator.engine.base import (
@@ -102,7 +103,7 @@ def _probe_stub() -> list[Capability]:
     except OSError as error:
         out.append(Capability("ptrace", False, str(error)))
     finally:
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(pidfd)
     return out
@@ -112,7 +113,7 @@ def _probe_tracking(pid: int, pidfd: int) -> str:
     remote = Remote(pid)
     remote.survivable = False
     with remote.borrowed():
-        fd = remote.call(arch.NR["userfaultfd"], 0o2000000 | 0o4000 | 1)
+        fd = remote.call(arch.NR["userfaultfd"], os.O_CLOEXEC | os.O_NONBLOCK | 1)
         if fd < 0:
             raise OSError(-fd, "userfaultfd")
         protection = WriteProtection(sys.pidfd_getfd(pidfd, fd))

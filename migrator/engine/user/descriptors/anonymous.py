@@ -7,10 +7,11 @@ import os
 import struct
 import time
 
-from migrator.engine.user.descriptors import calls, fdinfo
+from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import EventFd, SignalFd, TimerFd
+from migrator.linux import descriptors
 
 _ABSTIME = 1  # TFD_TIMER_ABSTIME
 _CANCEL_ON_SET = 2
@@ -26,7 +27,7 @@ def save_eventfd(objref: int, description: Description) -> EventFd:
 
 def save_timerfd(objref: int, description: Description) -> TimerFd:
     # Parasite lets an expired periodic timer go on, as a read would: only then are its ticks whole.
-    remaining, interval = calls.timerfd_gettime(description.fd)
+    remaining, interval = descriptors.timerfd_gettime(description.fd)
     process, number = description.holders[0]
     fields = fdinfo.read(process.pid, number).fields
     flags = int(fields["settime flags"], 8)
@@ -56,7 +57,7 @@ def make_timerfd(rec: TimerFd) -> int:
     if rec.value > _MAX_NS or rec.interval > _MAX_NS:
         raise ImageError(f"timerfd {rec.objref}: impossible time")
     try:
-        return calls.timerfd_create(rec.clock)
+        return descriptors.timerfd_create(rec.clock)
     except OSError as error:
         raise RestartFailed(f"timerfd {rec.objref}: {error}") from error
 
@@ -66,10 +67,10 @@ def start_timerfd(fd: int, rec: TimerFd) -> None:
     if rec.value or rec.interval:
         flags = rec.flags if rec.flags & _ABSTIME and rec.clock in _REALTIME else 0
         # expired and periodic: what remains is nothing, but 0 would disarm it
-        calls.timerfd_settime(fd, flags, rec.value or (1 if rec.ticks else 0), rec.interval)
+        descriptors.timerfd_settime(fd, flags, rec.value or (1 if rec.ticks else 0), rec.interval)
     if rec.ticks:
-        fcntl.ioctl(fd, calls.TFD_IOC_SET_TICKS, struct.pack("<Q", rec.ticks))
+        fcntl.ioctl(fd, descriptors.TFD_IOC_SET_TICKS, struct.pack("<Q", rec.ticks))
 
 
 def make_signalfd(rec: SignalFd) -> int:
-    return calls.signalfd(rec.mask)
+    return descriptors.signalfd(rec.mask)

@@ -10,7 +10,6 @@ import os
 import stat
 from dataclasses import dataclass
 
-from migrator.engine.user.descriptors.calls import O_PATH
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
 
@@ -54,7 +53,7 @@ class Root:
     """The root directory of a tree, by the root of one of its processes. Close it, or leave the block."""
 
     def __init__(self, pid: int) -> None:
-        self.fd = os.open(f"/proc/{pid}/root", O_PATH | os.O_CLOEXEC)
+        self.fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
         prefix = os.readlink(f"/proc/{pid}/root")
         self._prefix = "" if prefix == "/" else prefix
 
@@ -89,7 +88,7 @@ def classify(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Cla
     """What a descriptor is. `link` is where /proc/PID/fd/N points. Raises Obstacle."""
     if link.startswith("anon_inode:"):
         return _anon(link[len("anon_inode:") :], info)
-    if info.flags & O_PATH:
+    if info.flags & os.O_PATH:
         return Classification(FileKind.PATH, _path(link, status, root))
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFSOCK:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from migrator.engine.user.descriptors import calls, fdinfo
+from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.errors import CheckpointFailed
 from migrator.image.records_files import FileKind
+from migrator.linux import descriptors, sys
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ class Collection:
         self.descriptions: list[Description] = []
         self._buckets: dict[tuple[int, int, int], list[Description]] = {}
         self._last: dict[int, tuple[int, Description]] = {}  # number -> (pid, description) met last
-        calls.allow_many_files()
+        descriptors.allow_many_files()
         self.root = Root(processes[0].pid)
         ordered: list[DescriptorTable] = []
         try:
@@ -128,12 +129,12 @@ class Collection:
     def _known_by_number(self, process: Holder, number: int) -> Description | None:
         """A child mostly has its parent's descriptors under the same numbers: one call tells."""
         pid, description = self._last.get(number, (0, None))
-        if description is not None and calls.same_file(pid, number, process.pid, number):
+        if description is not None and descriptors.same_file(pid, number, process.pid, number):
             return description
         return None
 
     def _fetch(self, process: Holder, number: int, info: FdInfo) -> Description:
-        fd = calls.pidfd_getfd(process.pidfd, number)
+        fd = sys.pidfd_getfd(process.pidfd, number)
         try:
             status = os.fstat(fd)
             bucket = self._buckets.setdefault((status.st_dev, status.st_ino, info.flags), [])
@@ -158,11 +159,11 @@ class Collection:
 
 
 def _order_tables(process: Holder, table: DescriptorTable) -> int:
-    return calls.order_tables(process.pid, table.processes[0].pid)
+    return descriptors.order_tables(process.pid, table.processes[0].pid)
 
 
 def _order_files(fd: int, description: Description) -> int:
-    return calls.order_files(fd, description.fd)
+    return descriptors.order_files(fd, description.fd)
 
 
 def search(ordered: list[T], compare: Callable[[T], int]) -> tuple[int, bool]:

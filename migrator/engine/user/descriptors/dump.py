@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks, pipes
+from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.description import Collection, Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
@@ -15,6 +15,7 @@ from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable, PidFd
+from migrator.linux import descriptors
 
 _F_GET_SEALS = 1034
 _OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})
@@ -57,10 +58,10 @@ class DescriptorDump:
         writer: Writer,
         *,
         still: Still = nullcontext,
-        drafts: PredumpedFiles | None = None,
+        predumped: PredumpedFiles | None = None,
     ) -> None:
-        """`drafts`: what was written of them while they ran."""
-        self._drafts = drafts or PredumpedFiles(objhash, writer)
+        """`predumped`: what was written of them while they ran."""
+        self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
         self._processes = list(processes)
         self._objhash = objhash
@@ -137,8 +138,8 @@ class DescriptorDump:
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
         for item in collection.descriptions:
-            item.objref = self._drafts.objref_of(item)
-            self._drafts.put(self._file(item, pids))
+            item.objref = self._predumped.objref_of(item)
+            self._predumped.put(self._file(item, pids))
         for item in collection.descriptions:
             if item.kind == FileKind.EPOLL:
                 items = epolls.save(item, collection.tables, collection.descriptions)
@@ -151,7 +152,7 @@ class DescriptorDump:
         for table in collection.tables:
             objref, _ = self._objhash.get(("files", table.processes[0].pid))
             entries = [Descriptor(s.number, s.description.objref, int(s.cloexec), 0) for s in table.slots]
-            self._drafts.put(FileTable(objref, 0, entries))
+            self._predumped.put(FileTable(objref, 0, entries))
             out.update({process.pid: objref for process in table.processes})
         return out
 
@@ -223,7 +224,7 @@ class DescriptorDump:
 
     @staticmethod
     def _owner(item: Description, pids: dict[int, int]) -> tuple[int, int, int]:
-        kind, pid, signal = calls.owner(item.fd)
+        kind, pid, signal = descriptors.owner(item.fd)
         if kind and pid not in pids:
             raise CheckpointFailed(f"{item}: its owner for signals (F_SETOWN) is pid {pid}, which is not in the tree")
         return kind, pids.get(pid, 0), signal

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from migrator.engine.user.descriptors import calls, fdinfo
+from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.description import Description, DescriptorTable
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.records_files import Descriptor, EpollItem, EpollItems
+from migrator.linux import descriptors
 from migrator.linux.x86_64 import NR
 
 EPOLL_CTL_ADD, EPOLL_CTL_MOD = 1, 3
@@ -72,7 +73,9 @@ def _match(
     epoll: Description, target: fdinfo.EpollTarget, nth: int, candidates: Sequence[Description]
 ) -> Description | None:
     for candidate in candidates:
-        if candidate.stat.st_ino == target.ino and calls.is_epoll_target(candidate.fd, epoll.fd, target.number, nth):
+        if candidate.stat.st_ino == target.ino and descriptors.is_epoll_target(
+            candidate.fd, epoll.fd, target.number, nth
+        ):
             return candidate
     return None
 

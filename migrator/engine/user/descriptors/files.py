@@ -8,13 +8,14 @@ import os
 import stat
 from collections.abc import Iterator
 
-from migrator.engine.user.descriptors import calls
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, DeletedFile, File, FileData, FileKind
+from migrator.linux import descriptors
+from migrator.linux.openat2 import open_in_root
 
 # flags that act once, when a file is opened
-_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | calls.O_TMPFILE_BIT
+_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | descriptors.O_TMPFILE_BIT
 _KNOWN = 0o37777777  # all flags up to O_TMPFILE's
 _FORMATS = {
     FileKind.REGULAR: (stat.S_IFREG,),
@@ -39,7 +40,7 @@ def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile 
     status = os.fstat(description.fd)
     mode = stat.S_IMODE(status.st_mode)
     yield DeletedFile(objref, mode, status.st_size, status.st_uid, status.st_gid, description.path)
-    fd = calls.reopen(description.fd, os.O_RDONLY)
+    fd = descriptors.reopen(description.fd, os.O_RDONLY)
     try:
         end = 0
         while end < status.st_size:
@@ -67,11 +68,11 @@ def open_path(rec: File, root_fd: int) -> int:
     flags = rec.flags & ~_ONCE
     try:
         if rec.kind == FileKind.PATH:
-            fd = calls.openat2(root_fd, path, flags | calls.O_PATH, calls.RESOLVE_IN_ROOT)
+            fd = open_in_root(root_fd, path, flags | os.O_PATH)
         else:
             # O_NONBLOCK: whatever stands there instead of the file must not make us wait
             flags |= os.O_NONBLOCK | os.O_NOCTTY
-            fd = calls.openat2(root_fd, path, flags, calls.RESOLVE_IN_ROOT)
+            fd = open_in_root(root_fd, path, flags)
     except OSError as error:
         raise RestartFailed(
             f"{where} cannot be opened: {os.strerror(error.errno or 0)}",
@@ -102,14 +103,14 @@ def adjust(fd: int, rec: File) -> None:
 def still_there(fd: int, rec: File, root_fd: int) -> bool:
     """Whether the path of `rec` still leads to what was opened for it, opened in the same way."""
     try:
-        place = calls.openat2(root_fd, rec.path.lstrip("/") or ".", calls.O_PATH, calls.RESOLVE_IN_ROOT)
+        place = open_in_root(root_fd, rec.path.lstrip("/") or ".", os.O_PATH)
     except OSError:
         return False
     try:
         ours, there = os.fstat(fd), os.fstat(place)
     finally:
         os.close(place)
-    how = os.O_ACCMODE | os.O_SYNC | calls.O_PATH
+    how = os.O_ACCMODE | os.O_SYNC | os.O_PATH
     same_way = fcntl.fcntl(fd, fcntl.F_GETFL) & how == rec.flags & how
     return same_way and (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
@@ -180,7 +181,7 @@ class DeletedRestore:
 
     def open(self, rec: File) -> int:
         """A new description, at offset 0."""
-        return calls.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
+        return descriptors.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -189,7 +190,7 @@ class DeletedRestore:
 
 
 def _open_tmpfile(root_fd: int, directory: str, flags: int) -> int:
-    place = calls.openat2(root_fd, directory, os.O_RDONLY | os.O_DIRECTORY, calls.RESOLVE_IN_ROOT)
+    place = open_in_root(root_fd, directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC, 0o600)
     finally:

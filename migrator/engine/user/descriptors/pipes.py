@@ -12,10 +12,11 @@ import os
 import select
 from collections.abc import Iterator
 
-from migrator.engine.user.descriptors import calls
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, File, FileKind, Pipe, PipeBuffer
+from migrator.linux import descriptors
+from migrator.linux.openat2 import open_in_root
 
 _PAGE = 4096
 _PACKET = 1
@@ -53,7 +54,7 @@ def check(ends: list[Description]) -> None:
 def waiting(fd: int) -> int:
     """Bytes that wait in a pipe or a socket (FIONREAD)."""
     count = array.array("i", [0])
-    fcntl.ioctl(fd, calls.FIONREAD, count)
+    fcntl.ioctl(fd, descriptors.FIONREAD, count)
     return count[0]
 
 
@@ -66,7 +67,7 @@ def contents(read_end: int, capacity: int) -> Iterator[bytes]:
     try:
         if capacity > 16 * _PAGE:
             fcntl.fcntl(copy_write, fcntl.F_SETPIPE_SZ, capacity)
-        if calls.tee(read_end, copy_write, 1 << 30) != left:
+        if descriptors.tee(read_end, copy_write, 1 << 30) != left:
             raise OSError(f"tee: not all of the {left} bytes in the pipe")
         while left:
             data = os.read(copy_read, MAX_CHUNK)
@@ -112,23 +113,23 @@ class PipeRestore:
         if not self._keepers:
             self._keepers = self._open_fifo(rec, root_fd) if rec.kind == FileKind.FIFO else self._make()
             self._fill(rec)
-        if rec.kind == FileKind.PIPE and not flags & calls.O_LARGEFILE:
+        if rec.kind == FileKind.PIPE and not flags & descriptors.O_LARGEFILE:
             fd = self._fresh.pop(flags & os.O_ACCMODE != os.O_RDONLY, -1)
             if fd < 0:
                 raise ImageError(f"file {rec.objref}: a pipe has three ends")
         else:
-            fd = calls.reopen(self._keepers[0], flags & ~os.O_DIRECT | os.O_NONBLOCK)
+            fd = descriptors.reopen(self._keepers[0], flags & ~os.O_DIRECT | os.O_NONBLOCK)
         return fd
 
     def _make(self) -> list[int]:
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._fresh = {False: read, True: write}
-        return [calls.reopen(read, os.O_RDWR)]
+        return [descriptors.reopen(read, os.O_RDWR)]
 
     @staticmethod
     def _open_fifo(rec: File, root_fd: int) -> list[int]:
         flags = os.O_RDWR | os.O_NONBLOCK
-        return [calls.openat2(root_fd, rec.path.lstrip("/"), flags, calls.RESOLVE_IN_ROOT)]
+        return [open_in_root(root_fd, rec.path.lstrip("/"), flags)]
 
     def _fill(self, rec: File) -> None:
         keeper = self._keepers[0]

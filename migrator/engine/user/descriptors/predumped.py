@@ -1,7 +1,7 @@
-"""Files that are opened by path, written ahead of the freeze: in the end most of them are as they were.
+"""Pre-dumped files: those opened by path, written ahead of the freeze. Most of them do not change until then.
 
-What is looked at is what /proc shows: nothing of a running process is opened or held. Which descriptor is
-which may have changed by the end; then the records that come then say so, and those written here are nobody's.
+Only /proc is read: nothing of a running process is opened or held. The final FileTable supersedes these records;
+unreferenced ones are ignored.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from migrator.engine.user.descriptors import calls
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
+from migrator.linux import descriptors
 
 BY_PATH = frozenset({FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE})
 
@@ -40,11 +40,11 @@ class PredumpedFiles:
         self._serial = 0
         self._sent: dict[int, bytes] = {}
         self._kinds: dict[int, tuple[int, str]] = {}  # kind and path of a File, which stay
-        self._drafted: dict[Place, int] = {}
+        self._predumped: dict[Place, int] = {}
         self._inodes: dict[tuple[int, int, int], list[Place]] = {}
         self._taken: set[int] = set()
 
-    def draft(self, process: Holder) -> int:
+    def predump(self, process: Holder) -> int:
         """Write what a running process has open by path; the objref that its table will have.
 
         Raises OSError if the tree ends."""
@@ -53,7 +53,7 @@ class PredumpedFiles:
         try:
             for item in look(process, root, []):
                 if item.verdict.kind in BY_PATH:
-                    objref = self._draft(item)
+                    objref = self._predump(item)
                     entries.append(Descriptor(item.number, objref, int(item.info.cloexec), 0))
         finally:
             root.close()
@@ -62,9 +62,9 @@ class PredumpedFiles:
         return table
 
     def objref_of(self, description: Description) -> int:
-        """The objref of a description of the stopped tree; the drafted one if there is one that fits."""
+        """The objref of a description of the stopped tree; the pre-dumped one if there is one that fits."""
         for process, number in description.holders:
-            objref = self._drafted.get((process.pid, number), 0)
+            objref = self._predumped.get((process.pid, number), 0)
             if objref not in self._taken and self._kinds.get(objref) == (description.kind, description.path):
                 self._taken.add(objref)
                 return objref
@@ -83,10 +83,10 @@ class PredumpedFiles:
         self._serial += 1
         return self._objhash.get(("file", self._serial))[0]
 
-    def _draft(self, item: Found) -> int:
+    def _predump(self, item: Found) -> int:
         status, info, verdict = item.status, item.info, item.verdict
         objref = self._objref(item)
-        self._drafted[item.process.pid, item.number] = objref
+        self._predumped[item.process.pid, item.number] = objref
         self._kinds[objref] = verdict.kind, verdict.path
         self.put(
             File(
@@ -114,12 +114,12 @@ class PredumpedFiles:
     def _objref(self, item: Found) -> int:
         place = item.process.pid, item.number
         verdict = item.verdict
-        before = self._drafted.get(place, 0)
+        before = self._predumped.get(place, 0)
         if self._kinds.get(before) == (verdict.kind, verdict.path):
             return before
         others = self._inodes.setdefault((item.status.st_dev, item.status.st_ino, item.info.flags), [])
         for other in others:
-            objref = self._drafted[other]
+            objref = self._predumped[other]
             if self._kinds[objref] == (verdict.kind, verdict.path) and _same(place, other):
                 return objref
         others.append(place)
@@ -128,6 +128,6 @@ class PredumpedFiles:
 
 def _same(a: Place, b: Place) -> bool:
     try:
-        return calls.same_file(*a, *b)
+        return descriptors.same_file(*a, *b)
     except OSError:
         return False  # one of them is closed

@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from migrator.engine.user.descriptors import calls
 from migrator.errors import RestartFailed
+from migrator.linux import descriptors
+from migrator.linux.openat2 import open_in_root
 
 T = TypeVar("T")
 _PREFIX = ".migrator-"
@@ -36,7 +37,7 @@ class PrivateRoot:
         except OSError:
             os.close(place)
             raise
-        self.fd = os.open(self._folder, calls.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.fd = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._moves: list[tuple[str, str]] = []
 
     def run(self, function: Callable[[], T]) -> T:
@@ -46,7 +47,7 @@ class PrivateRoot:
 
         def inside() -> None:
             try:
-                calls.unshare_fs()
+                descriptors.unshare_fs()
                 os.fchdir(self.fd)
                 os.chroot(".")
                 result.append(function())
@@ -119,8 +120,8 @@ def finish_moves(root: int, moves: Sequence[Move]) -> None:
 
 @contextlib.contextmanager
 def _directory(root: int, path: str) -> Iterator[int]:
-    flags = calls.O_PATH | os.O_DIRECTORY
-    fd = calls.openat2(root, path.lstrip("/") or ".", flags, calls.RESOLVE_IN_ROOT)
+    flags = os.O_PATH | os.O_DIRECTORY
+    fd = open_in_root(root, path.lstrip("/") or ".", flags)
     try:
         yield fd
     finally:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from migrator.engine.user.descriptors import anonymous, calls, epolls, files, locks
+from migrator.engine.user.descriptors import anonymous, epolls, files, locks
 from migrator.engine.user.descriptors.epolls import Stub
 from migrator.engine.user.descriptors.pipes import PipeRestore
 from migrator.engine.user.descriptors.predumped import BY_PATH
@@ -17,6 +17,7 @@ from migrator.engine.user.descriptors.socket_restore import SocketRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image import records_files as r
 from migrator.image.codec import Record
+from migrator.linux import descriptors
 from migrator.linux.x86_64 import NR
 
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
@@ -46,8 +47,8 @@ class DescriptorRestore:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.tables: dict[int, r.FileTable] = {}
-        self.final = True  # else the tasks still run, and what comes are drafts
-        self._early: set[int] = set()  # Files that came as drafts
+        self.final = True  # else the tasks still run, and what comes is pre-dumped
+        self._early: set[int] = set()  # Files that came pre-dumped
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
         self._has_already: dict[int, tuple[Stub, Contents]] = {}  # by vpid: what it was given
@@ -62,7 +63,7 @@ class DescriptorRestore:
         self._locks: list[r.FileLock] = []
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
         self._sockets = SocketRestore(context)
-        calls.allow_many_files()
+        descriptors.allow_many_files()
         self._takers: dict[type[Record], Callable[[Any], None]] = {
             r.File: self._file,
             r.FileTable: self._table,
@@ -92,7 +93,7 @@ class DescriptorRestore:
             raise RestartFailed(f"{_about(rec)}: {error}") from error
 
     def settle(self, tables: Iterable[int]) -> None:
-        """Once all records are there, and ahead of install(): make the drafts good that `tables` name."""
+        """Once all records are there, and ahead of install(): complete the pre-dumped files that `tables` name."""
         named = {d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors}
         for objref in self._early & named:
             self._make_good(self._records[objref])
@@ -181,7 +182,7 @@ class DescriptorRestore:
         pid = self._context.pid_of(rec.pid) if rec.pid > 0 else 0
         if not pid:
             raise ImageError(f"a pidfd of pid {rec.pid}, which is not in the tree")
-        self._object(rec.objref, calls.pidfd_open(pid))
+        self._object(rec.objref, os.pidfd_open(pid))
 
     def _object(self, objref: int, fd: int) -> None:
         if objref in self._ready:
@@ -238,11 +239,11 @@ class DescriptorRestore:
         if kind == r.FileKind.DELETED:
             return self._known(self._deleted, inode, "deleted file").open(rec)
         if kind == r.FileKind.MEMFD:
-            return calls.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
+            return descriptors.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
         if kind == r.FileKind.SOCKET:
             return self._sockets.take(inode)
         if kind == r.FileKind.EPOLL:
-            return calls.epoll_create()
+            return descriptors.epoll_create()
         if kind in _ANONYMOUS:
             if inode not in self._ready or (kind == r.FileKind.TIMERFD) != (inode in self._timers):
                 raise ImageError(f"file {rec.objref}: object {inode} is not there, taken, or something else")
@@ -314,9 +315,9 @@ class DescriptorRestore:
 def _set_owner(stub: Stub, number: int, rec: r.File) -> None:
     """From inside: the owner's pid is the tree's own, and the rights to signal it are the setter's."""
     address = stub.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
-    batch: list[tuple[int, ...]] = [(NR["fcntl"], number, calls.F_SETOWN_EX, address)]
+    batch: list[tuple[int, ...]] = [(NR["fcntl"], number, descriptors.F_SETOWN_EX, address)]
     if rec.owner_signal:
-        batch.append((NR["fcntl"], number, calls.F_SETSIG, rec.owner_signal))
+        batch.append((NR["fcntl"], number, descriptors.F_SETSIG, rec.owner_signal))
     if min(stub.call_batch(batch)) < 0:
         raise RestartFailed(f"pid {stub.vpid} fd {number}: pid {rec.owner_pid} cannot be made its owner")
 

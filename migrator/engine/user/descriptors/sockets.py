@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from migrator.engine.user.descriptors import calls, sockopts
+from migrator.engine.user.descriptors import sockopts
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
 from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
+from migrator.linux import descriptors
 from migrator.linux.namespaces import entered
 
 INET = (socket.AF_INET, socket.AF_INET6)
@@ -46,7 +47,7 @@ def judge(sock: socket.socket) -> None:
 
 def has_filter(sock: socket.socket) -> bool:
     try:
-        return calls.filter_length(sock.fileno()) > 0
+        return descriptors.filter_length(sock.fileno()) > 0
     except OSError:
         return True  # an eBPF program, which is not told
 

@@ -6,8 +6,9 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 
-from migrator.engine.user.descriptors import calls, fdinfo, sockopts
+from migrator.engine.user.descriptors import fdinfo, sockopts
 from migrator.engine.user.descriptors.description import Holder
+from migrator.linux import sys
 
 
 def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
@@ -26,7 +27,7 @@ def _knows_its_peer(process: Holder, number: int) -> bool:
     try:
         if not os.readlink(f"/proc/{process.pid}/fd/{number}").startswith("socket:"):
             return False
-        with socket.socket(fileno=calls.pidfd_getfd(process.pidfd, number)) as sock:
+        with socket.socket(fileno=sys.pidfd_getfd(process.pidfd, number)) as sock:
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             return sock.family == socket.AF_UNIX and not listens and sockopts.has_peer(sock)
     except OSError:

@@ -17,11 +17,12 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from migrator.engine.user.descriptors import calls, fdinfo, sockopts
+from migrator.engine.user.descriptors import fdinfo, sockopts
 from migrator.engine.user.descriptors.description import Holder
+from migrator.linux import sys
 
 _PAUSE = 0.0002
 _CONTROL = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD
@@ -51,7 +52,7 @@ class Transients:
                 continue
 
     def _look(self, process: Holder, number: int) -> None:
-        fd = calls.pidfd_getfd(process.pidfd, number)
+        fd = sys.pidfd_getfd(process.pidfd, number)
         sock = socket.socket(fileno=fd)
         what = f"pid {process.vpid} fd {number}"
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -64,18 +65,21 @@ class Transients:
             sock.close()
 
     def waiting(self) -> str:
-        """What there is now, in words; "" for nothing."""
+        """What there is now, in words; "" for nothing. The tasks are stopped: their peek offsets are borrowed."""
+        return self._waiting(_carries_descriptors)
+
+    def _waiting(self, carries_descriptors: Callable[[int], bool]) -> str:
         for fd, _ in self._poll.poll(0):
             return f"{self._listeners[fd]}: a connection waits to be accepted"
         for fd, events in self._poll_unix.poll(0):
-            if events & select.POLLIN and _carries_descriptors(fd):
+            if events & select.POLLIN and carries_descriptors(fd):
                 return f"{self._unix[fd]}: descriptors are on their way through this unix socket (SCM_RIGHTS)"
         return ""
 
     def settle(self, seconds: float) -> bool:
-        """Wait until the program has taken everything, at most this long; whether it has."""
+        """Wait until the program has taken what can be seen while it runs, at most this long; whether it has."""
         end = time.monotonic() + seconds
-        while self.waiting():
+        while self._waiting(_begins_with_descriptors):
             if time.monotonic() > end:
                 return False
             time.sleep(_PAUSE)
@@ -96,6 +100,35 @@ class Transients:
         self.close()
 
 
+def _begins_with_descriptors(fd: int) -> bool:
+    """Whether what is to be received next brings a descriptor. The program may run meanwhile.
+
+    Looking further would move the peek offset, which is the program's (SO_PEEK_OFF, socket(7)): its own MSG_PEEK
+    would skip messages. So would any look of ours where the program has set one; such a socket is left for later."""
+    sock = sockopts.borrow(fd)
+    try:
+        if sock.getsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF) >= 0:
+            return False
+        return _close_received(sock.recvmsg(1, _CONTROL, _PEEK)[1])
+    except OSError:
+        return False  # it was taken meanwhile
+    finally:
+        sock.detach()
+
+
+def _close_received(control: list[tuple[int, int, bytes]]) -> bool:
+    """Close the descriptors that came with a message; whether there were any."""
+    found = False
+    for level, kind, payload in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found = True
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+            for number in numbers:
+                os.close(number)
+    return found
+
+
 def _carries_descriptors(fd: int) -> bool:
     """Whether a descriptor is in the queue of a unix socket. All is left in place."""
     sock = sockopts.borrow(fd)
@@ -105,13 +138,7 @@ def _carries_descriptors(fd: int) -> bool:
     try:
         while not found:
             data, control, _, _ = sock.recvmsg(_CHUNK, _CONTROL, _PEEK)
-            for level, kind, payload in control:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    found = True
-                    numbers = array.array("i")
-                    numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                    for number in numbers:
-                        os.close(number)
+            found = _close_received(control)
             if not data:
                 break
     except OSError:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from migrator.engine.user.descriptors import addresses, calls, sockopts
+from migrator.engine.user.descriptors import addresses, sockopts
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.engine.user.descriptors.private_root import Move, PrivateRoot
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState
 from migrator.linux.credentials import as_user
+from migrator.linux.openat2 import open_in_root
 
 T = TypeVar("T")
 _KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
@@ -197,9 +198,9 @@ class UnixRestore:
         folder = os.path.dirname(rec.path) if rec.path else ""
         root = self._roots.get(folder)
         if root is None:
-            flags = calls.O_PATH | os.O_DIRECTORY
+            flags = os.O_PATH | os.O_DIRECTORY
             if folder:
-                place = calls.openat2(self._root_fd, folder.lstrip("/") or ".", flags, calls.RESOLVE_IN_ROOT)
+                place = open_in_root(self._root_fd, folder.lstrip("/") or ".", flags)
             else:
                 place = os.open(tempfile.gettempdir(), flags | os.O_CLOEXEC)
             root = self._roots[folder] = PrivateRoot(place)

@@ -1,12 +1,12 @@
 """Which pages of an address space must be sent: dirty tracking without stopping anybody.
 
 A sweep gives page ranges in two lists: `data` (contents to be read and sent) and `absent` (dropped, or
-never there: the destination drops its own), and keeps the write protection armed for the next sweep. Big
+never there: the destination drops its own), and renews the write protection for the next sweep. Big
 mappings come in pieces, each as fresh as can be and small enough to be held in memory.
 The tracker knows only private memory; shared memory is migrator.engine.user.dump.shm.
 
 What the kernel does that one must know:
-- a mapping made, moved or inherited by fork after arming is not tracked: the scan stops there with EPERM,
+- a mapping made, moved or inherited by fork after instrument() is not tracked: the scan stops there with EPERM,
   the ranges before it are already re-protected and must not be lost; it is registered and sent whole;
 - a page dropped by madvise(MADV_DONTNEED) is reported as written and not present;
 - a page of a private file mapping that was never written is FILE: the destination has it in its file.

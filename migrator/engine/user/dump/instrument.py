@@ -11,51 +11,46 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
+from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.parasite import SCRATCH, Parasite
-from migrator.engine.user.dump.process_tree import (
-    Process,
-    Thread,
-    out_of_critical_section,
-    stop_one,
-    vtid_of,
-    without_spurious_eintr,
-)
-from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.engine.user.dump.process import Process, Thread, vtid_of
+from migrator.engine.user.dump.restart_blocks import RestartBlocks
+from migrator.engine.user.dump.tracing import stop_one
 from migrator.errors import CheckpointFailed
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
-_UFFD_FLAGS = 0o2000000 | 0o4000 | 1  # O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY
+_UFFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | 1  # UFFD_USER_MODE_ONLY
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
 _SCRATCH_NAME = b"migrator\0"
 
 
 class Instrument:
-    """`waits` learns of every stop, so that none makes a wait longer than it was."""
+    """`restart_blocks` learns of every stop, so that none makes a wait longer than it was."""
 
-    def __init__(self, waits: Waits) -> None:
-        self._waits = waits
+    def __init__(self, restart_blocks: RestartBlocks) -> None:
+        self._restart_blocks = restart_blocks
 
     @contextmanager
     def stopped(self, process: Process, tid: int) -> Iterator[Thread]:
         """A task that runs, stopped inside the block. Raises ProcessLookupError if it ends, TimeoutError."""
         pid = process.pid
-        self._waits.observe(pid, tid)
+        self._restart_blocks.observe(pid, tid)
         stop_one(tid)
         try:
-            self._waits.confirm(pid, [tid])
+            self._restart_blocks.confirm(pid, [tid])
             regs = arch.get_regs(tid)
             rseq = ptrace.rseq_configuration(tid)
             adjusted = out_of_critical_section(pid, rseq.pointer, regs)
             if without_spurious_eintr(regs):
-                self._waits.shorten(pid, tid, regs)
+                self._restart_blocks.shorten(pid, tid, regs)
                 adjusted = True
             if adjusted:
                 arch.set_regs(tid, regs)
             yield Thread(tid, vtid_of(process, tid), regs, arch.get_xstate(tid), ptrace.get_sigmask(tid), rseq=rseq)
-            self._waits.interrupted(pid, tid)
+            self._restart_blocks.interrupted(pid, tid)
         finally:
             ptrace.detach(tid)
 
@@ -80,14 +75,14 @@ class Instrument:
                     remote.call(arch.NR["close"], fd)
                 self._map_scratch(process, remote)
         process.maps = ""
-        process.drafted.clear()
+        process.predumped.clear()
         scanner = process.scanner = Scanner(pid)
         process.mem = memory.MemFile(pid)
         hidden = (remote.scratch, remote.scratch + SCRATCH)
         return WpAsyncTracker(scanner, protection, lambda: procfs.maps(pid), hidden)
 
     def prepare_stopped(self, process: Process) -> None:
-        """Give a process that was stopped before it could be armed its scratch area."""
+        """Give a process that was stopped before it could be instrumented its scratch area."""
         remote = process.remote = Remote(process.pid)
         remote.prepare()
         leader = process.leader
@@ -104,8 +99,8 @@ class Instrument:
                 (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
             ]
         )
-        process.asking = Parasite(remote)
-        process.asking.prepare()
+        process.parasite = Parasite(remote)
+        process.parasite.prepare()
 
     def remove_stopped(self, processes: Iterable[Process]) -> None:
         """Take the scratch areas out of stopped processes."""

@@ -17,7 +17,8 @@ import os
 from collections.abc import Callable
 
 from migrator.engine.base import SourceOptions
-from migrator.engine.user.dump.process_tree import Process, ProcessTree
+from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.source import UserSource
 from migrator.errors import UsageError
 from migrator.linux import procfs

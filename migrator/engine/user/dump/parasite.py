@@ -1,17 +1,18 @@
-"""What a task can only say of itself: signal actions, timers, limits, its alternate stack.
+"""The parasite: calls run inside a stopped task for what only the task itself can find out.
 
-It is asked by calls that are made inside it, from tables that are written once, while it runs, and then run
-again and again: asking a stopped process that was prepared takes a tenth of a millisecond. The threads of a
-process run their tables at the same time.
+These are signal actions, timers, limits and the alternate stack. The tables of calls are written once, while the
+process runs, and can be run many times. A run takes a tenth of a millisecond. The threads of a process run their
+tables at the same time.
 
-    asking = Parasite(remote)          # its scratch area is mapped
-    asking.prepare()
-    said = asking.process(regs, xstate, mask)     # the leader is stopped
-    others = asking.threads(threads)              # the threads are stopped
+    parasite = Parasite(remote)          # its scratch area is mapped
+    parasite.prepare()
+    reply = parasite.process(regs, xstate, mask)     # the leader is stopped
+    others = parasite.threads(threads)              # the threads are stopped
 """
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,23 +23,23 @@ from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Remote, pack_calls, way_of_return
 
-SCRATCH = 256 << 10  # room for tables, answers and the contexts of one group of threads
+SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
 
 NSIG = 64
 SIGACTION_SIZE = 32
-UNBLOCKABLE = (9, 19)
+UNBLOCKABLE = (signal.SIGKILL, signal.SIGSTOP)
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _RLIMITS = 16
-_SIGURG = 23
+_SIGURG = int(signal.SIGURG)  # ends a batch
 
-_THREAD_OUT = 64  # bytes of answers of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
+_THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
 _THREAD_CALLS = 5
-_SLACK = 3  # which of them answers with the timer slack
+_SLACK = 3  # which of them returns the timer slack
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
-# In the scratch area's free part: the process's answers, those of the threads, tables and contexts of the threads.
+# In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
 _ACTIONS = _THREAD_OUT
 _ITIMERS = _ACTIONS + (NSIG - len(UNBLOCKABLE)) * SIGACTION_SIZE
 _LIMITS = _ITIMERS + 96
@@ -51,7 +52,7 @@ _ASKED = [n for n in range(1, NSIG + 1) if n not in UNBLOCKABLE]
 
 
 class Stopped(Protocol):
-    """A stopped thread; see migrator.engine.user.dump.process_tree.Thread."""
+    """A stopped thread; see migrator.engine.user.dump.process.Thread."""
 
     tid: int
     regs: arch.Regs | None
@@ -60,8 +61,8 @@ class Stopped(Protocol):
 
 
 @dataclass(slots=True)
-class Answers:
-    """What a thread said of itself."""
+class ThreadReply:
+    """What the parasite found out of a thread."""
 
     altstack: tuple[int, int, int]  # sp, flags, size
     tid_address: int
@@ -71,14 +72,14 @@ class Answers:
 
 
 @dataclass(slots=True)
-class ProcessAnswers:
-    """What a process said of itself, through its leader.
+class ProcessReply:
+    """What the parasite found out of a process, through its leader.
 
     actions:  struct sigaction of signal 1 to 64, zeros where it cannot have one
     limits:   16 pairs of u64, soft and hard
     itimers:  of each, (value, interval) in microseconds"""
 
-    leader: Answers
+    leader: ThreadReply
     actions: bytes
     limits: bytes
     itimers: list[tuple[int, int]]
@@ -119,7 +120,7 @@ class Parasite:
 
     def process(
         self, regs: arch.Regs, mask: int, timers: Sequence[PosixTimer] = (), xstate: bytes = b""
-    ) -> ProcessAnswers:
+    ) -> ProcessReply:
         """Ask through the leader, which is stopped with `regs` and `mask`; it is as before afterwards.
 
         Also reads value, interval and overrun of `timers` into them."""
@@ -145,8 +146,8 @@ class Parasite:
         for n in UNBLOCKABLE:  # in order: their places are filled from the lower one on
             hole = (n - 1) * SIGACTION_SIZE
             actions = actions[:hole] + bytes(SIGACTION_SIZE) + actions[hole:]
-        return ProcessAnswers(
-            _answers(raw, at, results[_SLACK]),
+        return ProcessReply(
+            _thread_reply(raw, at, results[_SLACK]),
             actions,
             raw[at + _LIMITS : at + _SUBREAPER],
             itimers,
@@ -170,9 +171,9 @@ class Parasite:
             timer.interval, timer.value = i_s * 10**9 + i_ns, v_s * 10**9 + v_ns
             timer.overrun = max(0, results[len(timers) + i])
 
-    def threads(self, threads: Sequence[Stopped]) -> list[Answers]:
+    def threads(self, threads: Sequence[Stopped]) -> list[ThreadReply]:
         """Ask stopped threads other than the leader, all at the same time; they are as before afterwards."""
-        out: list[Answers] = []
+        out: list[ThreadReply] = []
         if threads and not self._prepared:
             self.prepare()
         first = 0
@@ -184,7 +185,7 @@ class Parasite:
             first += len(group)
         return out
 
-    def _ask_group(self, group: Sequence[Stopped]) -> list[Answers]:
+    def _ask_group(self, group: Sequence[Stopped]) -> list[ThreadReply]:
         remote = self._remote
         pid, out = remote.pid, remote.data
         first = (out + _CONTEXTS + 63) & ~63
@@ -208,15 +209,15 @@ class Parasite:
             while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
                 ptrace.cont(thread.tid)
         raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
-        said = []
+        replies = []
         for i, thread in enumerate(group):
             assert thread.regs is not None
             ptrace.set_sigmask(thread.tid, thread.mask)
             arch.set_regs(thread.tid, thread.regs)
             slack_at = _TABLES - _THREADS + i * per_thread + _SLACK * arch.BATCH_ENTRY + 56
             (slack,) = struct.unpack_from("<q", raw, slack_at)
-            said.append(_answers(raw, i * _THREAD_OUT, slack))
-        return said
+            replies.append(_thread_reply(raw, i * _THREAD_OUT, slack))
+        return replies
 
 
 def _thread_calls(out: int) -> list[tuple[int, ...]]:
@@ -229,7 +230,7 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
     ]
 
 
-def _answers(raw: bytes, at: int, slack: int) -> Answers:
+def _thread_reply(raw: bytes, at: int, slack: int) -> ThreadReply:
     sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
     comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return Answers((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)
+    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)

@@ -7,83 +7,18 @@ a program that runs under pre-copy must not feel.
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from migrator.engine.user.dump.parasite import Parasite
+from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
+from migrator.engine.user.dump.process import Process, Thread, vtid_of
+from migrator.engine.user.dump.tracing import PATIENCE, bring_to_stop, go_on, in_d_state, interrupt, poll, seize
 from migrator.errors import CheckpointFailed
-from migrator.linux import memory, procfs, ptrace
+from migrator.linux import procfs, ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.remote import Remote
 
-# what answers a mere stop with EINTR (signal(7)); of those on sockets, where a time limit is set on them
-_EINTR_CALLS = {
-    arch.NR[name]
-    for name in (
-        *("epoll_wait", "epoll_pwait", "epoll_pwait2", "rt_sigtimedwait", "semop", "semtimedop"),
-        *("io_getevents", "io_pgetevents", "read", "readv", "write", "writev", "accept", "accept4"),
-        *("sendto", "sendmsg", "recvfrom", "recvmsg", "recvmmsg"),
-    )
-}
-_ERESTARTNOHAND = (1 << 64) - 514
-_EINTR = (1 << 64) - 4
-_SIGTRAP = 5
 LEADERLESS = "such a process is not carried yet"
-_PATIENCE = 3.0  # seconds that a task may take to stop
 _STUCK = 0.002  # seconds after which the others run again for one that may wait for them
-
-
-@dataclass(slots=True)
-class Thread:
-    """One task. Registers and mask are there while it is stopped."""
-
-    tid: int
-    vtid: int
-    regs: arch.Regs | None = None
-    xstate: bytes = b""
-    mask: int = 0
-    stop_signal: int = 0  # in a group stop by this signal
-    rseq: ptrace.RseqConfiguration | None = None
-    adjusted: bool = False  # `regs` are not what the task has, and are to be set when it goes on
-
-
-@dataclass(slots=True)
-class Process:
-    """One process of the tree, by its pid in our namespace; `vpid` is its own view."""
-
-    pid: int
-    vpid: int
-    pidfd: int
-    start_time: int
-    threads: dict[int, Thread] = field(default_factory=dict)
-    zombie: bool = False
-    exit_code: int = 0
-    remote: Remote | None = None
-    asking: Parasite | None = None
-    drafted: set[int] = field(default_factory=set)  # tids whose state was drafted
-    protection: WriteProtection | None = None
-    scanner: Scanner | None = None
-    mem: memory.MemFile | None = None
-    mm_objref: int = 0
-    executed: int = 0  # how often it was seen to have become another program
-    maps: str = ""  # as read last
-    vmas: list[procfs.Vma] = field(default_factory=list)
-
-    @property
-    def leader(self) -> Thread:
-        return self.threads[self.pid]
-
-    def close(self) -> None:
-        for thing in (self.protection, self.scanner, self.mem):
-            if thing is not None:
-                thing.close()
-        self.protection = self.scanner = self.mem = None
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
 
 
 class ProcessTree:
@@ -151,7 +86,7 @@ class ProcessTree:
             if tid in process.threads:
                 continue
             try:
-                if not _seize(process.pid, tid):
+                if not seize(process.pid, tid):
                     continue
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -172,10 +107,10 @@ class ProcessTree:
         self.stopped = True
         waiting = {t.tid: (p, t) for p in self.living for t in p.threads.values()}
         halted: dict[int, tuple[Process, Thread]] = {}
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while waiting:
             for tid in waiting:
-                _interrupt(tid)
+                interrupt(tid)
             self._halt(waiting, halted, deadline)
             if any(pid not in self.processes for pid in self._list_pids()):
                 self.refresh()
@@ -231,14 +166,14 @@ class ProcessTree:
         loose: dict[int, tuple[Process, Thread]] = {}
         stuck_at = time.monotonic() + _STUCK
         while waiting or loose:
-            moved = _poll(waiting, halted)
+            moved = poll(waiting, halted)
             if loose:
-                _poll(loose, None)
+                poll(loose, None)
             if not waiting:
                 waiting.update(loose)
                 loose.clear()
                 for tid in waiting:
-                    _interrupt(tid)
+                    interrupt(tid)
                 stuck_at = time.monotonic() + _STUCK
                 continue
             if moved:
@@ -247,12 +182,12 @@ class ProcessTree:
             if now > deadline:
                 tid = next(iter(waiting))
                 raise CheckpointFailed(
-                    f"pid {waiting[tid][0].pid} (tid {tid}) does not stop within {_PATIENCE:g} s",
+                    f"pid {waiting[tid][0].pid} (tid {tid}) does not stop within {PATIENCE:g} s",
                     hint="it may be in an uninterruptible sleep (state D), as on a dead network file system",
                 )
-            if not loose and now > stuck_at and halted and any(_in_d_state(p.pid, t) for t, (p, _) in waiting.items()):
+            if not loose and now > stuck_at and halted and any(in_d_state(p.pid, t) for t, (p, _) in waiting.items()):
                 for tid in halted:
-                    _go_on(tid)
+                    go_on(tid)
                 loose.update(halted)
                 halted.clear()
             time.sleep(0.00005)
@@ -279,41 +214,6 @@ class ProcessTree:
         self.processes.clear()
 
 
-def vtid_of(process: Process, tid: int) -> int:
-    """The id of a task as the tree itself sees it."""
-    if process.vpid == process.pid:
-        return tid
-    return process.vpid if tid == process.pid else procfs.ns_pid(procfs.status(process.pid, tid))
-
-
-def without_spurious_eintr(regs: arch.Regs) -> bool:
-    """epoll_wait(2) and others answer a mere stop with EINTR; make that one that is made again.
-
-    If a signal with a handler waits as well, the kernel makes it EINTR again: then it was meant."""
-    if regs.rax == _EINTR and regs.orig_rax in _EINTR_CALLS:
-        regs.rax = _ERESTARTNOHAND
-        return True
-    return False
-
-
-def out_of_critical_section(pid: int, rseq: int, regs: arch.Regs) -> bool:
-    """Abort a restartable sequence (rseq(2)) that the stop fell into, as the kernel would do later.
-
-    Later is too late: with other code to run in between, the kernel forgets the sequence."""
-    if not rseq:
-        return False
-    try:
-        (descriptor,) = struct.unpack("<Q", memory.read(pid, rseq + 8, 8))
-        if descriptor:
-            start, length, abort = struct.unpack("<8xQQQ", memory.read(pid, descriptor, 32))
-            if start <= regs.rip < start + length:
-                regs.rip = abort
-                return True
-    except OSError:
-        pass  # its memory is gone: the kernel would kill it for that, not we
-    return False
-
-
 def _is_zombie(fields: list[str]) -> bool:
     return fields[3] == "Z" and int(fields[20]) <= 1  # else its other threads live on
 
@@ -335,26 +235,6 @@ def _open(pid: int) -> Process | None:
     return process
 
 
-def _seize(pid: int, tid: int) -> bool:
-    """Attach to a task; False for one that has ended and waits for its parent."""
-    options = ptrace.O_TRACESYSGOOD
-    try:
-        ptrace.seize(tid, options | ptrace.O_SUSPEND_SECCOMP)
-        return True
-    except PermissionError:
-        pass  # not for this option, perhaps
-    try:
-        ptrace.seize(tid, options)
-        return True
-    except PermissionError as error:
-        if procfs.stat(pid, tid)[3] in "ZX":
-            return False
-        raise CheckpointFailed(
-            f"pid {pid} cannot be traced (tid {tid})",
-            hint="a debugger may be attached; `grep TracerPid /proc/PID/status` tells",
-        ) from error
-
-
 def _let_go_of_ended(process: Process) -> None:
     """Take the end of seized tasks: until their tracer has, their parent cannot."""
     for tid in process.threads:
@@ -363,96 +243,3 @@ def _let_go_of_ended(process: Process) -> None:
         except ChildProcessError:
             pass
     process.threads.clear()
-
-
-def stop_one(tid: int) -> None:
-    """Seize and stop a single task for a moment; undone by ptrace.detach.
-
-    Raises ProcessLookupError if it has ended, TimeoutError if it does not stop."""
-    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-    bring_to_stop(tid)
-
-
-def bring_to_stop(tid: int) -> None:
-    """Stop a seized task, if it is not stopped already. Errors as stop_one()."""
-    _interrupt(tid)
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        status = _next_status(tid)
-        if status is None:
-            if procfs.stat(tid)[3] == "t" and _is_stopped(tid):
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(110, "does not stop", f"tid {tid}")
-            time.sleep(0.00005)
-        elif not ptrace.is_stop(status):
-            raise ProcessLookupError(3, "ended before it could be stopped", f"tid {tid}")
-        elif ptrace.stop_event(status) == ptrace.EVENT_STOP:
-            return
-        else:
-            ptrace.cont(tid, ptrace.stop_signal(status))
-
-
-def _is_stopped(tid: int) -> bool:
-    try:
-        arch.get_regs(tid)
-    except OSError:
-        return False
-    return True
-
-
-def _next_status(tid: int) -> int | None:
-    """The next wait status of a tracee, None if there is none yet; ProcessLookupError."""
-    try:
-        got, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
-    except ChildProcessError:
-        raise ProcessLookupError(3, "is gone", f"tid {tid}") from None
-    return status if got else None
-
-
-def _interrupt(tid: int) -> None:
-    try:
-        ptrace.interrupt(tid)
-    except OSError:
-        pass  # it has ended, which waiting for it tells
-
-
-def _go_on(tid: int, signal: int = 0) -> None:
-    try:
-        ptrace.cont(tid, signal)
-    except OSError:
-        pass
-
-
-def _poll(tasks: dict[int, tuple[Process, Thread]], halted: dict[int, tuple[Process, Thread]] | None) -> bool:
-    """Take what has happened to `tasks`: the ended leave, the stopped move to `halted`; without `halted`
-    they go on at once. Whether anything happened."""
-    moved = False
-    for tid, (process, thread) in list(tasks.items()):
-        try:
-            status = _next_status(tid)
-        except ProcessLookupError:
-            status = 0
-        if status is None:
-            continue
-        moved = True
-        if not ptrace.is_stop(status):  # it ended before the stop reached it
-            process.threads.pop(tid, None)
-            del tasks[tid]
-            continue
-        signal = ptrace.stop_signal(status)
-        if ptrace.stop_event(status) != ptrace.EVENT_STOP:
-            _go_on(tid, signal)  # a signal was about to be delivered: let it, then stop
-        elif halted is None:
-            _go_on(tid)
-        else:
-            thread.stop_signal = 0 if signal == _SIGTRAP else signal
-            halted[tid] = tasks.pop(tid)
-    return moved
-
-
-def _in_d_state(pid: int, tid: int) -> bool:
-    try:
-        return procfs.stat(pid, tid)[3] == "D"
-    except OSError:
-        return False

@@ -48,7 +48,7 @@ class Wait:
     switches: int  # voluntary switches of the task while it sits in it
 
 
-class Waits:
+class RestartBlocks:
     """What was seen of waiting tasks, by tid."""
 
     def __init__(self) -> None:

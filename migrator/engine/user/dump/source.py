@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,22 +18,18 @@ from migrator.engine.stream import RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
-from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
-from migrator.engine.user.dump.instrument import Instrument
-from migrator.engine.user.dump.mappings import LayoutDump
-from migrator.engine.user.dump.pages import CHUNK, PageSender
-from migrator.engine.user.dump.process_tree import Process, ProcessTree
-from migrator.engine.user.dump.restart_blocks import Waits
-from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.dump.memory import MemoryDump
+from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process_tree import ProcessTree
+from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
-from migrator.linux import memory, procfs, sys
+from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup, directory_of, remove_empty
-from migrator.linux.pagemap import Scanner
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
@@ -56,15 +52,11 @@ class UserSource:
             self._cgroup = Cgroup.at(options.container_cgroup)
             self._own_cgroup = False
         self.tree = ProcessTree(pid, self._list_pids)
-        self._shared = SharedMemory()
-        self._layout = LayoutDump(self._writer, self._objhash, self._shared)
-        self._sender = PageSender(self._writer)
-        self._waits = Waits()
-        self._instrument = Instrument(self._waits)
-        self._tasks = TaskDump(self._writer, self._objhash, self._waits)
-        self._file_drafts = PredumpedFiles(self._objhash, self._writer, pid)
+        self._restart_blocks = RestartBlocks()
+        self._memory = MemoryDump(self._writer, self._objhash, self._restart_blocks, lambda: self.tree.processes)
+        self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
+        self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
-        self._trackers: dict[int, WpAsyncTracker] = {}
         self._generation = 0
         self._hierarchy: list[TaskPids] = []  # as it was written last
         self._rounds: list[Round] = []
@@ -142,46 +134,46 @@ class UserSource:
                 self._writer.write(Container(1, self.options.container, self.options.container_spec))
             self._write_tree()
             for process in self.tree.living:
-                self._try_instrument(process)
+                self._memory.instrument(process)
             self._instrumented = True
             self._writer.flush()
 
     def round(self) -> Round:
         """Send what was written since the last round (everything, the first time). The workload runs on."""
         start = time.monotonic_ns()
-        before = self._sender.pages, self._sender.zero_pages, self._writer.bytes
+        before = self._memory.sender.pages, self._memory.sender.zero_pages, self._writer.bytes
         number = len(self._rounds) + 1
         _, gone = self.tree.refresh()
         for process in gone:
-            self._trackers.pop(process.pid, None)
+            self._memory.trackers.pop(process.pid, None)
         for process in self.tree.living:
             try:
-                self._look(process)
+                self._memory.look(process)
             except OSError:
                 continue  # it has ended: the next round knows
-            if process.pid not in self._trackers:
-                self._try_instrument(process)
+            if process.pid not in self._memory.trackers:
+                self._memory.instrument(process)
         self._write_tree()
         self._writer.write(RoundMark(number, 0, time.time_ns()))
         for process in self.tree.living:
-            if process.pid in self._trackers:
+            if process.pid in self._memory.trackers:
                 try:
-                    self._look(process)
-                    self._send_memory(process, refresh=number <= 2)
+                    self._memory.look(process)
+                    self._memory.send(process, refresh=number <= 2)
                 except (FileNotFoundError, ProcessLookupError):
                     continue
-        self._shared.send(self._writer, self._sender, final=False)
-        self._draft()
+        self._memory.shared.send(self._writer, self._memory.sender, final=False)
+        self._predump()
         self._writer.write(RoundMark(number, RoundFlag.END, time.time_ns()))
         self._writer.flush()
         end = time.monotonic_ns()
-        pages = self._sender.pages - before[0]
+        pages = self._memory.sender.pages - before[0]
         previous = self._rounds[-1] if self._rounds else None
         rate = pages / max(1e-9, (start - previous.start) / 1e9) if previous is not None else 0.0
         made = Round(
             number,
             pages,
-            self._sender.zero_pages - before[1],
+            self._memory.sender.zero_pages - before[1],
             self._writer.bytes - before[2],
             start,
             end,
@@ -193,19 +185,10 @@ class UserSource:
     def dirty_rate(self, seconds: float) -> float:
         """Bytes per second that the tree writes to its private memory, over `seconds`. Sends nothing."""
         self.instrument()
-        self._sweep_only()
+        self._memory.sweep()
         start = time.monotonic()
         time.sleep(seconds)
-        return self._sweep_only() * PAGE_SIZE / (time.monotonic() - start)
-
-    def _sweep_only(self) -> int:
-        pages = 0
-        for process in self.tree.living:
-            tracker = self._trackers.get(process.pid)
-            if tracker is not None:
-                self._look(process)
-                pages += sum(piece.pages for piece in tracker.sweep(process.vmas))
-        return pages
+        return self._memory.sweep() * PAGE_SIZE / (time.monotonic() - start)
 
     # ------------------------------------------------------------------ stopped
 
@@ -216,7 +199,7 @@ class UserSource:
             for process in self.tree.living:
                 self._tasks.warm(process)
                 for tid in process.threads:
-                    self._waits.observe(process.pid, tid)
+                    self._restart_blocks.observe(process.pid, tid)
             self._transients = Transients(self._owners())
         self._seized = True
 
@@ -255,40 +238,40 @@ class UserSource:
 
     def _final(self, silence: Callable[[], None] | None) -> None:
         living = self.tree.living
-        with self._phase("memory"):  # first: it is on its way while the tasks are asked
+        with self._phase("memory"):  # first: it is sent while the parasite runs
             states = {}
             for process in living:
-                self._waits.confirm(process.pid, process.threads)
-                self._look(process)
-                self._prepare_scratch(process)
+                self._restart_blocks.confirm(process.pid, process.threads)
+                self._memory.look(process)
+                self._memory.prepare(process)
                 states[process.pid] = procfs.status(process.pid)
             self._write_tree(states)
-            self._waits.stopped()
+            self._restart_blocks.stopped()
             self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
             for process in living:
-                self._send_memory(process, final=True)
-        with self._phase("ask"):
-            said, others, timers = {}, {}, {}
+                self._memory.send(process, final=True)
+        with self._phase("parasite"):
+            replies, others, timers = {}, {}, {}
             for process in living:
-                pid, leader, asking = process.pid, process.leader, process.asking
-                assert asking is not None and leader.regs is not None
+                pid, leader, parasite = process.pid, process.leader, process.parasite
+                assert parasite is not None and leader.regs is not None
                 timers[pid] = list_timers(process)
-                said[pid] = asking.process(leader.regs, leader.mask, timers[pid], leader.xstate)
-                others[pid] = asking.threads([t for t in process.threads.values() if t is not leader])
-                brk = said[pid].brk
-                self._layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
+                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
+                brk = replies[pid].brk
+                self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         if silence is not None:
             silence()
         with self._phase("descriptors"):
             self._descriptors = DescriptorDump(
-                self._owners(), self._objhash, self._writer, still=self._still, drafts=self._file_drafts
+                self._owners(), self._objhash, self._writer, still=self._still, predumped=self._predumped
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
                 key = (memfd.dev, memfd.ino)
                 objref, _ = self._objhash.get(("shm", *key))
-                self._shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
-            self._shared.send(self._writer, self._sender, final=True)
+                self._memory.shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+            self._memory.shared.send(self._writer, self._memory.sender, final=True)
             tables = self._descriptors.write()
         with self._phase("tasks"):
             for process in self.tree.processes.values():
@@ -296,8 +279,8 @@ class UserSource:
                 if process.zombie:
                     self._tasks.write_zombie(process)
                 else:
-                    answers = [said[pid].leader, *others[pid]]
-                    self._tasks.write(process, states[pid], said[pid], timers[pid], answers, tables[pid])
+                    thread_replies = [replies[pid].leader, *others[pid]]
+                    self._tasks.write(process, states[pid], replies[pid], timers[pid], thread_replies, tables[pid])
             self._writer.trailer()
 
     @contextmanager
@@ -356,11 +339,11 @@ class UserSource:
             self._cgroup.thaw()
         else:
             if self.tree.stopped:
-                self._instrument.remove_stopped(self.tree.living)
+                self._memory.instruments.remove_stopped(self.tree.living)
                 self.tree.detach()
             elif self._instrumented:
                 self.tree.detach()
-        self._instrument.remove_running(self.tree.living)
+        self._memory.instruments.remove_running(self.tree.living)
         self._close()
         self._send_home()
 
@@ -413,121 +396,34 @@ class UserSource:
             self._writer.write(tree)
             self._tasks.keep({task.pid for task in tree.tasks if not task.flags & TaskFlag.ZOMBIE})
 
-    def _draft(self) -> None:
+    def _predump(self) -> None:
         """Write the state of tasks that are new, as far as it can be known while they run."""
         known = {task.pid for task in self._hierarchy if not task.flags & TaskFlag.ZOMBIE}
         for process in self.tree.living:
-            if process.vpid in known and process.pid in self._trackers:
+            if process.vpid in known and process.pid in self._memory.trackers:
                 try:
-                    self._draft_process(process, known)
+                    self._predump_process(process, known)
                 except OSError:
-                    continue  # it has ended, or does not stop: what there is to say is said in the end
+                    continue  # it has ended, or does not stop: final() writes all of it
 
-    def _draft_process(self, process: Process, known: set[int]) -> None:
-        pid, asking = process.pid, process.asking
-        new = [tid for tid in procfs.tids(pid) if tid not in process.drafted]
-        if not new or asking is None:
+    def _predump_process(self, process: Process, known: set[int]) -> None:
+        pid, parasite = process.pid, process.parasite
+        new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
+        if not new or parasite is None:
             return
-        table = self._file_drafts.draft(DescriptorOwner(pid, process.vpid, process.pidfd))
-        with self._instrument.stopped(process, pid) as leader:
+        table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
+        with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None
-            said = asking.process(leader.regs, leader.mask, (), leader.xstate)
-        threads = [(leader, said.leader)]
+            reply = parasite.process(leader.regs, leader.mask, (), leader.xstate)
+        threads = [(leader, reply.leader)]
         for tid in new:
             if tid != pid and procfs.stat(pid, tid)[3] != "D":
-                with self._instrument.stopped(process, tid) as thread:
-                    (answers,) = asking.threads([thread])
+                with self._memory.instruments.stopped(process, tid) as thread:
+                    (thread_reply,) = parasite.threads([thread])
                 if thread.vtid in known:
-                    threads.append((thread, answers))
-        self._tasks.draft(process, procfs.status(pid), said, threads, table)
-        process.drafted.update(new)
-
-    def _try_instrument(self, process: Process) -> None:
-        """Arm a process; one that ends or becomes another program meanwhile, or sits in its parent's memory, is
-        left for later."""
-        try:
-            if self._in_parents_memory(process):
-                return
-            process.mm_objref = self._mm_objref(process)
-            self._trackers[process.pid] = self._instrument.install(process)
-        except OSError as error:
-            process.remote = None
-            try:  # one that is ending has lost its memory before it is a zombie
-                alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
-            except OSError:
-                alive = False
-            replaced = error.errno == errno.EFAULT  # what was mapped a moment ago is not: execve(2) came between
-            if alive and not replaced and not isinstance(error, ProcessLookupError):
-                raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
-
-    def _in_parents_memory(self, process: Process) -> bool:
-        """Between vfork(2) and execve(2)."""
-        parent = self.tree.processes.get(int(procfs.stat(process.pid)[4]))
-        return parent is not None and not parent.zombie and sys.same(process.pid, parent.pid, sys.KCMP_VM)
-
-    def _look(self, process: Process) -> None:
-        """Read the mappings, without our own. A process that has become another program is forgotten."""
-        text = procfs.read_text(f"/proc/{process.pid}/maps")
-        remote = process.remote
-        if remote is not None and remote.scratch and not _has_mapping(text, remote.scratch):
-            self._trackers.pop(process.pid, None)
-            self._layout.forget(process.mm_objref)
-            for thing in (process.protection, process.scanner, process.mem):
-                if thing is not None:
-                    thing.close()
-            process.protection = process.scanner = process.mem = process.remote = process.asking = remote = None
-            process.executed += 1
-        if text != process.maps:
-            process.maps = text
-            scratch = remote.scratch if remote is not None else 0
-            process.vmas = [v for v in procfs.parse_maps(text) if v.start != scratch or not scratch]
-
-    def _mm_objref(self, process: Process) -> int:
-        return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
-
-    def _prepare_scratch(self, process: Process) -> None:
-        """A process born since the last round has no scratch area, and nothing of its memory was sent."""
-        if process.remote is not None and process.remote.scratch:
-            return
-        if self._in_parents_memory(process):
-            raise CheckpointFailed(
-                f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
-            )
-        process.mm_objref = self._mm_objref(process)
-        self._instrument.prepare_stopped(process)
-
-    def _send_memory(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
-        """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
-        vmas = process.vmas
-        refresh = refresh or not self._layout.knows(process.mm_objref)
-        # the exact program break is only known from inside; until then the one known last
-        brk = self._layout.brk_of(process.mm_objref) if final else 0
-        rebacked = self._layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
-        tracker = self._trackers.get(process.pid)
-        process.scanner = process.scanner or Scanner(process.pid)
-        process.mem = process.mem or memory.MemFile(process.pid)
-        if tracker is not None:
-            pieces = tracker.sweep(vmas, strict=final, whole=rebacked)
-        else:
-            pieces = WpAsyncTracker.everything(process.scanner, vmas)
-        pieces = gathered(pieces, CHUNK // PAGE_SIZE)
-        while True:
-            try:
-                piece = next(pieces, None)
-            except OSError as error:
-                if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
-                    raise  # it has ended
-                raise CheckpointFailed(f"pid {process.pid}: {error}") from error
-            if piece is None:
-                break
-            self._sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
-        self._sender.end(process.mm_objref)
-        for vma in vmas:
-            if is_shm(vma):
-                shared = self._shared.objects[device_key(vma)]
-                spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
-                shift = vma.offset - vma.start
-                shared.dirty += [(a + shift, b + shift) for a, b in spans]
+                    threads.append((thread, thread_reply))
+        self._tasks.predump(process, procfs.status(pid), reply, threads, table)
+        process.predumped.update(new)
 
     def _reap(self) -> None:
         for pid in self.tree.processes:
@@ -541,25 +437,22 @@ class UserSource:
             self._transients.close()
             self._transients = None
         self.tree.close()
-        self._shared.close()
-        self._trackers.clear()
+        self._memory.close()
         if self._cgroup is not None and not self._own_cgroup:
             self._cgroup.close()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        start, size, pages = time.monotonic_ns(), self._writer.bytes, self._sender.pages
+        start, size, pages = time.monotonic_ns(), self._writer.bytes, self._memory.sender.pages
         try:
             yield
         finally:
             self._phases.append(
-                Phase(name, start, time.monotonic_ns(), self._writer.bytes - size, self._sender.pages - pages)
+                Phase(name, start, time.monotonic_ns(), self._writer.bytes - size, self._memory.sender.pages - pages)
             )
 
 
 def _await_end(pidfds: list[int]) -> None:
-    import select
-
     for pidfd in pidfds:
         if pidfd >= 0:
             select.select([pidfd], [], [], 5.0)
@@ -572,8 +465,3 @@ def _killed_is_failed() -> Iterator[None]:
         yield
     except (ProcessLookupError, FileNotFoundError, ChildProcessError, RemoteError) as error:
         raise CheckpointFailed(f"a task ended while it was stopped: {error}") from error
-
-
-def _has_mapping(maps: str, start: int) -> bool:
-    line = f"{start:x}-"
-    return maps.startswith(line) or f"\n{line}" in maps

@@ -8,7 +8,8 @@ from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.mappings import obstacle
-from migrator.engine.user.dump.process_tree import Process, ProcessTree
+from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
 from migrator.image.records import TaskFlag, TaskPids, Tree
 from migrator.linux import elf, procfs, sys

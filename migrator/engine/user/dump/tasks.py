@@ -1,7 +1,8 @@
 """Tasks as records: credentials, signals, timers, limits, registers.
 
-What can only be asked from inside is asked by migrator.engine.user.dump.parasite. Everything but registers, restart
-blocks and pending signals is drafted while the tasks run, and written again only where it has changed since.
+What can only be found out from inside comes from migrator.engine.user.dump.parasite. Everything but registers,
+restart blocks and pending signals is pre-dumped while the tasks run. At the end only what has changed is written
+again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import re
 import struct
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from signal import SIGCHLD
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.mappings import Objrefs
-from migrator.engine.user.dump.parasite import Answers, ProcessAnswers
-from migrator.engine.user.dump.process_tree import Process, Thread
-from migrator.engine.user.dump.restart_blocks import Waits
+from migrator.engine.user.dump.parasite import ProcessReply, ThreadReply
+from migrator.engine.user.dump.process import Process, Thread
+from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.image.codec import Record
 from migrator.image.records import (
     Arch,
@@ -72,13 +74,13 @@ class Shared:
 class TaskDump:
     """Writes everything of the tasks but memory and descriptors."""
 
-    def __init__(self, writer: RecordWriter, objrefs: Objrefs, waits: Waits) -> None:
+    def __init__(self, writer: RecordWriter, objrefs: Objrefs, restart_blocks: RestartBlocks) -> None:
         self._writer = writer
-        self._waits = waits
+        self._restart_blocks = restart_blocks
         self._objrefs = objrefs
         self._static: dict[int, Static] = {}
         self._sent: dict[object, bytes] = {}  # records as they stand in the stream
-        self._heard: dict[int, tuple[object, ...]] = {}  # what each process said of itself last
+        self._last: dict[int, tuple[object, ...]] = {}  # the last reply of each process
 
     def warm(self, process: Process) -> None:
         """Read what seldom changes, of a running process; nothing of one that vanishes."""
@@ -89,36 +91,36 @@ class TaskDump:
                 continue
 
     def keep(self, vpids: Container[int]) -> None:
-        """A new hierarchy was written: drafts of tasks that are not in it are forgotten by whoever reads it."""
+        """A new hierarchy was written: its reader forgets the pre-dumped state of tasks that are not in it."""
         for key in [k for k in self._sent if isinstance(k, int) and k not in vpids]:
             del self._sent[key]
 
-    def draft(
+    def predump(
         self,
         process: Process,
         state: dict[str, str],
-        said: ProcessAnswers,
-        threads: Sequence[tuple[Thread, Answers]],
+        reply: ProcessReply,
+        threads: Sequence[tuple[Thread, ThreadReply]],
         files_objref: int,
     ) -> None:
-        """Write what is known of tasks that run on: `threads` with what each said of itself."""
-        shared = self._shared(process, state, said, [], files_objref)
-        for thread, answers in threads:
-            self._task(process, thread, answers, shared)
+        """Write what is known of tasks that run on: `threads` with the reply of each."""
+        shared = self._shared(process, state, reply, [], files_objref)
+        for thread, thread_reply in threads:
+            self._task(process, thread, thread_reply, shared)
 
     def write(
         self,
         process: Process,
         state: dict[str, str],
-        said: ProcessAnswers,
+        reply: ProcessReply,
         timers: list[PosixTimer],
-        threads: Sequence[Answers],
+        threads: Sequence[ThreadReply],
         files_objref: int,
     ) -> None:
         """Write a stopped process with all its threads; `threads` in the order of Process.threads."""
-        shared = self._shared(process, state, said, timers, files_objref)
-        for thread, answers in zip(process.threads.values(), threads, strict=True):
-            self._task(process, thread, answers, shared)
+        shared = self._shared(process, state, reply, timers, files_objref)
+        for thread, thread_reply in zip(process.threads.values(), threads, strict=True):
+            self._task(process, thread, thread_reply, shared)
             self._stopped(process, thread)
         pending = ptrace.peek_siginfo(process.pid, shared=True)
         if pending:
@@ -140,27 +142,27 @@ class TaskDump:
         self,
         process: Process,
         state: dict[str, str],
-        said: ProcessAnswers,
+        reply: ProcessReply,
         timers: list[PosixTimer],
         files_objref: int,
     ) -> Shared:
         sighand, _ = self._objrefs.get(("sighand", process.pid))
         signal, _ = self._objrefs.get(("signal", process.pid))
-        heard = (said.actions, said.limits, said.itimers, timers)
-        if self._heard.get(process.pid) != heard:  # else the records are what they were
-            self._heard[process.pid] = heard
-            self._put(("sighand", sighand), Sighand(sighand, 0, said.actions))
-            limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", said.limits)]
-            itimers = [Itimer(value, interval) for value, interval in said.itimers]
+        latest = (reply.actions, reply.limits, reply.itimers, timers)
+        if self._last.get(process.pid) != latest:  # else the records are what they were
+            self._last[process.pid] = latest
+            self._put(("sighand", sighand), Sighand(sighand, 0, reply.actions))
+            limits = [Rlimit(*pair) for pair in struct.iter_unpack("<QQ", reply.limits)]
+            itimers = [Itimer(value, interval) for value, interval in reply.itimers]
             self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
         bits = (
             (TaskBits.NO_NEW_PRIVS if state.get("NoNewPrivs") == "1" else 0)
-            | (TaskBits.CHILD_SUBREAPER if said.subreaper else 0)
-            | (TaskBits.THP_DISABLED if said.thp_disabled == 1 else 0)
-            | (TaskBits.NOT_DUMPABLE if said.dumpable != 1 else 0)
+            | (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
+            | (TaskBits.THP_DISABLED if reply.thp_disabled == 1 else 0)
+            | (TaskBits.NOT_DUMPABLE if reply.dumpable != 1 else 0)
         )
-        cred, fs = self._cred(_credentials(state), said.securebits), self._fs(process, state)
-        return Shared(files_objref, fs, sighand, signal, cred, said.securebits, int(bits))
+        cred, fs = self._cred(_credentials(state), reply.securebits), self._fs(process, state)
+        return Shared(files_objref, fs, sighand, signal, cred, reply.securebits, int(bits))
 
     def _cred(self, credentials: Credentials, securebits: int) -> int:
         objref, first = self._objrefs.get(("cred", credentials, securebits))
@@ -190,7 +192,7 @@ class TaskDump:
         self._put(("fs", objref), Fs(objref, int(state.get("Umask", "0022"), 8), cwd, root))
         return objref
 
-    def _task(self, process: Process, thread: Thread, said: Answers, shared: Shared) -> None:
+    def _task(self, process: Process, thread: Thread, reply: ThreadReply, shared: Shared) -> None:
         tid = thread.tid
         static = self._static.get(tid) or _read_static(process.pid, tid)
         cred = shared.cred if static.cred is None else self._cred(static.cred, shared.securebits)
@@ -202,8 +204,8 @@ class TaskDump:
                 pid=thread.vtid,
                 state=TaskState.STOPPED if thread.stop_signal else TaskState.RUNNING,
                 exit_code=thread.stop_signal,
-                exit_signal=17,
-                pdeath_signal=said.pdeathsig,
+                exit_signal=int(SIGCHLD),
+                pdeath_signal=reply.pdeathsig,
                 mm_objref=process.mm_objref,
                 files_objref=shared.files,
                 fs_objref=shared.fs,
@@ -217,17 +219,17 @@ class TaskDump:
                 ioprio=static.ioprio,
                 rseq_len=rseq.length if rseq.pointer else 0,
                 rseq_sig=rseq.signature if rseq.pointer else 0,
-                altstack_flags=said.altstack[1],
+                altstack_flags=reply.altstack[1],
                 flags=shared.bits,
-                clear_child_tid=said.tid_address,
+                clear_child_tid=reply.tid_address,
                 robust_list=robust,
                 robust_len=robust_len,
                 rseq_ptr=rseq.pointer,
-                altstack_sp=said.altstack[0],
-                altstack_size=said.altstack[2],
+                altstack_sp=reply.altstack[0],
+                altstack_size=reply.altstack[2],
                 blocked=thread.mask,
-                timerslack=said.timerslack,
-                comm=said.comm,
+                timerslack=reply.timerslack,
+                comm=reply.comm,
                 affinity=static.affinity,
             ),
         )
@@ -235,7 +237,7 @@ class TaskDump:
     def _stopped(self, process: Process, thread: Thread) -> None:
         """What only a stopped task has."""
         assert thread.regs is not None
-        regs, block = self._waits.block(process.pid, thread.tid, thread.vtid, thread.regs)
+        regs, block = self._restart_blocks.block(process.pid, thread.tid, thread.vtid, thread.regs)
         if block is not None:
             self._writer.write(block)
         self._writer.write(Cpu(thread.vtid, Arch.X86_64, bytes(regs), thread.xstate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
 from migrator.engine.user.restore import clocks, spawn
+from migrator.engine.user.restore.backing import Backing
 from migrator.engine.user.restore.mappings import AddressSpace
 from migrator.engine.user.restore.process_tree import StubTree
 from migrator.engine.user.restore.shm import SharedObjects
@@ -40,11 +42,9 @@ from migrator.image.records import (
     Trailer,
     Tree,
     VmaFlag,
-    VmaItem,
-    VmaKind,
     Vmas,
 )
-from migrator.linux import elf, openat2, ptrace, urgency
+from migrator.linux import ptrace, urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup
 
@@ -52,6 +52,7 @@ _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
+_STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class UserDestination:
@@ -71,13 +72,12 @@ class UserDestination:
         self._tree: Tree | None = None
         self._spaces: dict[int, AddressSpace] = {}
         self._mms: dict[int, Mm] = {}
-        self._files: dict[int, MappedFile] = {}
         self._names: dict[int, str] = {}
         self._shared = SharedObjects()
+        self._backing = Backing(self._shared)
         self._clocks: clocks.Offsets | None = None
         self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
-        self._root_fd = -1
-        self._tasks = TaskRestore(self._open_path, own_root=not options.root)
+        self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
         self.pages = 0
@@ -149,8 +149,8 @@ class UserDestination:
             for stub in self._stub_tree.stubs.values():
                 for thread in stub.threads.values():
                     ptrace.detach(thread.tid)
-            for pid, signal in self._stopped_groups():
-                os.kill(pid, signal)  # waits in the frozen, and with it none runs when thawed, by whomever
+            for pid in self._stopped_groups():
+                os.kill(pid, signal.SIGSTOP)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
 
     def resume(self) -> None:
@@ -214,7 +214,7 @@ class UserDestination:
             case Shm():
                 self._shared.take(rec)
             case MappedFile():
-                self._files[rec.objref] = rec
+                self._backing.mapped[rec.objref] = rec
             case Name():
                 self._names[rec.objref] = rec.text
             case Header():
@@ -252,9 +252,9 @@ class UserDestination:
         assert self._stub_tree is not None and self._tree is not None
         self._stub_tree.set_groups(self._tree)
         for stub in self._stub_tree.stubs.values():
-            draft = self._tasks.tasks.get(stub.vpid)
-            if draft is not None and self._descriptors is not None:
-                self._descriptors.install_early(stub, draft.task.files_objref)
+            state = self._tasks.tasks.get(stub.vpid)
+            if state is not None and self._descriptors is not None:
+                self._descriptors.install_early(stub, state.task.files_objref)
             self._tasks.prepare(stub)
 
     @staticmethod
@@ -304,7 +304,7 @@ class UserDestination:
                     "the vdso of this kernel differs from the one that the tasks were saved under",
                     hint="restart on a host that runs the same kernel build",
                 )
-            self._root_fd = os.open(
+            self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
             netns = f"/proc/{root.pid}/ns/net" if contained else None
@@ -321,8 +321,8 @@ class UserDestination:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(stub, self._open_backing, self._names.__getitem__)
-            self._tasks.shape(stub, mm, self._files[mm.exe_objref].path)
+            self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
+            self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -343,9 +343,9 @@ class UserDestination:
         with self._phase("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
-                self._tasks.shape(stub, mm, self._files[mm.exe_objref].path)
+                self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
                 self._lock_memory(stub, mm)
-                self._tasks.dress(stub)
+                self._tasks.apply(stub)
                 self._tasks.pending(stub)
                 self._tasks.timers(stub)
                 self._tasks.check(stub)
@@ -358,53 +358,15 @@ class UserDestination:
         ]
         stub.checked(calls, "locking memory")
 
-    def _stopped_groups(self) -> list[tuple[int, int]]:
+    def _stopped_groups(self) -> list[int]:
+        """The processes that were stopped by a signal."""
         assert self._stub_tree is not None
         out = []
         for vpid, stub in self._stub_tree.stubs.items():
             task = self._tasks.tasks[vpid].task
-            if task.state == TaskState.STOPPED and task.exit_code in (19, 20, 21, 22):
-                out.append((stub.pid, 19))
+            if task.state == TaskState.STOPPED and task.exit_code in _STOP_SIGNALS:
+                out.append(stub.pid)
         return out
-
-    # ------------------------------------------------------------------ files
-
-    def _open_path(self, path: str, flags: int) -> int:
-        """A descriptor of ours for `path` in the tree's own file system."""
-        try:
-            return openat2.open_in_root(self._root_fd, path, flags)
-        except OSError as error:
-            raise RestartFailed(
-                f"{path}: {os.strerror(error.errno or 0)} on this host",
-                hint="the same path must be there on both hosts, or be copied along (--copy-files)",
-            ) from error
-
-    def _open_backing(self, item: VmaItem) -> int:
-        if item.kind == VmaKind.SHM:
-            return self._shared.open(item.objref)
-        file = self._files[item.objref]
-        shared = bool(item.flags & VmaFlag.SHARED)
-        writable = shared and bool(item.flags & VmaFlag.WRITE)
-        if shared and not writable:
-            try:  # so that it can be made writable later, as it could be on the source
-                fd = openat2.open_in_root(self._root_fd, file.path, os.O_RDWR)
-            except OSError:
-                fd = self._open_path(file.path, os.O_RDONLY)
-        else:
-            fd = self._open_path(file.path, os.O_RDWR if writable else os.O_RDONLY)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise RestartFailed(f"{file.path} is no regular file on this host")
-        build_id = elf.build_id(f"/proc/self/fd/{fd}") if file.build_id else ""
-        if (not shared and status.st_size != file.size) or build_id != file.build_id:
-            os.close(fd)
-            raise RestartFailed(
-                f"{file.path} differs on this host: {status.st_size} bytes, build id {build_id or 'none'};"
-                f" saved with {file.size} bytes, build id {file.build_id or 'none'}",
-                hint="install the same package on both hosts",
-            )
-        return fd
 
     def _close(self) -> None:
         gc.enable()
@@ -413,9 +375,7 @@ class UserDestination:
         self._shared.close()
         if self._cgroup is not None:
             self._cgroup.close()
-        if self._root_fd >= 0:
-            os.close(self._root_fd)
-            self._root_fd = -1
+        self._backing.close()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -435,7 +395,7 @@ class _Context:
 
     @property
     def root_fd(self) -> int:
-        return self._owner._root_fd
+        return self._owner._backing.root_fd
 
     def pid_of(self, vpid: int) -> int:
         stub_tree = self._owner._stub_tree

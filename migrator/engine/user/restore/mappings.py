@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -276,8 +278,6 @@ class AddressSpace:
             )
 
     def _write_run(self, run: Sequence[tuple[int, int]], view: memoryview, total: int) -> None:
-        import ctypes
-
         if view.readonly:
             held = ctypes.create_string_buffer(bytes(view), total)
             address = ctypes.addressof(held)
@@ -293,8 +293,6 @@ class AddressSpace:
     def _writable_parts(self, start: int, end: int) -> list[tuple[int, int, bool]]:
         """Split [start, end) at the borders of mappings."""
         out = []
-        import bisect
-
         i = bisect.bisect_right(self._writable, (start, 1 << 63, True)) - 1
         i = max(i, 0)
         while start < end and i < len(self._writable):

@@ -7,6 +7,7 @@ is in the session its parent was born into is made before the parent begins one 
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import time
 
@@ -15,13 +16,14 @@ from migrator.engine.user.restore.spawn import CLONE_ARGS_SIZE, clone_args, spaw
 from migrator.engine.user.restore.stub import Stub, StubThread, await_birth
 from migrator.errors import RestartFailed
 from migrator.image.records import TaskFlag, TaskPids, Tree
-from migrator.linux import procfs, ptrace
+from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
+from migrator.linux.remote import pack_calls
 
 NR = arch.NR
 _CLONE_PTRACE, _CLONE_PARENT = 0x2000, 0x8000
 _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | _CLONE_PTRACE
-_SIGCHLD_SET = 1 << 16
+_SIGCHLD_SET = 1 << (signal.SIGCHLD - 1)
 
 
 class StubTree:
@@ -48,7 +50,7 @@ class StubTree:
             ptrace.interrupt(pid)
             await_birth(pid)
         except BaseException:
-            os.kill(pid, 9)
+            os.kill(pid, signal.SIGKILL)
             os.close(pidfd)
             raise
         self.root = Stub(pid, first.pid, pidfd)
@@ -129,7 +131,7 @@ class StubTree:
     def _clone_raw(self, parent: Stub, vpid: int, extra: int = 0, *, channel: bool = True) -> Stub:
         base = parent.remote.data
         # a sibling ends with the signal that its maker ends with
-        exit_signal = 0 if extra & _CLONE_PARENT else 17
+        exit_signal = 0 if extra & _CLONE_PARENT else int(signal.SIGCHLD)
         args = clone_args(
             _CLONE_PTRACE | extra, exit_signal=exit_signal, set_tid=base + CLONE_ARGS_SIZE, set_tid_size=1
         )
@@ -170,7 +172,7 @@ class StubTree:
 
     def _end_helper(self, parent: Stub, helper: Stub, *, reap: bool) -> None:
         helper.close()
-        os.kill(helper.pid, 9)
+        os.kill(helper.pid, signal.SIGKILL)
         os.waitpid(helper.pid, ptrace.WALL)
         if reap:
             parent.call_batch([(NR["wait4"], helper.vpid, 0, 0, 0)])
@@ -220,11 +222,8 @@ class StubTree:
         regs.r8 = 0
         # exit(0) of this thread alone: a batch of one call from which it does not return
         table = stub.remote.table
-        from migrator.linux import memory
-        from migrator.linux.remote import pack_calls
-
         memory.write(stub.pid, table, pack_calls([(NR["exit"], 0)]))
-        arch.start_batch(thread.tid, regs, stub.remote.scratch, table, 1, 23, 0)
+        arch.start_batch(thread.tid, regs, stub.remote.scratch, table, 1, int(signal.SIGURG), 0)
         ptrace.cont(thread.tid)
         while ptrace.is_stop(ptrace.wait(thread.tid)):
             ptrace.cont(thread.tid)
@@ -234,7 +233,7 @@ class StubTree:
     def _remove(self, vpid: int) -> None:
         stub = self.stubs.pop(vpid)
         stub.close()
-        os.kill(stub.pid, 9)
+        os.kill(stub.pid, signal.SIGKILL)
         for thread in reversed(list(stub.threads.values())):
             try:
                 while ptrace.is_stop(os.waitpid(thread.tid, ptrace.WALL)[1]):
@@ -295,12 +294,9 @@ class StubTree:
                 ptrace.cont(stub.pid, 0)
             else:
                 regs = arch.get_regs(stub.pid)
-                from migrator.linux import memory
-                from migrator.linux.remote import pack_calls
-
                 call = pack_calls([(NR["exit_group"], code >> 8 & 0xFF)])
                 memory.write(stub.pid, stub.remote.table, call)
-                arch.start_batch(stub.pid, regs, stub.remote.scratch, stub.remote.table, 1, 23, 0)
+                arch.start_batch(stub.pid, regs, stub.remote.scratch, stub.remote.table, 1, int(signal.SIGURG), 0)
                 ptrace.cont(stub.pid)
             while ptrace.is_stop(status := os.waitpid(stub.pid, ptrace.WALL)[1]):
                 ptrace.cont(stub.pid, ptrace.stop_signal(status) if code & 0x7F else 0)
@@ -310,7 +306,7 @@ class StubTree:
         """Discard: kill everything and reap it."""
         for stub in reversed(list(self.stubs.values())):
             try:
-                os.kill(stub.pid, 9)
+                os.kill(stub.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
         left = {tid for stub in self.stubs.values() for tid in (stub.pid, *(t.tid for t in stub.threads.values()))}

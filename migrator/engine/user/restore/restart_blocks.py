@@ -47,7 +47,7 @@ def resumed(stub: Stub, thread: StubThread, block: RestartBlock | None, regs: ar
     if not remaining and number in _SLEEPS:  # it is over
         regs.rax, regs.orig_rax = 0, arch.MINUS_ONE
         return regs
-    if (number != NR["poll"] or ms) and _replay(stub, thread, number, remaining, regs):
+    if (number != NR["poll"] or ms) and _begin_anew(stub, thread, number, remaining, regs):
         return regs
     if number == NR["poll"]:  # something is ready, or seems so while sockets are not complete yet
         regs.rdx = ms
@@ -60,7 +60,7 @@ def _made_again(regs: arch.Regs) -> arch.Regs:
     return regs
 
 
-def _replay(stub: Stub, thread: StubThread, number: int, remaining: int, regs: arch.Regs) -> bool:
+def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, regs: arch.Regs) -> bool:
     """Make the call for `remaining` ns and interrupt it. True if `regs` are those to go on with."""
     at = stub.put(struct.pack("<qq", *divmod(max(remaining, 1), 10**9)) + arch.CALL_CODE)
     call = regs.copy()

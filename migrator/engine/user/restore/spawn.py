@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import struct
 import time
 
@@ -23,7 +24,6 @@ CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x4000000, 0x8000000, 0x20000000, 0x40000000
 _CLONE_VM, _CLONE_VFORK, _CLONE_PIDFD = 0x100, 0x4000, 0x1000
 CLONE_ARGS_SIZE = 88
-SIGCHLD = 17
 _PID_PATIENCE = 2.0  # seconds
 
 
@@ -58,7 +58,7 @@ def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
             clone_args(
                 flags,
                 pidfd=ctypes.addressof(pidfd),
-                exit_signal=SIGCHLD,
+                exit_signal=int(signal.SIGCHLD),
                 set_tid=ctypes.addressof(tids) if set_tid else 0,
                 set_tid_size=len(set_tid),
             )
@@ -106,6 +106,6 @@ def probe_xstate() -> bytes:
         ptrace.wait(pid)
         return arch.get_xstate(pid)
     finally:
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(pidfd)

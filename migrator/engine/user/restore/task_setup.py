@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from signal import SIGKILL, SIGSTOP, SIGURG
 
 from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub, StubThread
 from migrator.errors import RestartFailed
@@ -24,7 +25,7 @@ from migrator.linux.remote import Call, name_of, pack_calls
 NR = arch.NR
 _NSIG = 64
 _ACTION_SIZE = 32
-_UNBLOCKABLE = (9, 19)
+_UNBLOCKABLE = (SIGKILL, SIGSTOP)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
 _PR_SET_CHILD_SUBREAPER, _PR_SET_KEEPCAPS = 36, 8
 _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
@@ -33,7 +34,7 @@ _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
 _DEFAULT_ACTION = bytes(_ACTION_SIZE)
 _LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
-_SIGURG = 23
+_SIGURG = int(SIGURG)  # ends a batch
 GROUP = 64  # threads whose tables are in the stub at the same time
 
 
@@ -109,7 +110,7 @@ class TaskSetup:
             raise RestartFailed(f"pid {stub.vpid}: its credentials do not fit: {len(blob)} bytes")
         memory.write(stub.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
 
-    def put_on(self) -> list[tuple[int, Call, int]]:
+    def apply(self) -> list[tuple[int, Call, int]]:
         """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
         process = self.parts[0] is not None
         self._run(self.tables[1:] if process else self.tables)

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from signal import SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
 from migrator.engine.user.restore.stub import Stub, StubThread
@@ -59,7 +60,7 @@ class TaskRestore:
         self._own_root = own_root
         self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
         self._shaped: dict[int, tuple[Mm, str]] = {}
-        self._outfits: dict[int, task_setup.TaskSetup] = {}
+        self._setups: dict[int, task_setup.TaskSetup] = {}
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
         self._fs: dict[int, Fs] = {}
@@ -67,7 +68,7 @@ class TaskRestore:
         self._signals: dict[int, Signal] = {}
 
     def keep(self, tree: Tree) -> None:
-        """Forget drafts of tasks that are not in the tree any more, or have ended."""
+        """Forget the pre-dumped state of tasks that are not in the tree any more, or have ended."""
         zombies = {t.pid: bool(t.flags & TaskFlag.ZOMBIE) for t in tree.tasks}
         for pid, state in list(self.tasks.items()):
             if zombies.get(pid) != (state.task.state == SavedState.ZOMBIE):
@@ -137,9 +138,9 @@ class TaskRestore:
             return
         fs = self._fs.get(state.task.fs_objref)
         if fs is not None and self._is_plain(fs):
-            self._outfit(stub, self._process_part(stub, fs, stub.channel), list(stub.threads)[: task_setup.GROUP])
+            self._setup(stub, self._process_part(stub, fs, stub.channel), list(stub.threads)[: task_setup.GROUP])
 
-    def dress(self, stub: Stub) -> None:
+    def apply(self, stub: Stub) -> None:
         """Set everything of the tasks of a stub that is set from inside. No descriptors can be passed after it."""
         fs = self._fs[self.tasks[stub.vpid].task.fs_objref]
         part: task_setup.ProcessPart | None = self._process_part(stub, fs, stub.channel)
@@ -148,8 +149,8 @@ class TaskRestore:
         # the leader is in the first group, which runs last
         groups = [vtids[first : first + task_setup.GROUP] for first in range(0, len(vtids), task_setup.GROUP)]
         for group in reversed(groups):
-            made = self._outfit(stub, part if group is groups[0] else None, group)
-            for vtid, call, error in made.put_on():
+            made = self._setup(stub, part if group is groups[0] else None, group)
+            for vtid, call, error in made.apply():
                 which = task_setup.limit_of(call)
                 assert part is not None
                 if which < 0:
@@ -168,12 +169,12 @@ class TaskRestore:
         place = self._file_system(stub, fs)
         return task_setup.process_part(task, sighand, signal, fs, place, channel)
 
-    def _outfit(self, stub: Stub, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.TaskSetup:
-        """The outfit of a group of threads: the one that was made last, if it is the same."""
+    def _setup(self, stub: Stub, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.TaskSetup:
+        """The setup batch of a group of threads: the one made last, if it is the same."""
         parts = [task_setup.thread_part(self.tasks[vtid].task) for vtid in vtids]
-        known = self._outfits.get(stub.vpid)
+        known = self._setups.get(stub.vpid)
         if known is None or known.parts != (process, *parts):
-            known = self._outfits[stub.vpid] = task_setup.TaskSetup(stub, process, parts, self._creds)
+            known = self._setups[stub.vpid] = task_setup.TaskSetup(stub, process, parts, self._creds)
         return known
 
     @staticmethod
@@ -280,7 +281,7 @@ class TaskRestore:
                 call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
             else:
                 call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
-            if signo == 23:  # the one that ends a batch: queued from outside instead
+            if signo == SIGURG:  # the one that ends a batch: queued from outside instead
                 os.kill(stub.pid, signo)
                 continue
             stub.remote.tid = thread.tid

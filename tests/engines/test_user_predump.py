@@ -17,7 +17,7 @@ from migrator.image.records_files import File, FileTable
 
 pytestmark = pytest.mark.root
 
-# Changes everything that is drafted, all the time, and checks that each change is still there when it comes back.
+# Changes everything that is pre-dumped, all the time, and checks that each change is still there when it comes back.
 RESTLESS = """
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -144,20 +144,20 @@ def opened(restore: DescriptorRestore, table: FileTable, number: int) -> int:
     return restore._files[objref]
 
 
-def draft_of_us() -> tuple[PredumpedFiles, Stream]:
+def predump_us() -> tuple[PredumpedFiles, Stream]:
     stream = Stream()
-    drafts = PredumpedFiles(ObjHash(), stream, os.getpid())
+    predumped = PredumpedFiles(ObjHash(), stream, os.getpid())
     pidfd = os.pidfd_open(os.getpid())
-    drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+    predumped.predump(Owner(os.getpid(), os.getpid(), pidfd))
     os.close(pidfd)
-    return drafts, stream
+    return predumped, stream
 
 
-def test_a_drafted_file_that_was_replaced_is_opened_again(tmp_path: Path) -> None:
+def test_a_predumped_file_that_was_replaced_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_text("old")
     with path.open() as file:
-        _, stream = draft_of_us()
+        _, stream = predump_us()
         number = file.fileno()
         restore = DescriptorRestore(Surroundings())
         restore.final = False
@@ -172,11 +172,11 @@ def test_a_drafted_file_that_was_replaced_is_opened_again(tmp_path: Path) -> Non
         restore.close()
 
 
-def test_a_drafted_file_that_is_gone_matters_only_if_it_is_still_open_in_the_end(tmp_path: Path) -> None:
+def test_a_predumped_file_that_is_gone_matters_only_if_it_is_still_open_in_the_end(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_text("old")
     with path.open() as file:
-        _, stream = draft_of_us()
+        _, stream = predump_us()
         number = file.fileno()
     path.unlink()
     restore = DescriptorRestore(Surroundings())
@@ -193,13 +193,13 @@ def test_a_drafted_file_that_is_gone_matters_only_if_it_is_still_open_in_the_end
 
 def test_what_stands_in_the_stream_is_not_written_again(tmp_path: Path) -> None:
     with (tmp_path / "state").open("w+") as file:
-        drafts, stream = draft_of_us()
+        predumped, stream = predump_us()
         known = len(stream.records)
         pidfd = os.pidfd_open(os.getpid())
-        drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+        predumped.predump(Owner(os.getpid(), os.getpid(), pidfd))
         file.write("more")
         file.flush()
-        drafts.draft(Owner(os.getpid(), os.getpid(), pidfd))
+        predumped.predump(Owner(os.getpid(), os.getpid(), pidfd))
         os.close(pidfd)
         later = stream.records[known:]
         files = [rec for rec in later if isinstance(rec, File) and rec.path.startswith(str(tmp_path))]

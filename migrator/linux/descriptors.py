@@ -13,13 +13,9 @@ import struct
 
 from migrator.linux import sys
 
-_OPENAT2, _TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 437, 283, 286, 287, 289, 276
-_KCMP, _PIDFD_OPEN, _UNSHARE, _EPOLL_CREATE1 = 312, 434, 272, 291
-_KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
-_GETSOCKOPT, _SO_GET_FILTER, _PIDFD_GETFD = 55, 26, 438
+_TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 283, 286, 287, 289, 276
+_UNSHARE, _EPOLL_CREATE1, _GETSOCKOPT, _SO_GET_FILTER = 272, 291, 55, 26
 
-RESOLVE_IN_ROOT = 0x10
-O_PATH = 0o10000000
 O_LARGEFILE = 0o100000
 O_TMPFILE_BIT = 0o20000000  # O_TMPFILE without O_DIRECTORY
 CLONE_FS = 0x200
@@ -28,75 +24,38 @@ F_SETSIG, F_GETSIG, F_SETOWN_EX, F_GETOWN_EX = 10, 11, 15, 16
 TFD_IOC_SET_TICKS = 0x40085400  # _IOW('T', 0, u64), linux/timerfd.h
 FIONREAD = 0x541B
 
-_PID = os.getpid
-
-
-def openat2(directory: int, path: str, flags: int, resolve: int = 0) -> int:
-    """openat2(2); with RESOLVE_IN_ROOT, `directory` is the root of every link and `..` on the way."""
-    raw = ctypes.create_string_buffer(os.fsencode(path))
-    how = ctypes.create_string_buffer(struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
-    return sys.call(
-        _OPENAT2,
-        directory,
-        ctypes.addressof(raw),
-        ctypes.addressof(how),
-        24,
-        name="openat2",
-        about=path,
-    )
-
 
 def reopen(fd: int, flags: int) -> int:
     """A new description of what `fd` is open on, with these flags; O_LARGEFILE is always set."""
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
-_quick = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the GIL: these calls take less than a microsecond
-_quick.restype = ctypes.c_long
-_quick.argtypes = [ctypes.c_long] * 6
 _slot = ctypes.create_string_buffer(12)  # struct kcmp_epoll_slot
 _SLOT, _SLOT_AT = struct.Struct("<III"), ctypes.addressof(_slot)
 _ORDER = (0, -1, 1, 1)
 
 
-def _kcmp(pid_a: int, pid_b: int, kind: int, a: int, b: int) -> int:
-    result = int(_quick(_KCMP, pid_a, pid_b, kind, a, b))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"kcmp: {os.strerror(error)}", f"pids {pid_a} and {pid_b}")
-    return result
-
-
 def order_files(a: int, b: int) -> int:
     """0 if two of our descriptors are one description, otherwise -1 or 1: an order of descriptions."""
-    pid = _PID()
-    return _ORDER[_kcmp(pid, pid, _KCMP_FILE, a, b)]
+    pid = os.getpid()
+    return _ORDER[sys.kcmp(pid, pid, sys.KCMP_FILE, a, b)]
 
 
 def same_file(pid_a: int, a: int, pid_b: int, b: int) -> bool:
     """Whether descriptor `a` of one process and `b` of another are one description."""
-    return _kcmp(pid_a, pid_b, _KCMP_FILE, a, b) == 0
+    return sys.kcmp(pid_a, pid_b, sys.KCMP_FILE, a, b) == 0
 
 
 def order_tables(pid_a: int, pid_b: int) -> int:
     """The same of the descriptor tables of two processes: 0 if they share one (CLONE_FILES)."""
-    return _ORDER[_kcmp(pid_a, pid_b, sys.KCMP_FILES, 0, 0)]
+    return _ORDER[sys.kcmp(pid_a, pid_b, sys.KCMP_FILES, 0, 0)]
 
 
 def is_epoll_target(target: int, epoll: int, number: int, nth: int) -> bool:
     """Whether the `nth` entry of our `epoll` that was added as `number` is our `target`."""
     _SLOT.pack_into(_slot, 0, epoll, number, nth)
-    pid = _PID()
-    return _kcmp(pid, pid, _KCMP_EPOLL_TFD, target, _SLOT_AT) == 0
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """As migrator.linux.sys has it, for many."""
-    result = int(_quick(_PIDFD_GETFD, pidfd, fd, 0, 0, 0))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"pidfd_getfd: {os.strerror(error)}", f"fd {fd}")
-    return result
+    pid = os.getpid()
+    return sys.kcmp(pid, pid, sys.KCMP_EPOLL_TFD, target, _SLOT_AT) == 0
 
 
 def tee(source: int, target: int, count: int) -> int:
@@ -133,10 +92,6 @@ def signalfd(mask: int) -> int:
 
 def epoll_create() -> int:
     return sys.call(_EPOLL_CREATE1, os.O_CLOEXEC, name="epoll_create1")
-
-
-def pidfd_open(pid: int, flags: int = 0) -> int:
-    return sys.call(_PIDFD_OPEN, pid, flags, name="pidfd_open", about=f"pid {pid}")
 
 
 def unshare_fs() -> None:

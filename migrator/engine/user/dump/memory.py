@@ -1,0 +1,145 @@
+"""The memory of the tree on its way into the stream: instrumented, tracked and sent process by process."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+
+from migrator.engine.stream import RecordWriter
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
+from migrator.engine.user.dump.instrument import Instrument
+from migrator.engine.user.dump.mappings import LayoutDump
+from migrator.engine.user.dump.pages import CHUNK, PageSender
+from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.restart_blocks import RestartBlocks
+from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.errors import CheckpointFailed
+from migrator.image.objhash import ObjHash
+from migrator.image.records import PAGE_SIZE
+from migrator.linux import memory, procfs, sys
+from migrator.linux.pagemap import Scanner
+
+
+class MemoryDump:
+    """All address spaces of a tree. The tree stays the caller's: `processes` says which there are now."""
+
+    def __init__(
+        self,
+        writer: RecordWriter,
+        objhash: ObjHash,
+        restart_blocks: RestartBlocks,
+        processes: Callable[[], Mapping[int, Process]],
+    ) -> None:
+        self._processes = processes
+        self._objhash = objhash
+        self.instruments = Instrument(restart_blocks)
+        self.shared = SharedMemory()
+        self.layout = LayoutDump(writer, objhash, self.shared)
+        self.sender = PageSender(writer)
+        self.trackers: dict[int, WpAsyncTracker] = {}  # by pid
+
+    def close(self) -> None:
+        self.shared.close()
+        self.trackers.clear()
+
+    def sweep(self) -> int:
+        """Pages written since the last sweep; none is sent."""
+        pages = 0
+        for process in [p for p in self._processes().values() if not p.zombie]:
+            tracker = self.trackers.get(process.pid)
+            if tracker is not None:
+                self.look(process)
+                pages += sum(piece.pages for piece in tracker.sweep(process.vmas))
+        return pages
+
+    def look(self, process: Process) -> None:
+        """Read the mappings, without our own. A process that has become another program is forgotten."""
+        text = procfs.read_text(f"/proc/{process.pid}/maps")
+        remote = process.remote
+        if remote is not None and remote.scratch and not _has_mapping(text, remote.scratch):
+            self.trackers.pop(process.pid, None)
+            self.layout.forget(process.mm_objref)
+            for thing in (process.protection, process.scanner, process.mem):
+                if thing is not None:
+                    thing.close()
+            process.protection = process.scanner = process.mem = process.remote = process.parasite = remote = None
+            process.executed += 1
+        if text != process.maps:
+            process.maps = text
+            scratch = remote.scratch if remote is not None else 0
+            process.vmas = [v for v in procfs.parse_maps(text) if v.start != scratch or not scratch]
+
+    def instrument(self, process: Process) -> None:
+        """Instrument a process. One that ends, becomes another program or is in its parent's memory is left for a
+        later round."""
+        try:
+            if self._in_parents_memory(process):
+                return
+            process.mm_objref = self._mm_objref(process)
+            self.trackers[process.pid] = self.instruments.install(process)
+        except OSError as error:
+            process.remote = None
+            try:  # one that is ending has lost its memory before it is a zombie
+                alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
+            except OSError:
+                alive = False
+            replaced = error.errno == errno.EFAULT  # what was mapped a moment ago is not: execve(2) came between
+            if alive and not replaced and not isinstance(error, ProcessLookupError):
+                raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
+
+    def _in_parents_memory(self, process: Process) -> bool:
+        """Between vfork(2) and execve(2)."""
+        parent = self._processes().get(int(procfs.stat(process.pid)[4]))
+        return parent is not None and not parent.zombie and sys.same(process.pid, parent.pid, sys.KCMP_VM)
+
+    def _mm_objref(self, process: Process) -> int:
+        return self._objhash.get(("mm", process.pid, process.start_time, process.executed))[0]
+
+    def prepare(self, process: Process) -> None:
+        """A process born since the last round has no scratch area, and nothing of its memory was sent."""
+        if process.remote is not None and process.remote.scratch:
+            return
+        if self._in_parents_memory(process):
+            raise CheckpointFailed(
+                f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
+            )
+        process.mm_objref = self._mm_objref(process)
+        self.instruments.prepare_stopped(process)
+
+    def send(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
+        """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
+        vmas = process.vmas
+        refresh = refresh or not self.layout.knows(process.mm_objref)
+        # the exact program break is only known from inside; until then the one known last
+        brk = self.layout.brk_of(process.mm_objref) if final else 0
+        rebacked = self.layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
+        tracker = self.trackers.get(process.pid)
+        process.scanner = process.scanner or Scanner(process.pid)
+        process.mem = process.mem or memory.MemFile(process.pid)
+        if tracker is not None:
+            pieces = tracker.sweep(vmas, strict=final, whole=rebacked)
+        else:
+            pieces = WpAsyncTracker.everything(process.scanner, vmas)
+        pieces = gathered(pieces, CHUNK // PAGE_SIZE)
+        while True:
+            try:
+                piece = next(pieces, None)
+            except OSError as error:
+                if not final and isinstance(error, ProcessLookupError | FileNotFoundError):
+                    raise  # it has ended
+                raise CheckpointFailed(f"pid {process.pid}: {error}") from error
+            if piece is None:
+                break
+            self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
+        self.sender.end(process.mm_objref)
+        for vma in vmas:
+            if is_shm(vma):
+                shared = self.shared.objects[device_key(vma)]
+                spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
+                shift = vma.offset - vma.start
+                shared.dirty += [(a + shift, b + shift) for a, b in spans]
+
+
+def _has_mapping(maps: str, start: int) -> bool:
+    line = f"{start:x}-"
+    return maps.startswith(line) or f"\n{line}" in maps

@@ -1,0 +1,64 @@
+"""Files of the tree as this host has them: what mappings and tasks refer to by path."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from migrator.engine.user.restore.shm import SharedObjects
+from migrator.errors import RestartFailed
+from migrator.image.records import MappedFile, VmaFlag, VmaItem, VmaKind
+from migrator.linux import elf, openat2
+
+
+class Backing:
+    """Opens files below `root_fd`, a directory that has to be set before the first is opened."""
+
+    def __init__(self, shared: SharedObjects) -> None:
+        self.root_fd = -1
+        self.mapped: dict[int, MappedFile] = {}  # by objref
+        self._shared = shared
+
+    def open_path(self, path: str, flags: int) -> int:
+        """A descriptor of ours for `path` in the tree's own file system."""
+        try:
+            return openat2.open_in_root(self.root_fd, path, flags)
+        except OSError as error:
+            raise RestartFailed(
+                f"{path}: {os.strerror(error.errno or 0)} on this host",
+                hint="the same path must be there on both hosts, or be copied along (--copy-files)",
+            ) from error
+
+    def open_backing(self, item: VmaItem) -> int:
+        """A descriptor of ours for the file or shared memory behind a mapping. Raises RestartFailed where the file is
+        another one on this host."""
+        if item.kind == VmaKind.SHM:
+            return self._shared.open(item.objref)
+        file = self.mapped[item.objref]
+        shared = bool(item.flags & VmaFlag.SHARED)
+        writable = shared and bool(item.flags & VmaFlag.WRITE)
+        if shared and not writable:
+            try:  # so that it can be made writable later, as it could be on the source
+                fd = openat2.open_in_root(self.root_fd, file.path, os.O_RDWR)
+            except OSError:
+                fd = self.open_path(file.path, os.O_RDONLY)
+        else:
+            fd = self.open_path(file.path, os.O_RDWR if writable else os.O_RDONLY)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise RestartFailed(f"{file.path} is no regular file on this host")
+        build_id = elf.build_id(f"/proc/self/fd/{fd}") if file.build_id else ""
+        if (not shared and status.st_size != file.size) or build_id != file.build_id:
+            os.close(fd)
+            raise RestartFailed(
+                f"{file.path} differs on this host: {status.st_size} bytes, build id {build_id or 'none'};"
+                f" saved with {file.size} bytes, build id {file.build_id or 'none'}",
+                hint="install the same package on both hosts",
+            )
+        return fd
+
+    def close(self) -> None:
+        if self.root_fd >= 0:
+            os.close(self.root_fd)
+            self.root_fd = -1
