@@ -1,7 +1,7 @@
 """The SSH server of `migrator agent`: links and nothing else.
 
-Keys and what each may do come from a file in authorized_keys format (sshd(8)), read anew for
-every login, so that taking a line out takes effect at once:
+Keys and what each may do come from a file that is read anew for every login, so that taking a
+line out takes effect at once (`transport.authorized_keys`):
 
     migrator-rights="receive,observe",from="10.0.0.0/8" ssh-ed25519 AAAA… source-host
 
@@ -14,22 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import asyncssh
 
 from migrator.errors import MigratorError
 from transport import keys
+from transport.authorized_keys import KeyFile
 from transport.link import Link
 from transport.ssh import CHANNEL, TUNING, _SessionCallbacks, quieten
 
 log = logging.getLogger("migrator.transport")
 
-RIGHTS = frozenset({"receive", "send", "observe"})
-"""receive: bring workloads here; send: have workloads sent away from here; observe: look only."""
-OPTION = "migrator-rights"
 SUBSYSTEM = "migrator"
 LOGIN_SECONDS = 10  # to log in, and then again to open the link
 MAX_CONNECTIONS = 64  # at a time; more are turned away, before they could cost anything
@@ -41,7 +38,7 @@ Handler = Callable[[Link, str, frozenset[str]], Awaitable[None]]
 class _Sessions:
     """What a daemon has open."""
 
-    def __init__(self, authorized_keys: Path, handler: Handler, link_options: dict[str, Any]) -> None:
+    def __init__(self, authorized_keys: KeyFile, handler: Handler, link_options: dict[str, Any]) -> None:
         self.authorized_keys = authorized_keys
         self.handler = handler
         self.link_options = link_options
@@ -90,11 +87,11 @@ async def serve(
     """Listen on `host`:`port` (0 for any) and call `handler` for every link.
 
     host_keys:       private key files; made if missing (`keys.ensure_key`)
-    authorized_keys: who may come in; a missing file lets nobody in
+    authorized_keys: who may come in; a file that is missing or that others may write lets nobody in
 
     Raises OSError if the address cannot be bound, `TransportError` for unusable keys.
     """
-    sessions = _Sessions(Path(authorized_keys), handler, link_options)
+    sessions = _Sessions(KeyFile(authorized_keys), handler, link_options)
     loaded = [keys.ensure_key(path) for path in host_keys]
     acceptor = await asyncssh.create_server(
         lambda: _Server(sessions),
@@ -102,6 +99,10 @@ async def serve(
         port,
         server_host_keys=loaded,
         login_timeout=LOGIN_SECONDS,
+        password_auth=False,
+        kbdint_auth=False,
+        host_based_auth=False,
+        gss_host=None,
         allow_scp=False,
         agent_forwarding=False,
         reuse_address=True,
@@ -109,31 +110,6 @@ async def serve(
         **CHANNEL,
     )
     return Daemon(acceptor, sessions)
-
-
-def rights_of(options: Mapping[str, object]) -> frozenset[str]:
-    """The rights that the options of an authorized_keys line give.
-
-    Without the option: all of them, as a key without restrictions has in sshd. A word that is
-    not a right makes the whole line void, so that a typing error never gives more.
-    """
-    value = options.get(OPTION)
-    if value is None:
-        return RIGHTS
-    texts = value if isinstance(value, list) else [value]
-    words = {word.strip() for text in texts if isinstance(text, str) for word in text.split(",")}
-    return frozenset(words) if words and words <= RIGHTS else frozenset()
-
-
-def authorize(file: Path, key: asyncssh.SSHKey, addr: str) -> frozenset[str]:
-    """The rights of `key` for a client at `addr`; none if the file does not have it."""
-    try:
-        entries = asyncssh.read_authorized_keys(str(file))
-    except (OSError, ValueError) as error:
-        log.warning("nobody can log in: %s: %s", file, error)
-        return frozenset()
-    options = entries.validate(key, addr, addr)
-    return frozenset() if options is None else rights_of(options)
 
 
 class _Server(asyncssh.SSHServer):
@@ -145,6 +121,7 @@ class _Server(asyncssh.SSHServer):
         self._rights: frozenset[str] = frozenset()
         self._user = ""
         self._addr = ""
+        self._logged_in = False
         self._linked = False
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
@@ -162,6 +139,7 @@ class _Server(asyncssh.SSHServer):
             self._sessions.connections.discard(self._connection)
 
     def auth_completed(self) -> None:
+        self._logged_in = True
         asyncio.get_running_loop().call_later(LOGIN_SECONDS, self._end_if_idle)
 
     def begin_auth(self, username: str) -> bool:
@@ -172,7 +150,9 @@ class _Server(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        self._rights = authorize(self._sessions.authorized_keys, key, self._addr)
+        if self._logged_in:  # the rights stay those of the key that was proved
+            return False
+        self._rights = self._sessions.authorized_keys.rights(key, self._addr)
         if not self._rights:
             log.warning("%s: key %s of %s is not authorized", self._addr, keys.fingerprint(key), username)
         return bool(self._rights)

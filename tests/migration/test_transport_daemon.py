@@ -15,7 +15,8 @@ import asyncssh
 import pytest
 
 from migrator.errors import TransportError
-from transport.daemon import RIGHTS, Daemon, serve
+from transport.authorized_keys import RIGHTS
+from transport.daemon import Daemon, serve
 from transport.keys import ensure_key, fingerprint, pin, public_line
 from transport.link import Link
 from transport.ssh import connect
