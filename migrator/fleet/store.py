@@ -26,8 +26,8 @@ from migrator.errors import MigratorError, UsageError
 
 DEFAULT_URL = "sqlite:/var/lib/migrator/fleet.db"
 MAX_KEY = 512  # characters
-MAX_VALUE = 1 << 20  # bytes
-MAX_WRITES = 100  # in one transaction; etcd's own default limit is 128 operations
+MAX_VALUE = 1 << 20  # bytes in one transaction; etcd's own default limits are 1.5 MiB
+MAX_WRITES = 100  # and 128 operations
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*(/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*")
 _LOCKS = "locks/"
@@ -214,6 +214,12 @@ async def open_store(url: str = DEFAULT_URL) -> Store:
         from migrator.fleet.sqlite import SqliteStore
 
         return await SqliteStore.open(rest)
+    if kind == "etcd" and rest:
+        try:
+            from migrator.fleet.etcd import EtcdStore
+        except ImportError as error:
+            raise UsageError(f"{error.name} is not installed", hint="pip install 'migrator[etcd]'") from None
+        return await EtcdStore.open(rest)
     raise UsageError(f"{url!r} is no store", hint="such as sqlite:/var/lib/migrator/fleet.db or etcd:http://a:2379")
 
 
@@ -222,13 +228,14 @@ def check_writes(writes: Sequence[Write]) -> None:
     if not 1 <= len(writes) <= MAX_WRITES:
         raise UsageError(f"a transaction has 1 to {MAX_WRITES} writes, not {len(writes)}")
     seen = set()
+    total = sum(len(write.value) for write in writes if write.value is not None)
+    if total > MAX_VALUE:
+        raise UsageError(f"{total} bytes in one transaction; {MAX_VALUE} are the most")
     for write in writes:
         check_key(write.key)
         if write.key in seen:
             raise UsageError(f"{write.key} twice in one transaction")
         seen.add(write.key)
-        if write.value is not None and len(write.value) > MAX_VALUE:
-            raise UsageError(f"the value of {write.key} has {len(write.value)} bytes; {MAX_VALUE} are the most")
 
 
 def check_key(key: str) -> None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from migrator.fleet.store import Store, open_store
+from migrator.testing.etcd import EtcdCluster
 
 Opener = Callable[[], Awaitable[Store]]
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="session")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    """One member, for all tests that break nothing."""
+    with EtcdCluster(tmp_path_factory.mktemp("etcd"), members=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "etcd"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a store that is empty."""
-    return f"{request.param}:{tmp_path}/fleet.db"
+    if request.param == "sqlite":
+        return f"sqlite:{tmp_path}/fleet.db"
+    cluster: EtcdCluster = request.getfixturevalue("etcd")
+    return f"{cluster.url}?prefix={tmp_path.name}"
 
 
 @pytest.fixture
