@@ -58,12 +58,14 @@ def longest_wait(samples: Sequence[Sample], start: int | None = None, end: int |
     return max(touching, key=lambda sample: sample[1] - sample[0])
 
 
-def downtime_svg(samples: Sequence[Sample], bars: Sequence[Bar], *, title: str, subtitle: str = "") -> str:
+def downtime_svg(
+    samples: Sequence[Sample], bars: Sequence[Bar], *, title: str, subtitle: str = "", claim: str = "{} of downtime"
+) -> str:
     """The picture as SVG text.
 
     samples:  (sent, received) of each exchange of one client, ns of the same clock as the bars
     bars:     the phases of the migration, on both hosts, in any order
-    title:    the first line; the downtime is added to it
+    title:    the first line; the longest wait is added to it, as `claim` says
 
     Raises `ValueError` where there are no bars, or no exchange during them.
     """
@@ -93,7 +95,7 @@ def downtime_svg(samples: Sequence[Sample], bars: Sequence[Bar], *, title: str, 
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" font-family="{FONT}" font-size="12" fill="#222">',
         '<rect width="100%" height="100%" fill="white"/>',
-        _text(24, 34, f"{title}: {_duration(wait)} of downtime", size=19, weight="bold"),
+        _text(24, 34, f"{title}: {claim.format(_duration(wait))}", size=19, weight="bold"),
         _text(24, 55, subtitle, fill="#555"),
     ]
     return "\n".join([*head, *parts, "</svg>", ""])

@@ -55,6 +55,7 @@ def nginx_command(directory: Path, port: int, *, workers: int = 3) -> list[str]:
         f"    server {{ listen {port}; root {directory}/www; }}\n"
         "}\n"
     )
+    os.chmod(directory, 0o755)
     return ["nginx", "-c", str(config), "-p", str(directory)]
 
 

@@ -29,11 +29,11 @@ class Tally(msgspec.Struct):
 
 
 class WebClients:
-    """`run()` until `stop()`. `samples` has (end, seconds) of each request, on CLOCK_MONOTONIC."""
+    """`run()` until `stop()`. `samples` has (asked, answered) of each request, in ns of CLOCK_MONOTONIC."""
 
     def __init__(self, host: str, port: int, path: str, digest: str, clients: int, *, pause: float = 0.0) -> None:
         self.tally = Tally()
-        self.samples: list[tuple[float, float]] = []
+        self.samples: list[tuple[int, int]] = []
         self._address = host, port
         self._request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
         self._digest = digest
@@ -50,7 +50,7 @@ class WebClients:
 
     async def _client(self) -> None:
         while not self._over:
-            began = time.monotonic()
+            began = time.monotonic_ns()
             try:
                 async with asyncio.timeout(PATIENCE):
                     problem = await self._ask()
@@ -58,13 +58,13 @@ class WebClients:
                 problem = f"no end of the answer within {PATIENCE:g} s"
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
-            ended = time.monotonic()
+            ended = time.monotonic_ns()
             if problem:
-                self.tally.failures.append(f"{began:.3f}: {problem}")
+                self.tally.failures.append(f"{began / 1e9:.3f}: {problem}")
             else:
                 self.tally.requests += 1
-            self.tally.longest = max(self.tally.longest, ended - began)
-            self.samples.append((ended, ended - began))
+            self.tally.longest = max(self.tally.longest, (ended - began) / 1e9)
+            self.samples.append((began, ended))
             if self._pause:
                 await asyncio.sleep(self._pause)
 
@@ -93,7 +93,7 @@ async def _main(arguments: argparse.Namespace) -> None:
     clients.stop()
     tally = await running
     if arguments.samples:
-        arguments.samples.write_text("".join(f"{end:.6f} {seconds:.6f}\n" for end, seconds in clients.samples))
+        arguments.samples.write_text("".join(f"{asked} {answered}\n" for asked, answered in clients.samples))
     print(msgspec.json.encode(tally).decode(), flush=True)
 
 
