@@ -20,7 +20,7 @@ from migrator.protocol import messages as m
 from migrator.recovery.journal import journal_directory
 from migrator.runtime.service import notify, watchdog
 from migrator.session.serve import serve as serve_link
-from transport import daemon, ssh
+from transport import daemon, wire
 from transport.link import Link
 
 log = logging.getLogger("migrator.agent")
@@ -85,7 +85,7 @@ async def run_daemon(settings: AgentSettings) -> None:
 
 async def run_stdio(bridge: str = "") -> None:
     """Serve one link on standard input and output, as started by another host over SSH."""
-    link = await ssh.stdio_link()
+    link = await wire.stdio_link()
     login = host.Login()
     await _settle(login)
     await serve_link(link, host.destination_settings(select(), bridge=bridge))

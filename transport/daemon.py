@@ -25,7 +25,7 @@ from transport import keys
 from transport.authorized_keys import KeyFile
 from transport.link import Link
 from transport.slots import Slots
-from transport.ssh import CHANNEL, TUNING, _SessionCallbacks, quieten
+from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ChannelCallbacks, leave_out_ignores
 
 log = logging.getLogger("migrator.transport")
 
@@ -113,8 +113,8 @@ async def serve(
         allow_scp=False,
         agent_forwarding=False,
         reuse_address=True,
-        **TUNING,
-        **CHANNEL,
+        **CONNECTION_OPTIONS,
+        **CHANNEL_OPTIONS,
     )
     return Daemon(acceptor, sessions)
 
@@ -138,7 +138,7 @@ class _Server(asyncssh.SSHServer):
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
         self._addr = (conn.get_extra_info("peername") or ("",))[0]
-        quieten(conn)
+        leave_out_ignores(conn)
         leaves = self._sessions.slots.arrived(
             conn, self._addr, lambda: conn.get_extra_info("client_version") is not None
         )
@@ -208,7 +208,7 @@ class _Server(asyncssh.SSHServer):
             self._connection.close()
 
 
-class _ServerSession(_SessionCallbacks, asyncssh.SSHServerSession[bytes]):
+class _ServerSession(ChannelCallbacks, asyncssh.SSHServerSession[bytes]):
     def __init__(self, link: Link, run: Callable[[Link], None]) -> None:
         super().__init__(link)
         self._run = run

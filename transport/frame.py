@@ -36,6 +36,8 @@ BLOCK_HEADER = struct.Struct("<QI")  # sequence, size before compression
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 
+Buffer = bytes | bytearray | memoryview
+
 
 class Channel(enum.IntEnum):
     CONTROL = 0  # opaque messages of the session
@@ -87,6 +89,11 @@ class Block(NamedTuple):
     compressed: bool
     end: bool
     data: bytes
+
+
+def charge(size: int) -> int:
+    """What a block of `size` wire bytes costs of the window, on both sides."""
+    return BLOCK_HEADER.size + size + CHARGE
 
 
 def encode_preface(window: int) -> bytes:
