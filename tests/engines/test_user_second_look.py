@@ -47,8 +47,8 @@ def spoils_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def careless(self: TaskRestore, stub: Stub) -> None:
         finish(self, stub)
-        heap = next(vma for vma in procfs.maps(stub.pid) if vma.path == "[heap]")
-        stub.mem.write(heap.start, b"spoilt")
+        data = next(vma for vma in procfs.maps(stub.pid) if vma.write and not vma.path)
+        stub.mem.write(data.start, b"spoilt")
 
     monkeypatch.setattr(TaskRestore, "finish", careless)
 

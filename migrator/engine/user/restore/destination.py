@@ -166,7 +166,9 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        found = differences(saved, look_again(self._stub_tree, stopped, self.moves))
+        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied.container = saved.container  # what stands around a container is the sandbox's, made from this
+        found = differences(saved, copied)
         if found:
             more = f"; {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
             raise RestartFailed(
