@@ -24,9 +24,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "engines"))
 
-from pidhosts import HostedWorkload, PidHost, migrate  # noqa: E402
+from pidhosts import HostedWorkload, PidHost, migrate
 
-from migrator.testing.stage import require_root  # noqa: E402
+from migrator.testing.stage import require_root
 
 ROWS = {
     "threads": (20, 50, 200),
