@@ -111,6 +111,7 @@ async def serve(
         host_based_auth=False,
         gss_host=None,
         allow_scp=False,
+        line_editor=False,
         agent_forwarding=False,
         reuse_address=True,
         **CONNECTION_OPTIONS,
