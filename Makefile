@@ -3,6 +3,7 @@
 # make test    all tests; non-zero on any failure
 # make bench   every workload beside its stop-copy-restart and its floor
 # make lint    ruff and mypy
+# make coverage  which lines the last whole `make test` has not reached
 # make man     manual pages of all commands, in build/man
 #
 # make test-kernel     the patched kernel in guests: selftests, both engines, live migrations between guests
@@ -18,7 +19,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo demo-web test bench lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
+.PHONY: demo demo-web test coverage bench lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +38,11 @@ demo-web: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/demo_web.py $(ARGS)
 
 test: $(STAMP)
-	@cd $(ROOT) && $(PYTHON) -m pytest -q -ra --durations=10 -n auto --dist loadfile $(ARGS)
+	@cd $(ROOT) && $(PYTHON) -m pytest -q -ra --durations=10 -n auto --dist loadfile $(if $(ARGS),$(ARGS),--cov --cov-report=)
+	@$(if $(ARGS),,cd $(ROOT) && .venv/bin/coverage report --format=total | sed "s/.*/coverage: & %/")
+
+coverage: $(STAMP)
+	@cd $(ROOT) && .venv/bin/coverage report --show-missing
 
 bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)

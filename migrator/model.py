@@ -9,32 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import Enum
 
 import msgspec
 
-from migrator.engine.base import Phase, Round
-
-
-class Where(Enum):
-    SOURCE = "source"
-    DESTINATION = "destination"
-    BETWEEN = "between"  # on the wire, or waiting for the other
-
-
-class Span(msgspec.Struct, frozen=True):
-    """One named stretch of time on one host: ns, bytes of stream, pages of 4096 bytes."""
-
-    name: str
-    where: Where
-    start: int
-    end: int
-    bytes: int = 0
-    pages: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return (self.end - self.start) / 1e9
+from migrator.engine.base import Phase as Phase
+from migrator.engine.base import Round as Round
+from migrator.engine.base import Where as Where
 
 
 class ClockOffset:
@@ -57,12 +39,12 @@ class ClockOffset:
 
 
 class Timeline(msgspec.Struct, frozen=True):
-    """Spans of both hosts on one clock, and the downtime: from the freeze to the copy's first instruction.
+    """Phases of both hosts on one clock, and the downtime: from the freeze to the copy's first instruction.
 
-    uncertainty:  ns by which spans of the destination may be shifted
+    uncertainty:  ns by which phases of the destination may be shifted
     """
 
-    spans: list[Span]
+    phases: list[Phase]
     frozen_at: int = 0
     resumed_at: int = 0
     uncertainty: int = 0
@@ -72,34 +54,34 @@ class Timeline(msgspec.Struct, frozen=True):
         """Seconds; 0.0 if the workload was never stopped."""
         return max(self.resumed_at - self.frozen_at, 0) / 1e9
 
-    def downtime_parts(self) -> list[Span]:
+    def downtime_parts(self) -> list[Phase]:
         """The downtime cut into what happened in it: parts that follow each other without gap or overlap.
 
-        Where spans overlap, the one that began last is named: it is the most precise. Where there is none,
+        Where phases overlap, the one that began last is named: it is the most precise. Where there is none,
         the time went by between the hosts.
         """
         if self.resumed_at <= self.frozen_at:
             return []
         start, end = self.frozen_at, self.resumed_at
-        inside = [span for span in self.spans if span.start < end and span.end > start]
-        edges = {start, end, *(t for span in inside for t in (span.start, span.end) if start < t < end)}
-        parts: list[Span] = []
+        inside = [phase for phase in self.phases if phase.start < end and phase.end > start]
+        edges = {start, end, *(t for phase in inside for t in (phase.start, phase.end) if start < t < end)}
+        parts: list[Phase] = []
         for left, right in itertools.pairwise(sorted(edges)):
-            active = [span for span in inside if span.start <= left and span.end >= right]
+            active = [phase for phase in inside if phase.start <= left and phase.end >= right]
             name, where = "wait", Where.BETWEEN
             if active:
-                best = max(active, key=lambda span: (span.start, -span.end))
+                best = max(active, key=lambda phase: (phase.start, -phase.end))
                 name, where = best.name, best.where
             if parts and (parts[-1].name, parts[-1].where) == (name, where):
                 left = parts.pop().start
-            parts.append(Span(name, where, left, right))
+            parts.append(Phase(name, left, right, where=where))
         return parts
 
 
-def spans_of(phases: Iterable[Phase], where: Where, offset: ClockOffset | None = None) -> list[Span]:
-    """An engine's phases as spans on the source's clock."""
+def phases_here(phases: Iterable[Phase], where: Where, offset: ClockOffset | None = None) -> list[Phase]:
+    """Phases of one host, on the source's clock."""
     shift = offset.offset if offset is not None else 0
-    return [Span(p.name, where, p.start - shift, p.end - shift, p.bytes, p.pages) for p in phases]
+    return [replace(p, start=p.start - shift, end=p.end - shift, where=where) for p in phases]
 
 
 class Outcome(Enum):
@@ -153,7 +135,7 @@ class PhaseStarted(msgspec.Struct, frozen=True, tag=True):
 
 class PhaseEnded(msgspec.Struct, frozen=True, tag=True):
     migration: str
-    span: Span
+    phase: Phase
 
 
 class RoundDone(msgspec.Struct, frozen=True, tag=True):

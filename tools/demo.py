@@ -65,7 +65,7 @@ def main() -> None:
     show.print(f"\n[dim]on host b now:[/]\n{where}", end="")
     gap = longest_wait(samples, started)
     gap_ms = (gap[1] - gap[0]) / 1e6
-    bars = [Bar(s["name"], s["start"], s["end"], s["where"]) for s in result["timeline"]["spans"]]
+    bars = [Bar(s["name"], s["start"], s["end"], s["where"]) for s in result["timeline"]["phases"]]
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     options.picture.write_text(
         downtime_svg(

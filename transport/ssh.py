@@ -25,6 +25,7 @@ from typing import Any, cast
 import asyncssh
 
 from migrator.errors import TransportError
+from migrator.text import printable
 from transport import keys
 from transport.link import Link, Wire
 from transport.wire import stdio_link
@@ -150,6 +151,8 @@ async def _start(
     try:
         await connection.create_session(lambda: session, command, **CHANNEL)
     except asyncssh.ChannelOpenError as error:
+        if error.code == asyncssh.OPEN_RESOURCE_SHORTAGE:
+            raise TransportError(f"{where} has no place left: {error.reason}", hint="try again later") from None
         raise TransportError(
             f"{where} refuses to run {command!r}: {error.reason}",
             hint="the key may be bound to another command in authorized_keys there",
@@ -257,8 +260,7 @@ class ClientSession(_SessionCallbacks, asyncssh.SSHClientSession[bytes]):
     def last_words(self) -> str:
         """The last lines of standard error, in one, without what would steer a terminal."""
         lines = self._stderr.decode("utf-8", "replace").splitlines()
-        text = " / ".join(line.strip() for line in lines[-5:] if line.strip())
-        return "".join(char if char.isprintable() else "?" for char in text)
+        return printable(" / ".join(line.strip() for line in lines[-5:] if line.strip()))
 
     def failure(self, where: Target, command: str) -> TransportError | None:
         """What a command that ended before it introduced itself died of."""

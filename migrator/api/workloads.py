@@ -14,7 +14,7 @@ from migrator.errors import Refused, UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.openat2 import open_in_root
-from migrator.protocol.messages import SyncTree
+from migrator.protocol.trees import SyncTree
 
 _NO_FILES = frozenset(
     "proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs".split()  # noqa: SIM905
@@ -69,7 +69,7 @@ def _within(tree: SyncTree, other: SyncTree, mounts: set[str]) -> bool:
     """Whether `tree` is carried with `other` anyway: nothing is mounted on the way from there."""
     if tree == other or other.only:
         return False
-    path = tree.path if not tree.only else os.path.join(tree.path, os.fsdecode(tree.only))
+    path = tree.path if not tree.only else os.path.join(tree.path, os.fsdecode(tree.only[0]))
     if os.path.commonpath([path, other.path]) != other.path:
         return False
     return not any(
@@ -98,7 +98,7 @@ def _tree(workload: Workload, path: str) -> SyncTree:
     if stat.S_ISDIR(mode):
         return SyncTree(path)
     if stat.S_ISREG(mode):
-        return SyncTree(os.path.dirname(path), os.fsencode(os.path.basename(path)))
+        return SyncTree(os.path.dirname(path), [os.fsencode(os.path.basename(path))])
     raise UsageError(f"{what} is neither a file nor a directory")
 
 

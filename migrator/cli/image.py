@@ -14,6 +14,7 @@ from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import Target
 from migrator.errors import UsageError
 from migrator.image.render import render_text, to_json
+from migrator.text import size
 
 images = typer.Typer(help="Look into images.", no_args_is_help=True)
 
@@ -115,3 +116,20 @@ def info(
             out.lines(render_text(found, errors=errors, tree=tree, verbose=verbose))
     if not found.whole:
         raise typer.Exit(6)
+
+
+@images.command("convert")
+def convert(
+    path: Annotated[str, typer.Argument(metavar="FILE|-", help="An image of any revision; - is standard input.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to a file, not standard output.")
+    ] = None,
+) -> None:
+    """Make an image of the current revision from an older one. Exits with 6 if it is not whole."""
+    with reported():
+        if output is None and sys.stdout.isatty():
+            raise UsageError("an image is not for a terminal", hint=f"migrator image convert {path} -o FILE, or > FILE")
+        made = migrator.convert_image(
+            _STDIN if path == "-" else Path(path), output if output is not None else sys.stdout.fileno()
+        )
+        err.say("[dim]revision {} to {}: {} records, {}[/]", made.from_rev, made.to_rev, made.records, size(made.bytes))

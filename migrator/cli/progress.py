@@ -15,11 +15,11 @@ from migrator.model import (
     MigrationResult,
     Noted,
     Outcome,
+    Phase,
     PhaseEnded,
     PhaseStarted,
     RoundDone,
     Settled,
-    Span,
     Transferred,
     Waiting,
     Where,
@@ -68,7 +68,7 @@ class Display:
             case RoundDone():
                 self._round(event)
             case PhaseEnded():
-                self._ended(event.span)
+                self._ended(event.phase)
             case Noted():
                 self._console.say("  {}", event.text)
             case Waiting():
@@ -82,11 +82,11 @@ class Display:
             case _:
                 pass
 
-    def _ended(self, span: Span) -> None:
-        if span.where is not Where.SOURCE or span.name not in _SHOWN:
+    def _ended(self, phase: Phase) -> None:
+        if phase.where is not Where.SOURCE or phase.name not in _SHOWN:
             return
-        sent = f"  {size(self._bytes):>22}" if span.name == "files" and self._bytes else ""
-        self._console.say("  {:<10} {:>9}{}", span.name, duration(span.seconds), sent)
+        sent = f"  {size(self._bytes):>22}" if phase.name == "files" and self._bytes else ""
+        self._console.say("  {:<10} {:>9}{}", phase.name, duration(phase.seconds), sent)
 
     def _round(self, event: RoundDone) -> None:
         made = event.round
@@ -140,7 +140,7 @@ def show_result(console: Console, result: MigrationResult) -> None:
         console.say("[yellow]note:[/] {}", warning)
 
 
-def _timeline(parts: list[Span], start: int, end: int) -> Table:
+def _timeline(parts: list[Phase], start: int, end: int) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     table.add_column(justify="left")
     table.add_column(justify="left", style="dim")
@@ -157,12 +157,12 @@ def _timeline(parts: list[Span], start: int, end: int) -> Table:
     return table
 
 
-def _without_slivers(parts: list[Span]) -> list[Span]:
+def _without_slivers(parts: list[Phase]) -> list[Phase]:
     """Waits too short to be seen are counted to the part before them: the sum stays what it is."""
-    out: list[Span] = []
+    out: list[Phase] = []
     for part in parts:
         if out and part.where is Where.BETWEEN and part.end - part.start < _SLIVER:
             last = out.pop()
-            part = Span(last.name, last.where, last.start, part.end)
+            part = Phase(last.name, last.start, part.end, where=last.where)
         out.append(part)
     return out

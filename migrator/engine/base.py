@@ -54,16 +54,23 @@ class AfterCheckpoint(enum.Enum):
     STOP = "leave-stopped"
 
 
+class Where(enum.Enum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+    BETWEEN = "between"  # on the wire, or waiting for the other
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One named stretch of time: `start` and `end` in ns of CLOCK_MONOTONIC, `pages` of 4096 bytes,
-    `bytes` as written to the stream before compression."""
+    """One named stretch of time: `start` and `end` in ns of CLOCK_MONOTONIC, `pages` of 4096 bytes, `bytes` as
+    written to the stream before compression. `where` is for sessions: an engine does not know which host it is."""
 
     name: str
     start: int
     end: int
     bytes: int = 0
     pages: int = 0
+    where: Where = Where.SOURCE
 
     @property
     def seconds(self) -> float:

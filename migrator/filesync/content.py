@@ -8,7 +8,8 @@ import stat
 from collections.abc import Iterator
 
 from migrator.filesync.model import Attributes, Inode
-from migrator.protocol.messages import FILE_CHUNK, Close, Drop, Entry, Open, Put, Touch, TreeOp, Write
+from migrator.protocol.trees import Close, Drop, Entry, Open, Put, Touch, TreeOp, Write
+from migrator.protocol.wire import FILE_CHUNK
 
 BLOCK = 64 << 10  # what of a large file is sent again if a byte of it has changed
 SMALL = 128 << 10  # files up to this are always sent whole

@@ -5,54 +5,56 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from migrator.filesync.attributes import carried
+from migrator.filesync.changes import Changes
 from migrator.filesync.content import TICK, entry_of, inode_of
+from migrator.filesync.difference import FEW, Difference
 from migrator.filesync.model import Node
+from migrator.filesync.paths import check
 from migrator.filesync.view import TreeView
-from migrator.protocol.messages import Entry, MessageError, SyncTree, TreeAnswer, TreeList
-from migrator.session import preflight
+from migrator.protocol.trees import Entry, TreeAnswer, TreeList
+from migrator.protocol.wire import MessageError
 
 _LIST = 512  # entries of one list
 _MOST_SURPLUS = 1 << 20
 
 
-class TreeListing(TreeView):
-    """A tree that is compared. `difference` is what was found, once all lists are `answered`."""
+class Listing:
+    """A tree that is compared.
 
-    def __init__(
-        self,
-        number: int,
-        tree: SyncTree,
-        top_fd: int,
-        *,
-        watched: bool = True,
-        tell: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        super().__init__(number, tree, top_fd, watched=watched, tell=tell)
-        self.difference = preflight.Difference()
-        if self.refusal:
-            self.difference.walked.append(f"{tree.path} ({self.refusal})")
-        self._surplus: list[bytes] = []  # only on the destination
+    difference:  what was found, once all lists are `answered`
+    surplus:     paths that only the destination has
+    """
+
+    def __init__(self, number: int, view: TreeView, changes: Changes) -> None:
+        self._number = number
+        self._view = view
+        self._model = view.model
+        self._changes = changes
+        self.difference = Difference()
+        if view.refusal:
+            self.difference.walked.append(f"{view.tree.path} ({view.refusal})")
+        self.surplus: list[bytes] = []
         self._listed: dict[int, tuple[Node, list[Node | None]]] = {}
 
-    def listing(self) -> Iterator[TreeList]:
-        """All that is here, directory by directory. Each must be `answered`."""
-        waiting = [self.model.top]
+    def lists(self) -> Iterator[TreeList]:
+        """All that is here, directory by directory. Each must be `answered`. Raises FileError."""
+        waiting = [self._model.top]
         number = 0
         while waiting:
             node = waiting.pop()
-            with self._opened(node) as fd:
-                if fd is None:  # it was renamed just now: what it has there is not known
-                    self._unlisted.add(node)
-                    self._mark(node.parent or node, node.name)
+            with self._view.opened(node) as fd:
+                if fd is None:  # it was renamed just now
+                    self._changes.mark_unlisted(node)
                     continue
-                self._know(node, fd)
+                self._view.know(node, fd)
                 directory, entries, nodes, after = node.path, list[Entry](), list[Node | None](), b""
-                for name in self._names(node, fd):
+                for name in self._view.names(node, fd):
                     if len(entries) >= _LIST:
-                        yield self._list(number, directory, node, entries, nodes, after, False)
+                        self._listed[number] = (node, nodes)
+                        yield TreeList(number, self._number, directory, after, False, entries)
                         number, after, entries, nodes = number + 1, entries[-1].path, [], []
                     made = self._note(node, fd, name)
                     if made is not None:
@@ -60,21 +62,9 @@ class TreeListing(TreeView):
                         nodes.append(made[1])
                         if made[1] is not None and made[1].children is not None:
                             waiting.append(made[1])
-                yield self._list(number, directory, node, entries, nodes, after, True)
+                self._listed[number] = (node, nodes)
+                yield TreeList(number, self._number, directory, after, True, entries)
                 number += 1
-
-    def _list(
-        self,
-        number: int,
-        directory: bytes,
-        node: Node,
-        entries: list[Entry],
-        nodes: list[Node | None],
-        after: bytes,
-        last: bool,
-    ) -> TreeList:
-        self._listed[number] = (node, nodes)
-        return TreeList(number, self.number, directory, after, last, entries)
 
     def _note(self, parent: Node, fd: int, name: bytes) -> tuple[Entry, Node | None] | None:
         """Put a name into the model as if the destination had it, until it says otherwise."""
@@ -83,20 +73,20 @@ class TreeListing(TreeView):
             target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else b""
         except OSError:
             return None  # just gone
-        known = self.model.inodes.get((status.st_dev, status.st_ino))
+        known = self._model.inodes.get((status.st_dev, status.st_ino))
         directory = stat.S_ISDIR(status.st_mode)
         if not carried(status.st_mode):
             self._skip(parent, name)
             return entry_of(name, status), None
-        mount = directory and self._is_mount(fd, name)
+        mount = directory and self._view.is_mount(fd, name)
         if known is not None and known.names and not directory:
             entry = entry_of(name, status, target, link=known.names[0].path)
-            return entry, self.model.add(parent, name, known, directory=False)
+            return entry, self._model.add(parent, name, known, directory=False)
         inode = inode_of(status, target)
         inode.fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - TICK
-        node = self.model.add(parent, name, inode, directory=directory and not mount)
+        node = self._model.add(parent, name, inode, directory=directory and not mount)
         node.mount = mount
-        self._added(node)
+        self._changes.added(node)
         return entry_of(name, status, target, mount=mount), node
 
     def answered(self, answer: TreeAnswer) -> None:
@@ -111,54 +101,54 @@ class TreeListing(TreeView):
             if node is None or node.parent is None:
                 continue
             self._count(node)
-            self._mark(parent, node.name)
+            self._changes.mark(parent, node.name)
             if node.children is None and not node.mount:
-                self.model.forget(node)
+                self._model.forget(node)
             else:
                 node.there = False
         for name in answer.surplus:
-            path = os.path.join(parent.path, name) if parent.parent is not None else name
-            if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
-                raise MessageError(f"not a name: {name!r}")
-            if len(self._surplus) >= _MOST_SURPLUS:
+            check(name, component=True)
+            if len(self.surplus) >= _MOST_SURPLUS:
                 raise MessageError(f"more than {_MOST_SURPLUS} files that are only there")
-            self._surplus.append(path)
+            path = os.path.join(parent.path, name) if parent.parent is not None else name
+            self.surplus.append(path)
             self.difference.surplus += 1
-            if len(self.difference.surplus_names) < preflight.FEW:
-                self.difference.surplus_names.append(self.shown(path))
+            if len(self.difference.surplus_names) < FEW:
+                self.difference.surplus_names.append(self._view.shown(path))
         if answer.last:
             del self._listed[answer.number]
-
-    def _count(self, node: Node) -> None:
-        found = self.difference
-        found.files += 1
-        if stat.S_ISREG(node.inode.facts.mode):
-            found.bytes += node.inode.facts.size
-        if len(found.names) < preflight.FEW:
-            found.names.append(self.shown(node.path))
-
-    def _skip(self, parent: Node, name: bytes) -> None:
-        found = self.difference
-        found.skipped += 1
-        if len(found.skipped_names) < preflight.FEW:
-            found.skipped_names.append(self.shown(os.path.join(parent.path, name)))
 
     def force(self, path: str) -> bool:
         """The file at `path`, of the workload's root, has to be sent although it looks the same. False if this tree
         does not have it: it lies elsewhere, or on another mount."""
-        top = "" if self.tree.path == "/" else self.tree.path
+        tree = self._view.tree
+        top = "" if tree.path == "/" else tree.path
         if not path.startswith(top + "/"):
             return False
-        inner = os.fsencode(path[len(top) + 1 :])
-        if self.tree.only and inner != self.tree.only:
+        names = os.fsencode(path[len(top) + 1 :]).split(b"/")
+        if not self._view.carries(names[0]) or (not self._view.whole and len(names) > 1):
             return False
-        node: Node | None = self.model.top
-        for name in inner.split(b"/"):
+        node: Node | None = self._model.top
+        for name in names:
             node = node.child(name) if node is not None else None
             if node is not None and node.mount:
                 return False
         if node is None or node.parent is None or node.inode.directory:
             return True  # it is to be sent anyway, or was just renamed or deleted
         self._count(node)
-        self._mark(node.parent, node.name)
+        self._changes.mark(node.parent, node.name)
         return True
+
+    def _count(self, node: Node) -> None:
+        found = self.difference
+        found.files += 1
+        if stat.S_ISREG(node.inode.facts.mode):
+            found.bytes += node.inode.facts.size
+        if len(found.names) < FEW:
+            found.names.append(self._view.shown(node.path))
+
+    def _skip(self, parent: Node, name: bytes) -> None:
+        found = self.difference
+        found.skipped += 1
+        if len(found.skipped_names) < FEW:
+            found.skipped_names.append(self._view.shown(os.path.join(parent.path, name)))

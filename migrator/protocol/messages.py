@@ -13,34 +13,26 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from migrator.engine.base import FileFact, Phase, Round, Survey
-from migrator.errors import TransportError
+from migrator.protocol.facts import Phase, Round, Survey
+from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
+from migrator.protocol.wire import (
+    MAX_MESSAGE,
+    MOST_FILES,
+    MOST_PHASES,
+    Count,
+    Features,
+    Id,
+    Message,
+    Name,
+    Nanoseconds,
+    Part,
+    Path,
+    Seconds,
+    Text,
+)
+from migrator.protocol.wire import MessageError as MessageError
 
-VERSION = 2
-MAX_MESSAGE = 1 << 20  # bytes, as the transport allows
-FILE_CHUNK = 512 << 10  # bytes of a file in one message
-
-Id = Annotated[str, Meta(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Name = Annotated[str, Meta(max_length=256)]
-Text = Annotated[str, Meta(max_length=4096)]
-Path = Annotated[str, Meta(min_length=1, max_length=4096)]
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
-LISTED = 2048  # entries of a list in one message
-FileName = Annotated[bytes, Meta(max_length=255)]
-FilePath = Annotated[bytes, Meta(max_length=4095)]
-Mode = Annotated[int, Meta(ge=0, le=0o177777)]
-Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
-Stamp = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]  # ns since 1970
-Nanoseconds = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-
-
-class MessageError(TransportError):
-    """The peer said something that is not in the protocol."""
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="type"):
-    """Base of all messages."""
+VERSION = 3
 
 
 class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,10 +48,10 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     machine: Name
     cpu_vendor: Name
     cpu_model: Name
-    cpu_features: frozenset[str]
+    cpu_features: Features
     xstate_size: Count
     engine: Name
-    abilities: dict[str, bool] = {}
+    abilities: Annotated[dict[Name, bool], Meta(max_length=256)] = msgspec.field(default_factory=dict)
     memory_available: Count = 0  # bytes
     pid_max: Count = 0
     boot_id: Name = ""
@@ -80,20 +72,9 @@ class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Hello(Message, tag="hello", frozen=True):
     """First message of both sides on every link. The greatest common version is spoken."""
 
-    versions: list[Annotated[int, Meta(ge=1, le=1000)]]
+    versions: Annotated[list[Annotated[int, Meta(ge=1, le=1000)]], Meta(min_length=1, max_length=32)]
     software: Name = ""
     host: Name = ""
-
-
-class SyncTree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is carried along as a whole: all below the directory `path`, as the workload sees it; or of that
-    directory only the file `only`. Its inode number and the time of its last change (ns) tell whether both hosts
-    look at the same directory."""
-
-    path: Annotated[str, Meta(max_length=4096, pattern=r"^/")]
-    only: FileName = b""
-    inode: Count = 0  # its lower 63 bits
-    changed_ns: Stamp = 0
 
 
 class Propose(Message, tag="propose", frozen=True):
@@ -106,165 +87,29 @@ class Propose(Message, tag="propose", frozen=True):
     container_spec: Annotated[str, Meta(max_length=1 << 16)] = ""
     copy_files: bool = False
     dry_run: bool = False
-    trees: Annotated[list[SyncTree], Meta(max_length=64)] = []
+    trees: Annotated[list[SyncTree], Meta(max_length=64)] = msgspec.field(default_factory=list)
 
 
 class Verdict(Message, tag="verdict", frozen=True):
     """destination: what stands in the way, if anything, and which files it wants (with `copy_files`)."""
 
     destination: HostFacts
-    reasons: list[Reason] = []
-    wanted: list[Path] = []
+    reasons: Annotated[list[Reason], Meta(max_length=MOST_FILES)] = msgspec.field(default_factory=list)
+    wanted: Annotated[list[Path], Meta(max_length=MOST_FILES)] = msgspec.field(default_factory=list)
 
 
 class Begin(Message, tag="begin", frozen=True):
-    """source: the stream begins."""
+    """source: files and the stream follow. `trees`: those of the files that were wanted, numbered after the proposed
+    ones."""
 
     migration: Id
-
-
-class FileBegin(Message, tag="file-begin", frozen=True):
-    """source: a file that the destination wanted. `in_place`: it was sent before, and only changes follow."""
-
-    file: FileFact
-    uid: Count = 0
-    gid: Count = 0
-    in_place: bool = False
-
-
-class FileData(Message, tag="file-data", frozen=True):
-    offset: Count
-    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)]
-
-
-class FileEnd(Message, tag="file-end", frozen=True):
-    """source: the file is complete; `digest` is the sha256 of it, "" after changes in place."""
-
-    size: Count
-    digest: Annotated[str, Meta(max_length=64)] = ""
+    trees: Annotated[list[SyncTree], Meta(max_length=MOST_FILES)] = msgspec.field(default_factory=list)
 
 
 class FilesSync(Message, tag="files-sync", frozen=True):
     """source: say when all files sent so far are in place. The destination sends it back."""
 
     number: Count
-
-
-class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One file of a tree, as lstat(2) shows it.
-
-    path:    from the top of the tree, without a slash at its beginning; of a listing only its last component
-    target:  of a symbolic link
-    link:    the path of another name of the same file, which was named before
-    mount:   a mount point: to be there as a directory, and not to be looked into
-    """
-
-    path: FilePath
-    mode: Mode
-    size: Count = 0
-    mtime_ns: Stamp = 0
-    uid: Owner = 0
-    gid: Owner = 0
-    target: Annotated[bytes, Meta(max_length=4096)] = b""
-    link: FilePath = b""
-    mount: bool = False
-    xattrs: dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]] = {}
-
-
-class TreeList(Message, tag="tree-list", frozen=True):
-    """source: what it has in one directory of tree `tree`, by name: all after `after`, up to the last entry,
-    or if `last` to the end. Comes after the verdict and before `begin`, as often as needed."""
-
-    number: Count
-    tree: Count
-    directory: FilePath
-    after: FileName
-    last: bool
-    entries: Annotated[list[Entry], Meta(max_length=LISTED)]
-
-
-class TreeAnswer(Message, tag="tree-answer", frozen=True):
-    """destination: which of these entries are not the same here, by their index, and what is here only. `last`:
-    nothing more about this list."""
-
-    number: Count
-    differing: Annotated[list[Count], Meta(max_length=LISTED)] = []
-    surplus: Annotated[list[FileName], Meta(max_length=LISTED)] = []
-    last: bool = True
-
-
-class Put(msgspec.Struct, frozen=True, array_like=True, tag="put"):
-    """Make it, in place of whatever has its name: a directory, a link, a FIFO, or a file with this content."""
-
-    entry: Entry
-    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)] = b""
-
-
-class Open(msgspec.Struct, frozen=True, array_like=True, tag="open"):
-    """A regular file follows, to be put in place when it is closed; with `in_place` only what has changed, into
-    the file that is there."""
-
-    entry: Entry
-    in_place: bool = False
-
-
-class Write(msgspec.Struct, frozen=True, array_like=True, tag="write"):
-    offset: Count
-    data: Annotated[bytes, Meta(max_length=FILE_CHUNK)]
-
-
-class Close(msgspec.Struct, frozen=True, array_like=True, tag="close"):
-    """The file that was opened is complete."""
-
-
-class Touch(msgspec.Struct, frozen=True, array_like=True, tag="touch"):
-    """Owner, mode, time and attributes of what is there."""
-
-    entry: Entry
-
-
-class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
-    """`path` becomes another name of the file `to`."""
-
-    path: FilePath
-    to: FilePath
-
-
-class Remove(msgspec.Struct, frozen=True, array_like=True, tag="remove"):
-    """`path`, with all below it, is gone; `aside`: it never was on the source, and is to be kept elsewhere."""
-
-    path: FilePath
-    aside: bool = False
-
-
-class Stash(msgspec.Struct, frozen=True, array_like=True, tag="stash"):
-    """`path` will be somewhere else: keep it under `number`."""
-
-    path: FilePath
-    number: Count
-
-
-class Unstash(msgspec.Struct, frozen=True, array_like=True, tag="unstash"):
-    """What was kept under `number` is now `path`, in place of whatever has its name."""
-
-    number: Count
-    path: FilePath
-
-
-class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
-    """What was kept under `number` is gone."""
-
-    number: Count
-
-
-TreeOp = Put | Open | Write | Close | Touch | Join | Remove | Stash | Unstash | Drop
-
-
-class TreeOps(Message, tag="tree-ops", frozen=True):
-    """source: what to do in tree `tree`, in this order."""
-
-    tree: Count
-    ops: Annotated[list[TreeOp], Meta(max_length=LISTED)]
 
 
 class Standing(Message, tag="standing", frozen=True):
@@ -281,7 +126,7 @@ class Ready(Message, tag="ready", frozen=True):
     built_at: Nanoseconds  # CLOCK_MONOTONIC of the destination
 
 
-class OrphanedConnection(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class OrphanedConnection(Part, frozen=True):
     """A TCP connection of a container; addresses as text."""
 
     local: Annotated[str, Meta(max_length=45)]
@@ -354,7 +199,7 @@ class DestinationReport(Message, tag="report", frozen=True):
     """destination: its phases, once it runs."""
 
     migration: Id
-    phases: list[Phase]
+    phases: Annotated[list[Phase], Meta(max_length=MOST_PHASES)]
     pid: Count = 0
 
 
@@ -392,7 +237,7 @@ class Query(Message, tag="query", frozen=True):
 class Result(Message, tag="result", frozen=True):
     """The answer to a query: JSON."""
 
-    json: str
+    json: Annotated[str, Meta(max_length=1 << 20)]
 
 
 AnyMessage = (
@@ -400,9 +245,6 @@ AnyMessage = (
     | Propose
     | Verdict
     | Begin
-    | FileBegin
-    | FileData
-    | FileEnd
     | FilesSync
     | TreeList
     | TreeAnswer

@@ -22,9 +22,9 @@ import msgspec
 from migrator import model
 from migrator.engine.base import Destination, Phase, Round
 from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError
-from migrator.filesync.files import FileReceiver
-from migrator.filesync.target import TreeTargets
+from migrator.filesync.receiver import FileReceiver
 from migrator.model import OnEvent, Outcome, Where
+from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
@@ -61,8 +61,7 @@ class DestinationSession:
         self._arriving = Arrival(link)
         self._proposal: m.Propose | None = None
         self._prepared: Prepared | None = None
-        self._files: FileReceiver | None = None
-        self._trees = TreeTargets([], "", "")
+        self._files = FileReceiver([], "", "")
         self._journal: Journal | None = None
         self._engine: Destination | None = None
         self._held = asyncio.Event()  # the copy is held, or never will be
@@ -265,23 +264,22 @@ class DestinationSession:
         proposal = self._propose
         reasons: list[m.Reason] = []
         wanted: list[str] = []
-        root = ""
         try:
             root = self.settings.root_of(proposal)
-            self._trees = TreeTargets(proposal.trees, root, proposal.migration)
-            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.files, root)
+            self._files = FileReceiver(proposal.trees, root, proposal.migration)
+            files = await asyncio.to_thread(preflight.collect_files, proposal.survey.value().files, root)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self.settings.host, files, taken)
-            for tree in self._trees.shared():
+            self._files.want(wanted)
+            for tree in self._files.shared():
                 remedy = "it needs no copy: leave --copy-files and --copy-path away"
                 reasons.append(m.Reason(tree.path, "is the same directory on both hosts", remedy))
             if not any(r.blocking for r in reasons) and not proposal.dry_run:
-                self._trees.accepted = True
+                self._files.accepted = True
                 self._prepared = await self._thread.run(self.settings.prepare, proposal)
         except MigratorError as error:
             texts = getattr(error, "reasons", None) or [error.message]
             reasons += [m.Reason(self.settings.host.host, m.text(text), m.text(error.hint)) for text in texts]
-        self._files = FileReceiver(wanted, root)
         prepare()
         await self._send(m.Verdict(self.settings.host, reasons, wanted))
         fault("destination.proposed")
@@ -446,7 +444,9 @@ class DestinationSession:
 
     async def _report(self) -> None:
         phases = [*self._phases, *self._arriving.phases, *(self._engine.phases if self._engine is not None else [])]
-        await self._send(m.DestinationReport(self._migration, phases[-200:], self._pid))
+        await self._send(
+            m.DestinationReport(self._migration, [facts.Phase.of(phase) for phase in phases[-200:]], self._pid)
+        )
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -479,19 +479,14 @@ class DestinationSession:
     async def _heard(self, message: m.AnyMessage) -> None:
         if isinstance(message, m.Clock):
             await self._send(m.Clock(message.asked, time.monotonic_ns()))
-        elif isinstance(message, m.FileBegin | m.FileData | m.FileEnd):
-            # BEGIN may still be waiting for its turn: what may be written was settled with the verdict.
-            if self._files is None or self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
-                raise m.MessageError("a file that was not asked for")
-            await asyncio.to_thread(self._files.take, message)
-        elif isinstance(message, m.TreeOps):
+        elif isinstance(message, trees.TreeOps):
             if self.state not in (DestinationState.PREFLIGHT, DestinationState.BUILDING):
                 raise m.MessageError("files at the wrong time")
-            await asyncio.to_thread(self._trees.apply, message)
-        elif isinstance(message, m.TreeList):
+            await asyncio.to_thread(self._files.apply, message)
+        elif isinstance(message, trees.TreeList):
             if self.state is not DestinationState.PREFLIGHT:
                 raise m.MessageError("a list of files at the wrong time")
-            for answer in await asyncio.to_thread(self._trees.compare, message):
+            for answer in await asyncio.to_thread(self._files.compare, message):
                 await self._send(answer)
         elif isinstance(message, m.Orphans):
             if message.migration != self._migration or self.state is not DestinationState.READY:
@@ -502,7 +497,7 @@ class DestinationSession:
         elif isinstance(message, m.Progress):
             if len(self._rounds) >= _MOST_ROUNDS:
                 raise m.MessageError(f"more than {_MOST_ROUNDS} rounds")
-            self._rounds.append(message.round)
+            self._rounds.append(message.round.value())
             self._tell(round_done(self._migration, message))
             if message.round.number == 1:
                 if self._prepared is not None:
@@ -514,6 +509,8 @@ class DestinationSession:
                 raise m.MessageError(f"about another migration, {message.migration}")
             if isinstance(message, m.Done):
                 self._done = message
+            if isinstance(message, m.Begin):
+                self._files.add(message.trees)
             why = MigrationAborted(f"the source: {message.reason}") if isinstance(message, m.Abort) else None
             self._post(_EVENTS[type(message)], why)
         elif isinstance(message, m.Failure):
@@ -559,12 +556,10 @@ class DestinationSession:
     async def _close(self) -> None:
         self._calm.leave()
         await self._stop_pump()
-        if self._files is not None:
-            self._files.close()
         kept = self.state in _DECIDED
         if self.state is DestinationState.LOCKING:
             await self._tidy()  # a file that we have open as well would stay locked for as long
-        for left in await asyncio.to_thread(self._trees.close, kept):
+        for left in await asyncio.to_thread(self._files.close, kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         if self.state is DestinationState.ENDED and self._prepared is not None:
             await self._thread.run(self._prepared.cleanup)

@@ -43,8 +43,8 @@ def learn(directory: Path, tasks: int, result: MigrationResult) -> float:
     if result.outcome is not Outcome.MIGRATED or not result.downtime or not result.rounds:
         return before
     memory = residual_pages(result.rounds) * PAGE / result.throughput if result.throughput else 0.0
-    spans = result.timeline.spans if result.timeline is not None else []
-    files = sum(span.seconds for span in spans if span.name == "changed files")
+    phases = result.timeline.phases if result.timeline is not None else []
+    files = sum(phase.seconds for phase in phases if phase.name == "changed files")
     actual = max(result.downtime - memory - files - ROUND_TRIPS * result.rtt, 0.0)
     factor = before + _WEIGHT * (actual / sum(modelled(tasks)) - before)
     factor = min(max(factor, _LEAST), _GREATEST)

@@ -10,12 +10,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from migrator.engine.base import Capability, FileFact
+from migrator.filesync.paths import below
 from migrator.linux import elf
 from migrator.protocol.messages import HostFacts, Propose, Reason, text
 
@@ -31,55 +32,9 @@ _INSTRUCTIONS = frozenset(
     avx512_fp16 amx_tile amx_int8 waitpkg rdtscp
     """.split()  # noqa: SIM905 (a list of 70 strings is no easier to read)
 )
-FEW = 5  # paths that are named where there are many
 _DIGEST_LIMIT = 16 << 20
 _MOST_NOTES = 50
 _MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
-
-
-@dataclass
-class Difference:
-    """What a preflight found: how much is to be carried along, what of the destination's will be set aside, what
-    is not carried; each with the paths of the first few. `walked`: trees of which the kernel does not tell what
-    changes in them, and why."""
-
-    files: int = 0
-    bytes: int = 0
-    names: list[str] = field(default_factory=list)
-    surplus: int = 0
-    surplus_names: list[str] = field(default_factory=list)
-    skipped: int = 0
-    skipped_names: list[str] = field(default_factory=list)
-    walked: list[str] = field(default_factory=list)
-
-    def __add__(self, other: Difference) -> Difference:
-        return Difference(
-            self.files + other.files,
-            self.bytes + other.bytes,
-            (self.names + other.names)[:FEW],
-            self.surplus + other.surplus,
-            (self.surplus_names + other.surplus_names)[:FEW],
-            self.skipped + other.skipped,
-            (self.skipped_names + other.skipped_names)[:FEW],
-            self.walked + other.walked,
-        )
-
-    def reasons(self, here: str) -> list[Reason]:
-        """What to know before it is done; nothing of it is in the way."""
-        found = []
-        if self.files:
-            what = f"{self.files} ({_size(self.bytes)}) differ or are missing on {here} and will be copied"
-            found.append(Reason("files", f"{what}: {_some(self.names, self.files)}", "", False))
-        if self.surplus:
-            what = f"{self.surplus} are on {here} only and will be set aside there"
-            found.append(Reason("files", f"{what}: {_some(self.surplus_names, self.surplus)}", "", False))
-        if self.skipped:
-            what = f"{self.skipped} sockets and devices are not copied"
-            found.append(Reason("files", f"{what}: {_some(self.skipped_names, self.skipped)}", "", False))
-        for tree in self.walked:
-            what = f"the kernel does not tell what changes below {tree}: every file is looked at again in the freeze"
-            found.append(Reason("files", what, "", False))
-        return found
 
 
 class PreflightReport(msgspec.Struct, frozen=True):
@@ -118,7 +73,7 @@ def compare(
             )
         )
     wanted = []
-    for fact in proposal.survey.files:
+    for fact in (told.value() for told in proposal.survey.files):
         problem = file_problem(fact, files.get(fact.path))
         if problem and proposal.copy_files:
             wanted.append(fact.path)
@@ -212,11 +167,6 @@ def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFa
     return found
 
 
-def below(root: str, path: str) -> str:
-    """An absolute path as seen from below `root`, "" for the host's root."""
-    return os.path.join(root, path.lstrip("/")) if root else path
-
-
 def with_digests(facts: Iterable[FileFact], root: str = "") -> list[FileFact]:
     """`facts` with a digest where nothing else identifies the contents: files that are no ELF files, that
     the workload does not write to, and that are not so large that preflight would take long."""
@@ -261,19 +211,6 @@ def collect_host(engine: str, capabilities: Iterable[Capability] = (), xstate_si
         pid_max=int(Path("/proc/sys/kernel/pid_max").read_text()),
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
     )
-
-
-def _some(names: list[str], count: int) -> str:
-    shown = ", ".join(name[:200] for name in names[:FEW])
-    return shown + (", …" if count > FEW else "")
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _cpu(text: str) -> dict[str, str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from migrator import model
 from migrator.errors import Fate, Refused, Undecided
-from migrator.model import Outcome, Span, Where
+from migrator.model import Outcome, Phase, Where
 from migrator.protocol import messages as m
+from migrator.protocol.trees import SyncTree
 from migrator.recovery.journal import journal_directory
 from migrator.session import convergence, preflight
 from migrator.session.interfaces import Link
@@ -45,7 +46,7 @@ class SourceSettings:
     dry_run: bool = False
     cold: bool = False
     copy_files: bool = False
-    trees: tuple[m.SyncTree, ...] = ()
+    trees: tuple[SyncTree, ...] = ()
     journal: Path = field(default_factory=journal_directory)
 
 
@@ -59,7 +60,7 @@ class MigrationSummary:
     copying: WorkloadThread
     link: Link
     began: int  # ns of CLOCK_MONOTONIC
-    spans: list[Span]
+    phases: list[Phase]
     clock: model.ClockOffset
     running: m.Running | None
     told: m.DestinationReport | None
@@ -81,22 +82,22 @@ class MigrationSummary:
         return float(getattr(getattr(self.link, "compression", None), "ratio", 1.0))
 
     def timeline(self) -> model.Timeline:
-        """Spans of both hosts on our clock."""
-        spans = self.spans + model.spans_of(self.copying.phases, Where.SOURCE)
+        """Phases of both hosts on our clock."""
+        phases = self.phases + model.phases_here(self.copying.phases, Where.SOURCE)
         if self.copying.source is not None:
             # Rounds are in it already, with the time it took to send them.
-            spans += [
-                span
-                for span in model.spans_of(self.copying.source.phases, Where.SOURCE)
-                if span.name != "instrument" and not span.name.startswith("round")
+            phases += [
+                phase
+                for phase in model.phases_here(self.copying.source.phases, Where.SOURCE)
+                if phase.name != "instrument" and not phase.name.startswith("round")
             ]
         if self.told is not None:
-            spans += model.spans_of(self.told.phases, Where.DESTINATION, self.clock)
+            phases += model.phases_here((p.value() for p in self.told.phases), Where.DESTINATION, self.clock)
         resumed_at = 0
         if self.running is not None and self.running.resumed_at:
             resumed_at = self.clock.to_here(self.running.resumed_at)
-        spans.sort(key=lambda span: span.start)
-        return model.Timeline(spans, self.copying.frozen_at, resumed_at, self.clock.error)
+        phases.sort(key=lambda phase: phase.start)
+        return model.Timeline(phases, self.copying.frozen_at, resumed_at, self.clock.error)
 
     def _warnings(self) -> list[str]:
         told = [str(r) for r in self.report.reasons if not r.blocking] if self.report else []
@@ -145,4 +146,6 @@ def how_it_ended(error: BaseException | None, *, away: bool, dry_run: bool) -> t
 
 
 def round_done(migration: str, told: m.Progress) -> model.RoundDone:
-    return model.RoundDone(migration, told.round, told.predicted_downtime, told.throughput, told.verdict, told.reason)
+    return model.RoundDone(
+        migration, told.round.value(), told.predicted_downtime, told.throughput, told.verdict, told.reason
+    )

@@ -29,8 +29,9 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
-from migrator.filesync.sync import FileSync, check_wanted
-from migrator.model import OnEvent, Outcome, Span, Where
+from migrator.filesync.sync import FileSync
+from migrator.model import OnEvent, Outcome, Phase, Where
+from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
@@ -73,7 +74,7 @@ class SourceSession:
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._tell = on_event
         self._copying = WorkloadThread(factory, link, network)
-        self._baggage: FileSync | None = None
+        self._files: FileSync | None = None
         self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._work: asyncio.Task[None] | None = None
@@ -96,7 +97,7 @@ class SourceSession:
         self._factor = 1.0
         self._decision: convergence.Decision | None = None
         self._clock = model.ClockOffset()
-        self._spans: list[Span] = []
+        self._phases: list[Phase] = []
         self._arrived = asyncio.Event()
         self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
@@ -224,7 +225,7 @@ class SourceSession:
             self._facts = await self._copying.thread.run(self._copying.facts, self._facts)
             self._journal = await self._copying.journal_thread.run(Journal.create, self.settings.journal, self._facts)
         elif action is a.SEND_BEGIN:
-            await self._send(m.Begin(migration))
+            await self._send(m.Begin(migration, self._files.single if self._files is not None else []))
             fault("source.begun")
         elif action is a.COPY:
             self._start_work(self._copy(), SourceEvent.CONVERGED)
@@ -290,7 +291,7 @@ class SourceSession:
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
         if self.settings.copy_files:
-            self._baggage = FileSync(
+            self._files = FileSync(
                 files,
                 self.settings.trees,
                 root,
@@ -301,14 +302,14 @@ class SourceSession:
         proposal = m.Propose(
             self.settings.migration,
             self._host,
-            dataclasses.replace(survey, files=files),
+            facts.Survey.of(dataclasses.replace(survey, files=files)),
             self.settings.container,
             self.settings.container_spec,
             self.settings.copy_files,
             self.settings.dry_run,
-            self._baggage.proposed() if self._baggage is not None else [],
+            self._files.proposed() if self._files is not None else [],
         )
-        self._spans.append(Span("survey", Where.SOURCE, began, time.monotonic_ns()))
+        self._phases.append(Phase("survey", began, time.monotonic_ns(), where=Where.SOURCE))
         await self._send(proposal)
         fault("source.proposed")
         self._after(self.settings.timeout, self._timed_out)
@@ -317,16 +318,16 @@ class SourceSession:
         settings, copying = self.settings, self._copying
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
-        if self._baggage is not None:
-            with self._span("files"):
-                await self._baggage.send()
+        if self._files is not None:
+            with self._phase("files"):
+                await self._files.send()
         copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
-        with self._span("instrument"):
+        with self._phase("instrument"):
             await copying.instrument()
         while not settings.cold:
             await self._ask_clock()
-            if self._baggage is not None:
-                await self._baggage.step()
+            if self._files is not None:
+                await self._files.step()
             made = await copying.round()
             elapsed = (time.monotonic_ns() - self._began) / 1e9
             weighed = conditions(
@@ -337,13 +338,13 @@ class SourceSession:
                 timeout=settings.timeout,
                 tasks=self._tasks_there,
                 factor=self._factor,
-                files=self._baggage.seconds if self._baggage is not None else 0.0,
+                files=self._files.seconds if self._files is not None else 0.0,
             )
             decision = convergence.decide(copying.rounds, weighed)
             self._decision = decision
-            self._spans.append(Span(f"round {made.number}", Where.SOURCE, made.start, made.end, made.bytes, made.pages))
+            self._phases.append(Phase(f"round {made.number}", made.start, made.end, made.bytes, made.pages))
             told = m.Progress(
-                made,
+                facts.Round.of(made),
                 min(decision.predicted_downtime, 1e9),
                 weighed.throughput,
                 decision.verdict.value,
@@ -365,7 +366,7 @@ class SourceSession:
     async def _save(self) -> None:
         assert self._journal is not None
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
-        late = self._baggage.send_last if self._baggage is not None and self._baggage.goes else None
+        late = self._files.step if self._files is not None and self._files.goes else None
         await self._copying.save(self._journal, self._facts, late)
 
     def _sent_files(self, count: int) -> None:
@@ -390,12 +391,12 @@ class SourceSession:
             self._tell(model.RoundDone(self.settings.migration, ahead, *known, "continue", ""))
         if self._forwarding is not None:
             await self._forwarding
-        with self._span("release"):
+        with self._phase("release"):
             await self._copying.release()
             await self._copying.release_network()
         fault("source.released")
         if self._copying.orphans:
-            with self._span("closed connections"), contextlib.suppress(MigratorError, OSError):
+            with self._phase("closed connections"), contextlib.suppress(MigratorError, OSError):
                 await self._copying.serve_orphans(self._peer.link)
         # Both hosts are quiet now: the best time to compare their clocks.
         with contextlib.suppress(TimeoutError, MigratorError, OSError):
@@ -456,15 +457,15 @@ class SourceSession:
         await self._send(m.Clock(time.monotonic_ns()))
 
     @contextlib.contextmanager
-    def _span(self, name: str) -> Any:
+    def _phase(self, name: str) -> Any:
         start = time.monotonic_ns()
         self._tell(model.PhaseStarted(self.settings.migration, name, start))
         try:
             yield
         finally:
-            span = Span(name, Where.SOURCE, start, time.monotonic_ns())
-            self._spans.append(span)
-            self._tell(model.PhaseEnded(self.settings.migration, span))
+            phase = Phase(name, start, time.monotonic_ns(), where=Where.SOURCE)
+            self._phases.append(phase)
+            self._tell(model.PhaseEnded(self.settings.migration, phase))
 
     # Messages
 
@@ -497,8 +498,8 @@ class SourceSession:
         elif isinstance(message, m.DestinationReport):
             if self._destination_report is not None and not self._destination_report.done():
                 self._destination_report.set_result(message)
-        elif isinstance(message, m.FilesSync | m.TreeAnswer) and self._baggage is not None:
-            self._baggage.heard(message)
+        elif isinstance(message, m.FilesSync | trees.TreeAnswer) and self._files is not None:
+            self._files.heard(message)
         elif isinstance(message, m.Failure):
             error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
             self._post(SourceEvent.FAILED, error)
@@ -510,7 +511,10 @@ class SourceSession:
     def _judge(self, verdict: m.Verdict) -> None:
         if self.state is not SourceState.PREFLIGHT or self.report is not None:
             raise m.MessageError("a verdict that was not asked for")
-        check_wanted(verdict.wanted, self._baggage)
+        if self._files is not None:
+            self._files.check_wanted(verdict.wanted)
+        elif verdict.wanted:
+            raise m.MessageError("files are wanted that were not offered")
         weighed = conditions(
             self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
         )
@@ -532,9 +536,9 @@ class SourceSession:
     async def _weigh(self, verdict: m.Verdict) -> None:
         """Compare what is carried along, and go on."""
         try:
-            if self._baggage is not None:
+            if self._files is not None:
                 assert self.report is not None
-                notes = (await self._baggage.compare(verdict.wanted)).reasons(verdict.destination.host)
+                notes = (await self._files.compare(verdict.wanted)).reasons(verdict.destination.host)
                 self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
                 for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
                     self._tell(model.Noted(self.settings.migration, str(note)))
@@ -554,7 +558,7 @@ class SourceSession:
             copying=self._copying,
             link=self._peer.link,
             began=self._began,
-            spans=self._spans,
+            phases=self._phases,
             clock=self._clock,
             running=self._running,
             told=told,
@@ -599,8 +603,8 @@ class SourceSession:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
-        if self._baggage is not None:
-            await self._baggage.close()
+        if self._files is not None:
+            await self._files.close()
         await self._copying.close()
         if self._journal is not None:
             self._journal.close()

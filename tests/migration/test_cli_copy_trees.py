@@ -153,7 +153,7 @@ def test_a_container_takes_its_root_along_there_and_back_again(hosts: Hosts) -> 
     for source, destination in [(a, b), (b, a), (a, b), (b, a)]:
         result = stage.migrate(NAME, source, destination, "--copy-files")
         assert result["outcome"] == "migrated"
-        assert "changed files" in {span["name"] for span in result["timeline"]["spans"]}
+        assert "changed files" in {phase["name"] for phase in result["timeline"]["phases"]}
         hosts.settled(destination, 50)
         hosts.compare(destination)
         assert still(hosts.on(destination, hosts.root) / "usr") == usr

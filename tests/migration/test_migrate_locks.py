@@ -62,7 +62,7 @@ def test_locks_move_there_and_back(stage: Stage, locker: Locker) -> None:
     for _ in range(4):
         result = stage.migrate("locker", here, there)
         assert result["outcome"] == "migrated"
-        assert "locks" in [span["name"] for span in result["timeline"]["spans"]]
+        assert "locks" in [span["name"] for span in result["timeline"]["phases"]]
         locker.check()
         here, there = there, here
 

@@ -25,7 +25,7 @@ from migrator.cli.progress import Display, show_result
 from migrator.container.describe import Row
 from migrator.engine.base import Round
 from migrator.errors import Fate, MigratorError, Refused, Undecided
-from migrator.model import MigrationResult, Outcome, Span, Timeline, Where
+from migrator.model import MigrationResult, Outcome, Phase, Timeline, Where
 from migrator.text import duration, printable, size
 
 HOSTILE = [
@@ -161,12 +161,12 @@ def test_containers_are_listed(screen: Screen, text: str, monkeypatch: pytest.Mo
 def events(text: str) -> list[tuple[model.Event, int]]:
     """Every kind of event with that text in it, and how many lines it is to be shown on."""
     made = Round(number=1, pages=2, zero_pages=0, bytes=8192, start=0, end=10**6, dirty_rate=3.0)
-    span = Span(text, Where.SOURCE, 0, 10**6)
+    phase = Phase(text, 0, 10**6)
     return [
         (model.Started(text, text, 0), 0),
         (model.PhaseStarted(text, text, 0), 0),
         (model.Transferred(text, text, 1, 1), 0),
-        (model.PhaseEnded(text, span), 0),
+        (model.PhaseEnded(text, phase), 0),
         (model.RoundDone(text, made, 0.1, 1.0, "freeze", text), 2),
         (model.Noted(text, text), 1),
         (model.Waiting(text, text), 1),
@@ -195,7 +195,7 @@ def test_events_of_a_migration_are_shown(text: str) -> None:
 
 @hostile
 def test_the_result_of_a_migration_is_shown(screen: Screen, text: str) -> None:
-    spans = [Span(text, Where.SOURCE, 0, 10**6), Span(text + "x", Where.DESTINATION, 10**6, 2 * 10**6)]
+    spans = [Phase(text, 0, 10**6), Phase(text + "x", 10**6, 2 * 10**6)]
     result = MigrationResult(
         migration=text, outcome=Outcome.MIGRATED, fate=text, reason=text, source=text, destination=text,
         container=text, decision=text, warnings=[text, text], timeline=Timeline(spans, 0, 2 * 10**6),

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from migrator.filesync.files import FileError
-from migrator.filesync.source import TreeSource
-from migrator.filesync.target import TreeTarget, TreeTargets
-from migrator.filesync.view import Mapped
+from migrator.filesync.changes import Mapped
+from migrator.filesync.paths import FileError
+from migrator.filesync.receiver import FileReceiver
+from migrator.filesync.tree_pass import TreePass
+from migrator.filesync.tree_receiver import TreeReceiver
+from migrator.filesync.tree_sender import TreeSender
 from migrator.protocol import messages as m
-from migrator.protocol.messages import SyncTree
+from migrator.protocol import trees
+from migrator.protocol.trees import SyncTree
 
 pytestmark = pytest.mark.root
 
@@ -32,19 +35,19 @@ class Sides:
         self.here.mkdir()
         self.watched = watched
         self.tree = tree or SyncTree("/")
-        self.ops: list[m.TreeOp] = []
+        self.ops: list[trees.TreeOp] = []
 
-    def start(self) -> TreeSource:
+    def start(self) -> TreeSender:
         fd = os.open(self.here, os.O_RDONLY | os.O_DIRECTORY)
-        self.source = TreeSource(0, self.tree, fd, watched=self.watched)
+        self.source = TreeSender(0, self.tree, fd, watched=self.watched)
         assert self.source.watching == self.watched
-        self.target = TreeTarget(self.tree, str(self.there), "m-test")
-        for listed in self.source.listing():
+        self.target = TreeReceiver(self.tree, str(self.there), "m-test")
+        for listed in self.source.lists():
             for answer in self.target.compare(m.decode(m.encode(listed))):  # type: ignore[arg-type]
                 self.source.answered(m.decode(m.encode(answer)))  # type: ignore[arg-type]
         return self.source
 
-    def step(self, mapped: Mapped | None = None) -> list[m.TreeOp]:
+    def step(self, mapped: Mapped | None = None) -> list[trees.TreeOp]:
         self.ops = []
         for message in self.source.changes(mapped or Mapped()):
             message = m.decode(m.encode(message))  # type: ignore[assignment]
@@ -65,7 +68,7 @@ class Sides:
         assert picture(self.there) == picture(self.here)
 
     def written(self) -> int:
-        return sum(len(op.data) for op in self.ops if isinstance(op, m.Put | m.Write))
+        return sum(len(op.data) for op in self.ops if isinstance(op, trees.Put | trees.Write))
 
 
 def picture(top: Path) -> dict[str, Any]:
@@ -257,7 +260,9 @@ def test_what_is_done_meanwhile_comes_out_right(sides: Sides, change: Callable[[
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "directory"])
-def test_what_takes_a_place_and_is_gone_before_it_is_sent_leaves_nothing_there(sides: Sides, kind: str) -> None:
+def test_what_takes_a_place_and_is_gone_before_it_is_sent_leaves_nothing_there(
+    sides: Sides, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make: dict[str, Callable[[Path], Any]] = {
         "file": lambda path: path.write_text("new"),
         "symlink": lambda path: path.symlink_to("new"),
@@ -265,21 +270,21 @@ def test_what_takes_a_place_and_is_gone_before_it_is_sent_leaves_nothing_there(s
     }
     place, aside = sides.here / "place", sides.here.parent / "aside"
     place.symlink_to("old")
-    with sides.start() as source:
+    with sides.start():
         sides.step()
         make[kind](aside)
         if kind == "directory":
             place.unlink()
         aside.rename(place)
-        take_out = source._take_out
+        move_aside = TreePass._move_aside
 
-        def gone_by_then(*arguments: Any) -> Iterator[Any]:
+        def gone_by_then(self: TreePass) -> Iterator[Any]:
             place.rmdir() if kind == "directory" else place.unlink()
-            yield from take_out(*arguments)
+            yield from move_aside(self)
 
-        source._take_out = gone_by_then  # type: ignore[method-assign]
+        monkeypatch.setattr(TreePass, "_move_aside", gone_by_then)
         sides.step()
-        source._take_out = take_out  # type: ignore[method-assign]
+        monkeypatch.setattr(TreePass, "_move_aside", move_aside)
         sides.step()
         sides.same()
         sides.target.close(True)
@@ -293,7 +298,7 @@ def test_a_directory_that_is_moved_into_one_that_was_in_it_is_not_looked_for_in_
     with sides.start() as source:
         sides.step()
         inner.mkdir()
-        names = source._names
+        names = source._view.names
 
         def turned_inside_out(node: Any, fd: int) -> list[bytes]:
             if node.name == b"inner" and inner.exists():
@@ -301,7 +306,7 @@ def test_a_directory_that_is_moved_into_one_that_was_in_it_is_not_looked_for_in_
                 outer.rename(sides.here / "inner/outer")
             return names(node, fd)
 
-        source._names = turned_inside_out  # type: ignore[method-assign]
+        source._view.names = turned_inside_out  # type: ignore[method-assign]
         sides.step()
         sides.step()
         sides.same()
@@ -426,7 +431,7 @@ def shake(top: Path, chance: random.Random) -> None:
 
 
 def test_a_single_file_is_carried_and_its_neighbours_are_not(tmp_path: Path) -> None:
-    sides = Sides(tmp_path, tree=SyncTree("/srv", b"one"))
+    sides = Sides(tmp_path, tree=SyncTree("/srv", [b"one"]))
     (sides.here / "one").write_text("1")
     (sides.here / "two").write_text("2")
     sides.there.mkdir()
@@ -463,7 +468,7 @@ def test_where_the_kernel_tells_nothing_preflight_says_so_and_everything_is_look
     try:
         sides.watched = False
         fd = os.open(sides.here, os.O_RDONLY | os.O_DIRECTORY)
-        with TreeSource(0, sides.tree, fd) as source:
+        with TreeSender(0, sides.tree, fd) as source:
             assert not source.watching
             (reason,) = source.difference.reasons("b")
             assert "the kernel does not tell what changes below / " in str(reason)
@@ -472,33 +477,33 @@ def test_where_the_kernel_tells_nothing_preflight_says_so_and_everything_is_look
         subprocess.run(["umount", sides.here], check=True)
 
 
-FILE = m.Entry(b"a", 0o100644, 1)
-HOSTILE: dict[str, list[m.TreeOp]] = {
-    "above": [m.Put(m.Entry(b"../a", 0o100644))],
-    "absolute": [m.Put(m.Entry(b"/etc/passwd", 0o100644))],
-    "dots": [m.Put(m.Entry(b"d/../../a", 0o100644))],
-    "nul": [m.Put(m.Entry(b"a\0b", 0o100644))],
-    "device": [m.Put(m.Entry(b"a", 0o020666))],
-    "socket": [m.Put(m.Entry(b"a", 0o140666))],
-    "our own": [m.Remove(b".migrator-m-test")],
-    "the top": [m.Remove(b"")],
-    "the top is moved": [m.Stash(b"", 1)],
-    "contents of nothing": [m.Write(0, b"x")],
-    "end of nothing": [m.Close()],
-    "two at once": [m.Open(FILE), m.Open(FILE)],
-    "in the middle of a file": [m.Open(FILE), m.Remove(b"a")],
-    "never kept": [m.Unstash(7, b"a")],
-    "twice the same number": [m.Put(FILE), m.Stash(b"a", 1), m.Put(FILE), m.Stash(b"a", 1)],
-    "link from above": [m.Join(b"a", b"../secret")],
-    "strange attribute": [m.Put(m.Entry(b"a", 0o100644, xattrs={"security.selinux": b"x"}))],
+FILE = trees.Entry(b"a", 0o100644, 1)
+HOSTILE: dict[str, list[trees.TreeOp]] = {
+    "above": [trees.Put(trees.Entry(b"../a", 0o100644))],
+    "absolute": [trees.Put(trees.Entry(b"/etc/passwd", 0o100644))],
+    "dots": [trees.Put(trees.Entry(b"d/../../a", 0o100644))],
+    "nul": [trees.Put(trees.Entry(b"a\0b", 0o100644))],
+    "device": [trees.Put(trees.Entry(b"a", 0o020666))],
+    "socket": [trees.Put(trees.Entry(b"a", 0o140666))],
+    "our own": [trees.Remove(b".migrator-m-test")],
+    "the top": [trees.Remove(b"")],
+    "the top is moved": [trees.MoveAside(b"", 1)],
+    "contents of nothing": [trees.Write(0, b"x")],
+    "end of nothing": [trees.Close()],
+    "two at once": [trees.Open(FILE), trees.Open(FILE)],
+    "in the middle of a file": [trees.Open(FILE), trees.Remove(b"a")],
+    "never kept": [trees.MoveBack(7, b"a")],
+    "twice the same number": [trees.Put(FILE), trees.MoveAside(b"a", 1), trees.Put(FILE), trees.MoveAside(b"a", 1)],
+    "link from above": [trees.Join(b"a", b"../secret")],
+    "strange attribute": [trees.Put(trees.Entry(b"a", 0o100644, xattrs={"security.selinux": b"x"}))],
 }
 
 
 @pytest.mark.parametrize("ops", HOSTILE.values(), ids=HOSTILE)
-def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, ops: list[m.TreeOp]) -> None:
+def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, ops: list[trees.TreeOp]) -> None:
     (tmp_path / "secret").write_text("mine")
     top = tmp_path / "top"
-    target = TreeTarget(SyncTree("/"), str(top), "m-test")
+    target = TreeReceiver(SyncTree("/"), str(top), "m-test")
     with pytest.raises(m.MessageError):
         target.apply(ops)
     target.close(False)
@@ -509,18 +514,18 @@ def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, 
 @pytest.mark.parametrize(
     "op",
     [
-        m.Put(m.Entry(b"link/secret", 0o100644)),
-        m.Open(m.Entry(b"link/secret", 0o100644), True),
-        m.Touch(m.Entry(b"link/secret", 0o100777)),
-        m.Open(m.Entry(b"to-secret", 0o100644), True),
-        m.Touch(m.Entry(b"to-secret", 0o100777)),
-        m.Remove(b"link/secret"),
-        m.Join(b"a", b"link/secret"),
-        m.Put(m.Entry(b"mounted/a", 0o100644)),
+        trees.Put(trees.Entry(b"link/secret", 0o100644)),
+        trees.Open(trees.Entry(b"link/secret", 0o100644), True),
+        trees.Touch(trees.Entry(b"link/secret", 0o100777)),
+        trees.Open(trees.Entry(b"to-secret", 0o100644), True),
+        trees.Touch(trees.Entry(b"to-secret", 0o100777)),
+        trees.Remove(b"link/secret"),
+        trees.Join(b"a", b"link/secret"),
+        trees.Put(trees.Entry(b"mounted/a", 0o100644)),
     ],
     ids=str,
 )
-def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.TreeOp) -> None:
+def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: trees.TreeOp) -> None:
     outside, top = tmp_path / "outside", tmp_path / "top"
     outside.mkdir()
     (top / "mounted").mkdir(parents=True)
@@ -530,7 +535,7 @@ def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.Tr
     (top / "to-secret").symlink_to(outside / "secret")
     subprocess.run(["mount", "--bind", outside, top / "mounted"], check=True)
     try:
-        target = TreeTarget(SyncTree("/"), str(top), "m-test")
+        target = TreeReceiver(SyncTree("/"), str(top), "m-test")
         with pytest.raises(FileError, match=r"/(link/secret|to-secret|mounted/a|a) cannot be written"):
             target.apply([op])
         target.close(False)
@@ -547,30 +552,30 @@ def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: m.Tr
 )
 def test_a_tree_that_is_nobodys_to_replace_is_refused(tree: SyncTree, root: str) -> None:
     with pytest.raises(m.MessageError):
-        TreeTargets([tree], root, "m-test")
+        FileReceiver([tree], root, "m-test")
 
 
 def test_a_tree_that_was_not_agreed_upon_or_is_over_is_refused(tmp_path: Path) -> None:
-    targets = TreeTargets([SyncTree("/")], str(tmp_path / "top"), "m-test")
+    targets = FileReceiver([SyncTree("/")], str(tmp_path / "top"), "m-test")
     with pytest.raises(m.MessageError):
-        targets.apply(m.TreeOps(0, [m.Put(FILE)]))
+        targets.apply(trees.TreeOps(0, [trees.Put(FILE)]))
     targets.accepted = True
     with pytest.raises(m.MessageError):
-        targets.apply(m.TreeOps(1, []))
+        targets.apply(trees.TreeOps(1, []))
     targets.close(False)
     with pytest.raises(m.MessageError):
-        targets.apply(m.TreeOps(0, [m.Put(FILE)]))
+        targets.apply(trees.TreeOps(0, [trees.Put(FILE)]))
     assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
     status = (tmp_path / "top").stat()
-    same = SyncTree("/top", b"", status.st_ino, status.st_ctime_ns)
+    same = SyncTree("/top", [], status.st_ino, status.st_ctime_ns)
     (tmp_path / "top/later").touch()
-    other = SyncTree("/top", b"", status.st_ino, status.st_ctime_ns - 3600 * 10**9)
+    other = SyncTree("/top", [], status.st_ino, status.st_ctime_ns - 3600 * 10**9)
     for tree, shared in [(same, True), (other, False), (SyncTree("/top"), False)]:
-        assert bool(TreeTargets([tree], str(tmp_path), "m-test").shared()) == shared
+        assert bool(FileReceiver([tree], str(tmp_path), "m-test").shared()) == shared
 
 
 @pytest.mark.parametrize(
@@ -580,20 +585,26 @@ def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None
 def test_a_list_of_what_cannot_be_there_is_refused(
     tmp_path: Path, directory: bytes, after: bytes, names: list[bytes]
 ) -> None:
-    target = TreeTarget(SyncTree("/"), str(tmp_path), "m-test")
+    target = TreeReceiver(SyncTree("/"), str(tmp_path), "m-test")
     with pytest.raises(m.MessageError):
-        target.compare(m.TreeList(0, 0, directory, after, True, [m.Entry(name, 0o100644) for name in names]))
+        target.compare(trees.TreeList(0, 0, directory, after, True, [trees.Entry(name, 0o100644) for name in names]))
     target.close(False)
 
 
 @pytest.mark.parametrize(
-    "answer", [m.TreeAnswer(99), m.TreeAnswer(0, [9]), m.TreeAnswer(0, [], [b"../a"]), m.TreeAnswer(0, [], [b"a/b"])]
+    "answer",
+    [
+        trees.TreeAnswer(99),
+        trees.TreeAnswer(0, [9]),
+        trees.TreeAnswer(0, [], [b"../a"]),
+        trees.TreeAnswer(0, [], [b"a/b"]),
+    ],
 )
-def test_an_answer_to_what_was_not_asked_is_refused(sides: Sides, answer: m.TreeAnswer) -> None:
+def test_an_answer_to_what_was_not_asked_is_refused(sides: Sides, answer: trees.TreeAnswer) -> None:
     (sides.here / "a").touch()
     fd = os.open(sides.here, os.O_RDONLY | os.O_DIRECTORY)
-    with TreeSource(0, sides.tree, fd, watched=False) as source:
-        next(source.listing())
+    with TreeSender(0, sides.tree, fd, watched=False) as source:
+        next(source.lists())
         with pytest.raises(m.MessageError):
             source.answered(answer)
 
@@ -606,7 +617,7 @@ def test_a_file_that_is_cut_off_on_its_way_leaves_the_old_one(sides: Sides) -> N
         with open(big, "r+b") as file:
             file.write(b"x" * (2 << 20))
         for message in sides.source.changes(Mapped()):
-            sides.target.apply([op for op in message.ops if not isinstance(op, m.Close)])
+            sides.target.apply([op for op in message.ops if not isinstance(op, trees.Close)])
             break
         sides.target.close(False)
     assert (sides.there / "big").read_bytes() == content

@@ -65,6 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.model",
         "transport.keys",
     ),
+    "migrator.fleet": ("migrator.api", "migrator.model", "migrator.runtime", "policies", "transport.keys"),
     "transport": (),
     "policies": (),
 }

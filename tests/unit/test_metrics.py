@@ -14,7 +14,7 @@ from migrator import model
 from migrator.engine.base import Round
 from migrator.errors import UsageError
 from migrator.metrics import Metrics, phases_of, reason_of, serve_metrics
-from migrator.model import MigrationResult, Outcome, Span, Where
+from migrator.model import MigrationResult, Outcome, Phase, Where
 
 ID = "metric-0001"
 MS = 1_000_000
@@ -22,7 +22,7 @@ MS = 1_000_000
 
 def result(outcome: Outcome = Outcome.MIGRATED, reason: str = "") -> MigrationResult:
     timeline = model.Timeline(
-        [Span("final", Where.SOURCE, 0, 3 * MS), Span("restore", Where.DESTINATION, 4 * MS, 6 * MS)],
+        [Phase("final", 0, 3 * MS, where=Where.SOURCE), Phase("restore", 4 * MS, 6 * MS, where=Where.DESTINATION)],
         frozen_at=0,
         resumed_at=7 * MS,
     )

@@ -23,10 +23,11 @@ from migrator.errors import (
     TransportError,
     Undecided,
 )
-from migrator.filesync import tree_sender
-from migrator.filesync.view import Mapped
+from migrator.filesync import sync
+from migrator.filesync.changes import Mapped
 from migrator.model import Outcome
 from migrator.protocol import messages as m
+from migrator.protocol import trees
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
 from migrator.recovery.settle import Tools
@@ -405,6 +406,7 @@ async def test_files_are_carried_along_with_what_changed_until_the_freeze(
         freeze(self)
 
     monkeypatch.setattr(FakeSource, "freeze", write_and_freeze)
+    monkeypatch.setattr(sync, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     await hosts.migrate(copy_files=True)
     assert (root / str(data).lstrip("/")).read_text() == "before\nafter\n"
@@ -431,11 +433,11 @@ async def test_a_tree_is_carried_along_with_what_changed_until_the_freeze(
         freeze(self)
 
     monkeypatch.setattr(FakeSource, "freeze", change_and_freeze)
-    monkeypatch.setattr(tree_sender, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
+    monkeypatch.setattr(sync, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
     monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
     if fails:
         hosts.destination.fail = {"build": RestartFailed("no")}
-    changes: dict[str, Any] = {"copy_files": True, "trees": (m.SyncTree(str(top)),)}
+    changes: dict[str, Any] = {"copy_files": True, "trees": (trees.SyncTree(str(top)),)}
     if fails:
         with pytest.raises(MigrationAborted):
             await hosts.migrate(**changes)

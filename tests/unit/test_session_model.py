@@ -13,10 +13,9 @@ from migrator.model import (
     ClockOffset,
     MigrationResult,
     Outcome,
-    Span,
     Timeline,
     Where,
-    spans_of,
+    phases_here,
     to_json,
 )
 
@@ -27,7 +26,7 @@ WAYS = st.tuples(st.integers(0, 999), st.integers(0, 999))
 
 def test_parts_name_what_happened_and_where_nothing_did_it_was_between_the_hosts() -> None:
     timeline = Timeline(
-        [Span("final", S, 10, 40), Span("memory", S, 20, 30), Span("restore", D, 50, 70)],
+        [Phase("final", 10, 40, where=S), Phase("memory", 20, 30, where=S), Phase("restore", 50, 70, where=D)],
         frozen_at=10,
         resumed_at=80,
     )
@@ -49,7 +48,7 @@ def test_parts_name_what_happened_and_where_nothing_did_it_was_between_the_hosts
 def test_the_parts_always_add_up_to_the_downtime(
     raw: list[tuple[str, Where, int, int]], frozen_at: int, length: int
 ) -> None:
-    spans = [Span(name, where, start, start + size) for name, where, start, size in raw]
+    spans = [Phase(name, start, start + size, where=where) for name, where, start, size in raw]
     timeline = Timeline(spans, frozen_at=frozen_at, resumed_at=frozen_at + length)
     parts = timeline.downtime_parts()
     assert parts[0].start == frozen_at and parts[-1].end == frozen_at + length
@@ -58,7 +57,7 @@ def test_the_parts_always_add_up_to_the_downtime(
 
 
 def test_a_migration_that_never_froze_has_no_downtime() -> None:
-    assert Timeline([Span("round", S, 1, 9)]).downtime_parts() == []
+    assert Timeline([Phase("round", 1, 9, where=S)]).downtime_parts() == []
     assert Timeline([]).downtime == 0.0
 
 
@@ -83,12 +82,12 @@ def test_the_clock_is_never_more_wrong_than_it_says(offset: int, ways: list[tupl
 def test_phases_of_the_destination_are_shown_on_the_clock_of_the_source() -> None:
     clock = ClockOffset()
     clock.sample(asked=0, answered=1_000_000, heard=0)
-    (span,) = spans_of([Phase("restore", 1_000_010, 1_000_030, 5, 6)], D, clock)
+    (span,) = phases_here([Phase("restore", 1_000_010, 1_000_030, 5, 6)], D, clock)
     assert (span.start, span.end, span.bytes, span.pages) == (10, 30, 5, 6)
 
 
 def test_a_result_is_json() -> None:
     result = MigrationResult(
-        migration="m-0000001", outcome=Outcome.MIGRATED, fate="x", timeline=Timeline([Span("a", S, 1, 2)])
+        migration="m-0000001", outcome=Outcome.MIGRATED, fate="x", timeline=Timeline([Phase("a", 1, 2, where=S)])
     )
     assert msgspec.json.decode(to_json(result), type=MigrationResult) == result

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from migrator.engine.base import Capability, FileFact, Survey
+from migrator.protocol import facts
 from migrator.protocol import messages as m
 from migrator.session.preflight import (
     collect_files,
@@ -33,7 +34,7 @@ SURVEY = Survey([7], 1, 1 << 30, [], frozenset({"avx2", "avx512f", "ibrs"}), 269
 def judge(
     here: m.HostFacts = B, files: dict[str, FileFact | None] | None = None, pids: list[int] | None = None, **survey: Any
 ) -> list[m.Reason]:
-    proposal = m.Propose("test-0001", A, replace(SURVEY, **survey))
+    proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, **survey)))
     return compare(proposal, here, files or {}, pids or [])[0]
 
 
@@ -84,7 +85,7 @@ def test_a_pid_beyond_the_limit_is_told_with_the_sysctl() -> None:
 
 
 def test_a_differing_file_blocks_unless_files_are_copied() -> None:
-    proposal = m.Propose("test-0001", A, replace(SURVEY, files=[FILE, LOG]))
+    proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, files=[FILE, LOG])))
     there: dict[str, FileFact | None] = {FILE.path: None, LOG.path: LOG}
     reasons, wanted = compare(proposal, B, there)
     assert only(reasons).object == FILE.path and wanted == []
