@@ -25,7 +25,7 @@ from transport import keys
 from transport.authorized_keys import KeyFile
 from transport.link import Link
 from transport.slots import Slots
-from transport.ssh import CHANNEL, TUNING, _SessionCallbacks, quieten
+from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ChannelCallbacks, leave_out_ignores
 
 log = logging.getLogger("migrator.transport")
 
@@ -92,14 +92,14 @@ async def serve(
 ) -> Daemon:
     """Listen on `host`:`port` (0 for any) and call `handler` for every link.
 
-    host_keys:       private key files; made if missing (`keys.ensure_key`)
+    host_keys:       private key files; made if missing, with certificates beside them (`keys.host_key`)
     authorized_keys: who may come in; a file that is missing or that others may write lets nobody in
     slots:           how many connections there may be
 
     Raises OSError if the address cannot be bound, `TransportError` for unusable keys.
     """
     sessions = _Sessions(KeyFile(authorized_keys), handler, slots or Slots(), link_options)
-    loaded = [keys.ensure_key(path) for path in host_keys]
+    loaded = [keys.host_key(path) for path in host_keys]
     acceptor = await asyncssh.create_server(
         lambda: _Server(sessions),
         host,
@@ -111,10 +111,11 @@ async def serve(
         host_based_auth=False,
         gss_host=None,
         allow_scp=False,
+        line_editor=False,
         agent_forwarding=False,
         reuse_address=True,
-        **TUNING,
-        **CHANNEL,
+        **CONNECTION_OPTIONS,
+        **CHANNEL_OPTIONS,
     )
     return Daemon(acceptor, sessions)
 
@@ -138,7 +139,7 @@ class _Server(asyncssh.SSHServer):
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
         self._addr = (conn.get_extra_info("peername") or ("",))[0]
-        quieten(conn)
+        leave_out_ignores(conn)
         leaves = self._sessions.slots.arrived(
             conn, self._addr, lambda: conn.get_extra_info("client_version") is not None
         )
@@ -208,7 +209,7 @@ class _Server(asyncssh.SSHServer):
             self._connection.close()
 
 
-class _ServerSession(_SessionCallbacks, asyncssh.SSHServerSession[bytes]):
+class _ServerSession(ChannelCallbacks, asyncssh.SSHServerSession[bytes]):
     def __init__(self, link: Link, run: Callable[[Link], None]) -> None:
         super().__init__(link)
         self._run = run

@@ -171,12 +171,15 @@ class DestinationOptions:
     root:    a directory to use as root of the file system; "" for the host's
     cgroup_name: the hold cgroup of a plain subtree; derived from the pid where empty
     live:    the saved tasks stand stopped until the copy is to run, and may have locks on files of storage that both
-             hosts have: see `Destination.late_locks`"""
+             hosts have: see `Destination.late_locks`
+    verify:  hold() takes a second look: it saves the copy again before it runs, and raises RestartFailed where that
+             is not what was saved (migrator.image.compare). For people who want to be sure; it adds to the downtime"""
 
     sandbox: SandboxFactory | None = None
     root: str = ""
     cgroup_name: str = ""
     live: bool = False
+    verify: bool = False
 
 
 class LockKind(enum.IntEnum):
