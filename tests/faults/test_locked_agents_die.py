@@ -13,7 +13,7 @@ from fault_agents import Agents
 from migrator.errors import Fate
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Role
-from migrator.testing.faults import EXIT_CODE, POINTS
+from migrator.runtime.fault_points import EXIT_CODE, POINTS
 
 DECIDED = POINTS.index("destination.decided")
 
