@@ -105,6 +105,7 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         ifindex=0,
         created=state.now(),
         arriving=True,
+        inherited=mounts.below(spec.root, init_pid),
     )
     try:
         container.save()  # before the first act: whoever finds it knows what to take down

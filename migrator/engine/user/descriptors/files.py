@@ -49,6 +49,11 @@ def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile 
         os.close(fd)
 
 
+def lasting(flags: int) -> int:
+    """Flags to open a file again with: without those that act once. O_TMPFILE has O_DIRECTORY in it."""
+    return flags & ~_ONCE & ~os.O_DIRECTORY
+
+
 def open_path(rec: File, root_fd: int) -> int:
     """Open the file that `rec` is about by its path, at its offset, having checked that it is of its kind."""
     where = f"{rec.path} (file {rec.objref})"
@@ -124,7 +129,7 @@ class DeletedRestore:
 
     def __init__(self, rec: DeletedFile, root_fd: int) -> None:
         self.size = rec.size
-        self._fd = self._make(rec, root_fd)
+        self._fd = open_unnamed(root_fd, rec.path)
         try:
             os.fchown(self._fd, rec.uid, rec.gid)
             os.fchmod(self._fd, stat.S_IMODE(rec.mode))
@@ -132,17 +137,6 @@ class DeletedRestore:
         except (OSError, OverflowError) as error:
             self.close()
             raise RestartFailed(f"a deleted file of {rec.size} bytes, once {rec.path}: {error}") from error
-
-    @staticmethod
-    def _make(rec: DeletedFile, root_fd: int) -> int:
-        failure: OSError | None = None
-        for directory in (os.path.dirname(rec.path).lstrip("/"), *_FALLBACKS):
-            try:
-                flags = os.O_TMPFILE | os.O_RDWR
-                return _open_tmpfile(root_fd, directory or ".", flags)
-            except OSError as error:
-                failure = failure or error
-        raise RestartFailed(f"a deleted file, once {rec.path}, cannot be made again: {failure}")
 
     def add(self, rec: FileData) -> None:
         if rec.offset + len(rec.data) > self.size:
@@ -155,12 +149,23 @@ class DeletedRestore:
 
     def open(self, rec: File) -> int:
         """A new description, at offset 0."""
-        return descriptors.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
+        return descriptors.reopen(self._fd, lasting(rec.flags))
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def open_unnamed(root_fd: int, path: str) -> int:
+    """A new file without a name, where `path` is if that directory is there. Raises RestartFailed."""
+    failure: OSError | None = None
+    for directory in (os.path.dirname(path).lstrip("/"), *_FALLBACKS):
+        try:
+            return _open_tmpfile(root_fd, directory or ".", os.O_TMPFILE | os.O_RDWR)
+        except OSError as error:
+            failure = failure or error
+    raise RestartFailed(f"a deleted file, once {path}, cannot be made again: {failure}")
 
 
 def _open_tmpfile(root_fd: int, directory: str, flags: int) -> int:

@@ -237,10 +237,10 @@ class DescriptorRestore:
             return files.open_path(rec, self._context.root_fd)
         if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
             return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
-        if kind == r.FileKind.DELETED:
+        if kind == r.FileKind.DELETED and inode in self._deleted:
             return self._known(self._deleted, inode, "deleted file").open(rec)
-        if kind == r.FileKind.MEMFD:
-            return descriptors.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
+        if kind in (r.FileKind.MEMFD, r.FileKind.DELETED):
+            return descriptors.reopen(self._context.shm_fd(inode), files.lasting(rec.flags))
         if kind == r.FileKind.SOCKET:
             return self._sockets.take(inode)
         if kind == r.FileKind.EPOLL:

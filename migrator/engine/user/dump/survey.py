@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
@@ -11,6 +12,7 @@ from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.image.records import TaskFlag, TaskPids, Tree
 from migrator.linux import elf, procfs, sys
 
@@ -63,9 +65,9 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
         return []
 
 
-def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]]:
+def survey(tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
-    reasons: list[str] = []
+    reasons: list[str] = list(tmpfs.obstacles())
     files: dict[str, FileFact] = {}
     threads = rss = 0
     for process in tree.living:
@@ -74,9 +76,9 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             name = state["Name"]
-            reasons += _obstacles(tree, process, state, name)
-            _mapped_files(process, files)
-            _open_files(process, files)
+            reasons += _obstacles(tree, process, state, name, tmpfs.devices)
+            _mapped_files(process, files, tmpfs.devices)
+            _open_files(process, files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
@@ -99,7 +101,9 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
     return found, reasons
 
 
-def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name: str) -> list[str]:
+def _obstacles(
+    tree: ProcessTree, process: Process, state: dict[str, str], name: str, devices: Collection[int]
+) -> list[str]:
     pid = process.pid
     who = f"pid {pid} ({name})"
     out = []
@@ -129,7 +133,7 @@ def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name:
                 out.append(f"{who}: its thread {tid} has {what} of its own (unshare(2)), which is not carried")
     flags = procfs.vm_flags(pid)
     for vma in procfs.maps(pid):
-        reason = obstacle(vma, flags.get(vma.start, frozenset()))
+        reason = obstacle(pid, vma, flags.get(vma.start, frozenset()), devices)
         if reason:
             out.append(f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried")
         if vma.start < 0x400000 and vma.path != "[vsyscall]":
@@ -137,22 +141,22 @@ def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name:
     return out
 
 
-def _mapped_files(process: Process, files: dict[str, FileFact]) -> None:
+def _mapped_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for vma in procfs.maps(process.pid):
-        if vma.path.startswith("/") and not is_shm(vma) and not vma.path.endswith(" (deleted)"):
+        if vma.path.startswith("/") and not is_shm(vma, devices):
             writable = vma.shared and vma.write
             link = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
             _note(files, vma.path, link, writable)
 
 
-def _open_files(process: Process, files: dict[str, FileFact]) -> None:
+def _open_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for fd in os.listdir(f"/proc/{process.pid}/fd"):
         link = f"/proc/{process.pid}/fd/{fd}"
         try:
             path = os.readlink(link)
             if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:")):
                 continue
-            if path.endswith(" (deleted)"):
+            if path.endswith(" (deleted)") or os.stat(link).st_dev in devices:
                 continue
             flags = int(procfs.read_text(f"/proc/{process.pid}/fdinfo/{fd}").split("flags:")[1].split()[0], 8)
             _note(files, path, link, bool(flags & 3))

@@ -46,6 +46,7 @@ from migrator.image.records import (
     VmaFlag,
     Vmas,
 )
+from migrator.image.records_shared import SharedFile, TmpfsEntry, TmpfsXattr
 from migrator.linux import ptrace, urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup
@@ -170,7 +171,7 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied = look_again(self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts)
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
@@ -238,8 +239,12 @@ class UserDestination:
                 self._take_mm(rec)
             case Tree():
                 self._take_tree(rec)
-            case Shm():
+            case Shm() | SharedFile():
                 self._shared.take(rec)
+            case TmpfsEntry():
+                self._shared.tmpfs.entry(rec)
+            case TmpfsXattr():
+                self._shared.tmpfs.xattr(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
             case Name():
@@ -334,6 +339,7 @@ class UserDestination:
             self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
+            self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -349,7 +355,8 @@ class UserDestination:
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
             self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
-            self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+            if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -361,6 +368,8 @@ class UserDestination:
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
+        with self._phase("shared memory"):
+            self._shared.settle()
         with self._phase("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
             for stub in stubs:
@@ -370,7 +379,7 @@ class UserDestination:
         with self._phase("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
-                self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
                 self._lock_memory(stub, mm)
                 self._tasks.apply(stub)
                 self._tasks.pending(stub)

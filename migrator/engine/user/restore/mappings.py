@@ -228,7 +228,7 @@ class AddressSpace:
     def _flush_zeros(self) -> None:
         if self._zeros:
             spans, self._zeros = self._zeros, []
-            file_backed = [(v.start, v.end) for v in self._items if v.kind == VmaKind.FILE]
+            file_backed = [(v.start, v.end) for v in self._items if v.kind in (VmaKind.FILE, VmaKind.SHM)]
             plain = []
             for start, end in spans:
                 if any(a < end and start < b for a, b in file_backed):

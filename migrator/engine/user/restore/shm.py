@@ -7,9 +7,12 @@ import fcntl
 import mmap
 import os
 
+from migrator.engine.user.descriptors.files import open_unnamed
+from migrator.engine.user.restore.tmpfs import TmpfsRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records import PAGE_SIZE, PageKind, Pages, Shm, ShmKind
-from migrator.linux import sys
+from migrator.image.records_shared import SharedFile
+from migrator.linux import descriptors, sys
 
 _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE = 1033, 0x10
 _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -17,24 +20,30 @@ _NR_FALLOCATE = 285
 
 
 class SharedObjects:
-    """All shared memory objects of a stream, by objref."""
+    """All shared memory objects of a stream, by objref. `root_fd`: the root directory of the tree, set before the first
+    file comes."""
 
     def __init__(self) -> None:
-        self._records: dict[int, Shm] = {}
+        self.root_fd = -1
+        self.tmpfs = TmpfsRestore()
+        self._records: dict[int, Shm | SharedFile] = {}
         self._fds: dict[int, int] = {}
 
-    def take(self, rec: Shm) -> None:
+    def take(self, rec: Shm | SharedFile) -> None:
         """Make an object, or give it the size that it has by now."""
         fd = self._fds.get(rec.objref)
         if fd is None:
             fd = self._fds[rec.objref] = self._make(rec)
-        elif os.fstat(fd).st_size != rec.size and rec.kind != ShmKind.ANON:
+        elif os.fstat(fd).st_size != rec.size and not _is_anonymous(rec):
             os.ftruncate(fd, rec.size)
         self._records[rec.objref] = rec
 
-    @staticmethod
-    def _make(rec: Shm) -> int:
+    def _make(self, rec: Shm | SharedFile) -> int:
         try:
+            if isinstance(rec, SharedFile):
+                fd = self.tmpfs.make(rec) if rec.mount else open_unnamed(self.root_fd, rec.name)
+                os.ftruncate(fd, rec.size)
+                return fd
             if rec.kind == ShmKind.ANON:
                 # a mapping, so that it is named like one; the file behind it is reached through /proc
                 size = max(PAGE_SIZE, -(-rec.size // PAGE_SIZE) * PAGE_SIZE)
@@ -48,7 +57,8 @@ class SharedObjects:
             os.ftruncate(fd, rec.size)
             return fd
         except OSError as error:
-            raise RestartFailed(f"shared memory of {rec.size} bytes: {error}") from error
+            what = f" ({rec.name})" if rec.name else ""
+            raise RestartFailed(f"shared memory of {rec.size} bytes{what}: {error}") from error
 
     def fill(self, pages: Pages) -> None:
         fd = self.fd(pages.objref)
@@ -59,7 +69,9 @@ class SharedObjects:
             length = item.nr_pages * PAGE_SIZE
             if item.kind == PageKind.DATA:
                 count = max(0, min(length, size - item.start))  # the last page of an object may be cut
-                os.pwrite(fd, view[position : position + count], item.start)
+                at = 0
+                while at < count:
+                    at += os.pwrite(fd, view[position + at : position + count], item.start + at)
                 position += length
             else:
                 _fallocate(fd, item.start, length)
@@ -70,20 +82,55 @@ class SharedObjects:
         except KeyError:
             raise ImageError(f"shared memory {objref} was never described") from None
 
-    def open(self, objref: int) -> int:
-        """A new descriptor of ours for mapping it."""
-        return os.dup(self.fd(objref))
+    def open(self, objref: int, *, private: bool) -> int:
+        """A new descriptor of ours for mapping it; for `private` mappings one that keeps nobody from executing it."""
+        fd = self.fd(objref)
+        if private:
+            return descriptors.reopen(fd, os.O_RDONLY)
+        return os.dup(fd)
+
+    def settle(self) -> None:
+        """Once all contents are there, ahead of who opens or executes it: owners, modes, times and names."""
+        for objref, rec in self._records.items():
+            if not isinstance(rec, SharedFile):
+                continue
+            fd = self._fds[objref]
+            try:
+                os.fchown(fd, rec.uid, rec.gid)
+                os.fchmod(fd, rec.mode)
+                os.utime(fd, ns=(rec.mtime, rec.mtime))
+            except (OSError, OverflowError) as error:
+                raise RestartFailed(f"{rec.name}: {error}") from error
+        for objref, rec in self._records.items():
+            if not _is_anonymous(rec):  # a file that is open for writing cannot be executed
+                self._fds[objref] = _replaced(self._fds[objref])
+        self.tmpfs.settle()
 
     def seal(self) -> None:
         """Seal what was sealed: the last thing, after contents and mappings."""
         for objref, rec in self._records.items():
-            if rec.seals and rec.kind == ShmKind.MEMFD:
-                fcntl.fcntl(self._fds[objref], _F_ADD_SEALS, rec.seals)
+            if isinstance(rec, Shm) and rec.seals and rec.kind == ShmKind.MEMFD:
+                fd = descriptors.reopen(self._fds[objref], os.O_RDWR)
+                try:
+                    fcntl.fcntl(fd, _F_ADD_SEALS, rec.seals)
+                finally:
+                    os.close(fd)
 
     def close(self) -> None:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        self.tmpfs.close()
+
+
+def _is_anonymous(rec: Shm | SharedFile) -> bool:
+    return isinstance(rec, Shm) and rec.kind == ShmKind.ANON
+
+
+def _replaced(fd: int) -> int:
+    made = descriptors.reopen(fd, os.O_RDONLY)
+    os.close(fd)
+    return made
 
 
 def _open_mapping(area: mmap.mmap, size: int) -> int:
