@@ -48,7 +48,7 @@ class Peer:
     async def send_in_turn(self, message: m.AnyMessage) -> float:
         """As send(), once the cap of the link lets it; the seconds that it waited for that."""
         data = m.encode(message)
-        waited = await self.link.turn(len(data))
+        waited = await self.link.acquire_bandwidth(len(data))
         await self.link.send(data)
         return waited
 

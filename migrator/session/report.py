@@ -69,17 +69,16 @@ class MigrationSummary:
 
     @property
     def stream_bytes(self) -> int:
-        """Before compression; what the engine's rounds say where the link does not count."""
-        stats = getattr(self.link, "compression", None)
-        return int(getattr(stats, "raw", 0)) or sum(r.bytes for r in self.copying.all_rounds)
+        """Before compression; what the engine's rounds say where this link is a new one."""
+        return self.link.counters.stream_sent or sum(r.bytes for r in self.copying.all_rounds)
 
     @property
     def wire_bytes(self) -> int:
-        return int(getattr(getattr(self.link, "counters", None), "bytes_sent", 0))
+        return self.link.counters.wire_sent
 
     @property
     def compression_ratio(self) -> float:
-        return float(getattr(getattr(self.link, "compression", None), "ratio", 1.0))
+        return self.link.compression_ratio
 
     def timeline(self) -> model.Timeline:
         """Phases of both hosts on our clock."""
@@ -124,7 +123,7 @@ class MigrationSummary:
             stream_bytes=self.stream_bytes,
             wire_bytes=self.wire_bytes,
             compression_ratio=self.compression_ratio,
-            throughput=convergence.measured_throughput(self.copying.rounds) or self.link.throughput,
+            throughput=convergence.measured_throughput(self.copying.rounds) or self.link.stream_throughput,
             rtt=self.link.rtt,
             decision=self.decision.reason if self.decision is not None else "",
             rounds=self.copying.all_rounds,

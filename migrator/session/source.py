@@ -380,7 +380,7 @@ class SourceSession:
         self._arrived.set()
         self._copying.relax()
         if (ahead := self._copying.ahead) is not None and self._decision is not None:  # it was no time to tell
-            known = self._decision.predicted_downtime, self._peer.link.throughput
+            known = self._decision.predicted_downtime, self._peer.link.stream_throughput
             self._tell(model.RoundDone(self.settings.migration, ahead, *known, "continue", ""))
         if self._forwarding is not None:
             await self._forwarding

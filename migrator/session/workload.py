@@ -121,7 +121,7 @@ class WorkloadThread:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_EVERY):
                     await self._stood.wait()
-            left = self._unread() + in_flight(self._link)
+            left = self._unread() + self._link.in_flight
             if left < least:
                 least, since = left, time.monotonic()
             elif left and time.monotonic() - since > _STALLED:
@@ -325,12 +325,6 @@ class WorkloadThread:
         return self.source
 
 
-def in_flight(link: Link) -> int:
-    """Bytes of stream that the peer has not taken yet; 0 where the link cannot tell."""
-    window = getattr(link, "_send_window", None)
-    return int(getattr(link, "in_flight", getattr(window, "in_flight", 0)))
-
-
 def conditions(
     link: Link,
     rounds: list[Round],
@@ -346,7 +340,7 @@ def conditions(
     seconds that changed files will take in the freeze."""
     freeze, restore = downtime_model.modelled(tasks)
     return convergence.Conditions(
-        throughput=convergence.measured_throughput(rounds) or link.throughput,
+        throughput=convergence.measured_throughput(rounds) or link.stream_throughput,
         rtt=link.rtt,
         freeze=freeze * factor + files,
         restore=restore * factor,

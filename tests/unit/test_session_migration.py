@@ -493,7 +493,7 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
 ) -> None:
     monkeypatch.setattr(workload, "_STALLED", 0.2)
     monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(workload, "in_flight", lambda link: 4096)
+    monkeypatch.setattr(Link, "in_flight", 4096)
     monkeypatch.setattr(workload.WorkloadThread, "stands", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has taken nothing for"):
         await hosts.migrate()
