@@ -58,6 +58,9 @@ def restart(
         bool, typer.Option("--frozen", help="Leave the tasks frozen, for `migrator thaw`; prints the pid.")
     ] = False,
     bridge: Annotated[str, typer.Option(help="For a container: the bridge of this host.")] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Look at the copy before it runs: it must be what was saved, or goes.")
+    ] = False,
 ) -> None:
     """Restart what was saved. Waits for its end and exits as it does, unless --detach or --frozen."""
 
@@ -66,6 +69,7 @@ def restart(
             _image(source),
             frozen=frozen,
             bridge=bridge,
+            verify=verify,
             built=lambda pid: _write_pidfile(pidfile, pid),
             waiting=lambda: err.say("[dim]the original is still here: reading to the end of the image first[/]"),
         )

@@ -57,15 +57,15 @@ class Host(Record, frozen=True, kw_only=True):
 
 
 class Load(Record, frozen=True, kw_only=True):
-    """What a host measured: shares of time in which tasks waited (PSI, `avg10`), processor time used, memory."""
+    """What is in use on a host: cores, bytes of memory, bytes per second on its network; and the shares of time in
+    which some task waited for a resource (PSI, `some avg60`), None where the kernel does not tell."""
 
-    cpu_used: Share = 0.0
-    cpu_pressure: Share = 0.0
-    memory_pressure: Share = 0.0
-    io_pressure: Share = 0.0
-    memory_used_bytes: Count = 0
-    memory_available_bytes: Count = 0
-    run_queue: Count = 0
+    cpu: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.0
+    memory: Count = 0
+    network: Annotated[float, Meta(ge=0.0, le=1e15)] = 0.0
+    cpu_pressure: Share | None = None
+    memory_pressure: Share | None = None
+    io_pressure: Share | None = None
 
 
 class Alive(Record, frozen=True, kw_only=True):

@@ -48,7 +48,7 @@ async def test_every_record_comes_back_as_it_was_put(store: Store) -> None:
     finished = r.FinishedMove(move=move_of("w", lock), outcome=r.Outcome.MIGRATED, ended_at=3.0, downtime=0.02)
     for table, record in (
         (state.hosts, HOST),
-        (state.alive, r.Alive(host="a", boot_id="x", at=1.5, load=r.Load(cpu_used=0.5, run_queue=3))),
+        (state.alive, r.Alive(host="a", boot_id="x", at=1.5, load=r.Load(cpu=0.5, memory=3, io_pressure=0.25))),
         (state.cordons, r.Cordon(host="a", mode=r.HostMode.DRAINING, since=1.0, drain=drain)),
         (state.plans, r.Plan(id="p1", made_at=1.0, state=r.PlanState.PROPOSED, seen=7, moves=(planned,))),
         (state.moves, move_of("w", lock)),

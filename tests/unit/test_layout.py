@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.model",
         "migrator.protocol",
         "migrator.recovery",
+        "migrator.runtime",
         "migrator.session.serve",
         "transport",
     ),
