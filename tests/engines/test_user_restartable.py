@@ -329,21 +329,32 @@ def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidH
 CHAIN = r"""
 #include "workload.h"
 static void check(void) { }
+static void link_of(char *self, char *out, int depth, char *report)
+{
+	char text[16], *args[] = { self, out, text, report, NULL };
+
+	if (!depth)
+		TRY(write(atoi(report), "x", 1));
+	else if (!fork()) { /* a program of its own each, as with shells that start shells */
+		snprintf(text, sizeof(text), "%d", depth - 1);
+		execv(self, args);
+		_exit(1);
+	}
+	for (;;)
+		pause();
+}
 int main(int argc, char **argv)
 {
-	int depth = 1100, ready[2];
-	char byte;
+	char byte, report[16];
+	int ready[2];
 
+	if (argc > 2)
+		link_of(argv[0], argv[1], atoi(argv[2]), argv[3]);
 	wl_start(argc, argv);
 	TRY(pipe(ready));
-	if (!fork()) {
-		signal(SIGTERM, SIG_DFL);
-		while (--depth && !fork());
-		if (!depth)
-			TRY(write(ready[1], "x", 1));
-		for (;;)
-			pause();
-	}
+	snprintf(report, sizeof(report), "%d", ready[1]);
+	if (!fork())
+		link_of(argv[0], argv[1], 1100, report);
 	TRY(read(ready[0], &byte, 1));
 """ + TICKING
 
