@@ -92,14 +92,14 @@ async def serve(
 ) -> Daemon:
     """Listen on `host`:`port` (0 for any) and call `handler` for every link.
 
-    host_keys:       private key files; made if missing (`keys.ensure_key`)
+    host_keys:       private key files; made if missing, with certificates beside them (`keys.host_key`)
     authorized_keys: who may come in; a file that is missing or that others may write lets nobody in
     slots:           how many connections there may be
 
     Raises OSError if the address cannot be bound, `TransportError` for unusable keys.
     """
     sessions = _Sessions(KeyFile(authorized_keys), handler, slots or Slots(), link_options)
-    loaded = [keys.ensure_key(path) for path in host_keys]
+    loaded = [keys.host_key(path) for path in host_keys]
     acceptor = await asyncssh.create_server(
         lambda: _Server(sessions),
         host,
@@ -111,6 +111,7 @@ async def serve(
         host_based_auth=False,
         gss_host=None,
         allow_scp=False,
+        line_editor=False,
         agent_forwarding=False,
         reuse_address=True,
         **CONNECTION_OPTIONS,

@@ -9,9 +9,7 @@ from collections import deque
 from migrator.errors import TransportError
 from transport.connection import Connection
 from transport.flow import RoundTrip
-from transport.frame import Channel, PingFlags, decode_u64, encode_frame, encode_u64
-
-_LONGEST = 3600.0  # seconds: an answer that took longer answers nothing of ours
+from transport.frame import Buffer, Channel, PingFlags, decode_u64, encode_frame, encode_u64
 
 
 class Keepalive:
@@ -23,6 +21,7 @@ class Keepalive:
         self._every = every
         self._dead_after = dead_after
         self._heard_at = time.monotonic()
+        self._unanswered: deque[int] = deque()  # when pings were sent; answers come in order
         self._waiters: deque[asyncio.Future[float]] = deque()
         self._task: asyncio.Task[None] | None = None
         connection.watch(self._stop)
@@ -37,7 +36,9 @@ class Keepalive:
         self._heard_at = time.monotonic()
 
     def send_ping(self) -> None:
-        self._connection.write(encode_u64(Channel.PING, time.monotonic_ns()))
+        now = time.monotonic_ns()
+        self._unanswered.append(now)
+        self._connection.write(encode_u64(Channel.PING, now))
 
     async def ping(self, timeout: float) -> float:
         """Measure the round trip now, in seconds. Raises `TransportError` if there is no answer."""
@@ -51,15 +52,18 @@ class Keepalive:
         except TimeoutError:
             raise TransportError(f"no answer from {self._connection.peer} within {timeout:g} s") from None
 
-    def received(self, flags: int, payload: bytes) -> None:
+    def received(self, flags: int, payload: Buffer) -> None:
         """A PING frame: a question is answered, an answer is measured."""
         if not flags & PingFlags.PONG:
             if self._connection.writable:  # else the peer asks without reading what we answer
                 self._connection.write(encode_frame(Channel.PING, payload, PingFlags.PONG))
             return
-        elapsed = (time.monotonic_ns() - decode_u64(payload)) / 1e9
-        if not 0 <= elapsed < _LONGEST:
+        sent = decode_u64(payload)
+        while self._unanswered and self._unanswered[0] < sent:
+            self._unanswered.popleft()
+        if not self._unanswered or self._unanswered.popleft() != sent:
             raise TransportError("answer to a ping that was never sent")
+        elapsed = (time.monotonic_ns() - sent) / 1e9
         self.round_trip.add(elapsed)
         while self._waiters:
             waiter = self._waiters.popleft()
@@ -78,7 +82,10 @@ class Keepalive:
                 peer = self._connection.peer
                 self._connection.fail(TransportError(f"no sign of life from {peer} for {self._dead_after:g} s"))
                 return
-            self.send_ping()
+            try:
+                self.send_ping()
+            except TransportError:
+                return  # the connection has failed, and everybody knows
 
     def _stop(self, error: TransportError) -> None:
         if self._task is not None:

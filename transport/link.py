@@ -261,7 +261,7 @@ class Link:
         if frame.channel == Channel.STREAM:
             self._receiver.received(decode_block(frame.flags, frame.payload))
         elif frame.channel == Channel.CONTROL:
-            self._inbox.put_message(frame.payload)
+            self._inbox.put_message(bytes(frame.payload))
         elif frame.channel == Channel.CREDIT:
             self._sender.granted(decode_u64(frame.payload), backlog=bool(frame.flags & CreditFlags.BACKLOG))
         elif frame.channel == Channel.PACKETS:

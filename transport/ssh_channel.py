@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, cast
+from typing import Any
 
 import asyncssh
 
 from migrator.text import printable
-from transport.connection import Wire
 from transport.link import Link
 
 _STDERR_KEPT = 4096  # bytes
@@ -51,6 +50,28 @@ def leave_out_ignores(connection: Any) -> None:
     connection.send_packet = send_packet
 
 
+class _ChannelWire:
+    """An SSH channel as a wire.
+
+    Pausing it stops reading the whole connection, which carries nothing else. asyncssh would go on
+    reading, and keep what comes up to the channel's window, however small the pieces are.
+    """
+
+    def __init__(self, chan: Any) -> None:
+        self._connection = chan.get_connection()
+        self.write = chan.write
+        self.close = chan.close
+        self.abort = chan.abort
+
+    def pause_reading(self) -> None:
+        if (transport := self._connection._transport) is not None:
+            transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if (transport := self._connection._transport) is not None:
+            transport.resume_reading()
+
+
 class ChannelCallbacks:
     """The callbacks that sessions of both sides hand on to the link."""
 
@@ -63,7 +84,7 @@ class ChannelCallbacks:
         chan.set_write_buffer_limits(high=2 << 20)
 
     def session_started(self) -> None:
-        self.link.connection_made(cast(Wire, self._chan))
+        self.link.connection_made(_ChannelWire(self._chan))
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         self.link.data_received(data)

@@ -18,6 +18,7 @@ from transport.frame import Block, Channel, CreditFlags, charge, encode_u64
 
 LITTLE = 64 << 10  # bytes of a block whose credit can wait: what comes behind it may be urgent
 LITTLE_SECONDS = 0.03
+MOST_ENDS = 64  # ends of streams not reached yet: they cost no credit, but memory
 
 
 class StreamReceiver:
@@ -29,12 +30,17 @@ class StreamReceiver:
         self._blocks: deque[Block] = deque()
         self._arrived = connection.event()
         self._expected = 0
+        self._ends = 0
         self._granting: asyncio.TimerHandle | None = None
         connection.watch(self._stop)
 
     def received(self, block: Block) -> None:
         """Take a block. Raises `TransportError` for one out of order, and for more than the window."""
-        if not block.end:
+        if block.end:
+            self._ends += 1
+            if self._ends > MOST_ENDS:
+                raise TransportError(f"{self._ends} streams ended before the first of them was read")
+        else:
             self.window.received(charge(len(block.data)))
         if block.sequence != self._expected:
             raise TransportError(f"stream block {block.sequence} came where {self._expected} was due")
@@ -58,6 +64,7 @@ class StreamReceiver:
                 total += len(raw)
                 self._connection.counters.stream_received += len(raw)
                 self._consumed(block)
+        self._ends -= 1
         return total
 
     async def _next(self) -> Block:

@@ -15,6 +15,7 @@ from transport.connection import Wire
 from transport.link import Link
 
 GRACE = 0.5  # seconds
+_REST = 4 << 20  # bytes: a peer that goes on writing must not hold us up
 WRITE_BUFFER = 2 << 20  # bytes unsent at which `Link.send` begins to wait
 
 
@@ -45,9 +46,11 @@ class _Duplex(asyncio.Protocol):
 
     def _read_the_rest(self) -> None:
         """asyncio stops reading where a write fails; what the peer said before it closed is still there."""
+        left = _REST
         with contextlib.suppress(OSError):
-            while data := os.read(self._fd, 1 << 16):
+            while left > 0 and (data := os.read(self._fd, 1 << 16)):
                 self._link.data_received(data)
+                left -= len(data)
 
     def pause_writing(self) -> None:
         self._link.pause_writing()

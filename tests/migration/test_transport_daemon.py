@@ -17,6 +17,8 @@ import pytest
 from migrator.errors import TransportError
 from transport.authorized_keys import RIGHTS
 from transport.daemon import ConnectionSlots, Daemon, serve
+from transport.frame import MIN_WINDOW, Channel, encode_frame, encode_preface
+from transport.inbox import INBOX
 from transport.keys import ensure_key, fingerprint, pin, public_line
 from transport.link import Link
 from transport.slots import Slots
@@ -242,6 +244,42 @@ async def test_more_links_than_one_key_may_have_are_refused_with_the_reason(host
         await link.send(b"undisturbed")
         assert await link.receive(10) == b"undisturbed"
     await (await host.connect()).close()
+
+
+class _Deaf(asyncssh.SSHClientSession[bytes]):
+    """A client that takes what comes and says what it is told to."""
+
+
+async def test_messages_that_nobody_receives_stay_with_their_sender(host: Host) -> None:
+    links: list[Link] = []
+
+    async def never_receive(link: Link, peer: str, rights: frozenset[str]) -> None:
+        links.append(link)
+        await link.wait_closed()
+
+    host.daemon._sessions.handler = never_receive
+    async with _logged_in(host) as connection:
+        channel, _ = await connection.create_session(_Deaf, "migrator agent --stdio", encoding=None)
+        channel.write(encode_preface(MIN_WINDOW))
+        message = encode_frame(Channel.CONTROL, bytes(1000))
+        sent = 0
+        for _ in range(100):
+            for _ in range(200):  # small pieces: each is a packet of its own
+                channel.write(message)
+            sent += 200 * len(message)
+            await asyncio.sleep(0.01)
+        while not links or links[0].counters.wire_received < INBOX // 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        received = links[0].counters.wire_received
+        assert received <= INBOX + (512 << 10) < sent
+        (server,) = host.slots.connections()
+        (theirs,) = server._channels.values()
+        assert theirs._recv_buf == []
+        for _ in range(100):
+            await links[0].receive(20)
+        while links[0].counters.wire_received < sent:
+            await links[0].receive(20)
 
 
 async def test_a_command_that_is_no_agent_is_refused_by_name(host: Host) -> None:
