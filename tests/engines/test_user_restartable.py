@@ -66,7 +66,7 @@ int main(int argc, char **argv)
 	plain = TRY(open(name, O_RDWR));
 	TRY(unlink(name));
 	TRY(write(fd, "abc", 4));
-""" + TICKING
+"""
 
 
 DELETED_DIRECTORY = r"""
@@ -88,7 +88,7 @@ int main(int argc, char **argv)
 	TRY(mkdir(name, 0700));
 	TRY(chdir(name));
 	TRY(rmdir(name));
-""" + TICKING
+"""
 
 
 ZOMBIES = r"""
@@ -121,7 +121,7 @@ int main(int argc, char **argv)
 		_exit(7);
 	}
 	wl_sleep_us(30000);
-""" + TICKING
+"""
 
 
 CAPABILITIES = r"""
@@ -198,7 +198,7 @@ int main(int argc, char **argv)
 		usleep(1000);
 	setfsgid(78);
 	setfsuid(77);
-""" + TICKING
+"""
 
 
 ENDED_CONNECTION = r"""
@@ -236,7 +236,7 @@ int main(int argc, char **argv)
 	close(b);
 	close(listener);
 	wl_sleep_us(30000);
-""" + TICKING
+"""
 
 
 REUSEPORT = r"""
@@ -281,7 +281,7 @@ int main(int argc, char **argv)
 	both(datagrams, SOCK_DGRAM, SO_REUSEADDR);
 	TRY(setsockopt(listener[0], SOL_SOCKET, SO_REUSEPORT, &zero, sizeof(zero)));
 	TRY(setsockopt(datagrams[1], SOL_SOCKET, SO_REUSEADDR, &zero, sizeof(zero)));
-""" + TICKING
+"""
 
 
 SELF_CONNECTED = r"""
@@ -307,7 +307,7 @@ int main(int argc, char **argv)
 	TRY(bind(fd, (void *)&address, length));
 	TRY(connect(fd, (void *)&address, length));
 	TRY(send(fd, "abc", 4, 0));
-""" + TICKING
+"""
 
 
 STATES = {
@@ -323,7 +323,7 @@ STATES = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    restarted(STATES[state], hosts, tmp_path)
+    restarted(STATES[state] + TICKING, hosts, tmp_path)
 
 
 CHAIN = r"""
@@ -356,8 +356,8 @@ int main(int argc, char **argv)
 	if (!fork())
 		link_of(argv[0], argv[1], 1100, report);
 	TRY(read(ready[0], &byte, 1));
-""" + TICKING
+"""
 
 
 def test_a_long_chain_of_processes(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    restarted(CHAIN, hosts, tmp_path, rounds=1)
+    restarted(CHAIN + TICKING, hosts, tmp_path, rounds=1)
