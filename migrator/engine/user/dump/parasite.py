@@ -36,8 +36,8 @@ _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME 
 _RLIMITS = 16
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
-_THREAD_CALLS = 5
-_SLACK = 3  # which of them returns the timer slack
+_THREAD_CALLS = 6
+_SLACK, _SECUREBITS = 3, 5  # which of them return the timer slack and the secure bits
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -70,6 +70,7 @@ class ThreadReply:
     pdeathsig: int
     timerslack: int
     comm: str
+    securebits: int
 
 
 @dataclass(slots=True)
@@ -85,7 +86,6 @@ class ProcessReply:
     limits: bytes
     itimers: list[tuple[int, int]]
     brk: int
-    securebits: int
     dumpable: int
     thp_disabled: int
     subreaper: int
@@ -109,7 +109,6 @@ class Parasite:
             *((_NR["prlimit64"], 0, which, 0, out + _LIMITS + 16 * which) for which in range(_RLIMITS)),
             (_NR["prctl"], _PR_GET_CHILD_SUBREAPER, out + _SUBREAPER, 0, 0, 0),
             (_NR["brk"], 0),
-            (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
         ]
@@ -157,7 +156,7 @@ class Parasite:
             self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
-        brk, securebits, dumpable, thp = results[-4:]
+        brk, dumpable, thp = results[-3:]
         (subreaper,) = struct.unpack_from("<i", raw, at + _SUBREAPER)
         itimers = []
         for which in range(3):
@@ -168,12 +167,11 @@ class Parasite:
             hole = (n - 1) * SIGACTION_SIZE
             actions = actions[:hole] + bytes(SIGACTION_SIZE) + actions[hole:]
         return ProcessReply(
-            _thread_reply(raw, at, results[_SLACK]),
+            _thread_reply(raw, at, results[_SLACK], results[_SECUREBITS]),
             actions,
             raw[at + _LIMITS : at + _SUBREAPER],
             itimers,
             brk,
-            securebits,
             dumpable,
             thp,
             subreaper,
@@ -231,9 +229,9 @@ class Parasite:
         replies = []
         set_all([thread.tid for thread in group], regs, [thread.mask for thread in group])
         for i in range(len(group)):
-            slack_at = _TABLES - _THREADS + i * per_thread + _SLACK * arch.BATCH_ENTRY + 56
-            (slack,) = struct.unpack_from("<q", raw, slack_at)
-            replies.append(_thread_reply(raw, i * _THREAD_OUT, slack))
+            at = _TABLES - _THREADS + i * per_thread
+            results = struct.unpack_from(f"<{8 * _THREAD_CALLS}q", raw, at)[7::8]
+            replies.append(_thread_reply(raw, i * _THREAD_OUT, results[_SLACK], results[_SECUREBITS]))
         return replies
 
 
@@ -244,10 +242,11 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_GET_PDEATHSIG, out + 32, 0, 0, 0),
         (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
         (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
     ]
 
 
-def _thread_reply(raw: bytes, at: int, slack: int) -> ThreadReply:
+def _thread_reply(raw: bytes, at: int, slack: int, securebits: int) -> ThreadReply:
     sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
     comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)
+    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm, securebits)

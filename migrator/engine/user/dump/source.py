@@ -455,7 +455,9 @@ class UserSource:
 def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
-            select.select([pidfd], [], [], 5.0)
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(5000)
 
 
 @contextmanager

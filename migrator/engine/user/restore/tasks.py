@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from signal import SIGURG
@@ -38,6 +39,7 @@ from migrator.linux.threads import set_all, set_all_xstates
 NR = arch.NR
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _ITIMER_REAL = 0
+DELETED = " (deleted)"  # behind what /proc shows of a path that is gone
 _DEFAULT_SLACK = 50_000
 
 
@@ -218,13 +220,43 @@ class TaskRestore:
         return struct.unpack("<QQ", stub.remote.get(16)) == wanted
 
     def _is_plain(self, fs: Fs) -> bool:
-        return fs.root == "/" and self._own_root
+        return fs.root == "/" and self._own_root and not fs.cwd.endswith(DELETED)
+
+    def _open_directory(self, path: str) -> int:
+        """A working directory. One that was deleted is made where it was, or near, and deleted again."""
+        flags = os.O_PATH | os.O_DIRECTORY
+        try:
+            return self._open_path(path, flags)
+        except RestartFailed:
+            if not path.endswith(DELETED):
+                raise
+        folder, name = os.path.split(path.removesuffix(DELETED))
+        while True:
+            try:
+                place = self._open_path(folder or "/", flags)
+                break
+            except RestartFailed:
+                if folder in ("", "/"):
+                    raise
+                folder = os.path.dirname(folder)
+        try:
+            try:
+                os.mkdir(name, 0o700, dir_fd=place)
+            except FileExistsError:
+                name = os.path.basename(tempfile.mkdtemp(prefix=".migrator-", dir=f"/proc/self/fd/{place}"))
+            made = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            os.rmdir(name, dir_fd=place)
+            return made
+        except OSError as error:
+            raise RestartFailed(f"{path}, a working directory, cannot be made again: {error}") from error
+        finally:
+            os.close(place)
 
     def _file_system(self, stub: Stub, fs: Fs) -> tuple[bytes, list[Call]]:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
         if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
-        fds = [self._open_path(fs.cwd, os.O_PATH | os.O_DIRECTORY)]
+        fds = [self._open_directory(fs.cwd)]
         if fs.root != "/":
             fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
         try:
