@@ -35,9 +35,9 @@ ROWS = {
     "files": (300, 1000, 5000),
     "pipes": (100, 300, 1000),
     "connections": (50, 200, 500),
-    "mappings": (1000, 3000, 10000),
+    "mappings": (3000, 10000, 30000),
 }
-EACH = {"threads": 1, "processes": 1, "files": 1, "pipes": 2, "connections": 2, "mappings": 1}  # what a slope counts: ends
+EACH = {"pipes": 2, "connections": 2}  # what a slope counts: ends; of the others each is one
 TARGETS_MS = {"threads": 0.1, "processes": 1.0, "files": 0.01, "pipes": 0.01, "connections": 0.05, "mappings": 0.005}
 BASE_MS = 10.0
 
@@ -88,7 +88,7 @@ def measure(kind: str, count: int, repeat: int) -> Size:
 
 def fit(sizes: list[Size]) -> tuple[float, float]:
     """(slope, base) in ms by least squares of the medians; of one size, its whole."""
-    each = EACH[sizes[0].kind]
+    each = EACH.get(sizes[0].kind, 1)
     xs, ys = [s.count * each for s in sizes], [s.gap for s in sizes]
     if len(sizes) < 2:
         return ys[0] / xs[0], 0.0
@@ -111,7 +111,7 @@ def show(console: Console, rows: dict[str, list[Size]]) -> None:
             f"{slope:.4f}",
             f"{base:.1f}",
             f"{target}",
-            f"{BASE_MS + target * EACH[kind] * sizes[-1].count:.0f}",
+            f"{BASE_MS + target * EACH.get(kind, 1) * sizes[-1].count:.0f}",
         )
     console.print(table)
     for kind, sizes in rows.items():

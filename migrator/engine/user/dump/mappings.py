@@ -85,6 +85,7 @@ class LayoutDump:
         self._vmas: dict[int, list[Vma]] = {}
         self._flags: dict[int, dict[_Key, int]] = {}
         self._items: dict[int, list[VmaItem]] = {}
+        self._made: dict[int, dict[int, tuple[Vma, int, VmaItem]]] = {}  # by start: what an item was made from
         self._files: dict[str, int] = {}
 
     def brk_of(self, objref: int) -> int:
@@ -113,11 +114,18 @@ class LayoutDump:
         else:
             mm = self._mm(pid, vpid, objref, brk or brk_from_maps(vmas))
         flags = self._flags_of(pid, objref, vmas, refresh_flags)
-        items = []
+        made = self._made.get(objref, {})
+        now: dict[int, tuple[Vma, int, VmaItem]] = {}
         for vma in vmas:
             if vma.path == "[vsyscall]":
                 continue
-            items.append(self._item(pid, vma, flags.get((vma.start, vma.end, vma.path), 0)))
+            bits = flags.get((vma.start, vma.end, vma.path), 0)
+            item = made.get(vma.start)
+            if item is None or item[0] is not vma or item[1] != bits or is_shm(vma):
+                item = vma, bits, self._item(pid, vma, bits)
+            now[vma.start] = item
+        self._made[objref] = now
+        items = [item for _, _, item in now.values()]
         self._vmas[objref] = vmas
         if mm != known:
             self._mms[objref] = mm
@@ -135,6 +143,7 @@ class LayoutDump:
         self._vmas.pop(objref, None)
         self._flags.pop(objref, None)
         self._items.pop(objref, None)
+        self._made.pop(objref, None)
 
     def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[_Key, int]:
         before = self._flags.get(objref)
@@ -226,6 +235,8 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
             continue
         while i < len(old) and old[i].end <= item.start:
             i += 1
+        if i < len(old) and old[i] is item:
+            continue
         j = i
         while j < len(old) and old[j].start < item.end:
             if _backing(old[j]) != _backing(item):
