@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from migrator.engine.base import DestinationOptions, Move, Phase, Sandbox
+from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
@@ -104,6 +104,10 @@ class UserDestination:
     def moves(self) -> list[Move]:
         """What resume() does to files: `Engine.finish_moves()` does it in its stead."""
         return self._descriptors.moves if self._descriptors is not None else []
+
+    @property
+    def late_locks(self) -> list[LateLock]:
+        return self._descriptors.late_locks if self._descriptors is not None else []
 
     @property
     def root_pid(self) -> int:
@@ -429,6 +433,10 @@ class _Context:
         assert stub_tree is not None
         stub = stub_tree.stubs.get(vpid)
         return stub.pid if stub is not None else 0
+
+    @property
+    def live(self) -> bool:
+        return self._owner.options.live
 
     def shm_fd(self, objref: int) -> int:
         return self._owner._shared.fd(objref)
