@@ -184,7 +184,9 @@ class _Server(asyncssh.SSHServer):
                 f"and {slots.peer_share} of one key",
             )
         self._asked = True
-        return _ServerSession(Link(self._addr, **self._sessions.link_options), self._run)
+        link = Link(self._addr, **self._sessions.link_options)
+        link.key = self._key
+        return _ServerSession(link, self._run)
 
     def _end_if_idle(self) -> None:
         if not self._linked:
