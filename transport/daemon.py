@@ -184,9 +184,7 @@ class _Server(asyncssh.SSHServer):
                 f"and {slots.peer_share} of one key",
             )
         self._asked = True
-        link = Link(self._addr, **self._sessions.link_options)
-        link.key = self._key
-        return _ServerSession(link, self._run)
+        return _ServerSession(Link(self._addr, **self._sessions.link_options), self._run)
 
     def _end_if_idle(self) -> None:
         if not self._linked:
@@ -201,6 +199,7 @@ class _Server(asyncssh.SSHServer):
     async def _serve(self, link: Link) -> None:
         try:
             await link.established()
+            link.key = self._key
             await self._sessions.handler(link, f"{self._user}@{self._addr}", self._rights)
         except MigratorError as error:
             log.info("%s: %s", self._addr, error)

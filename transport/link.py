@@ -42,9 +42,6 @@ _FIRST_PINGS = 3  # a first idea of the round trip, free of the connection's set
 class Link:
     """See the module. `peer` names the other host in errors and logs.
 
-    `key` is the fingerprint of the key that the other side has proved to have, "" where nobody has asked
-    for one: `transport.daemon` sets it before its handler is called.
-
     window:     bytes of stream the peer may have in flight towards us
     level:      zstd level of the stream, 0 for none, None to choose by measurement
     keepalive:  seconds between pings
@@ -60,7 +57,7 @@ class Link:
         keepalive: float = 1.0,
         dead_after: float = 15.0,
     ) -> None:
-        self.key = ""
+        self.key = ""  # the fingerprint that the peer has logged in with, where we know
         self._connection = Connection(peer)
         self._parser = FrameParser()
         self._inbox = Inbox(self._connection)
