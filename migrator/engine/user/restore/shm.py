@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 
-from migrator.engine.user.descriptors.files import open_unnamed
+from migrator.engine.user.descriptors.files import UnnamedFile
 from migrator.engine.user.restore.tmpfs import TmpfsRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records import PAGE_SIZE, PageKind, Pages, Shm, ShmKind
@@ -28,6 +28,7 @@ class SharedObjects:
         self.tmpfs = TmpfsRestore()
         self._records: dict[int, Shm | SharedFile] = {}
         self._fds: dict[int, int] = {}
+        self._unnamed: dict[int, UnnamedFile] = {}
 
     def take(self, rec: Shm | SharedFile) -> None:
         """Make an object, or give it the size that it has by now."""
@@ -41,7 +42,7 @@ class SharedObjects:
     def _make(self, rec: Shm | SharedFile) -> int:
         try:
             if isinstance(rec, SharedFile):
-                fd = self.tmpfs.make(rec) if rec.mount else open_unnamed(self.root_fd, rec.name)
+                fd = self._make_file(rec)
                 os.ftruncate(fd, rec.size)
                 return fd
             if rec.kind == ShmKind.ANON:
@@ -59,6 +60,12 @@ class SharedObjects:
         except OSError as error:
             what = f" ({rec.name})" if rec.name else ""
             raise RestartFailed(f"shared memory of {rec.size} bytes{what}: {error}") from error
+
+    def _make_file(self, rec: SharedFile) -> int:
+        if rec.mount:
+            return self.tmpfs.make(rec)
+        file = self._unnamed[rec.objref] = UnnamedFile(self.root_fd, rec.name)
+        return os.dup(file.fd)
 
     def fill(self, pages: Pages) -> None:
         fd = self.fd(pages.objref)
@@ -82,6 +89,14 @@ class SharedObjects:
         except KeyError:
             raise ImageError(f"shared memory {objref} was never described") from None
 
+    def reopen(self, objref: int, flags: int) -> int:
+        """A new description, for a descriptor of the tree's."""
+        if objref in self._unnamed:
+            return self._unnamed[objref].open(flags)
+        if flags & os.O_NOFOLLOW:
+            return self.tmpfs.open(objref, flags)
+        return descriptors.reopen(self.fd(objref), flags)
+
     def open(self, objref: int, *, private: bool) -> int:
         """A new descriptor of ours for mapping it; for `private` mappings one that keeps nobody from executing it."""
         fd = self.fd(objref)
@@ -101,6 +116,9 @@ class SharedObjects:
                 os.utime(fd, ns=(rec.mtime, rec.mtime))
             except (OSError, OverflowError) as error:
                 raise RestartFailed(f"{rec.name}: {error}") from error
+        for file in self._unnamed.values():
+            file.close()
+        self._unnamed.clear()
         for objref, rec in self._records.items():
             if not _is_anonymous(rec):  # a file that is open for writing cannot be executed
                 self._fds[objref] = _replaced(self._fds[objref])
@@ -120,6 +138,9 @@ class SharedObjects:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        for file in self._unnamed.values():
+            file.close()
+        self._unnamed.clear()
         self.tmpfs.close()
 
 

@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 
-from migrator.errors import RestartFailed
+from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_shared import SharedFile, TmpfsEntry, TmpfsXattr
 from migrator.linux.descriptors import TMPFS_MAGIC, filesystem_type
 from migrator.linux.openat2 import open_beneath, open_in_root
@@ -44,6 +44,13 @@ class TmpfsRestore:
         made = open_beneath(fd, path.encode(), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         self._places[rec.objref] = rec.mount, path
         return made
+
+    def open(self, objref: int, flags: int) -> int:
+        """A file that was deleted, or will be by settle(), opened by its name."""
+        if objref not in self._places:
+            raise ImageError(f"{objref} is no file of a tmpfs")
+        with self._folder(*self._places[objref]) as (folder, name):
+            return os.open(name, flags | os.O_CLOEXEC, dir_fd=folder)
 
     def entry(self, rec: TmpfsEntry) -> None:
         """Make a name. Raises RestartFailed."""
