@@ -44,8 +44,9 @@ def run(folder: Path, script: str, *options: object) -> int:
 
 
 def log(folder: Path) -> str:
-    path = folder / "log" / f"{NAME}.log"
-    return path.read_text() if path.exists() else ""
+    inside = folder / "root" / str(folder)[1:]  # of a container with a root of its own
+    paths = [place / "log" / f"{NAME}.log" for place in (folder, inside)]
+    return "".join(path.read_text() for path in paths if path.exists())
 
 
 def move() -> int:
