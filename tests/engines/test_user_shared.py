@@ -190,3 +190,54 @@ def test_a_mapped_file_that_lost_the_name_it_was_opened_by_is_refused_while_it_h
         with pytest.raises(Refused, match="its name was removed, but it has others"):
             there_and_back(moving, hosts, 1)
         moving.finish()
+
+
+FLEETING = r"""
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+#define PAGES 512L
+
+int main(int argc, char **argv)
+{
+	long tick, i;
+	int memfd = memfd_create("fleeting", 0);
+	long size = PAGES * PAGE;
+
+	wl_start(argc, argv);
+	TRY(ftruncate(memfd, size));
+	long *anon = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	memset(anon, 1, size);
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		long page = tick % PAGES * PAGE / sizeof(long);
+		pid_t child = fork();
+		if (!child) { /* writes what only its own page tables know of, and ends */
+			anon[page] = tick;
+			long *mine = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+			mine[page] = tick;
+			munmap(mine, size);
+			_exit(0);
+		}
+		while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+			;
+		for (i = tick > PAGES ? tick - PAGES + 1 : 1; i <= tick; i++) {
+			long there = -1, at = i % PAGES * PAGE;
+			CHECK(pread(memfd, &there, sizeof(there), at) == sizeof(there), "%m");
+			CHECK(there == i, "memfd page %ld: %ld", i % PAGES, there);
+			CHECK(anon[at / sizeof(long)] == i, "anonymous page %ld: %ld", i % PAGES, anon[at / sizeof(long)]);
+		}
+		wl_line("tick %ld", tick);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_what_a_process_wrote_to_shared_memory_stays_when_it_has_ended(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], FLEETING, tmp_path) as moving:
+        there_and_back(moving, hosts, 4)
+        moving.finish()

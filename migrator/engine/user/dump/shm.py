@@ -2,8 +2,8 @@
 on no other host: deleted ones that are mapped, and those in a tmpfs of the container's own.
 
 Such an object is saved once, under its own objref, and its pages are addressed by offset. What is written
-through mappings is tracked in each of them; an object that can be written through a descriptor as well is
-sent whole again at the end, if that was done.
+through mappings is tracked in each of them; what was written otherwise, or by a process that has ended, is found by
+comparing contents (migrator.engine.user.dump.fingerprints), the last time when the tasks are stopped.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import errno
 import functools
 import os
 import stat
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from migrator.engine.stream import RecordWriter
+from migrator.engine.user.dump.fingerprints import Fingerprints
 from migrator.engine.user.dump.pages import PageSender
 from migrator.engine.user.dump.tmpfs import MAX_FILES, OwnTmpfs
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
@@ -24,7 +24,6 @@ from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.image.records_shared import SharedFile, SharedFileKind
-from migrator.linux import descriptors
 from migrator.linux.procfs import Vma
 
 _MEMFD = "/memfd:"
@@ -32,7 +31,6 @@ _ANON = "/dev/zero (deleted)"
 _SYSV = "/SYSV"
 _DELETED = " (deleted)"
 _INSIDE = ("/secretmem", "/[aio]", "/anon_hugepage")  # files of the kernel's own
-_TIME_STEP = 20_000_000  # ns between two steps of the clock that times of change are taken from, and some
 
 
 def is_shm(vma: Vma, devices: Collection[int] = ()) -> bool:
@@ -66,8 +64,7 @@ def shm_obstacle(pid: int, vma: Vma, devices: Collection[int]) -> str:
 
 @dataclass(slots=True)
 class Object:
-    """fd: ours. kind: 0 of a file. name: of a memfd, or a path. by_descriptor: whether all writes show in mappings.
-    writable: it was mapped for writing once, in a file system that tracks no writes."""
+    """fd: ours. kind: a ShmKind, 0 of a file. name: of a memfd, or a path."""
 
     objref: int
     kind: int
@@ -77,11 +74,17 @@ class Object:
     seals: int = 0
     described: bool = False  # its record was written
     announced: bool = False  # its contents were sent once
-    by_descriptor: bool = False
     dirty: list[Span] = field(default_factory=list)
     there: list[Span] = field(default_factory=list)  # where it had contents when it was sent last
-    mtime: int = 0  # ns: when it was written, as known when all of it was sent
-    sent: int = 0  # ns: when that was
+    mtime: int = 0  # as it was sent
+    sent: Fingerprints = field(default_factory=Fingerprints)
+
+    def read(self, view: memoryview, at: int) -> int:
+        """Fill `view` from offset `at`, to be sent; the bytes that there were."""
+        got = os.preadv(self.fd, [view], at)
+        view[got:] = bytes(len(view) - got)
+        self.sent.note(view, at)
+        return got
 
     def record(self, status: os.stat_result, mount: str) -> Shm | SharedFile:
         """`mount`: the tmpfs of the container's own that it is in."""
@@ -111,7 +114,6 @@ class SharedMemory:
         self.tmpfs = tmpfs
         self.objects: dict[tuple[int, int], Object] = {}
         self._mapped: dict[tuple[int, int], Object] = {}  # by the device that /proc/PID/maps shows
-        self._written: set[int] = set()  # objrefs of those that were mapped writable where writes are not tracked
 
     def is_shm(self, vma: Vma) -> bool:
         return is_shm(vma, self.tmpfs.devices)
@@ -158,24 +160,18 @@ class SharedMemory:
             # opened anew: a duplicate would share the file position with the workload
             own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             known = self._object(key, ShmKind.MEMFD, name, own)
-        known.by_descriptor = True
         known.seals = seals
         return known
 
     def _object(self, key: tuple[int, int], kind: int, name: str, fd: int) -> Object:
         objref, _ = self._objhash.get(("shm", *key))
-        made = self.objects[key] = Object(objref, kind, name, fd, by_descriptor=not kind)
+        made = self.objects[key] = Object(objref, kind, name, fd)
         return made
 
     def note_writes(self, pid: int, vma: Vma, spans: list[Span]) -> None:
         """What was written through a shared mapping, by address."""
-        item = self.of_mapping(pid, vma)
-        if not item.kind and not _tracked(item.fd):
-            if vma.write:
-                self._written.add(item.objref)
-            return
         shift = vma.offset - vma.start
-        item.dirty += [(a + shift, b + shift) for a, b in spans]
+        self.of_mapping(pid, vma).dirty += [(a + shift, b + shift) for a, b in spans]
 
     def describe(self, item: Object, writer: RecordWriter) -> None:
         """Write the record of an object if it never was: ahead of the mappings that refer to it."""
@@ -206,19 +202,16 @@ class SharedMemory:
             item.size, item.described = size, True
             writer.write(item.record(status, self.tmpfs.devices.get(status.st_dev, "")))
         there = merge(_data_spans(item.fd, size))
-        # write(2) shows in the time of change; what it shows may be some ms old, though
-        written = status.st_mtime_ns != item.mtime or item.sent - item.mtime < _TIME_STEP
-        again = item.by_descriptor and written and (final or not item.kind)
-        if not item.announced or again or (final and item.objref in self._written):
+        if not item.announced:
             spans = there
-            item.mtime, item.sent = status.st_mtime_ns, time.time_ns()
         else:
-            rounded = -(-size // PAGE_SIZE) * PAGE_SIZE
-            spans = [(a, min(b, rounded)) for a, b in merge(item.dirty) if a < rounded]
-            spans = intersect(spans, there)
+            spans = intersect(merge(item.dirty), there)
+            if final or status.st_mtime_ns != item.mtime:  # write(2) shows in it, most of the time
+                spans = merge([*spans, *item.sent.changed(item.fd, subtract(there, spans))])
+        item.mtime = status.st_mtime_ns
         sender.announce(item.objref, subtract(item.there, there), PageKind.ABSENT)
         item.announced, item.dirty, item.there = True, [], there
-        sender.send_file(item.objref, spans, lambda view, at: os.preadv(item.fd, [view], at))
+        sender.send_file(item.objref, spans, item.read)
 
     def close(self) -> None:
         for item in self.objects.values():
@@ -241,11 +234,6 @@ def _inside() -> int:
         return os.fstat(fd).st_dev
     finally:
         os.close(fd)
-
-
-def _tracked(fd: int) -> bool:
-    """Whether writes through a mapping are tracked, which they are in memory only."""
-    return descriptors.filesystem_type(fd) == descriptors.TMPFS_MAGIC
 
 
 def _key(vma: Vma) -> tuple[int, int]:
