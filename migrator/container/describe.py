@@ -67,18 +67,7 @@ def _obstacles(container: Container) -> list[str]:
     for m in mounts.own(container):
         if m.kind != "tmpfs":
             found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
-    found += [f"pid {pid}: {item} is not carried" for item in run_in(pid, {"ipc"}, _ipc_objects)]
     return found
-
-
-def _ipc_objects() -> list[str]:
-    """System V objects of the calling process's IPC namespace (proc(5), /proc/sysvipc)."""
-    kinds = {"shm": "shared memory segment", "sem": "semaphore set", "msg": "message queue"}
-    out = []
-    for name, what in kinds.items():
-        for line in procfs.read_text(f"/proc/sysvipc/{name}").strip().split("\n")[1:]:
-            out.append(f"System V {what} {line.split()[1]}")
-    return out
 
 
 @dataclass(frozen=True, slots=True)

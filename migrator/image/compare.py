@@ -129,7 +129,7 @@ class Contents:
             case s.TmpfsEntry() | s.TmpfsXattr():
                 self._named(f"tmpfs {record.mount} {record.path}", record)
             case s.SysvShm():
-                self._named(f"segment {record.shmid}", record)
+                self.named[f"segment {record.shmid}"] = [record]
             case s.SysvSem():
                 self._named(f"semaphores {record.semid}", record)
             case s.SysvQueue() | s.SysvMessage():

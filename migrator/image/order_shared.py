@@ -34,6 +34,7 @@ class SharedOrder:
         self._folders: set[tuple[str, str]] = set()
         self._entries: set[tuple[str, str]] = set()
         self._ids: set[tuple[type[Record], int]] = set()
+        self._segments: dict[int, int] = {}  # shmid -> objref: they come again, as their Shm does
         self._queues: set[str] = set()
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             s.SharedFile: self._file,
@@ -86,7 +87,10 @@ class SharedOrder:
             self._fail(f"an attribute of {xattr.path!r} in {xattr.mount!r}, which did not come")
 
     def _shm(self, shm: s.SysvShm) -> None:
-        self._id(type(shm), shm.shmid)
+        if shm.shmid > _ID_MAX:
+            self._fail(f"impossible number {shm.shmid}")
+        if self._segments.setdefault(shm.shmid, shm.shared_objref) != shm.shared_objref:
+            self._fail(f"segment {shm.shmid} comes again as another one")
         self._references.use(shm.shared_objref, "Shm", f"segment {shm.shmid}")
 
     def _sem(self, sem: s.SysvSem) -> None:

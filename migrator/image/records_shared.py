@@ -71,7 +71,9 @@ class TmpfsXattr(Record):
 
 @record(501)
 class SysvShm(Record):
-    """A segment of System V shared memory (shmget(2)). Its contents are those of a `Shm` of kind SYSV."""
+    """A segment of System V shared memory (shmget(2)), after the `Shm` of kind SYSV that has its contents.
+
+    Those that come in the last round are all there are."""
 
     shared_objref: s32  # of the Shm
     shmid: u32

@@ -13,6 +13,7 @@ from migrator.engine.user.dump.pages import CHUNK, PageSender
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
@@ -31,11 +32,12 @@ class MemoryDump:
         restart_blocks: RestartBlocks,
         processes: Callable[[], Mapping[int, Process]],
         tmpfs: OwnTmpfs,
+        sysv: SysvDump | None,
     ) -> None:
         self._processes = processes
         self._objhash = objhash
         self.instruments = Instrument(restart_blocks)
-        self.shared = SharedMemory(objhash, tmpfs)
+        self.shared = SharedMemory(objhash, tmpfs, sysv)
         self.layout = LayoutDump(writer, objhash, self.shared)
         self.sender = PageSender(writer)
         self.trackers: dict[int, WpAsyncTracker] = {}  # by pid

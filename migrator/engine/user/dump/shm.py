@@ -18,17 +18,19 @@ from dataclasses import dataclass, field
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.fingerprints import Fingerprints
 from migrator.engine.user.dump.pages import PageSender
+from migrator.engine.user.dump.sysv import SYSV, SysvDump, record_of
 from migrator.engine.user.dump.tmpfs import MAX_FILES, OwnTmpfs
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.image.records_shared import SharedFile, SharedFileKind
+from migrator.linux.ipc import IpcObject
 from migrator.linux.procfs import Vma
 
 _MEMFD = "/memfd:"
 _ANON = "/dev/zero (deleted)"
-_SYSV = "/SYSV"
+_SEGMENTS = -1  # the device of System V segments, whose numbers are their own
 _DELETED = " (deleted)"
 _INSIDE = ("/secretmem", "/[aio]", "/anon_hugepage")  # files of the kernel's own
 
@@ -39,7 +41,7 @@ def is_shm(vma: Vma, devices: Collection[int] = ()) -> bool:
     path = vma.path
     if not path.startswith("/"):
         return False
-    if path == _ANON or path.startswith(_SYSV):
+    if path == _ANON or path.startswith(SYSV):
         return vma.shared
     return path.endswith(_DELETED) or (bool(devices) and device_key(vma)[0] in devices)
 
@@ -47,7 +49,7 @@ def is_shm(vma: Vma, devices: Collection[int] = ()) -> bool:
 def shm_obstacle(pid: int, vma: Vma, devices: Collection[int]) -> str:
     """Why a mapping for which is_shm() is true cannot be carried, or ""."""
     path = vma.path
-    if path == _ANON or path.startswith((_MEMFD, _SYSV)):
+    if path == _ANON or path.startswith((_MEMFD, SYSV)):
         return ""
     if path.startswith(_INSIDE):
         return f"memory of the kernel's own ({path.removesuffix(_DELETED)})"
@@ -72,6 +74,7 @@ class Object:
     fd: int
     size: int = 0
     seals: int = 0
+    segment: IpcObject | None = None  # of System V
     described: bool = False  # its record was written
     announced: bool = False  # its contents were sent once
     dirty: list[Span] = field(default_factory=list)
@@ -109,9 +112,10 @@ class Object:
 class SharedMemory:
     """All shared objects of a tree, by (device, inode)."""
 
-    def __init__(self, objhash: ObjHash, tmpfs: OwnTmpfs) -> None:
+    def __init__(self, objhash: ObjHash, tmpfs: OwnTmpfs, sysv: SysvDump | None) -> None:
         self._objhash = objhash
         self.tmpfs = tmpfs
+        self._sysv = sysv  # None: the tree has no IPC namespace of its own
         self.objects: dict[tuple[int, int], Object] = {}
         self._mapped: dict[tuple[int, int], Object] = {}  # by the device that /proc/PID/maps shows
 
@@ -127,9 +131,14 @@ class SharedMemory:
         kind = _kind(vma)
         if reason := shm_obstacle(pid, vma, self.tmpfs.devices):
             raise CheckpointFailed(f"pid {pid}: mapping {vma.start:#x} is {reason}, which cannot be carried")
+        if kind == ShmKind.SYSV:
+            self._find_segments()
+            if _key(vma) not in self.objects:
+                raise CheckpointFailed(f"pid {pid}: mapping {vma.start:#x} is of System V memory of the host")
+            return self.objects[_key(vma)]
         fd = os.open(_link(pid, vma), os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(fd)
-        key = _key(vma) if kind == ShmKind.SYSV else (status.st_dev, status.st_ino)
+        key = status.st_dev, status.st_ino
         found = self.objects.get(key)
         if found is None:
             name = path.removesuffix(_DELETED)
@@ -179,7 +188,32 @@ class SharedMemory:
             status = os.fstat(item.fd)
             item.size = status.st_size
             item.described = True
-            writer.write(item.record(status, self.tmpfs.devices.get(status.st_dev, "")))
+            self._describe(item, status, writer)
+
+    def _describe(self, item: Object, status: os.stat_result, writer: RecordWriter) -> None:
+        writer.write(item.record(status, self.tmpfs.devices.get(status.st_dev, "")))
+        if item.segment is not None:
+            writer.write(record_of(item.segment, item.objref))
+
+    def _find_segments(self) -> None:
+        """Those of System V that there are by now; those that are gone are not saved any more."""
+        if self._sysv is None:
+            return
+        known = {key for key in self.objects if key[0] == _SEGMENTS}
+        for segment in self._sysv.segments():
+            key = _SEGMENTS, segment.id
+            known.discard(key)
+            if key not in self.objects:
+                try:
+                    fd = self._sysv.open_segment(segment.id)
+                except OSError as error:
+                    if error.errno in (errno.EINVAL, errno.EIDRM):  # removed meanwhile
+                        continue
+                    raise
+                self._object(key, ShmKind.SYSV, f"{SYSV}{segment.key:08x}", fd)
+            self.objects[key].segment = segment
+        for key in known:
+            os.close(self.objects.pop(key).fd)
 
     def send(self, writer: RecordWriter, sender: PageSender, *, final: bool) -> None:
         for entry in self.tmpfs.walk():
@@ -190,8 +224,11 @@ class SharedMemory:
                     self._object(entry.key, 0, str(entry), entry.open())
                 except FileNotFoundError:
                     continue
+        self._find_segments()
         for item in self.objects.values():
             self._send(item, writer, sender, final)
+        if final and self._sysv is not None:
+            self._sysv.save(writer)
         if final:
             self.tmpfs.save(writer, lambda key: self._objhash.find(("shm", *key)))
 
@@ -200,7 +237,7 @@ class SharedMemory:
         size = status.st_size
         if not item.described or size != item.size or final:
             item.size, item.described = size, True
-            writer.write(item.record(status, self.tmpfs.devices.get(status.st_dev, "")))
+            self._describe(item, status, writer)
         there = merge(_data_spans(item.fd, size))
         if not item.announced:
             spans = there
@@ -238,7 +275,7 @@ def _inside() -> int:
 
 def _key(vma: Vma) -> tuple[int, int]:
     """What tells objects of /proc/PID/maps apart; inode numbers of System V segments are their own."""
-    return (-1, vma.inode) if vma.path.startswith(_SYSV) else device_key(vma)
+    return (_SEGMENTS, vma.inode) if vma.path.startswith(SYSV) else device_key(vma)
 
 
 def _link(pid: int, vma: Vma) -> str:
@@ -248,7 +285,7 @@ def _link(pid: int, vma: Vma) -> str:
 def _kind(vma: Vma) -> int:
     if vma.path == _ANON:
         return ShmKind.ANON
-    if vma.path.startswith(_SYSV):
+    if vma.path.startswith(SYSV):
         return ShmKind.SYSV
     return ShmKind.MEMFD if vma.path.startswith(_MEMFD) else 0
 

@@ -24,6 +24,7 @@ from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.errors import CheckpointFailed, MigratorError, Refused
@@ -54,12 +55,14 @@ class UserSource:
             self._own_cgroup = False
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
+        self._sysv = SysvDump(pid) if options.container else None
         self._memory = MemoryDump(
             self._writer,
             self._objhash,
             self._restart_blocks,
             lambda: self.tree.processes,
             OwnTmpfs(pid, options.tmpfs),
+            self._sysv,
         )
         self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
         self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
@@ -118,13 +121,13 @@ class UserSource:
     def survey(self) -> Survey:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
-        survey, reasons = survey_tree(self.tree, self.options, self._memory.shared.tmpfs)
+        survey, reasons = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
         for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
             if not reasons:
                 break
             time.sleep(0.015)
             self.tree.refresh()
-            survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs)
+            survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
             reasons = [reason for reason in reasons if reason in again]
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
@@ -12,6 +12,7 @@ from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
+from migrator.engine.user.dump.sysv import SYSV, SysvDump, parts_obstacle
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.image.records import TaskFlag, TaskPids, Tree
 from migrator.linux import elf, procfs, sys
@@ -65,9 +66,14 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
         return []
 
 
-def survey(tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs) -> tuple[Survey, list[str]]:
+def survey(
+    tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs, sysv: SysvDump | None
+) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
     reasons: list[str] = list(tmpfs.obstacles())
+    if sysv is not None:
+        reasons += sysv.obstacles(p.pid for p in tree.living)
+    segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
     files: dict[str, FileFact] = {}
     threads = rss = 0
     for process in tree.living:
@@ -77,6 +83,7 @@ def survey(tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs) -> tuple[
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             name = state["Name"]
             reasons += _obstacles(tree, process, state, name, tmpfs.devices)
+            reasons += [f"pid {process.pid} ({name}): {text}" for text in _ipc_obstacles(process.pid, segments)]
             _mapped_files(process, files, tmpfs.devices)
             _open_files(process, files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
@@ -139,6 +146,15 @@ def _obstacles(
         if vma.start < 0x400000 and vma.path != "[vsyscall]":
             out.append(f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)")
     return out
+
+
+def _ipc_obstacles(pid: int, segments: Mapping[int, int]) -> Iterator[str]:
+    vmas = procfs.maps(pid)
+    for vma in vmas:
+        if vma.path.startswith(SYSV) and vma.inode not in segments:
+            yield f"mapping {vma.start:#x} is System V shared memory of the host, which cannot be carried"
+    if reason := parts_obstacle(vmas, segments):
+        yield f"{reason}, which cannot be carried"
 
 
 def _mapped_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:

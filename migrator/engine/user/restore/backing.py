@@ -67,6 +67,10 @@ class Backing:
             )
         return fd
 
+    def segment_of(self, item: VmaItem) -> int:
+        """The number of the System V segment that is mapped, or -1."""
+        return self._shared.segment_of(item.objref) if item.kind == VmaKind.SHM else -1
+
     def program(self, objref: int) -> Program:
         file = self.mapped.get(objref)
         if file is None:

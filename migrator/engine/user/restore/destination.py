@@ -39,14 +39,12 @@ from migrator.image.records import (
     Pages,
     RoundFlag,
     RoundMark,
-    Shm,
     TaskState,
     Trailer,
     Tree,
     VmaFlag,
     Vmas,
 )
-from migrator.image.records_shared import SharedFile, TmpfsEntry, TmpfsXattr
 from migrator.linux import urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
@@ -173,7 +171,9 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        copied = look_again(self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts)
+        copied = look_again(
+            self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts, contained=self._container is not None
+        )
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
@@ -241,12 +241,6 @@ class UserDestination:
                 self._take_mm(rec)
             case Tree():
                 self._take_tree(rec)
-            case Shm() | SharedFile():
-                self._shared.take(rec)
-            case TmpfsEntry():
-                self._shared.tmpfs.entry(rec)
-            case TmpfsXattr():
-                self._shared.tmpfs.xattr(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
             case Name():
@@ -263,13 +257,13 @@ class UserDestination:
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
-                if not self._tasks.record(rec):
+                if not self._shared.record(rec) and not self._tasks.record(rec):
                     assert self._descriptors is not None
                     self._descriptors.record(rec)
 
     def _mark(self, mark: RoundMark) -> None:
         assert self._descriptors is not None
-        self._descriptors.final = mark.flags == RoundFlag.LAST
+        self._descriptors.final = self._shared.sysv.final = mark.flags == RoundFlag.LAST
         if mark.flags == RoundFlag.END:
             self._prepare()
             self.on_round(mark.number)
@@ -343,6 +337,7 @@ class UserDestination:
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
             self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
+            self._shared.sysv.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -357,7 +352,7 @@ class UserDestination:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
+            self._spaces[mm.objref] = AddressSpace(stub, self._backing, self._names.__getitem__)
             if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
                 self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
 

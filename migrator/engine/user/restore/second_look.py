@@ -19,6 +19,7 @@ from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.engine.user.restore.process_tree import StubTree
@@ -31,20 +32,20 @@ from migrator.linux import x86_64 as arch
 
 
 def look_again(
-    stubs: StubTree, stop_signals: Mapping[int, int], moves: Sequence[Move], tmpfs: Sequence[str]
+    stubs: StubTree, stop_signals: Mapping[int, int], moves: Sequence[Move], tmpfs: Sequence[str], *, contained: bool
 ) -> Contents:
     """What a copy is that stands complete, all its tasks in a ptrace stop with their final registers.
 
     `stop_signals`: by pid of the tree, of processes that are to be stopped by a signal. `moves`: files that
     have still to be moved to their places. `tmpfs`: the mounts of a container's own.
-    Raises CheckpointFailed, OSError."""
+    `contained`: the copy has an IPC namespace of its own. Raises CheckpointFailed, OSError."""
     reader, writer = os.pipe()
     found = Contents()
     failure: list[BaseException] = []
     collector = threading.Thread(target=_collect, args=(reader, found, failure), name="second look")
     collector.start()
     try:
-        _save(stubs, stop_signals, tmpfs, writer)
+        _save(stubs, stop_signals, tmpfs, contained, writer)
     finally:
         os.close(writer)
         collector.join()
@@ -69,11 +70,12 @@ def _collect(fd: int, found: Contents, failure: list[BaseException]) -> None:
             pass
 
 
-def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str], fd: int) -> None:
+def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str], contained: bool, fd: int) -> None:
     assert stubs.root is not None
     writer, objhash, blocks = RecordWriter(fd), ObjHash(), RestartBlocks()
     tree = ProcessTree(stubs.root.pid, lambda: [])
-    memory = MemoryDump(writer, objhash, blocks, lambda: tree.processes, OwnTmpfs(stubs.root.pid, tmpfs))
+    own_tmpfs, sysv = OwnTmpfs(stubs.root.pid, tmpfs), SysvDump(stubs.root.pid) if contained else None
+    memory = MemoryDump(writer, objhash, blocks, lambda: tree.processes, own_tmpfs, sysv)
     tasks = TaskDump(writer, objhash, blocks)
     descriptors: DescriptorDump | None = None
     try:

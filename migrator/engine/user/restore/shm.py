@@ -6,12 +6,16 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+from typing import Any
 
 from migrator.engine.user.descriptors.files import UnnamedFile
+from migrator.engine.user.restore.sysv import SysvRestore
 from migrator.engine.user.restore.tmpfs import TmpfsRestore
 from migrator.errors import ImageError, RestartFailed
+from migrator.image.codec import Record
 from migrator.image.records import PAGE_SIZE, PageKind, Pages, Shm, ShmKind
-from migrator.image.records_shared import SharedFile
+from migrator.image.records_shared import SharedFile, SysvMessage, SysvQueue, SysvSem, SysvShm, TmpfsEntry, TmpfsXattr
 from migrator.linux import descriptors, sys
 
 _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE = 1033, 0x10
@@ -26,18 +30,51 @@ class SharedObjects:
     def __init__(self) -> None:
         self.root_fd = -1
         self.tmpfs = TmpfsRestore()
+        self.sysv = SysvRestore()
         self._records: dict[int, Shm | SharedFile] = {}
         self._fds: dict[int, int] = {}
         self._unnamed: dict[int, UnnamedFile] = {}
+        self._takers: dict[type[Record], Callable[[Any], None]] = {
+            Shm: self._take,
+            SharedFile: self._take,
+            SysvShm: self._segment,
+            SysvSem: self.sysv.semaphores,
+            SysvQueue: self.sysv.queue,
+            SysvMessage: self.sysv.message,
+            TmpfsEntry: self.tmpfs.entry,
+            TmpfsXattr: self.tmpfs.xattr,
+        }
 
-    def take(self, rec: Shm | SharedFile) -> None:
+    def record(self, rec: Record) -> bool:
+        """Take a record; False if it is about nothing shared."""
+        taker = self._takers.get(type(rec))
+        if taker is not None:
+            taker(rec)
+        return taker is not None
+
+    def _take(self, rec: Shm | SharedFile) -> None:
         """Make an object, or give it the size that it has by now."""
         fd = self._fds.get(rec.objref)
-        if fd is None:
+        if _is_segment(rec):
+            pass  # made by _segment(), and of a fixed size
+        elif fd is None:
             fd = self._fds[rec.objref] = self._make(rec)
         elif os.fstat(fd).st_size != rec.size and not _is_anonymous(rec):
             os.ftruncate(fd, rec.size)
         self._records[rec.objref] = rec
+
+    def _segment(self, rec: SysvShm) -> None:
+        """Make a System V segment, whose Shm came."""
+        shm = self._records[rec.shared_objref]
+        if not _is_segment(shm):
+            raise ImageError(f"segment {rec.shmid} has the memory of something else")
+        fd = self.sysv.segment(rec, shm.size)
+        if fd is not None:
+            self._fds[rec.shared_objref] = fd
+
+    def segment_of(self, objref: int) -> int:
+        """The number of the System V segment that this is, or -1."""
+        return self.sysv.segment_of(objref) if _is_segment(self._records[objref]) else -1
 
     def _make(self, rec: Shm | SharedFile) -> int:
         try:
@@ -120,9 +157,10 @@ class SharedObjects:
             file.close()
         self._unnamed.clear()
         for objref, rec in self._records.items():
-            if not _is_anonymous(rec):  # a file that is open for writing cannot be executed
+            if not _is_anonymous(rec) and not _is_segment(rec):  # a file that is open for writing cannot be executed
                 self._fds[objref] = _replaced(self._fds[objref])
         self.tmpfs.settle()
+        self.sysv.settle()
 
     def seal(self) -> None:
         """Seal what was sealed: the last thing, after contents and mappings."""
@@ -146,6 +184,10 @@ class SharedObjects:
 
 def _is_anonymous(rec: Shm | SharedFile) -> bool:
     return isinstance(rec, Shm) and rec.kind == ShmKind.ANON
+
+
+def _is_segment(rec: Shm | SharedFile) -> bool:
+    return isinstance(rec, Shm) and rec.kind == ShmKind.SYSV
 
 
 def _replaced(fd: int) -> int:
