@@ -33,7 +33,9 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-_BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH))  # ignored by default
+# Ignored by default. SIGURG is what Go's and PostgreSQL's tasks send one another all the time; nobody sends SIGWINCH
+# where there is no terminal.
+_BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
 _REST = [(0,) * (8 - length) for length in range(9)]

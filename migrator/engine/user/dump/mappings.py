@@ -95,6 +95,10 @@ class LayoutDump:
     def knows(self, objref: int) -> bool:
         return objref in self._flags
 
+    def written(self, objref: int) -> bool:
+        """Whether an address space and its mappings are in the stream."""
+        return objref in self._items
+
     def write(
         self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
     ) -> list[tuple[int, int]]:

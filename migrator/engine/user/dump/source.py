@@ -422,8 +422,8 @@ class UserSource:
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
         new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
-        if not new or parasite is None:
-            return
+        if not new or parasite is None or not self._memory.layout.written(process.mm_objref):
+            return  # what was mapped when it was looked at was not any more: the next round has it
         table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
         with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None
