@@ -112,7 +112,7 @@ class Remote:
         self._mask = 0
         self._xstate = b""
         self._mask_set = self._stop_again = False
-        self._signal = _BATCH_SIGNALS[0]
+        self._signal = int(SIGURG)
         self._context_written = False
 
     @contextmanager
