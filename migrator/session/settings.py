@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,6 @@ class DestinationSettings:
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
     limit:    seconds from BEGIN until the copy must have been told to run or to go
-    query:    answers `Query` messages with JSON
     """
 
     host: m.HostFacts
@@ -51,4 +50,3 @@ class DestinationSettings:
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
-    query: Callable[[m.Query], Awaitable[str]] | None = None

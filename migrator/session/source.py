@@ -306,6 +306,8 @@ class SourceSession:
             self.settings.copy_files,
             self.settings.dry_run,
             self._files.proposed() if self._files is not None else [],
+            self.settings.fleet,
+            self.settings.token,
         )
         self._phases.append(Phase("survey", began, time.monotonic_ns(), where=Where.SOURCE))
         await self._send(proposal)
