@@ -16,7 +16,7 @@ from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
-from migrator.engine.base import Destination, DestinationOptions, Engine
+from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
 from migrator.errors import MigratorError, Refused
 from migrator.fleet.fencing import Fence, fence_directory
@@ -69,6 +69,13 @@ class SandboxMaker:
 
 class HostSurroundings:
     """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
+
+    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+        """The locks of a copy that is to run; what somebody else has, one text each."""
+        if not facts.locks or open_group(facts.cgroup) is None:
+            return []
+        locks = [LateLock(*lock) for lock in facts.locks]
+        return [str(lock) for lock in select().engine.take_locks(facts.cgroup, locks, seconds)]
 
     def reopen(self, facts: JournalHeader) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
@@ -153,7 +160,7 @@ def _ended(pid: int) -> bool:
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
     _check_fence(proposal)
     maker = SandboxMaker(bridge)
-    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}")
+    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
     cgroup = options.cgroup_name
     if proposal.container:
         spec = ContainerSpec.from_json(proposal.container_spec)

@@ -62,6 +62,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     boot_id:   of the kernel; after a reboot there are no tasks
     homes:     (pid, directory of the cgroup that it came from), the root first; none for a container
     moves:     of files, which resuming does: see `migrator.engine.base.Destination`
+    locks:     that the copy must have before it runs: the fields of `migrator.engine.base.LateLock`
     """
 
     migration: str
@@ -74,6 +75,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     started_at: float = 0.0  # seconds since the epoch
     homes: list[tuple[int, str]] = []
     moves: list[tuple[str, str, str, str]] = []
+    locks: list[tuple[int, int, int, int, int, int, str]] = []
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

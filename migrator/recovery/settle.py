@@ -37,6 +37,8 @@ from migrator.session.interfaces import Groups, NoSurroundings, Surroundings, op
 
 log = logging.getLogger("migrator.session")
 
+_LOCK_SECONDS = 0.05
+
 # Asks the destination of a migration for its decision; raises TransportError where it cannot be reached.
 AskPeer = Callable[[JournalHeader], Awaitable[Recorded]]
 
@@ -131,6 +133,10 @@ def settle_destination(journal: Journal, tools: Tools, *, reason: str = "") -> R
             assert state is DestinationState.DECIDING
             state, actions = destination_step(state, event)
             todo = list(actions)
+        elif action is DestinationAction.TAKE_LOCKS:
+            if waits := waiting_locks(journal.facts, tools):
+                log.debug("migration %s: the copy stays frozen until it has %s", journal.facts.migration, waits)
+                break  # it is decided all the same, and whoever settles next goes on
         elif action is DestinationAction.RESUME:
             if not thaw(journal.facts, tools):
                 log.warning("migration %s: the copy that was to run is gone", journal.facts.migration)
@@ -143,6 +149,13 @@ def settle_destination(journal: Journal, tools: Tools, *, reason: str = "") -> R
         # Nobody to send to: whoever wants to know asks.
     assert journal.decision is not None
     return journal.decision
+
+
+def waiting_locks(facts: JournalHeader, tools: Tools, seconds: float = _LOCK_SECONDS) -> str:
+    """Take the locks of a copy that is to run; "" once it has them all, else what it waits for."""
+    if not same_boot(facts):
+        return ""
+    return ", ".join(tools.surroundings.take_locks(facts, seconds))
 
 
 async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
@@ -222,6 +235,9 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
                     running = decided is Recorded.RUNNING
                     fate = Fate.DESTINATION if running else Fate.SOURCE
                     detail = "the copy runs here" if running else "the copy here was discarded"
+                    if running and not journal.settled:
+                        fate = Fate.FROZEN
+                        detail = "the copy is to run here; files that it has locked are still locked by the source"
                 else:
                     fate = await settle_source(journal, tools, ask)
                     # without a peer it was no migration: saved by `checkpoint --kill`

@@ -28,7 +28,7 @@ from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
-from migrator.recovery.settle import kill, thaw
+from migrator.recovery.settle import kill, thaw, waiting_locks
 from migrator.runtime.fault_points import fault
 from migrator.runtime.latency import LatencyGuard, prepare, yield_processor
 from migrator.runtime.pump import Pump
@@ -44,6 +44,8 @@ log = logging.getLogger("migrator.session")
 _BEGIN_SECONDS = 600.0
 _MOST_ROUNDS = 10_000
 _TELL_SECONDS = 0.02
+_LOCK_SECONDS = 0.2  # of one attempt
+_PATIENCE = 2_000_000_000  # ns after which it is said what the copy waits for
 
 
 class DestinationSession:
@@ -166,6 +168,9 @@ class DestinationSession:
         s, e = DestinationState, DestinationEvent
         if self.state in (s.DISCARDED, s.ENDED):
             self._finished = True
+        elif self.state is s.LOCKING:
+            # The source asks over another link; whoever answers takes the locks then.
+            self._finished = event in (e.LINK_LOST, e.CANCEL, e.FAILED)
         elif self.state is s.RUNNING:
             self._finished = self._finished or event in (e.DONE, e.LINK_LOST, e.CANCEL, e.FAILED)
 
@@ -208,6 +213,8 @@ class DestinationSession:
             return self._decide(wish, reason)
         elif action is a.DECIDE_DISCARDED:
             return self._decide(Recorded.DISCARDED, m.text(self._error or "aborted by the source"))
+        elif action is a.TAKE_LOCKS:
+            self._spawn(self._take_locks())
         elif action is a.RESUME:
             await self._resume()
         elif action is a.DISCARD:
@@ -232,6 +239,9 @@ class DestinationSession:
     async def _tell_running(self) -> None:
         """First the source is told, for it waits; only then is time for ourselves. But the copy, which waits for
         us to close what is its, does not wait for a link that takes no message."""
+        if self.state is DestinationState.LOCKING:
+            await self._send(m.Running(self._migration, waits=True))
+            return
         telling = asyncio.ensure_future(self._send(m.Running(self._migration, self._resumed_at)))
         await asyncio.wait([telling], timeout=_TELL_SECONDS)
         if not telling.done():
@@ -363,16 +373,36 @@ class DestinationSession:
             known = self._facts_of_copy() if wish is Recorded.RUNNING else None
             decided = self._journal.decide(wish, reason=reason, facts=known)
         fault("destination.decided")
-        running = decided is Recorded.RUNNING
-        return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
+        if decided is not Recorded.RUNNING:
+            return DestinationEvent.DECIDED_DISCARDED
+        locking = self._journal.facts.locks
+        return DestinationEvent.DECIDED_LOCKING if locking else DestinationEvent.DECIDED_RUNNING
 
     def _facts_of_copy(self) -> JournalHeader | None:
         """What became known while it was built and an agent needs that has to resume it for us."""
         moves = self._engine.moves if self._engine is not None else []
+        locks = [tuple(lock) for lock in self._engine.late_locks] if self._engine is not None else []
         assert self._journal is not None
-        return msgspec.structs.replace(self._journal.facts, moves=moves) if moves else None
+        return msgspec.structs.replace(self._journal.facts, moves=moves, locks=locks) if moves or locks else None
+
+    async def _take_locks(self) -> None:
+        """Post LOCKED once the source copy is gone and the copy has the locks that it had."""
+        assert self._journal is not None
+        facts = self._journal.facts
+        start, said = time.monotonic_ns(), False
+        try:
+            while waits := await self._thread.run(waiting_locks, facts, self.settings.tools, _LOCK_SECONDS):
+                if not said and time.monotonic_ns() - start > _PATIENCE:
+                    log.warning("%s: the copy stays frozen until it has %s", self._migration, waits)
+                    said = True
+        except (MigratorError, OSError) as error:
+            self._post(DestinationEvent.FAILED, error)
+            return
+        self._phases.append(Phase("locks", start, time.monotonic_ns()))
+        self._post(DestinationEvent.LOCKED)
 
     async def _resume(self) -> None:
+        fault("destination.locked")
         loop = asyncio.get_running_loop()
         if self._arriving.prepared:  # what is left to do takes less time than a thread costs
             self._resume_now(loop)
@@ -500,7 +530,7 @@ class DestinationSession:
         return self._propose.migration
 
     def _result(self) -> model.MigrationResult:
-        running = self.state is DestinationState.RUNNING
+        running = self.state in _DECIDED
         done = self._done or m.Done(self._migration)
         outcome = Outcome.MIGRATED if running else Outcome.ABORTED
         if self.state is DestinationState.ENDED and self._propose.dry_run:
@@ -526,7 +556,9 @@ class DestinationSession:
     async def _close(self) -> None:
         self._calm.leave()
         await self._stop_pump()
-        kept = self.state is DestinationState.RUNNING
+        kept = self.state in _DECIDED
+        if self.state is DestinationState.LOCKING:
+            await self._tidy()  # a file that we have open as well would stay locked for as long
         for left in await asyncio.to_thread(self._files.close, kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         if self.state is DestinationState.ENDED and self._prepared is not None:
@@ -549,6 +581,7 @@ _EVENTS: dict[type[m.AnyMessage], DestinationEvent] = {
     m.Ask: DestinationEvent.ASK,
     m.Done: DestinationEvent.DONE,
 }
+_DECIDED = (DestinationState.LOCKING, DestinationState.RUNNING)
 _TOLERATED = frozenset(
     {
         DestinationAction.SEND_RUNNING,

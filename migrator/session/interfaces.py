@@ -113,8 +113,11 @@ DestinationFactory = Callable[[int], Destination]  # the descriptor to read the 
 class Surroundings(Protocol):
     """What stands around held tasks, and what they have open, to be put right where an agent died half way.
 
-    Both must do nothing where there is nothing to do, and be callable twice.
+    All must do nothing where there is nothing to do, and be callable twice.
     """
+
+    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+        """Take the locks of a copy that is to run, waiting at most so long; what is not had yet, one text each."""
 
     def reopen(self, facts: JournalHeader) -> None:
         """Its tasks will run here: give them what they need for it, network and connections above all."""
@@ -125,6 +128,9 @@ class Surroundings(Protocol):
 
 class NoSurroundings:
     """For fakes."""
+
+    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+        return []
 
     def reopen(self, facts: JournalHeader) -> None:
         pass

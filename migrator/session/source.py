@@ -49,6 +49,7 @@ _CLOCK_SAMPLES = 5
 _CLOCK_LIMIT = 0.5
 _ROUND_GRACE = 5.0
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
+_RESUME_SECONDS = 5.0  # for a copy that has to get its locks first
 _ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
 
 
@@ -101,6 +102,7 @@ class SourceSession:
         self._clock_answered = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
         self._running: m.Running | None = None
+        self._resumed = asyncio.Event()
         self._destination_report: asyncio.Future[m.DestinationReport] | None = None
         self._began = 0
         self._lost_at = 0.0
@@ -379,6 +381,11 @@ class SourceSession:
             await self._copying.forward(self._peer.link, self._arrived)
 
     async def _release(self) -> None:
+        if not self._resumed.is_set():  # it may wait for locks that our copy still has
+            await self._copying.release()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RESUME_SECONDS):
+                    await self._resumed.wait()
         self._arrived.set()
         self._copying.relax()
         if (ahead := self._copying.ahead) is not None and self._decision is not None:  # it was no time to tell
@@ -388,6 +395,7 @@ class SourceSession:
             await self._forwarding
         with self._phase("release"):
             await self._copying.release()
+            await self._copying.release_network()
         fault("source.released")
         if self._copying.orphans:
             with self._phase("closed connections"), contextlib.suppress(MigratorError, OSError):
@@ -464,6 +472,7 @@ class SourceSession:
     # Messages
 
     def _broken(self, error: BaseException) -> None:
+        self._resumed.set()  # nothing more will be heard of it
         wrong = isinstance(error, m.MessageError)
         self._post(SourceEvent.PROTOCOL_ERROR if wrong else SourceEvent.LINK_LOST, error)
 
@@ -474,7 +483,10 @@ class SourceSession:
         if isinstance(message, m.Ready):
             self._post(SourceEvent.READY)
         elif isinstance(message, m.Running):
-            self._running = self._running or message
+            if self._running is None or self._running.waits:
+                self._running = message
+            if not message.waits:
+                self._resumed.set()
             self._post(SourceEvent.RUNNING)
         elif isinstance(message, m.Discarded):
             self._post(SourceEvent.DISCARDED, MigrationAborted(f"{self._peer.link.peer}: {message.reason}"))
