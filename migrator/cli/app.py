@@ -24,7 +24,7 @@ def make(*, local: bool = False) -> typer.Typer:
     app.command(no_args_is_help=True)(containers.stop)
     app.command(no_args_is_help=True)(containers.thaw)
     if not local:
-        from migrator.cli import agent, balance, controller, drain, fleet, migrate
+        from migrator.cli import agent, balance, controller, drain, fleet, migrate, rule
 
         app.command(no_args_is_help=True)(migrate.migrate)
         app.command(no_args_is_help=True)(migrate.check)
@@ -34,6 +34,7 @@ def make(*, local: bool = False) -> typer.Typer:
         app.command(no_args_is_help=True)(fleet.join)
         app.command(no_args_is_help=True)(fleet.leave)
         app.command()(fleet.hosts)
+        app.command(no_args_is_help=True)(rule.rule)
         app.command()(balance.balance)
         app.command()(balance.plans)
         app.command(no_args_is_help=True)(drain.drain)

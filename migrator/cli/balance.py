@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -12,7 +13,7 @@ import typer
 from migrator.cli import interrupts
 from migrator.cli.fleet import AsJson, StoreUrl
 from migrator.cli.output import err, out, reported
-from migrator.cli.parameters import logs_in
+from migrator.cli.parameters import logs_in, seconds
 from migrator.cli.plans import apply_plan, approve, follow_plan, show_plan
 from migrator.errors import UsageError
 from migrator.fleet import records as r
@@ -21,6 +22,8 @@ from migrator.host import Login
 from migrator.text import duration, size
 from policies.balance import HOLD
 from policies.balance import balance as plan_for
+from policies.plan import Pace
+from policies.windows import Window
 
 NOT_DONE = 18  # exit code: a plan that was not carried out wholly
 
@@ -35,6 +38,28 @@ def balance(
     mode: Annotated[
         str, typer.Option(metavar="off|recommend|automatic", help="What the controller does from now on.")
     ] = "",
+    every: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="DURATION", help="With --mode: between two looks.")
+    ] = None,
+    hold: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --mode: looks in a row that must be uneven first.")
+    ] = None,
+    imbalance: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="With --mode: above which it is uneven; 0.05 is usual.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(min=0.0, max=100.0, help="With --mode: by how much gain must exceed cost.")
+    ] = None,
+    cooldown: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="DURATION", help="With --mode: a moved workload stays.")
+    ] = None,
+    at_once: Annotated[
+        str, typer.Option(metavar="ALL,HOST", help="With --mode: migrations in all and per host, as 8,2.")
+    ] = "",
+    window: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[DAYS/]HH:MM-HH:MM", help="With --mode: when it may move, UTC, as sat,sun/01:00-05:00."),
+    ] = None,
     as_json: AsJson = False,
     store: StoreUrl = "",
 ) -> None:
@@ -46,8 +71,16 @@ def balance(
     with reported():
         if sum(map(bool, (dry_run, now, apply, reject, mode))) > 1:
             raise UsageError("--dry-run, --now, --apply, --reject and --mode exclude one another")
+        changes: dict[str, Any] = {
+            "hold": hold, "imbalance": imbalance, "margin": margin, "cooldown": cooldown,
+            "pace": _pace(at_once) if at_once else None,
+            "windows": tuple(map(window_of, window)) if window else None,
+        }  # fmt: skip
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if (changes or every is not None) and not mode:
+            raise UsageError("how the controller balances is set together with --mode", hint="such as --mode recommend")
         if mode:
-            interrupts.run(lambda _: _set_mode(store, mode))
+            interrupts.run(lambda _: _set_mode(store, mode, every, changes))
             return
         if reject:
             interrupts.run(lambda _: _reject(store, reject))
@@ -103,14 +136,16 @@ async def _reject(store: str, name: str) -> None:
         out.say("plan {} is rejected", name)
 
 
-async def _set_mode(store: str, mode: str) -> None:
+async def _set_mode(store: str, mode: str, every: float | None, changes: dict[str, Any]) -> None:
     try:
         wanted = r.Mode(mode)
     except ValueError:
         raise UsageError(f"{mode!r} is no mode", hint="off, recommend or automatic") from None
     async with opened(store, Login()) as fleet:
         settings = await fleet.state.settings()
-        await fleet.state.set_settings(msgspec.structs.replace(settings, mode=wanted))
+        rules = msgspec.structs.replace(settings.balance, **changes)
+        interval = settings.interval if every is None else every
+        await fleet.state.set_settings(msgspec.structs.replace(settings, mode=wanted, interval=interval, balance=rules))
         out.say("the controller's mode is [bold]{}[/] from its next round on", wanted.value)
 
 
@@ -154,6 +189,27 @@ def plans(
 
     with reported():
         interrupts.run(lambda _: show())
+
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_WINDOW = re.compile(r"(?:([a-z,]+)/)?([0-2][0-9]):([0-5][0-9])-([0-2][0-9]):([0-5][0-9])")
+
+
+def window_of(text: str) -> Window:
+    """Raises UsageError."""
+    match = _WINDOW.fullmatch(text.lower())
+    days = match[1].split(",") if match is not None and match[1] else list(_DAYS)
+    if match is None or not set(days) <= set(_DAYS) or max(int(match[2]), int(match[4])) > 24:
+        raise UsageError(f"{text!r} is no window", hint="such as 01:00-05:00 or sat,sun/22:00-06:00, in UTC")
+    start, end = (int(match[hour]) * 3600 + int(match[hour + 1]) * 60 for hour in (2, 4))
+    return Window(start=float(start), end=float(end), days=frozenset(map(_DAYS.index, days)))
+
+
+def _pace(text: str) -> Pace:
+    whole, comma, of_host = text.partition(",")
+    if not comma or not whole.isdigit() or not of_host.isdigit() or not 0 < int(of_host) <= int(whole) <= 10_000:
+        raise UsageError(f"{text!r} is no ALL,HOST: such as 8,2")
+    return Pace(total=int(whole), per_host=int(of_host))
 
 
 def _by() -> str:

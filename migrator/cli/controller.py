@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ import typer
 from migrator.cli.fleet import StoreUrl
 from migrator.cli.output import log_to_stderr, reported
 from migrator.cli.parameters import logs_in
+from migrator.fleet.daemon import ControllerSettings, run_controller
 from migrator.host import Login
 
 
@@ -32,25 +32,6 @@ def controller(
     """
     log_to_stderr(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(name)s %(message)s")
     with reported():
-        asyncio.run(_run(login, name or f"{os.uname().nodename}:{os.getpid()}", ttl, store))
-
-
-async def _run(login: Login, name: str, ttl: float, store: str) -> None:
-    from migrator.fleet.controller import Controller
-    from migrator.fleet.membership import opened
-    from migrator.runtime.service import notify, watchdog
-
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with watchdog(), opened(store, login) as fleet:
-        running = asyncio.create_task(Controller(fleet, name=name, ttl=ttl).run())
-        stopping = asyncio.create_task(stop.wait())
-        notify("READY=1")
-        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
-        notify("STOPPING=1")
-        stopping.cancel()
-        if running.done():
-            running.result()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        asyncio.run(
+            run_controller(ControllerSettings(name or f"{os.uname().nodename}:{os.getpid()}", login, store, ttl))
+        )

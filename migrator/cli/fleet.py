@@ -86,7 +86,7 @@ def join(
 ) -> None:
     """Take hosts into the fleet whose agents let this machine in. `migrator init` sees to that as well."""
     with reported():
-        labels = _labels(label or [])
+        labels = labels_of(label or [])
 
         async def all_of_them() -> None:
             async with membership.opened(store, login) as fleet:
@@ -253,7 +253,7 @@ def _workload_json(one: Workload, fleet: Fleet) -> dict[str, object]:
     }
 
 
-def _labels(texts: list[str]) -> dict[str, str]:
+def labels_of(texts: list[str]) -> dict[str, str]:
     labels = {}
     for text in texts:
         key, equals, value = text.partition("=")

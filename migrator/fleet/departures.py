@@ -16,7 +16,7 @@ from pathlib import Path
 import migrator
 from migrator import model
 from migrator.errors import Fate, MigratorError, Refused, Undecided, UsageError
-from migrator.fleet.fencing import Fence
+from migrator.fleet.fencing import Fence, FencingError, TokenRefused
 from migrator.host import Login
 from migrator.protocol.fleet import Depart, Departed, Departing
 
@@ -153,7 +153,7 @@ def failed(migration: str, error: MigratorError) -> Departed:
     outcome = "aborted"
     if isinstance(error, Undecided):
         outcome = "undecided"
-    elif isinstance(error, Refused | UsageError):
+    elif isinstance(error, Refused | UsageError | TokenRefused | FencingError):
         outcome = "refused"
     fate = Fate.SOURCE if error.fate is Fate.UNTOUCHED else error.fate
     return Departed(migration, outcome, fate.value, str(error)[:4000], error.hint[:4000])

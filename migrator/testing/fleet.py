@@ -43,6 +43,8 @@ class FleetStage:
         self.store = store or f"sqlite:{self.lan.folder}/fleet.db"
         self._capacity = capacity
         self._agents: dict[str, subprocess.Popen[Any]] = {}
+        self._controllers: list[subprocess.Popen[Any]] = []
+        self._number = 0
 
     def __enter__(self) -> Self:
         self.lan.__enter__()
@@ -130,14 +132,34 @@ class FleetStage:
 
     def controller(self, *argv: str, name: str = "controller") -> subprocess.Popen[Any]:
         """Start `migrator controller`; it is killed when the fleet goes away."""
-        with open(self.lan.folder / f"{name}.log", "ab") as log:
-            return self.client.popen(
+        with open(self.lan.folder / f"{name}.log", "wb") as log:
+            made = self.client.popen(
                 [*MIGRATOR, "controller", "--name", name, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+        self._controllers.append(made)
+        return made
 
     def join(self) -> None:
         """Take all hosts into the fleet."""
         self.command("join", *(f"{host.address}:{AGENT_PORT}" for host in self.hosts.values()))
+
+    def new_fleet(self, name: str = "") -> None:
+        """Another store, in which all hosts are, and agents that run."""
+        for label in self.hosts.keys() - self._agents.keys():
+            self.start_agent(label)
+        self._number += 1
+        self.store = f"sqlite:{self.lan.folder}/{name or f'fleet-{self._number}'}.db"
+        self.client.env["MIGRATOR_STORE"] = self.store
+        self.join()
+
+    def clear(self) -> None:
+        """End the controllers, and the containers on all hosts."""
+        for child in self._controllers:
+            child.kill()
+            child.wait()
+        self._controllers.clear()
+        for host in self.hosts.values():
+            host.end_containers()
 
     def run(self, label: str, name: str, argv: Sequence[str], *, address: str = "") -> int:
         """A container on a host; the pid of its process 1."""
@@ -145,6 +167,10 @@ class FleetStage:
         if address:
             command += ["--ip", f"{address}/24"]
         return int(self.hosts[label].run([*command, "--", *argv]).stdout.strip())
+
+    def count(self, label: str) -> int:
+        """How many containers a host has, ended or not; in no time."""
+        return len(list((self.hosts[label].state_dir / "containers").glob("*.json")))
 
     def where(self) -> dict[str, list[str]]:
         """The names of the containers on each host, as the hosts say without the fleet."""

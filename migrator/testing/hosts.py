@@ -122,6 +122,9 @@ class Host:
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream is not None:
                     stream.close()
+        self.end_containers()
+
+    def end_containers(self) -> None:
         if any((self.state_dir / "containers").glob("*.json")):
             self.python(_END_CONTAINERS, check=False)
 
