@@ -31,7 +31,8 @@ log = logging.getLogger("migrator.session")
 
 # What a controller may ask is answered by others: the answers, in order. Raises MigratorError.
 Requests = Callable[[fleet.Request], AsyncIterator[fleet.Answer]]
-ALL_RIGHTS = frozenset(("receive", "observe", "send"))
+_RIGHTS = {"receive": "to bring workloads here", "observe": "to look at this host", "send": "to have it act"}
+ALL_RIGHTS = frozenset(_RIGHTS)
 
 
 async def serve(
@@ -110,8 +111,9 @@ def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> N
     elif isinstance(message, m.Propose | m.Ask | m.Commit | m.Done):
         needed = "receive"
     if needed and needed not in rights:
-        what = "to bring workloads here" if needed == "receive" else f"for a {type(message).__name__.lower()}"
-        raise UsageError(f"the key of {peer} has no right {what}", hint=f'add "{needed}" to its migrator-rights there')
+        raise UsageError(
+            f"the key of {peer} has no right {_RIGHTS[needed]}", hint=f'add "{needed}" to its migrator-rights there'
+        )
 
 
 def _done(settings: DestinationSettings, migration: str) -> None:

@@ -263,4 +263,4 @@ def nothing(agents: FleetStage) -> FleetStage:
 def test_a_key_without_the_right_sees_and_moves_nothing(nothing: FleetStage) -> None:
     # A host's key may bring workloads, and no more.
     done = nothing.hosts["a"].run(["migrator", "hosts"], env={"MIGRATOR_STORE": nothing.store}, check=False)
-    assert "has no right for an observe" in done.stderr and "active" not in done.stdout
+    assert "has no right to look at this host" in done.stderr and "active" not in done.stdout
