@@ -143,6 +143,7 @@ class _Server(asyncssh.SSHServer):
         self._sessions = sessions
         self._connection: asyncssh.SSHServerConnection | None = None
         self._rights: frozenset[str] = frozenset()
+        self._key = ""  # the fingerprint of the one that was shown last; after the login, of the one that was proved
         self._user = ""
         self._addr = ""
         self._linked = False
@@ -172,9 +173,10 @@ class _Server(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        self._key = keys.fingerprint(key)
         self._rights = authorize(self._sessions.authorized_keys, key, self._addr)
         if not self._rights:
-            log.warning("%s: key %s of %s is not authorized", self._addr, keys.fingerprint(key), username)
+            log.warning("%s: key %s of %s is not authorized", self._addr, self._key, username)
         return bool(self._rights)
 
     def session_requested(self) -> Any:
@@ -195,6 +197,7 @@ class _Server(asyncssh.SSHServer):
     async def _serve(self, link: Link) -> None:
         try:
             await link.established()
+            link.key = self._key
             await self._sessions.handler(link, f"{self._user}@{self._addr}", self._rights)
         except MigratorError as error:
             log.info("%s: %s", self._addr, error)

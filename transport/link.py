@@ -65,10 +65,12 @@ class Wire(Protocol):
 
 @dataclass(slots=True)
 class Counters:
-    """Bytes on the wire, framing included, encryption not; messages and blocks by number."""
+    """Bytes on the wire, framing included, encryption not; bytes of the stream before compression; messages and
+    blocks by number."""
 
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    wire_sent: int = 0
+    wire_received: int = 0
+    stream_sent: int = 0
     messages_sent: int = 0
     messages_received: int = 0
     packets_sent: int = 0
@@ -94,6 +96,7 @@ class Link:
         dead_after: float = 15.0,
     ) -> None:
         self.peer = peer
+        self.key = ""  # the fingerprint that the peer has logged in with, where we know
         self.counters = Counters()
         self.watchers: set[Callable[[BaseException], None]] = set()
         self.explain: Callable[[], str] = lambda: ""  # the peer's last words, for the error message
@@ -175,7 +178,7 @@ class Link:
         """Write one received stream to `fd`. Owns `fd` and closes it. See `stream.pump_out`."""
         return await stream.pump_out(self, fd)
 
-    async def turn(self, size: int) -> float:
+    async def acquire_bandwidth(self, size: int) -> float:
         """Wait until the cap lets `size` bytes be sent, and count them; the seconds waited.
 
         Blocks of the stream wait by themselves; this is for what is sent in bulk as messages."""
@@ -193,7 +196,7 @@ class Link:
                 await self._uncapped.wait()
 
     def set_cap(self, bandwidth: float) -> None:
-        """From now on send at most `bandwidth` wire bytes/s of stream, and of what asks for its turn()."""
+        """From now on send at most `bandwidth` wire bytes/s of stream, and of what asks by acquire_bandwidth()."""
         self._bucket = TokenBucket(bandwidth)
         self._uncapped.clear()
 
@@ -232,7 +235,7 @@ class Link:
         return min(filter(None, (rate, self.cap)), default=0.0)
 
     @property
-    def raw_throughput(self) -> float:
+    def stream_throughput(self) -> float:
         """Bytes/s of the stream before compression, at `throughput` and the ratio so far."""
         return self.throughput * self.compression.ratio
 
@@ -240,6 +243,16 @@ class Link:
     def compression(self) -> CompressionStats:
         """Of the stream we sent."""
         return self._compressor.stats
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the stream before compression for each one after it; 1.0 where nothing was sent."""
+        return self._compressor.stats.ratio
+
+    @property
+    def in_flight(self) -> int:
+        """Wire bytes of the stream that were sent and that the peer has not acknowledged yet."""
+        return self._send_window.in_flight
 
     @property
     def level(self) -> int:
@@ -345,7 +358,7 @@ class Link:
         if self._error is not None:
             return
         self._last_sign = time.monotonic()
-        self.counters.bytes_received += len(data)
+        self.counters.wire_received += len(data)
         try:
             for frame in self._parser.feed(data):
                 if not self._ready.is_set():
@@ -389,6 +402,7 @@ class Link:
         if self._bucket is not None:
             self._bucket.take(size)
         self._send_window.sent(size, now)
+        self.counters.stream_sent += packed.raw_size
         self._write(encode_block(self._sequence, packed.raw_size, packed.data, compressed=packed.compressed))
         self._sequence += 1
         return True
@@ -452,7 +466,7 @@ class Link:
         except (OSError, RuntimeError) as error:
             self.fail(TransportError(f"the connection to {self.peer} is closed: {error}"))
             self._check()
-        self.counters.bytes_sent += len(data)
+        self.counters.wire_sent += len(data)
 
     async def _wait_writable(self) -> None:
         if not self._writable.is_set():

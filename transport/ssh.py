@@ -168,7 +168,7 @@ async def _start(
     except TransportError as error:
         await session.ended(0.5)
         # What came instead of a preface says more than the exit status does.
-        failure = error if link.counters.bytes_received else session.failure(where, command) or error
+        failure = error if link.counters.wire_received else session.failure(where, command) or error
         await link.close()
         raise failure from None
     return link

@@ -42,7 +42,7 @@ from migrator.engine.base import (
     Survey,
 )
 from migrator.errors import ImageError, RestartFailed
-from migrator.session.interfaces import HoldGroup
+from migrator.recovery.hooks import HoldGroup
 
 TRAILER = b"the trailer of a fake image"
 TASK = 1  # any task that outlives the agents
@@ -122,7 +122,7 @@ class FakeGroup:
     def remove(self) -> None:
         pass
 
-    def send_home(self, homes: Mapping[int, str]) -> None:
+    def move_back(self, origins: Mapping[int, str]) -> None:
         pass
 
 
@@ -176,7 +176,7 @@ class FakeSource(_Phases):
         return "fake"
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         return []
 
     def __enter__(self) -> Self:

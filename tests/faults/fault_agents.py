@@ -20,12 +20,13 @@ from typing import Any
 from migrator.errors import Fate, MigratorError, TransportError
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, JournalHeader, Role
-from migrator.recovery.settle import Settlement, Tools, settle_all
+from migrator.recovery.settle import Settlement, settle_all
 from migrator.runtime import fault_points
 from migrator.session.serve import ask_over, serve
-from migrator.session.settings import DestinationSettings, Prepared
-from migrator.session.source import SourceSession, SourceSettings
+from migrator.session.settings import DestinationSettings, Prepared, SourceSettings
+from migrator.session.source import SourceSession
 from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_socket

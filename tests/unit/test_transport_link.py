@@ -173,7 +173,7 @@ async def test_messages_pass_a_stream_that_nobody_reads(pair: Pair) -> None:
         assert await there.receive(10) == b"%d" % n
         await there.send(b"%d" % n)
         assert await here.receive(10) == b"%d" % n
-    assert there.counters.bytes_received < 12 << 20
+    assert there.counters.wire_received < 12 << 20
     assert not sending.done()
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -255,7 +255,7 @@ async def test_a_cap_is_honoured_until_it_is_lifted(pair: Pair) -> None:
     moving = asyncio.gather(here.pump_in(writer.read_end), there.pump_out(reader.write_end))
     await here.ping()
     assert not moving.done()
-    assert here.counters.bytes_sent < 1 << 19
+    assert here.counters.wire_sent < 1 << 19
     here.uncap()
     await moving
     assert await reader.all() == sent
@@ -263,23 +263,23 @@ async def test_a_cap_is_honoured_until_it_is_lifted(pair: Pair) -> None:
 
 async def test_what_asks_for_its_turn_waits_for_the_cap_until_it_is_lifted(pair: Pair) -> None:
     here, _ = pair
-    assert await here.turn(1 << 20) < 1  # nothing is capped yet
+    assert await here.acquire_bandwidth(1 << 20) < 1  # nothing is capped yet
     here.set_cap(1000.0)
-    await here.turn(1 << 20)  # more than there was: who comes next pays for it, for a quarter of an hour
-    waiting = asyncio.create_task(here.turn(1))
+    await here.acquire_bandwidth(1 << 20)  # more than there was: who comes next pays for it, for a quarter of an hour
+    waiting = asyncio.create_task(here.acquire_bandwidth(1))
     await here.ping()
     assert not waiting.done()
     here.uncap()
     assert await waiting > 0
-    waiting = asyncio.create_task(here.turn(1))
+    waiting = asyncio.create_task(here.acquire_bandwidth(1))
     assert await waiting < 1
 
 
 async def test_who_waits_for_its_turn_hears_that_the_link_has_failed(pair: Pair) -> None:
     here, there = pair
     here.set_cap(1000.0)
-    await here.turn(1 << 20)
-    waiting = asyncio.create_task(here.turn(1))
+    await here.acquire_bandwidth(1 << 20)
+    waiting = asyncio.create_task(here.acquire_bandwidth(1))
     await here.ping()
     await there.close()
     with pytest.raises(TransportError):
@@ -321,7 +321,7 @@ async def test_a_peer_that_pings_and_does_not_read_costs_no_memory() -> None:
             right.sendall(pings)
 
     await asyncio.to_thread(flood)
-    assert link.counters.bytes_sent < 4 << 20
+    assert link.counters.wire_sent < 4 << 20
     assert link.alive
     right.close()
     await link.close()
