@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from migrator.api import containers
     from migrator.api.image import checkpoint, restart, wait
+    from migrator.api.image_convert import Converted, convert_image
     from migrator.api.image_info import read_info
     from migrator.api.local import Restarted, Saved
     from migrator.api.migration import check, migrate
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "migrator.api": ("containers",),
     "migrator.api.image": ("checkpoint", "restart", "wait"),
+    "migrator.api.image_convert": ("Converted", "convert_image"),
     "migrator.api.local": ("Restarted", "Saved"),
     "migrator.api.migration": ("check", "migrate"),
     "migrator.api.recovery": ("decide", "settle"),
@@ -72,6 +74,7 @@ __all__ = [
     "CheckResult",
     "CheckpointFailed",
     "ContainerSpec",
+    "Converted",
     "Event",
     "Fate",
     "ImageError",
@@ -93,6 +96,7 @@ __all__ = [
     "check",
     "checkpoint",
     "containers",
+    "convert_image",
     "decide",
     "migrate",
     "read_info",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from migrator.engine.select import select
 from migrator.errors import Fate, TransportError
 from migrator.protocol import messages as m
 from migrator.recovery.journal import journal_directory
+from migrator.runtime.service import notify, watchdog
 from migrator.session.serve import serve as serve_link
-from transport import daemon, ssh
+from transport import daemon, wire
 from transport.link import Link
 
 log = logging.getLogger("migrator.agent")
@@ -63,26 +63,29 @@ async def run_daemon(settings: AgentSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGCHLD, host.reap)
-    async with await daemon.serve(
-        settings.listen_host,
-        settings.listen_port,
-        host_keys=[settings.host_key],
-        authorized_keys=settings.authorized_keys,
-        handler=handler,
-    ) as server:
+    async with (
+        watchdog(),
+        await daemon.serve(
+            settings.listen_host,
+            settings.listen_port,
+            host_keys=[settings.host_key],
+            authorized_keys=settings.authorized_keys,
+            handler=handler,
+        ) as server,
+    ):
         log.info("listening on %s:%d", settings.listen_host, server.port)
-        _notify("READY=1")
+        notify("READY=1")
         while not stop.is_set():
             try:
                 await asyncio.wait_for(stop.wait(), _SETTLE_EVERY if open_ones else _LOOK_EVERY)
             except TimeoutError:
                 open_ones = await _settle(settings.login)
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
 
 
 async def run_stdio(bridge: str = "") -> None:
     """Serve one link on standard input and output, as started by another host over SSH."""
-    link = await ssh.stdio_link()
+    link = await wire.stdio_link()
     login = host.Login()
     await _settle(login)
     await serve_link(link, host.destination_settings(select(), bridge=bridge))
@@ -109,14 +112,3 @@ def _metrics(address: str) -> model.OnEvent:
     from migrator.metrics import serve_metrics
 
     return serve_metrics(address)
-
-
-def _notify(text: str) -> None:
-    """Tell the service manager (sd_notify(3))."""
-    import socket
-
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
-            peer.connect("\0" + path[1:] if path[0] == "@" else path)
-            peer.send(text.encode())

@@ -5,9 +5,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from migrator.testing.hosts import TwoHosts
+
+# How long an example takes is nothing that a test asserts: the machine may be busy.
+hypothesis.settings.register_profile("migrator", deadline=None)
+hypothesis.settings.load_profile("migrator")
 
 # A shell starts what runs in its background with SIGINT ignored, and that is inherited by whatever the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

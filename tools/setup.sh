@@ -24,6 +24,10 @@ needs=(
 	pgrep:procps
 	rsvg-convert:librsvg2-bin
 	groff:groff-base
+	etcd:etcd-server
+	prometheus:prometheus
+	promtool:prometheus
+	prometheus-node-exporter:prometheus-node-exporter
 )
 
 missing=()

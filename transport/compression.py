@@ -18,7 +18,7 @@ from typing import NamedTuple
 import zstandard
 
 from migrator.errors import TransportError
-from transport.frame import MAX_BLOCK, Block
+from transport.frame import MAX_BLOCK, Block, Buffer
 
 INLINE = 64 << 10  # bytes up to which a block is compressed in the caller
 TINY = 256  # bytes below which compression never pays
@@ -233,7 +233,7 @@ def pack(raw: bytes, level: int) -> Packed:
     return Packed(len(raw), data, True, level, seconds)
 
 
-def unpack(block: Block) -> bytes:
+def unpack(block: Block) -> Buffer:
     """The bytes of a block. Thread-safe.
 
     The zstd frame must declare the very size that the block header does, before anything is
@@ -254,7 +254,7 @@ def unpack(block: Block) -> bytes:
     return raw
 
 
-async def unpack_async(block: Block) -> bytes:
+async def unpack_async(block: Block) -> Buffer:
     """As `unpack`, off the event loop where it takes long."""
     if not block.compressed or block.raw_size <= INLINE:
         return unpack(block)

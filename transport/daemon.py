@@ -1,7 +1,7 @@
 """The SSH server of `migrator agent`: links and nothing else.
 
-Keys and what each may do come from a file in authorized_keys format (sshd(8)), read anew for
-every login, so that taking a line out takes effect at once:
+Keys and what each may do come from a file that is read anew for every login, so that taking a
+line out takes effect at once (`transport.authorized_keys`):
 
     migrator-rights="receive,observe",from="10.0.0.0/8" ssh-ed25519 AAAA… source-host
 
@@ -14,39 +14,41 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import asyncssh
 
 from migrator.errors import MigratorError
+from migrator.text import printable
 from transport import keys
+from transport.authorized_keys import KeyFile
 from transport.link import Link
-from transport.ssh import CHANNEL, TUNING, _SessionCallbacks, quieten
+from transport.slots import Slots
+from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ChannelCallbacks, leave_out_ignores
 
 log = logging.getLogger("migrator.transport")
 
-RIGHTS = frozenset({"receive", "send", "observe"})
-"""receive: bring workloads here; send: have workloads sent away from here; observe: look only."""
-OPTION = "migrator-rights"
 SUBSYSTEM = "migrator"
+_USER_SHOWN = 64  # characters
 LOGIN_SECONDS = 10  # to log in, and then again to open the link
-MAX_CONNECTIONS = 64  # at a time; more are turned away, before they could cost anything
 
 Handler = Callable[[Link, str, frozenset[str]], Awaitable[None]]
 """Given the link, the peer's name and its rights; the link is closed when it returns."""
+ConnectionSlots = Slots[asyncssh.SSHServerConnection]
 
 
 class _Sessions:
     """What a daemon has open."""
 
-    def __init__(self, authorized_keys: Path, handler: Handler, link_options: dict[str, Any]) -> None:
+    def __init__(
+        self, authorized_keys: KeyFile, handler: Handler, slots: ConnectionSlots, link_options: dict[str, Any]
+    ) -> None:
         self.authorized_keys = authorized_keys
         self.handler = handler
+        self.slots = slots
         self.link_options = link_options
         self.tasks: set[asyncio.Task[None]] = set()
-        self.connections: set[asyncssh.SSHServerConnection] = set()
 
 
 class Daemon:
@@ -67,7 +69,7 @@ class Daemon:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in list(self._sessions.connections):
+        for connection in self._sessions.slots.connections():
             connection.abort()
         await self._acceptor.wait_closed()
 
@@ -85,111 +87,111 @@ async def serve(
     host_keys: Sequence[str | os.PathLike[str]],
     authorized_keys: str | os.PathLike[str],
     handler: Handler,
+    slots: ConnectionSlots | None = None,
     **link_options: Any,
 ) -> Daemon:
     """Listen on `host`:`port` (0 for any) and call `handler` for every link.
 
-    host_keys:       private key files; made if missing (`keys.ensure_key`)
-    authorized_keys: who may come in; a missing file lets nobody in
+    host_keys:       private key files; made if missing, with certificates beside them (`keys.host_key`)
+    authorized_keys: who may come in; a file that is missing or that others may write lets nobody in
+    slots:           how many connections there may be
 
     Raises OSError if the address cannot be bound, `TransportError` for unusable keys.
     """
-    sessions = _Sessions(Path(authorized_keys), handler, link_options)
-    loaded = [keys.ensure_key(path) for path in host_keys]
+    sessions = _Sessions(KeyFile(authorized_keys), handler, slots or Slots(), link_options)
+    loaded = [keys.host_key(path) for path in host_keys]
     acceptor = await asyncssh.create_server(
         lambda: _Server(sessions),
         host,
         port,
         server_host_keys=loaded,
         login_timeout=LOGIN_SECONDS,
+        password_auth=False,
+        kbdint_auth=False,
+        host_based_auth=False,
+        gss_host=None,
         allow_scp=False,
+        line_editor=False,
         agent_forwarding=False,
         reuse_address=True,
-        **TUNING,
-        **CHANNEL,
+        **CONNECTION_OPTIONS,
+        **CHANNEL_OPTIONS,
     )
     return Daemon(acceptor, sessions)
-
-
-def rights_of(options: Mapping[str, object]) -> frozenset[str]:
-    """The rights that the options of an authorized_keys line give.
-
-    Without the option: all of them, as a key without restrictions has in sshd. A word that is
-    not a right makes the whole line void, so that a typing error never gives more.
-    """
-    value = options.get(OPTION)
-    if value is None:
-        return RIGHTS
-    texts = value if isinstance(value, list) else [value]
-    words = {word.strip() for text in texts if isinstance(text, str) for word in text.split(",")}
-    return frozenset(words) if words and words <= RIGHTS else frozenset()
-
-
-def authorize(file: Path, key: asyncssh.SSHKey, addr: str) -> frozenset[str]:
-    """The rights of `key` for a client at `addr`; none if the file does not have it."""
-    try:
-        entries = asyncssh.read_authorized_keys(str(file))
-    except (OSError, ValueError) as error:
-        log.warning("nobody can log in: %s: %s", file, error)
-        return frozenset()
-    options = entries.validate(key, addr, addr)
-    return frozenset() if options is None else rights_of(options)
 
 
 class _Server(asyncssh.SSHServer):
     """One connection: logs in by key, may open one link."""
 
+    _connection: asyncssh.SSHServerConnection
+
     def __init__(self, sessions: _Sessions) -> None:
         self._sessions = sessions
-        self._connection: asyncssh.SSHServerConnection | None = None
-        self._rights: frozenset[str] = frozenset()
         self._key = ""  # the fingerprint of the one that was shown last; after the login, of the one that was proved
+        self._rights: frozenset[str] = frozenset()
         self._user = ""
         self._addr = ""
+        self._logged_in = False
+        self._has_slot = False
+        self._asked = False
         self._linked = False
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
         self._addr = (conn.get_extra_info("peername") or ("",))[0]
-        if len(self._sessions.connections) >= MAX_CONNECTIONS:
-            log.warning("%s is turned away: %d connections are open", self._addr, MAX_CONNECTIONS)
-            conn.abort()
-            return
-        self._sessions.connections.add(conn)
-        quieten(conn)
+        leave_out_ignores(conn)
+        leaves = self._sessions.slots.arrived(
+            conn, self._addr, lambda: conn.get_extra_info("client_version") is not None
+        )
+        if leaves is not None:
+            log.debug("%s has to leave for a connection from %s", leaves.get_extra_info("peername"), self._addr)
+            leaves.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._connection is not None:
-            self._sessions.connections.discard(self._connection)
+        self._sessions.slots.left(self._connection)
 
     def auth_completed(self) -> None:
+        self._logged_in = True
+        self._has_slot = self._sessions.slots.logged_in(self._connection, self._key)
+        if not self._has_slot:
+            log.warning("%s@%s: no place left for the key %s", self._user, self._addr, self._key)
         asyncio.get_running_loop().call_later(LOGIN_SECONDS, self._end_if_idle)
 
     def begin_auth(self, username: str) -> bool:
-        self._user = username
+        self._user = printable(username[:_USER_SHOWN])
         return True
 
     def public_key_auth_supported(self) -> bool:
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        if self._logged_in:  # the rights stay those of the key that was proved
+            return False
         self._key = keys.fingerprint(key)
-        self._rights = authorize(self._sessions.authorized_keys, key, self._addr)
+        self._rights = self._sessions.authorized_keys.rights(key, self._addr)
         if not self._rights:
-            log.warning("%s: key %s of %s is not authorized", self._addr, self._key, username)
+            log.warning("%s: key %s of %s is not authorized", self._addr, self._key, self._user)
         return bool(self._rights)
 
     def session_requested(self) -> Any:
-        if self._linked:
+        if self._asked:
             return False
-        self._linked = True
+        if not self._has_slot:
+            slots = self._sessions.slots
+            raise asyncssh.ChannelOpenError(
+                asyncssh.OPEN_RESOURCE_SHORTAGE,
+                f"{slots.after_login} links are open there; there may be {slots.links}, "
+                f"and {slots.peer_share} of one key",
+            )
+        self._asked = True
         return _ServerSession(Link(self._addr, **self._sessions.link_options), self._run)
 
     def _end_if_idle(self) -> None:
-        if not self._linked and self._connection is not None:
-            self._connection.close()
+        if not self._linked:
+            self._connection.abort()
 
     def _run(self, link: Link) -> None:
+        self._linked = True
         task = asyncio.get_running_loop().create_task(self._serve(link), name=f"link {self._addr}")
         self._sessions.tasks.add(task)
         task.add_done_callback(self._sessions.tasks.discard)
@@ -205,11 +207,10 @@ class _Server(asyncssh.SSHServer):
             log.exception("%s: the handler failed", self._addr)
         finally:
             await link.close()
-            if self._connection is not None:
-                self._connection.close()
+            self._connection.close()
 
 
-class _ServerSession(_SessionCallbacks, asyncssh.SSHServerSession[bytes]):
+class _ServerSession(ChannelCallbacks, asyncssh.SSHServerSession[bytes]):
     def __init__(self, link: Link, run: Callable[[Link], None]) -> None:
         super().__init__(link)
         self._run = run

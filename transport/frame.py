@@ -36,6 +36,8 @@ BLOCK_HEADER = struct.Struct("<QI")  # sequence, size before compression
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 
+Buffer = bytes | bytearray | memoryview
+
 
 class Channel(enum.IntEnum):
     CONTROL = 0  # opaque messages of the session
@@ -76,7 +78,7 @@ class Preface(NamedTuple):
 class Frame(NamedTuple):
     channel: int
     flags: int
-    payload: bytes
+    payload: bytes | bytearray
 
 
 class Block(NamedTuple):
@@ -86,20 +88,25 @@ class Block(NamedTuple):
     raw_size: int
     compressed: bool
     end: bool
-    data: bytes
+    data: Buffer
+
+
+def charge(size: int) -> int:
+    """What a block of `size` wire bytes costs of the window, on both sides."""
+    return BLOCK_HEADER.size + size + CHARGE
 
 
 def encode_preface(window: int) -> bytes:
     return PREFACE.pack(MAGIC, VERSION, 0, window)
 
 
-def encode_frame(channel: int, payload: bytes, flags: int = 0) -> bytes:
+def encode_frame(channel: int, payload: Buffer, flags: int = 0) -> bytes:
     """One frame as bytes. Raises `TransportError` where the receiver would refuse it."""
     _check(channel, flags, 0, len(payload))
     return b"".join((HEADER.pack(channel, flags, 0, len(payload)), payload))
 
 
-def encode_block(sequence: int, raw_size: int, data: bytes, *, compressed: bool) -> bytes:
+def encode_block(sequence: int, raw_size: int, data: Buffer, *, compressed: bool) -> bytes:
     """A STREAM frame. `data` is the block itself, or one zstd frame of it."""
     flags = StreamFlags.COMPRESSED if compressed else 0
     length = BLOCK_HEADER.size + len(data)
@@ -117,17 +124,17 @@ def encode_u64(channel: int, value: int, flags: int = 0) -> bytes:
     return encode_frame(channel, _U64.pack(value), flags)
 
 
-def decode_u64(payload: bytes) -> int:
+def decode_u64(payload: Buffer) -> int:
     value: int = _U64.unpack(payload)[0]
     return value
 
 
-def decode_block(flags: int, payload: bytes) -> Block:
+def decode_block(flags: int, payload: Buffer) -> Block:
     """Take a STREAM payload apart. The declared size is checked; decompression is the caller's."""
     if len(payload) < BLOCK_HEADER.size:
         raise TransportError("stream block shorter than its header")
     sequence, raw_size = BLOCK_HEADER.unpack_from(payload)
-    data = payload[BLOCK_HEADER.size :]
+    data = memoryview(payload)[BLOCK_HEADER.size :]  # no copy: blocks are large
     compressed = bool(flags & StreamFlags.COMPRESSED)
     end = bool(flags & StreamFlags.END)
     if end:
@@ -158,7 +165,7 @@ def encode_packets(packets: Sequence[bytes]) -> list[bytes]:
     return frames
 
 
-def decode_packets(payload: bytes) -> list[bytes]:
+def decode_packets(payload: Buffer) -> list[bytes]:
     packets: list[bytes] = []
     at = 0
     while at < len(payload):
@@ -168,7 +175,7 @@ def decode_packets(payload: bytes) -> list[bytes]:
         at += 4
         if length > len(payload) - at:
             raise TransportError(f"captured packet of {length} bytes is cut off")
-        packets.append(payload[at : at + length])
+        packets.append(bytes(payload[at : at + length]))
         at += length
     return packets
 
@@ -182,57 +189,77 @@ class FrameParser:
 
     def __init__(self) -> None:
         self.preface: Preface | None = None
-        self._buffer = bytearray()
+        self._head = bytearray()  # of a preface or header that is not complete yet
+        self._open: tuple[int, int, int] | None = None  # channel, flags and length of a frame that is not complete yet
+        self._payload = bytearray()  # and what there is of it
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames completed by `data`, which may be cut anywhere."""
-        # Most reads begin at a frame's first byte when traffic is light: then nothing is copied twice.
-        source: bytes | bytearray = data
-        if self._buffer:
-            self._buffer += data
-            source = self._buffer
-        at = 0
+        """The frames completed by `data`, which may be cut anywhere. Each byte is copied once."""
         frames: list[Frame] = []
-        try:
-            if self.preface is None:
-                at = self._take_preface(source)
-                if self.preface is None:
+        if self.preface is None:
+            self._head += data
+            if not self._take_preface():
+                return frames
+            data = bytes(self._head)
+            self._head.clear()
+        view = memoryview(data)
+        at = 0
+        while True:
+            if self._open is None:
+                at = self._take_header(data, at)
+                if self._open is None:
                     return frames
-            while len(source) - at >= HEADER.size:
-                channel, flags, reserved, length = HEADER.unpack_from(source, at)
-                _check(channel, flags, reserved, length)
-                end = at + HEADER.size + length
-                if end > len(source):
-                    break
-                frames.append(Frame(channel, flags, bytes(memoryview(source)[at + HEADER.size : end])))
-                at = end
-            return frames
-        finally:
-            if source is self._buffer:
-                del self._buffer[:at]
+            channel, flags, length = self._open
+            missing = length - len(self._payload)
+            if missing == length <= len(data) - at:
+                frames.append(Frame(channel, flags, data[at : at + length]))
             else:
-                self._buffer += memoryview(source)[at:]
+                self._payload += view[at : at + missing]
+                if len(self._payload) < length:
+                    return frames
+                frames.append(Frame(channel, flags, self._payload))
+                self._payload = bytearray()
+            at += missing
+            self._open = None
 
     @property
     def pending(self) -> int:
         """Bytes of a frame that is not complete yet."""
-        return len(self._buffer)
+        return len(self._head) + len(self._payload) + (HEADER.size if self._open else 0)
 
     @property
     def garbage(self) -> bytes:
         """The beginning of what arrived instead of a preface; for the error message."""
-        return bytes(self._buffer[:200]) if self.preface is None else b""
+        return bytes(self._head[:200]) if self.preface is None else b""
 
-    def _take_preface(self, source: bytes | bytearray) -> int:
-        have = bytes(source[: len(MAGIC)])
+    def _take_header(self, data: bytes, at: int) -> int:
+        """Open a frame, if its header is complete; where to go on."""
+        if not self._head and len(data) - at >= HEADER.size:
+            channel, flags, reserved, length = HEADER.unpack_from(data, at)
+            at += HEADER.size
+        else:
+            piece = data[at : at + HEADER.size - len(self._head)]
+            self._head += piece
+            at += len(piece)
+            if len(self._head) < HEADER.size:
+                return at
+            channel, flags, reserved, length = HEADER.unpack(self._head)
+            self._head.clear()
+        _check(channel, flags, reserved, length)
+        self._open = channel, flags, length
+        return at
+
+    def _take_preface(self) -> bool:
+        """Whether it is complete; then only what follows it is left."""
+        have = bytes(self._head[: len(MAGIC)])
         if have != MAGIC[: len(have)]:
             raise TransportError(
                 "the other end does not speak the migrator protocol",
                 hint="the command must run migrator, and the login shell there must print nothing before it",
             )
-        if len(source) < PREFACE.size:
-            return 0
-        _, version, _, window = PREFACE.unpack_from(source)
+        if len(self._head) < PREFACE.size:
+            return False
+        _, version, _, window = PREFACE.unpack_from(self._head)
         if version != VERSION:
             raise TransportError(
                 f"the other end speaks protocol version {version}, this one {VERSION}",
@@ -241,7 +268,8 @@ class FrameParser:
         if not MIN_WINDOW <= window <= MAX_WINDOW:
             raise TransportError(f"the other end offers a window of {window} bytes")
         self.preface = Preface(version, window)
-        return PREFACE.size
+        del self._head[: PREFACE.size]
+        return True
 
 
 def _check(channel: int, flags: int, reserved: int, length: int) -> None:

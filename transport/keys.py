@@ -57,6 +57,24 @@ def ensure_key(path: str | os.PathLike[str], comment: str = "") -> asyncssh.SSHK
     return load_key(path)
 
 
+def host_key(path: str | os.PathLike[str]) -> asyncssh.SSHKey | tuple[asyncssh.SSHKey, asyncssh.SSHCertificate]:
+    """What a server proves itself with: the key in `path`, made if missing, with its certificate, if `path`-cert.pub
+    is there (ssh-keygen(1)). Raises `TransportError` for a certificate that is none, or not of that key."""
+    key = ensure_key(path)
+    file = f"{os.fspath(path)}-cert.pub"
+    try:
+        certificate = asyncssh.read_certificate(file)
+    except FileNotFoundError:
+        return key
+    except (OSError, asyncssh.KeyImportError) as error:
+        raise TransportError(
+            f"cannot read the certificate {file}: {error}", hint="remove it, or have it made anew"
+        ) from None
+    if certificate.key.public_data != key.public_data:
+        raise TransportError(f"{file} is of another key than {path}", hint="remove it, or have it made anew")
+    return key, certificate
+
+
 def load_key(path: str | os.PathLike[str]) -> asyncssh.SSHKey:
     """The private key in `path`. Raises `TransportError` saying what is wrong with it."""
     try:

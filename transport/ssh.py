@@ -13,46 +13,22 @@ says what was seen and what to do, never a question.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import asyncssh
 
 from migrator.errors import TransportError
 from transport import keys
-from transport.link import Link, Wire
-from transport.wire import stdio_link
-
-__all__ = ["COMMAND", "TUNING", "Target", "connect", "parse_target", "stdio_link"]
+from transport.host_keys import HostKeyCheck
+from transport.link import Link
+from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ClientSession, leave_out_ignores
 
 COMMAND = "migrator agent --stdio"
-_STDERR_KEPT = 4096
-_Keys = Sequence[Any]
-_MSG_IGNORE = 2
-
-# For both ends. GCM is one pass in hardware. What is compressed is compressed already. The
-# window is never the limit, because credit is (docs/protocol.md). Keys are exchanged again
-# as rarely as OpenSSH does for AES (2^32 blocks, 64 GiB): a key exchange stops the flow for
-# several ms, and must not fall into a freeze.
-TUNING: dict[str, Any] = {
-    "encryption_algs": [
-        "aes128-gcm@openssh.com",
-        "aes256-gcm@openssh.com",
-        "chacha20-poly1305@openssh.com",
-        "aes128-ctr",
-        "aes256-ctr",
-    ],
-    "compression_algs": "none",
-    "rekey_bytes": 60 << 30,
-    "rekey_seconds": 24 * 3600,
-}
-CHANNEL: dict[str, Any] = {"encoding": None, "window": 32 << 20, "max_pktsize": 128 << 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +84,8 @@ async def connect(
     where = parse_target(target)
     port = port or where.port
     files = _files(known_hosts)
-    check = _HostKeyCheck(files, accept_new_host_key)
-    options: dict[str, Any] = dict(TUNING)
+    check = HostKeyCheck(files, accept_new_host_key)
+    options: dict[str, Any] = dict(CONNECTION_OPTIONS)
     if where.user:
         options["username"] = where.user
     if identity is not None:
@@ -148,8 +124,10 @@ async def _start(
     link = Link(where.host, **link_options)
     session = ClientSession(link)
     try:
-        await connection.create_session(lambda: session, command, **CHANNEL)
+        await connection.create_session(lambda: session, command, **CHANNEL_OPTIONS)
     except asyncssh.ChannelOpenError as error:
+        if error.code == asyncssh.OPEN_RESOURCE_SHORTAGE:
+            raise TransportError(f"{where} has no place left: {error.reason}", hint="try again later") from None
         raise TransportError(
             f"{where} refuses to run {command!r}: {error.reason}",
             hint="the key may be bound to another command in authorized_keys there",
@@ -168,179 +146,32 @@ async def _start(
     except TransportError as error:
         await session.ended(0.5)
         # What came instead of a preface says more than the exit status does.
-        failure = error if link.counters.wire_received else session.failure(where, command) or error
+        failure = error if link.counters.wire_received else _failed(session, where, command) or error
         await link.close()
         raise failure from None
     return link
 
 
-def quieten(connection: Any) -> None:
-    """Leave out the SSH_MSG_IGNORE that asyncssh puts before every packet.
-
-    It protects CBC modes (RFC 4251, 9.3.1), which we do not offer; with the ciphers that we do
-    it only doubles the packets, and half of the time of a small message goes into it.
-    """
-    send = connection.send_packet
-
-    def send_packet(pkttype: int, *args: bytes, **options: Any) -> None:
-        if pkttype != _MSG_IGNORE:
-            send(pkttype, *args, **options)
-
-    connection.send_packet = send_packet
-
-
-class _SessionCallbacks:
-    """The callbacks that both kinds of SSH session hand on to the link."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self._chan: Any = None
-
-    def connection_made(self, chan: Any) -> None:
-        self._chan = chan
-        chan.set_write_buffer_limits(high=2 << 20)
-
-    def session_started(self) -> None:
-        self.link.connection_made(cast(Wire, self._chan))
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        self.link.data_received(data)
-
-    def eof_received(self) -> bool:
-        self.link.eof_received()
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.link.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self.link.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.link.resume_writing()
-
-
-class ClientSession(_SessionCallbacks, asyncssh.SSHClientSession[bytes]):
-    """Our end of the remote command. Keeps what it says on standard error, and how it ended."""
-
-    def __init__(self, link: Link) -> None:
-        super().__init__(link)
-        self._stderr = b""
-        self._status: int | None = None
-        self._over = asyncio.Event()
-        link.explain = self.last_words
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        if datatype == asyncssh.EXTENDED_DATA_STDERR:
-            self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
-        else:
-            self.link.data_received(data)
-
-    def eof_received(self) -> bool:
-        # The exit status and the last of standard error may still be on their way.
-        asyncio.get_running_loop().call_later(0.5, self.link.eof_received)
-        return False
-
-    def exit_status_received(self, status: int) -> None:
-        self._status = status
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._over.set()
-        super().connection_lost(exc)
-
-    async def ended(self, timeout: float) -> None:
-        """Wait a moment for the exit status."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._over.wait()
-
-    def last_words(self) -> str:
-        """The last lines of standard error, in one, without what would steer a terminal."""
-        lines = self._stderr.decode("utf-8", "replace").splitlines()
-        text = " / ".join(line.strip() for line in lines[-5:] if line.strip())
-        return "".join(char if char.isprintable() else "?" for char in text)
-
-    def failure(self, where: Target, command: str) -> TransportError | None:
-        """What a command that ended before it introduced itself died of."""
-        if self._status is None:
-            return None
-        said = self.last_words()
-        hint = "what it said is in the message; run it there by hand to see more"
-        if self._status in (126, 127):
-            hint = f"install migrator on {where.host}, or say where it is with --remote-command"
-        return TransportError(
-            f"{command!r} on {where} ended with status {self._status}" + (f": {said}" if said else ""),
-            hint=hint,
-        )
-
-
-class _HostKeyCheck:
-    """Decides about one host's key, and remembers what it saw for the error message."""
-
-    def __init__(self, files: list[Path], accept_new: bool) -> None:
-        self.files = files
-        self.offered: asyncssh.SSHKey | None = None
-        self.found: keys.KnownKeys | None = None
-        self.error: TransportError | None = None
-        self.host = ""
-        self._port: int | None = None
-        self._accept_new = accept_new
-        self._accepted = False
-
-    def known(self, host: str, addr: str, port: int | None) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """asyncssh's known_hosts hook; it also picks the algorithms by the keys that are known."""
-        self.host, self._port = host, port
-        try:
-            self.found = keys.known_keys(self.files, host, addr, port)
-        except TransportError as error:
-            self.error = error
-            return [], [], []
-        return self.found.trusted, self.found.authorities, self.found.revoked
-
-    def decide(self, key: asyncssh.SSHKey) -> bool:
-        """Called for a key that is not known."""
-        self.offered = key
-        never_seen = self.found is not None and not self.found.trusted and not self.found.authorities
-        self._accepted = self._accept_new and never_seen
-        return self._accepted
-
-    def pin_accepted(self) -> None:
-        if self._accepted and self.offered is not None:
-            keys.pin(self.files[0], self.host, self._port, self.offered)
-
-    def refusal(self, reason: str) -> TransportError:
-        """Why the key was not accepted, and what to do."""
-        if self.error is not None:
-            return self.error
-        name = keys.host_pattern(self.host, self._port)
-        file = self.files[0]
-        seen = keys.fingerprint(self.offered) if self.offered else "a key of another type"
-        if "revoked" in reason:
-            return TransportError(
-                f"the host key of {name} is marked as revoked",
-                hint="do not trust this host; ask its operator",
-            )
-        if self.found is not None and (self.found.trusted or self.found.authorities):
-            expected = ", ".join(sorted({keys.fingerprint(key) for key in self.found.trusted}))
-            return TransportError(
-                f"THE HOST KEY OF {name} HAS CHANGED: it offers {seen}, known is "
-                f"{expected or 'an authority'}. Somebody may be in between, or it was installed anew",
-                hint=f"find out which; then remove the old key: ssh-keygen -R {shlex.quote(name)} -f FILE, "
-                f"for each of {', '.join(str(f) for f in self.files if f.exists())}",
-            )
-        scan = f"ssh-keyscan{f' -p {self._port}' if self._port else ''} {self.host} >> {file}"
-        return TransportError(
-            f"the host key of {name} is not known: it offers {seen}, which is not in {file}",
-            hint=f"compare the fingerprint, then run again with --accept-new-host-key, or: {scan}",
-        )
+def _failed(session: ClientSession, where: Target, command: str) -> TransportError | None:
+    """Why a command ended before it introduced itself; None if it is not known to have ended."""
+    if session.status is None:
+        return None
+    stderr = session.stderr_tail()
+    hint = "the end of its standard error is in the message; run it there by hand to see more"
+    if session.status in (126, 127):
+        hint = f"install migrator on {where.host}, or say where it is with --remote-command"
+    return TransportError(
+        f"{command!r} on {where} ended with status {session.status}" + (f": {stderr}" if stderr else ""),
+        hint=hint,
+    )
 
 
 class _Client(asyncssh.SSHClient):
-    def __init__(self, check: _HostKeyCheck) -> None:
+    def __init__(self, check: HostKeyCheck) -> None:
         self._check = check
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        quieten(conn)
+        leave_out_ignores(conn)
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         return self._check.decide(key)
@@ -358,7 +189,7 @@ def _explained(
     error: Exception,
     where: Target,
     port: int | None,
-    check: _HostKeyCheck,
+    check: HostKeyCheck,
     identity: str | os.PathLike[str] | None,
     timeout: float,
 ) -> TransportError:

@@ -11,9 +11,11 @@ import sys
 from typing import Any, cast
 
 from migrator.errors import TransportError
-from transport.link import Link, Wire
+from transport.connection import Wire
+from transport.link import Link
 
 GRACE = 0.5  # seconds
+_REST = 4 << 20  # bytes: a peer that goes on writing must not hold us up
 WRITE_BUFFER = 2 << 20  # bytes unsent at which `Link.send` begins to wait
 
 
@@ -39,14 +41,16 @@ class _Duplex(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if isinstance(exc, BrokenPipeError):
-            self._read_last_words()
+            self._read_the_rest()
         self._link.connection_lost(exc)
 
-    def _read_last_words(self) -> None:
+    def _read_the_rest(self) -> None:
         """asyncio stops reading where a write fails; what the peer said before it closed is still there."""
+        left = _REST
         with contextlib.suppress(OSError):
-            while data := os.read(self._fd, 1 << 16):
+            while left > 0 and (data := os.read(self._fd, 1 << 16)):
                 self._link.data_received(data)
+                left -= len(data)
 
     def pause_writing(self) -> None:
         self._link.pause_writing()

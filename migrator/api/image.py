@@ -60,6 +60,7 @@ async def restart(
     *,
     frozen: bool = False,
     bridge: str = "",
+    verify: bool = False,
     engine: str = "",
     built: Callable[[int], None] = lambda pid: None,
     waiting: Callable[[], None] = lambda: None,
@@ -69,6 +70,7 @@ async def restart(
     image:    a file, or a descriptor, which is read to the trailer and stays open
     frozen:   leave the tasks complete and frozen, for `containers.thaw()`
     bridge:   for a container: the bridge of this host, if it is called otherwise than where it was saved
+    verify:   save the copy again before it runs and compare: RestartFailed if it is not what was saved
     engine:   its name; "" for the best that this host has
     built:    called, on another thread, with the root's pid when the copy is complete and does not run yet; what
               it raises discards the copy
@@ -91,6 +93,7 @@ async def restart(
                 stream.fd,
                 frozen=frozen,
                 bridge=bridge,
+                verify=verify,
                 engine=engine,
                 built=complete,
                 waiting=waiting,

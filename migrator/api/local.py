@@ -111,6 +111,7 @@ def restart(
     *,
     frozen: bool = False,
     bridge: str = "",
+    verify: bool = False,
     engine: str = "",
     built: Callable[[int], None] = lambda pid: None,
     waiting: Callable[[], None] = lambda: None,
@@ -120,6 +121,7 @@ def restart(
 
     frozen:   leave the tasks frozen
     bridge:   for a container: the bridge of this host, if it is called otherwise than where it was saved
+    verify:   look at the copy before it runs: see DestinationOptions
     built:    called with the root's pid while nothing runs yet; what it raises discards the copy
     waiting:  called when the original is still in the way, so that the image is read to its end first
     given_up: whether nobody waits for it any more
@@ -137,7 +139,7 @@ def restart(
                 opened.append(fd)
         made = SandboxMaker(bridge)
         hooks = _Hooks(made, frozen, built)
-        options = DestinationOptions(sandbox=made)
+        options = DestinationOptions(sandbox=made, verify=verify)
         choice = select(engine)
         root = choice.engine.restart(
             fd, RestartFlags.FROZEN if frozen else RestartFlags(0), options=options, hooks=hooks

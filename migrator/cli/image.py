@@ -14,6 +14,7 @@ from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import Target
 from migrator.errors import UsageError
 from migrator.image.render import render_text, to_json
+from migrator.text import size
 
 images = typer.Typer(help="Look into images.", no_args_is_help=True)
 
@@ -57,6 +58,9 @@ def restart(
         bool, typer.Option("--frozen", help="Leave the tasks frozen, for `migrator thaw`; prints the pid.")
     ] = False,
     bridge: Annotated[str, typer.Option(help="For a container: the bridge of this host.")] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Look at the copy before it runs: it must be what was saved, or goes.")
+    ] = False,
 ) -> None:
     """Restart what was saved. Waits for its end and exits as it does, unless --detach or --frozen."""
 
@@ -65,6 +69,7 @@ def restart(
             _image(source),
             frozen=frozen,
             bridge=bridge,
+            verify=verify,
             built=lambda pid: _write_pidfile(pidfile, pid),
             waiting=lambda: err.say("[dim]the original is still here: reading to the end of the image first[/]"),
         )
@@ -115,3 +120,20 @@ def info(
             out.lines(render_text(found, errors=errors, tree=tree, verbose=verbose))
     if not found.whole:
         raise typer.Exit(6)
+
+
+@images.command("convert")
+def convert(
+    path: Annotated[str, typer.Argument(metavar="FILE|-", help="An image of any revision; - is standard input.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to a file, not standard output.")
+    ] = None,
+) -> None:
+    """Make an image of the current revision from an older one. Exits with 6 if it is not whole."""
+    with reported():
+        if output is None and sys.stdout.isatty():
+            raise UsageError("an image is not for a terminal", hint=f"migrator image convert {path} -o FILE, or > FILE")
+        made = migrator.convert_image(
+            _STDIN if path == "-" else Path(path), output if output is not None else sys.stdout.fileno()
+        )
+        err.say("[dim]revision {} to {}: {} records, {}[/]", made.from_rev, made.to_rev, made.records, size(made.bytes))

@@ -169,11 +169,14 @@ SandboxFactory = Callable[[str, int], Sandbox]  # specification (JSON), pid of p
 class DestinationOptions:
     """sandbox: makes what stands around a container; None: this caller takes no containers
     root:    a directory to use as root of the file system; "" for the host's
-    cgroup_name: the hold cgroup of a plain subtree; derived from the pid where empty"""
+    cgroup_name: the hold cgroup of a plain subtree; derived from the pid where empty
+    verify:  hold() takes a second look: it saves the copy again before it runs, and raises RestartFailed where that
+             is not what was saved (migrator.image.compare). For people who want to be sure; it adds to the downtime"""
 
     sandbox: SandboxFactory | None = None
     root: str = ""
     cgroup_name: str = ""
+    verify: bool = False
 
 
 Move = tuple[str, str, str, str]  # of a file, by resume(): directory, private directory, name there, name

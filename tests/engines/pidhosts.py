@@ -32,7 +32,7 @@ from typing import Any
 from migrator.engine.base import DestinationOptions, Phase, Round, SourceOptions, Survey
 from migrator.errors import Refused
 from migrator.linux import cgroup, procfs
-from migrator.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, unshare
+from migrator.linux.namespaces import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, unshare
 from migrator.testing.workloads import CACHE, CFLAGS, LIBS, SOURCES, Workload
 
 _FIRST_PID = 3000
@@ -154,23 +154,29 @@ class Agent:
 
 
 class PidHost:
-    """A process 1 with a /proc of its own, and what it starts. Leaving the block ends all of it."""
+    """A process 1 with a /proc of its own, and what it starts. Leaving the block ends all of it.
 
-    def __init__(self, label: str) -> None:
+    own_network: also a loopback device of its own, as on two machines."""
+
+    def __init__(self, label: str, *, own_network: bool = False) -> None:
         self.label = label
+        self.own_network = own_network
         self.name = f"pidhost-{label}-{os.getpid()}-{next(_serial)}"
         self.pid = 0
 
     def __enter__(self) -> PidHost:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)  # answers are one message each
         self._keeper = os.fork()
         if self._keeper == 0:
             try:
                 self._socket.close()
                 _die_with_parent()
-                unshare(CLONE_NEWPID | CLONE_NEWNS)
+                unshare(CLONE_NEWPID | CLONE_NEWNS | (CLONE_NEWNET if self.own_network else 0))
                 inner = os.fork()
                 if inner == 0:
+                    if self.own_network:
+                        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
                     _serve(theirs, Agent(self.name))
                 os.waitpid(inner, 0)
             except BaseException:

@@ -27,7 +27,7 @@ def test_a_counter_saved_to_a_file_counts_on_where_it_stood(tmp_path: Path) -> N
     with counter(tmp_path) as program:
         migrator("checkpoint", program.pid, "--kill", "-o", image)
         program.await_end()
-        done = migrator("restart", "--detach", "--pidfile", pidfile, "-i", image)
+        done = migrator("restart", "--verify", "--detach", "--pidfile", pidfile, "-i", image)
         assert done.stdout == pidfile.read_text() == f"{program.pid}\n"
         program.check_alive_and_progressing()
         lines = program.finish()

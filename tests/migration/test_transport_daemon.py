@@ -15,9 +15,13 @@ import asyncssh
 import pytest
 
 from migrator.errors import TransportError
-from transport.daemon import RIGHTS, Daemon, serve
+from transport.authorized_keys import RIGHTS
+from transport.daemon import ConnectionSlots, Daemon, serve
+from transport.frame import MIN_WINDOW, Channel, encode_frame, encode_preface
+from transport.inbox import INBOX
 from transport.keys import ensure_key, fingerprint, pin, public_line
 from transport.link import Link
+from transport.slots import Slots
 from transport.ssh import connect
 
 
@@ -27,6 +31,7 @@ class Host:
 
     directory: Path
     daemon: Daemon
+    slots: ConnectionSlots
     seen: list[tuple[str, frozenset[str]]] = field(default_factory=list)
 
     @property
@@ -73,14 +78,16 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
         await echo(link)
 
     ensure_key(tmp_path / "id")
+    slots: ConnectionSlots = Slots()
     async with await serve(
         "127.0.0.1",
         0,
         host_keys=[tmp_path / "host_key"],
         authorized_keys=tmp_path / "authorized_keys",
         handler=handler,
+        slots=slots,
     ) as daemon:
-        it = Host(tmp_path, daemon, seen)
+        it = Host(tmp_path, daemon, slots, seen)
         shutil.copy(tmp_path / "id.pub", it.authorized_keys)
         pin(it.known_hosts, "127.0.0.1", daemon.port, ensure_key(tmp_path / "host_key"))
         yield it
@@ -106,7 +113,7 @@ async def test_a_stream_goes_there_and_back_unchanged(host: Host) -> None:
         assert received == sent
         await link.send(b"still there")
         assert await link.receive(10) == b"still there"
-        assert link.throughput > 0
+        assert link.stream_throughput > 0
 
 
 async def test_an_unknown_host_key_is_refused_with_all_one_needs_to_decide(host: Host) -> None:
@@ -192,30 +199,14 @@ async def test_a_right_that_does_not_exist_lets_nobody_in(host: Host) -> None:
 
 
 async def test_nothing_but_a_link_is_to_be_had(host: Host) -> None:
-    async with asyncssh.connect(
-        "127.0.0.1",
-        host.daemon.port,
-        username="root",
-        client_keys=[str(host.directory / "id")],
-        known_hosts=str(host.known_hosts),
-        config=None,
-        agent_path=None,
-    ) as connection:
+    async with _logged_in(host) as connection:
         with pytest.raises(asyncssh.ChannelOpenError):
             await connection.create_process("id")
         with pytest.raises(asyncssh.ChannelOpenError):
             await connection.open_connection("127.0.0.1", host.daemon.port)
         with pytest.raises(asyncssh.ChannelListenError):
             await connection.forward_remote_port("", 0, "127.0.0.1", 1)
-    async with asyncssh.connect(
-        "127.0.0.1",
-        host.daemon.port,
-        username="root",
-        client_keys=[str(host.directory / "id")],
-        known_hosts=str(host.known_hosts),
-        config=None,
-        agent_path=None,
-    ) as connection:
+    async with _logged_in(host) as connection:
         with pytest.raises(asyncssh.ChannelOpenError):
             await connection.create_process()  # a shell
     assert host.seen == []
@@ -223,27 +214,72 @@ async def test_nothing_but_a_link_is_to_be_had(host: Host) -> None:
 
 async def test_a_login_without_a_link_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transport.daemon.LOGIN_SECONDS", 0.05)
-    async with asyncssh.connect(
-        "127.0.0.1",
-        host.daemon.port,
-        username="root",
-        client_keys=[str(host.directory / "id")],
-        known_hosts=str(host.known_hosts),
-        config=None,
-        agent_path=None,
-    ) as connection:
+    async with _logged_in(host) as connection:
         await asyncio.wait_for(connection.wait_closed(), 10)
 
 
-async def test_more_connections_than_allowed_are_turned_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_session_without_a_command_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transport.daemon.LOGIN_SECONDS", 0.05)
+    async with _logged_in(host) as connection:
+        # What asyncssh's client does to open a session, without the command that follows.
+        channel = asyncssh.channel.SSHClientChannel(
+            connection, asyncio.get_running_loop(), "strict", "utf-8", "strict", 1 << 20, 1 << 15
+        )
+        opening = asyncio.create_task(channel._open(b"session"))
+        await asyncio.wait_for(connection.wait_closed(), 10)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+    assert host.seen == []
+
+
+async def test_more_links_than_one_key_may_have_are_refused_with_the_reason(host: Host) -> None:
+    host.slots.peer_share = 1
     async with await host.connect() as link:
-        monkeypatch.setattr("transport.daemon.MAX_CONNECTIONS", 1)
-        with pytest.raises(TransportError):
+        with pytest.raises(TransportError, match=r"has no place left: 1 links are open there.*, and 1 of one key"):
             await host.connect()
+        ensure_key(host.directory / "second")
+        with host.authorized_keys.open("a") as file:
+            file.write((host.directory / "second.pub").read_text())
+        await (await host.connect(identity=host.directory / "second")).close()
         await link.send(b"undisturbed")
         assert await link.receive(10) == b"undisturbed"
-    monkeypatch.undo()
     await (await host.connect()).close()
+
+
+class _Deaf(asyncssh.SSHClientSession[bytes]):
+    """A client that takes what comes and says what it is told to."""
+
+
+async def test_messages_that_nobody_receives_stay_with_their_sender(host: Host) -> None:
+    links: list[Link] = []
+
+    async def never_receive(link: Link, peer: str, rights: frozenset[str]) -> None:
+        links.append(link)
+        await link.wait_closed()
+
+    host.daemon._sessions.handler = never_receive
+    async with _logged_in(host) as connection:
+        channel, _ = await connection.create_session(_Deaf, "migrator agent --stdio", encoding=None)
+        channel.write(encode_preface(MIN_WINDOW))
+        message = encode_frame(Channel.CONTROL, bytes(1000))
+        sent = 0
+        for _ in range(100):
+            for _ in range(200):  # small pieces: each is a packet of its own
+                channel.write(message)
+            sent += 200 * len(message)
+            await asyncio.sleep(0.01)
+        while not links or links[0].counters.wire_received < INBOX // 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        received = links[0].counters.wire_received
+        assert received <= INBOX + (512 << 10) < sent
+        (server,) = host.slots.connections()
+        (theirs,) = server._channels.values()
+        assert theirs._recv_buf == []
+        for _ in range(100):
+            await links[0].receive(20)
+        while links[0].counters.wire_received < sent:
+            await links[0].receive(20)
 
 
 async def test_a_command_that_is_no_agent_is_refused_by_name(host: Host) -> None:
@@ -318,6 +354,18 @@ async def test_a_connection_cut_in_the_middle_of_a_stream_ends_both_sides(host: 
             os.write(feed, b"more")
         os.close(feed)
     proxy.close()
+
+
+def _logged_in(host: Host) -> Any:
+    return asyncssh.connect(
+        "127.0.0.1",
+        host.daemon.port,
+        username="root",
+        client_keys=[str(host.directory / "id")],
+        known_hosts=str(host.known_hosts),
+        config=None,
+        agent_path=None,
+    )
 
 
 async def _proxy(port: int, cut: asyncio.Event) -> asyncio.Server:

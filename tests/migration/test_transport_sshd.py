@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = """
 import asyncio, os, sys
 from migrator.errors import TransportError
-from transport.ssh import stdio_link
+from transport.wire import stdio_link
 
 async def main():
     link = await stdio_link()

@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.model",
         "migrator.protocol",
         "migrator.recovery",
+        "migrator.runtime",
         "migrator.session.serve",
         "transport",
     ),
@@ -65,6 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.model",
         "transport.keys",
     ),
+    "migrator.fleet": ("migrator.api", "migrator.model", "migrator.runtime", "policies", "transport.keys"),
     "transport": (),
     "policies": (),
 }

@@ -1,4 +1,4 @@
-"""Keys, known hosts, targets and rights: the files of OpenSSH, and what they let whom do."""
+"""Keys, known hosts and targets: the files of OpenSSH."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import asyncssh
 import pytest
 
 from migrator.errors import TransportError
-from transport.daemon import RIGHTS, authorize, rights_of
 from transport.keys import ensure_key, fingerprint, known_keys, load_key, pin, public_line
 from transport.ssh import Target, parse_target
 
@@ -95,35 +94,3 @@ def test_a_known_hosts_file_that_cannot_be_understood_is_an_error(tmp_path: Path
     file.write_bytes(b"\xff\xfe nonsense")
     with pytest.raises(TransportError, match="known_hosts"):
         known_keys([file], "host", "", None)
-
-
-@pytest.mark.parametrize(
-    ("options", "rights"),
-    [
-        ({}, RIGHTS),
-        ({"migrator-rights": ["receive"]}, {"receive"}),
-        ({"migrator-rights": ["receive, send"]}, {"receive", "send"}),
-        ({"migrator-rights": ["receive", "observe"]}, {"receive", "observe"}),
-        ({"migrator-rights": "send"}, {"send"}),
-        ({"migrator-rights": ["receive,everything"]}, set()),
-        ({"migrator-rights": [""]}, set()),
-        ({"migrator-rights": True}, set()),
-    ],
-)
-def test_rights_are_what_the_option_says_and_nothing_where_it_errs(
-    options: dict[str, object], rights: set[str]
-) -> None:
-    assert rights_of(options) == rights
-
-
-def test_only_a_listed_key_from_a_listed_address_has_rights(tmp_path: Path) -> None:
-    file = tmp_path / "authorized_keys"
-    key, other = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-    public, stranger = key.convert_to_public(), other.convert_to_public()
-    assert authorize(file, public, "192.0.2.1") == frozenset()
-    file.write_text("# nobody yet\n")
-    assert authorize(file, public, "192.0.2.1") == frozenset()
-    file.write_text(f'migrator-rights="observe",from="192.0.2.0/24" {public_line(key)}\n')
-    assert authorize(file, public, "192.0.2.1") == {"observe"}
-    assert authorize(file, public, "198.51.100.1") == frozenset()
-    assert authorize(file, stranger, "192.0.2.1") == frozenset()

@@ -25,7 +25,8 @@ from transport.frame import (
     encode_preface,
     encode_u64,
 )
-from transport.link import INBOX, Link
+from transport.inbox import INBOX
+from transport.link import Link
 from transport.wire import link_pair, link_pipes, link_socket
 
 Pair = tuple[Link, Link]
@@ -261,7 +262,7 @@ async def test_a_cap_is_honoured_until_it_is_lifted(pair: Pair) -> None:
     assert await reader.all() == sent
 
 
-async def test_what_asks_for_its_turn_waits_for_the_cap_until_it_is_lifted(pair: Pair) -> None:
+async def test_acquiring_bandwidth_waits_for_the_cap_until_it_is_lifted(pair: Pair) -> None:
     here, _ = pair
     assert await here.acquire_bandwidth(1 << 20) < 1  # nothing is capped yet
     here.set_cap(1000.0)
@@ -275,7 +276,7 @@ async def test_what_asks_for_its_turn_waits_for_the_cap_until_it_is_lifted(pair:
     assert await waiting < 1
 
 
-async def test_who_waits_for_its_turn_hears_that_the_link_has_failed(pair: Pair) -> None:
+async def test_acquiring_bandwidth_raises_when_the_link_fails(pair: Pair) -> None:
     here, there = pair
     here.set_cap(1000.0)
     await here.acquire_bandwidth(1 << 20)

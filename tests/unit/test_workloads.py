@@ -22,6 +22,7 @@ CASES: dict[str, tuple[object, ...]] = {
     "fds": (),
     "fp": (),
     "creds": (),
+    "many": ("connections", 20),
     "selfcheckpoint": ("true",),
     "heap.py": (8,),
     "pipeline.sh": (),

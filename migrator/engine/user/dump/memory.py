@@ -103,8 +103,12 @@ class MemoryDump:
             raise CheckpointFailed(
                 f"pid {process.pid} shares its address space with its parent", hint="which is not carried"
             )
-        process.mm_objref = self._mm_objref(process)
+        self.name(process)
         self.instruments.prepare_stopped(process)
+
+    def name(self, process: Process) -> None:
+        """Give the address space of a process its objref, if it has none."""
+        process.mm_objref = self._mm_objref(process)
 
     def send(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
         """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""

@@ -20,11 +20,13 @@ from migrator.engine.user.restore import clocks, spawn
 from migrator.engine.user.restore.backing import Backing
 from migrator.engine.user.restore.mappings import AddressSpace
 from migrator.engine.user.restore.process_tree import StubTree
+from migrator.engine.user.restore.second_look import look_again
 from migrator.engine.user.restore.shm import SharedObjects
 from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.restore.tasks import TaskRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
+from migrator.image.compare import Contents, differences
 from migrator.image.order import Order
 from migrator.image.records import (
     Container,
@@ -52,6 +54,7 @@ _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
+_SHOWN_DIFFERENCES = 12
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
@@ -80,6 +83,7 @@ class UserDestination:
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
+        self._saved = Contents() if options.verify else None
         self.pages = 0
         self._held = self._done = False
 
@@ -130,6 +134,8 @@ class UserDestination:
                 self._order.check(rec)
                 if isinstance(rec, Trailer):
                     break
+                if self._saved is not None:
+                    self._saved.add(rec)
                 self._take(rec)
             self._complete()
         except OSError as error:
@@ -144,6 +150,9 @@ class UserDestination:
             self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
             for stub in self._stub_tree.stubs.values():
                 self._tasks.finish(stub)
+        if self._saved is not None:
+            with self._phase("second look"):
+                self._verify(self._saved)
         with self._phase("hold"):
             self._cgroup.freeze(wait=False)
             for stub in self._stub_tree.stubs.values():
@@ -152,6 +161,20 @@ class UserDestination:
             for pid in self._stopped_groups():
                 os.kill(pid, signal.SIGSTOP)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
+
+    def _verify(self, saved: Contents) -> None:
+        """Save the copy again and compare. Raises RestartFailed with what differs."""
+        assert self._stub_tree is not None
+        stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
+        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied.container = saved.container  # what stands around a container is the sandbox's, made from this
+        found = differences(saved, copied)
+        if found:
+            more = f"; {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
+            raise RestartFailed(
+                f"the copy differs from what was saved: {'; '.join(map(str, found[:_SHOWN_DIFFERENCES]))}{more}",
+                hint="it never ran; please report this with the image",
+            )
 
     def resume(self) -> None:
         """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
@@ -331,8 +354,8 @@ class UserDestination:
         assert stub_tree is not None and tree is not None and self._descriptors is not None
         with self._phase("groups"):
             stub_tree.set_groups(tree)
-            codes = {v: s.task.exit_code for v, s in self._tasks.tasks.items()}
-            stub_tree.make_zombies(codes)
+            states = {v: s.task for v, s in self._tasks.tasks.items()}
+            stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
         with self._phase("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)

@@ -6,6 +6,7 @@ is in the session its parent was born into is made before the parent begins one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -15,12 +16,13 @@ from migrator.engine.user.restore.clocks import Offsets, within
 from migrator.engine.user.restore.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
 from migrator.engine.user.restore.stub import Stub, StubThread, await_birth
 from migrator.errors import RestartFailed
-from migrator.image.records import TaskFlag, TaskPids, Tree
+from migrator.image.records import Task, TaskFlag, TaskPids, Tree
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import pack_calls
 
 NR = arch.NR
+_PR_SET_NAME, _RLIMIT_CORE = 15, 4
 _CLONE_PTRACE, _CLONE_PARENT = 0x2000, 0x8000
 _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | _CLONE_PTRACE
 _SIGCHLD_SET = 1 << (signal.SIGCHLD - 1)
@@ -31,7 +33,7 @@ class StubTree:
 
     def __init__(self, namespaces: int = 0) -> None:
         self.stubs: dict[int, Stub] = {}
-        self.zombies: dict[int, TaskPids] = {}
+        self.zombies: dict[int, Stub] = {}  # to be ended once their groups are set, or ended already
         self._namespaces = namespaces
         self._born_into: dict[int, int] = {}  # session that a stub was born into, by vpid
         self._session: dict[int, int] = {}
@@ -62,15 +64,26 @@ class StubTree:
         return self.root
 
     def apply(self, tree: Tree) -> None:
-        """Make the stubs agree with `tree`: the missing are made, the ended are removed."""
+        """Make the stubs agree with `tree`: the missing are made, the ended are removed.
+
+        A zombie has a stub like any other, which makes its session and group the kernel's own."""
         wanted = {t.pid: t for t in tree.tasks if not t.flags & TaskFlag.THREAD}
-        for vpid in [v for v in self.stubs if v not in wanted or wanted[v].flags & TaskFlag.ZOMBIE]:
-            self._remove(vpid)
+        for vpid in [v for v in self.stubs if v not in wanted]:
+            self._remove(self.stubs.pop(vpid))
+        for vpid in [v for v in self.zombies if v not in wanted or not wanted[v].flags & TaskFlag.ZOMBIE]:
+            self._remove(self.zombies.pop(vpid))
+        for vpid in [v for v in self.stubs if wanted[v].flags & TaskFlag.ZOMBIE]:
+            self._apply_threads(self.stubs[vpid], [])
+            self.zombies[vpid] = self.stubs.pop(vpid)
         if self.root is None or self.root.vpid not in self.stubs:
             raise RestartFailed("the root task ended before the freeze", hint="there is nothing left to migrate")
-        self._raise_subtree(self.root.vpid, wanted)
-        self._orphans(wanted)
-        missing = [v for v, t in wanted.items() if v not in self.stubs and not t.flags & TaskFlag.ZOMBIE]
+        children: dict[int, list[TaskPids]] = {}
+        for task in wanted.values():
+            if not task.flags & TaskFlag.ORPHAN and task.pid != task.ppid:
+                children.setdefault(task.ppid, []).append(task)
+        self._raise_subtree(self.root.vpid, wanted, children)
+        self._orphans(wanted, children)
+        missing = [v for v, t in wanted.items() if not self._has(v) and not t.flags & TaskFlag.ZOMBIE]
         if missing:
             raise RestartFailed(f"pid {missing[0]}: its parent {wanted[missing[0]].ppid} is not in the tree")
         threads: dict[int, list[int]] = {}
@@ -79,16 +92,22 @@ class StubTree:
                 threads.setdefault(task.tgid, []).append(task.pid)
         for vpid, stub in self.stubs.items():
             self._apply_threads(stub, threads.get(vpid, []))
-        self.zombies = {v: t for v, t in wanted.items() if t.flags & TaskFlag.ZOMBIE}
 
-    def _raise_subtree(self, vpid: int, wanted: dict[int, TaskPids]) -> None:
-        task = wanted[vpid]
-        children = [
-            t
-            for t in wanted.values()
-            if t.ppid == vpid and not t.flags & (TaskFlag.ZOMBIE | TaskFlag.ORPHAN) and t.pid != vpid
-        ]
-        new = [t for t in children if t.pid not in self.stubs]
+    def _has(self, vpid: int) -> bool:
+        return vpid in self.stubs or vpid in self.zombies
+
+    def _raise_subtree(self, root: int, wanted: dict[int, TaskPids], children: dict[int, list[TaskPids]]) -> None:
+        """Make all that is missing below `root`. In a list and not by recursion: a chain may be long."""
+        below = [root]
+        while below:
+            vpid = below.pop()
+            if vpid not in self.zombies:
+                self._raise_children(wanted[vpid], children.get(vpid, []))
+                below += [child.pid for child in reversed(children.get(vpid, []))]
+
+    def _raise_children(self, task: TaskPids, children: list[TaskPids]) -> None:
+        vpid = task.pid
+        new = [t for t in children if not self._has(t.pid)]
         session = self._session[vpid]
         own = task.sid == vpid
         # before the parent begins a session of its own
@@ -99,36 +118,40 @@ class StubTree:
             self.stubs[vpid].checked([(NR["setsid"],)], "setsid")
             self._session[vpid] = self._group[vpid] = vpid
         for child in new:
-            if child.pid in self.stubs:
+            if self._has(child.pid):
                 continue
             if child.sid in (child.pid, self._session[vpid]):
                 self._clone(vpid, child)
             else:
                 self._clone_into_session(vpid, child, [c for c in new if c.sid == child.sid])
-        for child in children:
-            self._raise_subtree(child.pid, wanted)
 
-    def _orphans(self, wanted: dict[int, TaskPids]) -> None:
+    def _orphans(self, wanted: dict[int, TaskPids], children: dict[int, list[TaskPids]]) -> None:
         """Processes whose parent is outside of the tree: siblings of the root, children of ours."""
         assert self.root is not None
         for task in wanted.values():
             if task.flags & TaskFlag.ORPHAN and not task.flags & TaskFlag.ZOMBIE:
-                if task.pid not in self.stubs:
+                if not self._has(task.pid):
                     if task.sid in (task.pid, self._session[self.root.vpid]):
                         self._clone(self.root.vpid, task, _CLONE_PARENT)
                     else:
                         self._clone_into_session(self.root.vpid, task, [task], _CLONE_PARENT)
-                self._raise_subtree(task.pid, wanted)
+                self._raise_subtree(task.pid, wanted, children)
 
-    def _clone(self, parent_vpid: int, child: TaskPids, extra: int = 0) -> Stub:
+    def _clone(self, parent_vpid: int, child: TaskPids, extra: int = 0) -> None:
         """Clone `child` inside its parent; it comes stopped and traced."""
-        stub = self._clone_raw(self.stubs[parent_vpid], child.pid, extra)
-        self.stubs[child.pid] = stub
+        self._add(child, self._clone_raw(self.stubs[parent_vpid], child, extra))
         self._session[child.pid] = self._born_into[child.pid] = self._session[parent_vpid]
         self._group[child.pid] = self._group[parent_vpid]
-        return stub
+        if child.flags & TaskFlag.ZOMBIE and child.sid == child.pid:
+            self.zombies[child.pid].checked([(NR["setsid"],)], "setsid")
+            self._session[child.pid] = self._group[child.pid] = child.pid
 
-    def _clone_raw(self, parent: Stub, vpid: int, extra: int = 0, *, channel: bool = True) -> Stub:
+    def _add(self, task: TaskPids, stub: Stub) -> None:
+        (self.zombies if task.flags & TaskFlag.ZOMBIE else self.stubs)[task.pid] = stub
+
+    def _clone_raw(self, parent: Stub, task: TaskPids, extra: int = 0) -> Stub:
+        """One that is to be a zombie, or a helper, is nothing but a pid: it gets no channel."""
+        vpid = task.pid
         base = parent.remote.data
         # a sibling ends with the signal that its maker ends with
         exit_signal = 0 if extra & _CLONE_PARENT else int(signal.SIGCHLD)
@@ -142,7 +165,7 @@ class StubTree:
         pid = self._outer_pid(parent, vpid, bool(extra & _CLONE_PARENT))
         await_birth(pid)
         stub = Stub(pid, vpid, os.pidfd_open(pid))
-        stub.inherit(channel=channel)
+        stub.inherit(channel=not task.flags & TaskFlag.ZOMBIE)
         return stub
 
     def _outer_pid(self, parent: Stub, vpid: int, sibling: bool) -> int:
@@ -157,14 +180,13 @@ class StubTree:
     def _clone_into_session(self, parent_vpid: int, child: TaskPids, siblings: list[TaskPids], extra: int = 0) -> None:
         """A session whose leader has ended: a helper leads it for as long as it takes to clone its members."""
         parent = self.stubs[parent_vpid]
-        helper = self._clone_raw(parent, child.sid, extra, channel=False)
+        helper = self._clone_raw(parent, _helper(child.sid), extra)
         try:
             helper.checked([(NR["setsid"],)], "setsid")
             for member in siblings:
-                if member.pid in self.stubs:
+                if self._has(member.pid):
                     continue
-                stub = self._clone_raw(helper, member.pid, _CLONE_PARENT)
-                self.stubs[member.pid] = stub
+                self._add(member, self._clone_raw(helper, member, _CLONE_PARENT))
                 self._session[member.pid] = self._born_into[member.pid] = child.sid
                 self._group[member.pid] = child.sid
         finally:
@@ -230,8 +252,7 @@ class StubTree:
 
     # ------------------------------------------------------------------ endings
 
-    def _remove(self, vpid: int) -> None:
-        stub = self.stubs.pop(vpid)
+    def _remove(self, stub: Stub) -> None:
         stub.close()
         os.kill(stub.pid, signal.SIGKILL)
         for thread in reversed(list(stub.threads.values())):
@@ -241,22 +262,21 @@ class StubTree:
             except ChildProcessError:
                 continue
         for other in self.stubs.values():  # its parent reaps it; others have no such child
-            other.call_batch([(NR["wait4"], vpid, 0, 1, 0)])
+            other.call_batch([(NR["wait4"], stub.vpid, 0, 1, 0)])
             self._forget_sigchld(other)
 
     def set_groups(self, tree: Tree) -> None:
         """Process groups, once all processes are there."""
-        tasks = [t for t in tree.tasks if t.pid in self.stubs and not t.flags & TaskFlag.THREAD]
+        tasks = [t for t in tree.tasks if self._has(t.pid) and not t.flags & TaskFlag.THREAD]
         for task in tasks:
             if task.pgid == task.pid and self._group[task.pid] != task.pid:
                 self._set_group(task.pid, task.pid)
         for task in tasks:
-            if self._group[task.pid] == task.pgid:
+            if task.pgid in (0, self._group[task.pid]):
                 continue
-            leader = self.stubs.get(task.pgid)
-            if leader is not None and self._group[task.pgid] == task.pgid:
+            if task.pgid in self._group and self._has(task.pgid) and self._group[task.pgid] == task.pgid:
                 self._set_group(task.pid, task.pgid)
-            elif task.pgid in self.zombies or self._known_outside(task):
+            elif self._known_outside(task):
                 continue
             else:
                 self._group_of_ended(task, [t for t in tasks if t.pgid == task.pgid])
@@ -267,12 +287,14 @@ class StubTree:
         return self._group[task.pid] == -1 and task.sid in (self._outside, self.root.vpid)
 
     def _set_group(self, vpid: int, pgid: int) -> None:
-        self.stubs[vpid].checked([(NR["setpgid"], 0, pgid)], f"setpgid to {pgid}")
+        stub = self.stubs.get(vpid) or self.zombies[vpid]
+        stub.checked([(NR["setpgid"], 0, pgid)], f"setpgid to {pgid}")
         self._group[vpid] = pgid
 
     def _group_of_ended(self, task: TaskPids, members: list[TaskPids]) -> None:
-        parent = self.stubs[task.pid]
-        helper = self._clone_raw(parent, task.pgid, channel=False)
+        # a zombie is asked as well: as its parent it would have to be there for longer
+        parent = self.stubs.get(task.pid) or self.zombies[task.pid]
+        helper = self._clone_raw(parent, _helper(task.pgid))
         try:
             helper.checked([(NR["setpgid"], 0, 0)], "setpgid")
             for member in members:
@@ -280,36 +302,39 @@ class StubTree:
         finally:
             self._end_helper(parent, helper, reap=True)
 
-    def make_zombies(self, exit_codes: dict[int, int]) -> None:
-        """Clone the processes that have ended and wait for their parents, and end them the same way."""
-        for vpid, task in self.zombies.items():
-            parent = self.stubs.get(task.ppid)
+    def make_zombies(self, tasks: dict[int, Task], parents: dict[int, int]) -> None:
+        """End those that are to be zombies as they ended: `tasks` has their names and exit codes."""
+        for vpid, stub in self.zombies.items():
+            parent, task = self.stubs.get(parents[vpid]), tasks[vpid]
             if parent is None:
-                continue
-            stub = self._clone_raw(parent, vpid, channel=False)
-            code = exit_codes.get(vpid, 0)
-            stub.close()
+                raise RestartFailed(f"pid {vpid} has ended, and its parent {parents[vpid]} is not in the tree")
+            code, name = task.exit_code, stub.put(task.comm.encode("utf-8", "surrogateescape")[:15].ljust(32, b"\0"))
+            no_core = name + 16
+            stub.checked(
+                [(NR["prctl"], _PR_SET_NAME, name, 0, 0, 0), (NR["prlimit64"], 0, _RLIMIT_CORE, no_core, 0)],
+                "naming a zombie",
+            )
             if code & 0x7F:
-                os.kill(stub.pid, code & 0x7F)
-                ptrace.cont(stub.pid, 0)
+                _die_by(stub, code & 0x7F)
             else:
                 regs = arch.get_regs(stub.pid)
                 call = pack_calls([(NR["exit_group"], code >> 8 & 0xFF)])
                 memory.write(stub.pid, stub.remote.table, call)
                 arch.start_batch(stub.pid, regs, stub.remote.scratch, stub.remote.table, 1, int(signal.SIGURG), 0)
                 ptrace.cont(stub.pid)
-            while ptrace.is_stop(status := os.waitpid(stub.pid, ptrace.WALL)[1]):
-                ptrace.cont(stub.pid, ptrace.stop_signal(status) if code & 0x7F else 0)
+                while ptrace.is_stop(ptrace.wait(stub.pid)):
+                    ptrace.cont(stub.pid)
             self._forget_sigchld(parent)
 
     def kill(self) -> None:
         """Discard: kill everything and reap it."""
-        for stub in reversed(list(self.stubs.values())):
+        every = [*self.stubs.values(), *self.zombies.values()]
+        for stub in reversed(every):
             try:
                 os.kill(stub.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        left = {tid for stub in self.stubs.values() for tid in (stub.pid, *(t.tid for t in stub.threads.values()))}
+        left = {tid for stub in every for tid in (stub.pid, *(t.tid for t in stub.threads.values()))}
         # In no fixed order: the last thread of the init of a pid namespace does not end before all others have been
         # collected (zap_pid_ns_processes()), and any of them may be that one.
         while left:
@@ -320,9 +345,26 @@ class StubTree:
         self.close()
 
     def close(self) -> None:
-        for stub in self.stubs.values():
+        for stub in (*self.stubs.values(), *self.zombies.values()):
             stub.close()
         self.stubs.clear()
+        self.zombies.clear()
+
+
+def _helper(pid: int) -> TaskPids:
+    """A process that is there for a moment, to lead a session or group whose leader has ended."""
+    return TaskPids(pid, pid, 0, 0, 0, int(TaskFlag.ZOMBIE))
+
+
+def _die_by(stub: Stub, signum: int) -> None:
+    """Have a stub killed by a signal. Its actions are the default ones; its mask has blocked nearly all."""
+    ptrace.set_sigmask(stub.pid, 0)
+    os.kill(stub.pid, signum)
+    with contextlib.suppress(ProcessLookupError):  # SIGKILL does not wait
+        ptrace.cont(stub.pid)
+    while ptrace.is_stop(status := ptrace.wait(stub.pid)):
+        got = ptrace.stop_signal(status)
+        ptrace.cont(stub.pid, got if got == signum and not ptrace.stop_event(status) else 0)
 
 
 def _collected(tid: int) -> bool:

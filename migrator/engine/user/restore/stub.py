@@ -60,10 +60,13 @@ class Stub:
         with remote.borrowed():
             remote.map_scratch(SCRATCH_SIZE, SCRATCH_ADDRESS, reserved=PREPARED_SIZE)
             calls: list[Call] = [(NR["munmap"], STUB_ADDRESS, 4096)]
+            default = remote.put(bytes(32))
             for vma in procfs.maps(self.pid):
                 if vma.path == "[stack]":
                     calls.append((NR["munmap"], vma.start, vma.end - vma.start))
             remote.checked(calls)
+            # what its maker ignores it would ignore as well, as Python does SIGPIPE
+            remote.batch([(NR["rt_sigaction"], n, default, 0, 8) for n in range(1, 65)])
         self.open_up()
 
     def inherit(self, *, channel: bool = True) -> None:

@@ -1,0 +1,49 @@
+"""Both stores, for one suite: what one promises, the other does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.fleet.store import Store, open_store
+from migrator.testing.etcd import EtcdCluster
+
+Opener = Callable[[], Awaitable[Store]]
+
+
+@pytest.fixture(scope="session")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    """One member, for all tests that break nothing."""
+    with EtcdCluster(tmp_path_factory.mktemp("etcd"), members=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "etcd"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store that is empty."""
+    if request.param == "sqlite":
+        return f"sqlite:{tmp_path}/fleet.db"
+    cluster: EtcdCluster = request.getfixturevalue("etcd")
+    return f"{cluster.url}?prefix={tmp_path.name}"
+
+
+@pytest.fixture
+async def opener(store_url: str) -> AsyncIterator[Opener]:
+    """Opens the same store again, as another program would."""
+    opened = []
+
+    async def again() -> Store:
+        store = await open_store(store_url)
+        opened.append(store)
+        return store
+
+    yield again
+    for store in opened:
+        await store.close()
+
+
+@pytest.fixture
+async def store(opener: Opener) -> Store:
+    return await opener()
