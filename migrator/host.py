@@ -16,7 +16,7 @@ from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
-from migrator.engine.base import Destination, DestinationOptions, Engine
+from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
 from migrator.errors import Refused
 from migrator.linux import procfs
@@ -69,6 +69,13 @@ class SandboxMaker:
 
 class HostHooks:
     """See `migrator.recovery.hooks.RecoveryHooks`."""
+
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        """The locks of a copy that is to run; what somebody else has, one text each."""
+        if not header.locks or open_group(header.cgroup) is None:
+            return []
+        locks = [LateLock(*lock) for lock in header.locks]
+        return [str(lock) for lock in select().engine.take_locks(header.cgroup, locks, seconds)]
 
     def reopen(self, header: JournalHeader) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
@@ -153,7 +160,7 @@ def _ended(pid: int) -> bool:
 
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
     maker = SandboxMaker(bridge)
-    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}")
+    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
     cgroup = options.cgroup_name
     if proposal.container:
         spec = ContainerSpec.from_json(proposal.container_spec)

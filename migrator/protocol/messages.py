@@ -154,10 +154,12 @@ class Commit(Message, tag="commit", frozen=True):
 
 
 class Running(Message, tag="running", frozen=True):
-    """destination: decided, the copy runs."""
+    """destination: decided, the copy runs; or `waits` until the source copy has given up its locks, and is said again
+    once it runs."""
 
     migration: Id
-    resumed_at: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination; 0 if that is not known any more
+    resumed_at: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination; 0 if that is not known
+    waits: bool = False
 
 
 class Discarded(Message, tag="discarded", frozen=True):

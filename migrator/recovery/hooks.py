@@ -25,7 +25,11 @@ Groups = Callable[[str], HoldGroup | None]  # path or name of a cgroup -> it, No
 
 
 class RecoveryHooks(Protocol):
-    """Called for tasks whose agent died. Both do nothing where nothing is left to do, and may be called twice."""
+    """What a decision asks for besides thawing and killing. All do nothing where nothing is left to do, and may be
+    called twice."""
+
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        """Take the locks of a copy that is to run, waiting at most so long; what is not had yet, one text each."""
 
     def reopen(self, header: JournalHeader) -> None:
         """Its tasks are about to run here: restore their network, connections and files."""
@@ -36,6 +40,9 @@ class RecoveryHooks(Protocol):
 
 class NoHooks:
     """For tasks that have nothing besides their cgroup."""
+
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        return []
 
     def reopen(self, header: JournalHeader) -> None:
         pass

@@ -63,6 +63,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     boot_id:   of the kernel; after a reboot there are no tasks
     origins:   (pid, directory of the cgroup that it came from), the root first; none for a container
     moves:     of files, which resuming does: see `migrator.engine.base.Destination`
+    locks:     that the copy must have before it runs: the fields of `migrator.engine.base.LateLock`
     """
 
     migration: str
@@ -76,6 +77,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     started_at: float = 0.0  # seconds since the epoch
     origins: list[tuple[int, str]] = msgspec.field(default_factory=list, name="homes")  # so on disk since 0.1
     moves: list[tuple[str, str, str, str]] = []
+    locks: list[tuple[int, int, int, int, int, int, str]] = []
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -38,6 +38,8 @@ from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, for
 
 log = logging.getLogger("migrator.recovery")
 
+_LOCK_SECONDS = 0.05
+
 # Asks the destination of a migration for its decision; raises TransportError where it cannot be reached.
 AskPeer = Callable[[JournalHeader], Awaitable[Recorded]]
 
@@ -111,7 +113,13 @@ def settle_destination(journal: Journal, tools: Tools, *, reason: str = "") -> R
     if (step := DESTINATION_RECOVERY.get(journal.state)) is not None:
         machine.follow(step)
     for action in machine:
-        if (decided := _act_for_destination(action, journal, tools, reason)) is not None:
+        if action is DestinationAction.TAKE_LOCKS:
+            if waits := waiting_locks(journal.header, tools):
+                log.debug("migration %s: the copy stays frozen until it has %s", journal.header.migration, waits)
+                break  # it is decided all the same, and whoever settles next goes on
+            if machine.state is DestinationState.LOCKING:
+                machine.take(DestinationEvent.LOCKED)
+        elif (decided := _act_for_destination(action, journal, tools, reason)) is not None:
             machine.take(decided)
     assert journal.decision is not None
     return journal.decision
@@ -123,8 +131,9 @@ def _act_for_destination(
     a = DestinationAction
     if action is a.DECIDE_DISCARDED:
         why = reason or "the agent that built the copy ended before it was to run"
-        running = journal.decide(Recorded.DISCARDED, reason=why) is Recorded.RUNNING
-        return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
+        if journal.decide(Recorded.DISCARDED, reason=why) is Recorded.DISCARDED:
+            return DestinationEvent.DECIDED_DISCARDED
+        return DestinationEvent.DECIDED_LOCKING if journal.header.locks else DestinationEvent.DECIDED_RUNNING
     if action is a.RESUME:
         if not thaw(journal.header, tools):
             log.warning("migration %s: the copy that was to run is gone", journal.header.migration)
@@ -136,6 +145,13 @@ def _act_for_destination(
         journal.record(Recorded.CLOSED)
     # There is no link to send on: a source that needs the answer asks for it.
     return None
+
+
+def waiting_locks(header: JournalHeader, tools: Tools, seconds: float = _LOCK_SECONDS) -> str:
+    """Take the locks of a copy that is to run; "" once it has them all, else what it waits for."""
+    if not same_boot(header):
+        return ""
+    return ", ".join(tools.hooks.take_locks(header, seconds))
 
 
 async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
@@ -216,6 +232,9 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
                     running = decided is Recorded.RUNNING
                     fate = Fate.DESTINATION if running else Fate.SOURCE
                     detail = "the copy runs here" if running else "the copy here was discarded"
+                    if running and not journal.settled:
+                        fate = Fate.FROZEN
+                        detail = "the copy is to run here; files that it has locked are still locked by the source"
                 else:
                     fate = await settle_source(journal, tools, ask)
                     # without a peer it was no migration: saved by `checkpoint --kill`

@@ -12,21 +12,25 @@ import os
 import time
 from collections.abc import Callable
 
-from migrator.engine.base import Destination, Move, Phase
+from migrator.engine.base import Destination, LateLock, Move, Phase
 from migrator.errors import MigratorError
 from migrator.protocol import messages as m
 from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import JournalHeader
-from migrator.recovery.settle import kill, thaw
+from migrator.recovery.settle import kill, thaw, waiting_locks
 from migrator.runtime.fault_points import fault
 from migrator.runtime.latency import LatencyGuard, yield_processor
 from migrator.runtime.pump import Pump
 from migrator.runtime.thread import OwnThread
 from migrator.session.arrival import Arrival
 from migrator.session.interfaces import Link
+from migrator.session.phases import PhaseLog
 from migrator.session.settings import Prepared
 
 log = logging.getLogger("migrator.session")
+
+_LOCK_SECONDS = 0.2  # of one attempt
+_PATIENCE = 2.0  # seconds after which it is logged what the copy waits for
 
 
 class CopyThread:
@@ -40,6 +44,7 @@ class CopyThread:
         self.thread = OwnThread("engine")
         self.network = Arrival(link)
         self.guard = LatencyGuard()
+        self.log = PhaseLog()
         self.prepared: Prepared | None = None
         self.pid = 0
         self.resumed_at = 0  # ns of CLOCK_MONOTONIC
@@ -118,8 +123,19 @@ class CopyThread:
 
     # Once it is decided
 
+    async def take_locks(self, header: JournalHeader) -> None:
+        """Wait until the copy has the locks of `header`, which the source's has until it is killed. Raises OSError,
+        MigratorError where that is not possible; the copy stays frozen then."""
+        said, begun = False, time.monotonic()
+        with self.log.phase("locks"):
+            while waits := await self.thread.run(waiting_locks, header, self._tools, _LOCK_SECONDS):
+                if not said and time.monotonic() - begun > _PATIENCE:
+                    log.warning("%s: the copy stays frozen until it has %s", header.migration, waits)
+                    said = True
+
     async def resume(self, header: JournalHeader) -> None:
         """Let the copy run: by the engine, or where that fails by the cgroup of `header`."""
+        fault("destination.locked")
         loop = asyncio.get_running_loop()
         if self.network.prepared:  # what is left to do takes less time than a thread costs
             self._resume(header, loop)
@@ -167,9 +183,14 @@ class CopyThread:
         return self._engine.moves if self._engine is not None else []
 
     @property
+    def late_locks(self) -> list[LateLock]:
+        """See `migrator.engine.base.Destination`."""
+        return self._engine.late_locks if self._engine is not None else []
+
+    @property
     def phases(self) -> list[Phase]:
         """Of network and engine."""
-        return [*self.network.phases, *(self._engine.phases if self._engine is not None else [])]
+        return [*self.network.phases, *self.log.phases, *(self._engine.phases if self._engine is not None else [])]
 
     async def close(self) -> None:
         """Close what is open. Leaves the copy as it is."""

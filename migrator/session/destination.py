@@ -137,6 +137,9 @@ class DestinationSession:
         s, e = DestinationState, DestinationEvent
         if self.state in (s.DISCARDED, s.ENDED):
             self._finished = True
+        elif self.state is s.LOCKING:
+            # The source asks over another link; whoever answers takes the locks then.
+            self._finished = event in (e.LINK_LOST, e.CANCEL, e.FAILED)
         elif self.state is s.RUNNING:
             self._finished = self._finished or event in (e.DONE, e.LINK_LOST, e.CANCEL, e.FAILED)
 
@@ -151,6 +154,7 @@ class DestinationSession:
             a.SEND_READY: self._send_ready,
             a.DECIDE_RUNNING: self._decide_running,
             a.DECIDE_DISCARDED: self._decide_discarded,
+            a.TAKE_LOCKS: self._begin_locking,
             a.RESUME: self._resume,
             a.DISCARD: self._discard,
             a.SEND_RUNNING: self._send_running,
@@ -230,9 +234,16 @@ class DestinationSession:
 
     def _decide(self, wish: Recorded, reason: str) -> DestinationEvent:
         with self._log.phase("journal"):
-            decided = self._journal.decide(wish, reason, self._copy.moves)
+            decided = self._journal.decide(wish, reason, self._copy.moves, self._copy.late_locks)
         fault("destination.decided")
         return decided
+
+    async def _begin_locking(self) -> None:
+        self._driver.spawn(self._guarded(self._take_locks()))
+
+    async def _take_locks(self) -> None:
+        await self._copy.take_locks(self._journal.header)
+        self._driver.post(DestinationEvent.LOCKED)
 
     async def _resume(self) -> None:
         await self._copy.resume(self._journal.header)
@@ -243,6 +254,9 @@ class DestinationSession:
     async def _send_running(self) -> None:
         """Send RUNNING first; close descriptors afterwards. But the copy waits for the closing, so that does not
         wait for a link that takes no message."""
+        if self.state is DestinationState.LOCKING:
+            await self._send(m.Running(self._migration, waits=True))
+            return
         telling = asyncio.ensure_future(self._send(m.Running(self._migration, self._copy.resumed_at)))
         await asyncio.wait([telling], timeout=_TELL_SECONDS)
         if not telling.done():
@@ -359,20 +373,23 @@ class DestinationSession:
     def _result(self) -> model.MigrationResult:
         done = self._done or m.Done(self._migration)
         there, why, pid = self.settings.host.host, str(self._error or ""), self._copy.pid
-        result = arrived(self._proposal, there, done, running=self.state is DestinationState.RUNNING, why=why, pid=pid)
+        result = arrived(self._proposal, there, done, running=self.state in _DECIDED, why=why, pid=pid)
         total = (time.monotonic_ns() - self._began) / 1e9
         return msgspec.structs.replace(result, total=total, rounds=self._rounds, rtt=self._link.rtt)
 
     async def _close(self) -> None:
-        kept = self.state is DestinationState.RUNNING
+        kept = self.state in _DECIDED
         self._copy.guard.leave()
         await self._copy.stop()
+        if self.state is DestinationState.LOCKING:
+            await self._copy.tidy()  # a file that we have open as well would stay locked for as long
         for left in await self._admission.close(kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         await self._copy.close()
         self._journal.close()
 
 
+_DECIDED = (DestinationState.LOCKING, DestinationState.RUNNING)
 _TOLERATED = frozenset(
     {
         DestinationAction.SEND_RUNNING,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from migrator.engine.base import Move
+from migrator.engine.base import LateLock, Move
 from migrator.errors import MigrationAborted
 from migrator.protocol.states import DestinationEvent, Recorded
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
@@ -80,18 +80,20 @@ class DestinationJournal:
         except FileExistsError:
             raise MigrationAborted(f"migration {self._about.migration} is already known here") from None
 
-    def decide(self, wish: Recorded, reason: str, moves: list[Move]) -> DestinationEvent:
-        """Decide RUNNING or DISCARDED, unless that is done already; what counts is returned, durable. `moves` are
-        for an agent that resumes the copy in our place. Raises JournalError: then nothing is decided."""
+    def decide(self, wish: Recorded, reason: str, moves: list[Move], locks: list[LateLock]) -> DestinationEvent:
+        """Decide RUNNING or DISCARDED, unless that is done already; what counts is returned, durable. `moves` and
+        `locks` are for an agent that resumes the copy in our place. Raises JournalError: then nothing is decided."""
         if self._journal is None:  # asked about a migration that was never begun here
             self._journal = Journal.create(self._directory, self._about)
             wish = Recorded.DISCARDED
         known = None
-        if wish is Recorded.RUNNING and moves:
-            known = msgspec.structs.replace(self._journal.header, moves=moves)
+        if wish is Recorded.RUNNING and (moves or locks):
+            taken = [tuple(lock) for lock in locks]
+            known = msgspec.structs.replace(self._journal.header, moves=moves, locks=taken)
         decided = self._journal.decide(wish, reason=reason, header=known)
-        running = decided is Recorded.RUNNING
-        return DestinationEvent.DECIDED_RUNNING if running else DestinationEvent.DECIDED_DISCARDED
+        if decided is Recorded.DISCARDED:
+            return DestinationEvent.DECIDED_DISCARDED
+        return DestinationEvent.DECIDED_LOCKING if self.header.locks else DestinationEvent.DECIDED_RUNNING
 
     def record(self, state: Recorded) -> None:
         """Raises JournalError."""

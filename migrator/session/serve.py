@@ -22,6 +22,8 @@ from migrator.session.destination import DestinationSession
 from migrator.session.interfaces import Link
 from migrator.session.settings import DestinationSettings
 
+_LOCK_SECONDS = 10.0
+
 log = logging.getLogger("migrator.session")
 
 
@@ -31,6 +33,7 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
     Returns when the link is done with; raises nothing for what the peer does. Unfinished journals must have
     been settled before (`settle.settle_all`).
     """
+    told: list[str] = []  # migrations whose copy is to run, as we have said
     try:
         await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
         while True:
@@ -47,6 +50,8 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
             elif isinstance(message, m.Ask | m.Commit):
                 reply = await asyncio.to_thread(answer, settings.journal, message.migration, settings.tools)
                 await link.send(m.encode(reply))
+                if isinstance(reply, m.Running):
+                    told.append(message.migration)
             elif isinstance(message, m.Done):
                 await asyncio.to_thread(_done, settings, message.migration)
             elif isinstance(message, m.Query) and settings.query is not None:
@@ -60,6 +65,22 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
         with contextlib.suppress(MigratorError, OSError):
             hint = error.hint if isinstance(error, MigratorError) else ""
             await link.send(m.encode(m.Failure(m.text(error), m.text(hint))))
+    finally:
+        for migration in told:
+            await asyncio.to_thread(_finish, settings, migration)
+
+
+def _finish(settings: DestinationSettings, migration: str) -> None:
+    """A source that has just been told that the copy is to run gives up the locks that the copy waits for."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while time.monotonic() < end:
+        journal = Journal.find(settings.journal, migration, Role.DESTINATION)
+        if journal is None:
+            return
+        with journal:
+            if journal.settled or not journal.try_lock() or journal.settled:
+                return  # done, or another attends to it
+            settle_destination(journal, settings.tools)
 
 
 def _done(settings: DestinationSettings, migration: str) -> None:

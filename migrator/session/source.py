@@ -43,6 +43,7 @@ from migrator.session.workload import WorkloadThread
 
 log = logging.getLogger("migrator.session")
 
+_RESUME_SECONDS = 5.0  # for a copy that has to get its locks first
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 
 
@@ -85,6 +86,7 @@ class SourceSession:
         self._file_bytes = 0  # sent
         self._arrived = asyncio.Event()
         self._running: m.Running | None = None
+        self._resumed = asyncio.Event()
         self._told: m.DestinationReport | None = None
         self._was_told = asyncio.Event()
         self._began = 0
@@ -254,6 +256,11 @@ class SourceSession:
 
     async def _release(self) -> None:
         workload, link = self._workload, self._peer.link
+        if not self._resumed.is_set():  # it may wait for locks that our copy still has
+            await workload.release()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RESUME_SECONDS):
+                    await self._resumed.wait()
         self._arrived.set()
         workload.end_switchover()
         self._precopy.told_late(self._tell)
@@ -261,6 +268,7 @@ class SourceSession:
             await self._forwarding
         with self._log.phase("release"):
             await workload.release()
+            await workload.release_network()
         fault("source.released")
         if workload.orphans:
             with self._log.phase("orphaned connections"), contextlib.suppress(MigratorError, OSError):
@@ -299,6 +307,7 @@ class SourceSession:
     # Messages
 
     def _broken(self, error: BaseException) -> None:
+        self._resumed.set()  # nothing more will be heard of it
         wrong = isinstance(error, m.MessageError)
         self._post(SourceEvent.PROTOCOL_ERROR if wrong else SourceEvent.LINK_LOST, error)
 
@@ -353,7 +362,10 @@ class SourceSession:
         self._proposal.files.heard(message)
 
     def _heard_running(self, message: m.Running) -> None:
-        self._running = self._running or message
+        if self._running is None or self._running.waits:
+            self._running = message
+        if not message.waits:
+            self._resumed.set()
         self._post(SourceEvent.RUNNING)
 
     def _heard_report(self, message: m.DestinationReport) -> None:

@@ -60,6 +60,7 @@ class WorkloadThread:
         self.rounds: list[Round] = []
         self.log = PhaseLog()  # our own phases, beside those of the engine
         self.frozen_at = 0
+        self._released = False
         self._in_place = 0  # the last round that the destination has in place
         self._placed = asyncio.Event()
         self.ahead: Round | None = None  # a last one, of which no word was awaited
@@ -294,8 +295,13 @@ class WorkloadThread:
         self._guard.leave()
 
     async def release(self) -> None:
-        """Kill the source copy: the destination's runs. The network stays for orphaned connections."""
-        await self.thread.run(self._source.release)
+        """Kill the source copy: it was decided that the destination's runs. May be called twice."""
+        if not self._released:
+            await self.thread.run(self._source.release)
+            self._released = True
+
+    async def release_network(self) -> None:
+        """After release(): the network of the source copy stays for what is left of it, or goes."""
         if self.network is not None:
             await self.thread.run(self.network.set_aside if self.orphans else self.network.release)
 

@@ -73,7 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # These call the API by its public names, as other programs do: `import migrator`.
 CALLERS = ("migrator.cli", "migrator.agent", "migrator.fleet", "migrator.testing")
 # Pure layers: bytes and values in, bytes and values out.
-NO_IO = ("migrator.image",)
+NO_IO = ("migrator.image", "policies")
 IO_MODULES = {"asyncio", "socket", "subprocess", "threading", "mmap", "ctypes", "fcntl", "select"}
 
 

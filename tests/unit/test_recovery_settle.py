@@ -34,6 +34,9 @@ class Host:
         self.answer: Recorded | None = None
         self.tools = Tools(self.world.groups(role.value), self)
 
+    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+        return []
+
     def reopen(self, facts: JournalHeader) -> None:
         self.reopened.append(facts.container)
 

@@ -19,7 +19,7 @@ from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Tra
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.memory import MemoryDump
-from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
@@ -251,12 +251,12 @@ class UserSource:
             for process in living:
                 self._memory.send(process, final=True)
         with self._phase("parasite"):
-            replies, others, timers = {}, {}, {}
+            others = {}
+            timers = {process.pid: list_timers(process) for process in living}
+            replies = ask_all(living, timers)
             for process in living:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
-                assert parasite is not None and leader.regs is not None
-                timers[pid] = list_timers(process)
-                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
@@ -455,7 +455,9 @@ class UserSource:
 def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
-            select.select([pidfd], [], [], 5.0)
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(5000)
 
 
 @contextmanager
