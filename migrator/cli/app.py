@@ -24,13 +24,14 @@ def make(*, local: bool = False) -> typer.Typer:
     app.command(no_args_is_help=True)(containers.stop)
     app.command(no_args_is_help=True)(containers.thaw)
     if not local:
-        from migrator.cli import agent, balance, controller, drain, fleet, migrate, rule
+        from migrator.cli import agent, balance, controller, drain, fleet, init, migrate, rule
 
         app.command(no_args_is_help=True)(migrate.migrate)
         app.command(no_args_is_help=True)(migrate.check)
         app.command()(agent.agent)
         app.command()(agent.settle)
         app.command()(agent.keygen)
+        app.command(no_args_is_help=True)(init.init)
         app.command(no_args_is_help=True)(fleet.join)
         app.command(no_args_is_help=True)(fleet.leave)
         app.command()(fleet.hosts)

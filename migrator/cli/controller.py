@@ -23,6 +23,7 @@ def controller(
     ttl: Annotated[
         float, typer.Option(min=2.0, max=300.0, help="Seconds after its death until another may lead.")
     ] = 10.0,
+    metrics: Annotated[str, typer.Option(metavar="ADDRESS:PORT", help='For Prometheus; "" for none.')] = "",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
     store: StoreUrl = "",
 ) -> None:
@@ -32,6 +33,7 @@ def controller(
     """
     log_to_stderr(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(name)s %(message)s")
     with reported():
-        asyncio.run(
-            run_controller(ControllerSettings(name or f"{os.uname().nodename}:{os.getpid()}", login, store, ttl))
+        settings = ControllerSettings(
+            name=name or f"{os.uname().nodename}:{os.getpid()}", login=login, store=store, ttl=ttl, metrics=metrics
         )
+        asyncio.run(run_controller(settings))

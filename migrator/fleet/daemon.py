@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass
 
 from migrator.fleet.controller import LEAD_TTL, Controller
+from migrator.fleet.controller_metrics import ControllerMetrics
 from migrator.fleet.membership import opened
 from migrator.host import Login
 from migrator.runtime.service import notify, watchdog
@@ -38,7 +39,17 @@ async def run_controller(settings: ControllerSettings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(watchdog())
         fleet = await stack.enter_async_context(opened(settings.store, settings.login))
-        controller = Controller(fleet, name=settings.name, ttl=settings.ttl)
+        metrics = ControllerMetrics()
+        if settings.metrics:
+            metrics.serve(settings.metrics)
+        controller = Controller(
+            fleet,
+            name=settings.name,
+            ttl=settings.ttl,
+            on_round=metrics.observe,
+            finished=metrics.finished,
+            deposed=metrics.follows,
+        )
         running = asyncio.create_task(controller.run())
         stopping = asyncio.create_task(stop.wait())
         notify("READY=1")
