@@ -12,6 +12,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
@@ -19,7 +21,7 @@ from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
 from migrator.errors import Refused
-from migrator.linux import procfs
+from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
@@ -119,7 +121,16 @@ def new_migration() -> str:
 
 def facts(choice: Choice) -> HostFacts:
     """The facts of this host for a preflight. Takes some milliseconds."""
-    return collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    found = collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    status = confinement.own_status()
+    return structs.replace(
+        found, cap_bounding=confinement.bounding(status), confined=" and ".join(confinement.inherited(status))
+    )
+
+
+def give_up_capabilities() -> None:
+    """Take from this program what an agent has no use for; its copies have it all the same. Before any thread."""
+    confinement.give_up()
 
 
 def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
