@@ -115,6 +115,7 @@ class Survey:
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
+    cap_bounding: what any of its tasks has in its capability bounding set
     notes: (what it is about, what will not be quite the same on the destination)
     """
 
@@ -128,6 +129,7 @@ class Survey:
     tcp_connections: int
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    cap_bounding: int = 0
 
 
 @dataclass(frozen=True)
