@@ -34,13 +34,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `imbalance`: the cluster's, above which it is balanced. `excess`: how far above the mean a host's utilisation makes
     it hot. Either must hold for `hold` observations. `margin`: by how much a move's gain must exceed its price.
-    `cooldown`: seconds for which a moved workload stays. `bytes_per_hour`: what balancing may send on average.
+    `thrift`: how much cost weighs against gain; twice as much means fewer moves. `cooldown`: seconds for which a moved
+    workload stays. `bytes_per_hour`: what balancing may send on average.
     """
 
     imbalance: float = 0.05
     excess: float = 0.15
     hold: int = 3
     margin: float = 0.25
+    thrift: float = 1.0
     cooldown: float = 3600.0
     max_risk: float = 0.6
     bytes_per_hour: float | None = None
@@ -188,7 +190,8 @@ class _Balance:
             costs.append(cost)
         if sum(cost.bytes for cost in costs) > self.credit:
             return None
-        return _Choice(unit, target, gain, sum(self.settings.prices.of(cost) for cost in costs), tuple(costs))
+        price = self.settings.thrift * sum(self.settings.prices.of(cost) for cost in costs)
+        return _Choice(unit, target, gain, price, tuple(costs))
 
     def _movable(self, unit: Unit) -> bool:
         return not unit.kept and all(
@@ -202,7 +205,7 @@ class _Balance:
         if not self.waves.open(ledger.hosts[source].name):
             return None
         best: _Choice | None = None
-        least = (1 + settings.margin) * settings.prices.move
+        least = (1 + settings.margin) * settings.thrift * settings.prices.move
         for unit in ledger.units_on[source]:
             if not self._movable(unit):
                 continue
