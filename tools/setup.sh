@@ -29,6 +29,7 @@ needs=(
 	promtool:prometheus
 	prometheus-node-exporter:prometheus-node-exporter
 	ansible-playbook:ansible-core
+	chromium:chromium
 )
 
 missing=()

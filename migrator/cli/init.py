@@ -25,9 +25,7 @@ def init(
     key: Annotated[Path, typer.Option(metavar="FILE", help="The controller's key; made if missing.")] = _KEY,
     ca: Annotated[
         Path | None,
-        typer.Option(
-            "--ca", metavar="FILE", help="A fleet CA, made if missing: host keys get certificates."
-        ),
+        typer.Option("--ca", metavar="FILE", help="A fleet CA, made if missing: host keys get certificates."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the agents.")] = enrol.AGENT_PORT,
     source: Annotated[
