@@ -17,7 +17,7 @@ from migrator.engine.select import select
 from migrator.errors import Fate, MigratorError, Refused
 from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.session.preflight import PreflightReport
-from migrator.session.report import SourceSettings
+from migrator.session.settings import SourceSettings
 from migrator.session.source import SourceSession
 
 
