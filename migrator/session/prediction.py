@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from migrator.engine.base import Work
+from migrator.engine.base import Survey, Work
 
 _NAME = "costs.json"
 _MOST = 200  # destinations that are remembered
@@ -92,6 +92,13 @@ def latest(max_downtime: float) -> float:
     return max_downtime + max(TOLERANCE * max_downtime, LEAST_TOLERANCE)
 
 
+def work_of(survey: Survey | None) -> Work:
+    """What a survey has counted, or what follows from it where its engine does not count."""
+    if survey is None:
+        return Work(processes=1, threads=1)
+    return survey.work or Work(processes=len(survey.pids), threads=survey.threads, sockets=survey.tcp_connections)
+
+
 def load(directory: Path, destination: str) -> Costs:
     """What is known of migrations to `destination`."""
     known = _read(directory)
@@ -107,14 +114,30 @@ def learn(directory: Path, destination: str, work: Work, seconds: float, through
         known[name] = before.corrected(work, seconds, throughput)  # the last one is the one used last
     for name in list(known)[: max(0, len(known) - _MOST)]:
         del known[name]
-    with contextlib.suppress(OSError):
-        fresh = directory / f".{_NAME}.{os.getpid()}"
-        fresh.write_bytes(msgspec.json.encode(known))
-        os.replace(fresh, directory / _NAME)
+    _write(directory, known)
     return known[destination]
+
+
+def doubt(directory: Path, destination: str) -> None:
+    """A migration was given up because of what it was predicted to take. What nobody tries nobody corrects: costs
+    above the measured ones come a little nearer to them."""
+    known = _read(directory)
+    for name in {_ANY, destination} & known.keys():
+        before = known[name]
+        each = {**MEASURED, **before.each}
+        nearer = {cost: each[cost] - _RATE * max(0.0, each[cost] - MEASURED[cost]) for cost in MEASURED}
+        known[name] = msgspec.structs.replace(before, each=nearer)
+    _write(directory, known)
 
 
 def _read(directory: Path) -> dict[str, Costs]:
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode((directory / _NAME).read_bytes(), type=dict[str, Costs])
     return {}
+
+
+def _write(directory: Path, known: dict[str, Costs]) -> None:
+    with contextlib.suppress(OSError):
+        fresh = directory / f".{_NAME}.{os.getpid()}"
+        fresh.write_bytes(msgspec.json.encode(known))
+        os.replace(fresh, directory / _NAME)
