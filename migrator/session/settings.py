@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class SourceSettings:
     cold:          no pre-copy: freeze at once, as every tool without it must
     copy_files:    carry open and mapped files along that differ there
     trees:         what is carried along as a whole, with `copy_files`
+    fleet, token:  of the controller that wants it, for the destination to check
     """
 
     migration: str
@@ -44,6 +45,8 @@ class SourceSettings:
     cold: bool = False
     copy_files: bool = False
     trees: tuple[SyncTree, ...] = ()
+    fleet: str = ""
+    token: int = 0
     journal: Path = field(default_factory=journal_directory)
 
 
@@ -69,7 +72,6 @@ class DestinationSettings:
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
     limit:    seconds from BEGIN until the copy must have been told to run or to go
-    query:    answers `Query` messages with JSON
     """
 
     host: m.HostFacts
@@ -78,4 +80,3 @@ class DestinationSettings:
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
-    query: Callable[[m.Query], Awaitable[str]] | None = None
