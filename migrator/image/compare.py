@@ -29,6 +29,7 @@ SKIPPED = {
     "Mm.oom_score_adj": "advice to the kernel, which it may refuse to take from a caller without CAP_SYS_RESOURCE",
     "DeletedFile.path": "where its name was: the copy has no name either, and /proc shows another text for that",
     "File.path of DELETED": "likewise",
+    "File.flags of O_TMPFILE": "how a file without a name came to be",
     "MappedFile.mtime": "of a file of the host",
     "MappedFile.mode": "of a file of the host",
     "File.dev": "as information",
@@ -64,6 +65,7 @@ _TIMES = {("Itimer", "value"), ("PosixTimer", "value"), ("TimerFd", "value")}
 _SOON = {"Itimer": 5_000_000, "PosixTimer": 5_000_000_000, "TimerFd": 5_000_000_000}  # in the unit of the record
 _TIMER_SIGNALS, _SI_KERNEL, _SI_TIMER, _SIGINFO = (14, 26, 27), 0x80, -2, 128
 _XSAVE_HEADER, _SSE = 512, 2  # of the xsave area of x86-64: the components that are not in their initial state
+_O_TMPFILE = 0o20200000
 _NSIG = 64
 _SHOWN = 60
 
@@ -248,6 +250,8 @@ class _Walk:
                 continue
             value = getattr(rec, name)
             way = f"{where}.{name}"
+            if name == "flags" and isinstance(rec, f.File) and rec.kind == f.FileKind.DELETED:
+                value &= ~_O_TMPFILE
             if (kind, name) == ("Sighand", "actions"):
                 size = len(value) // _NSIG
                 for signal in range(1, _NSIG + 1):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 
 from migrator.engine.user.descriptors.description import Description
@@ -22,17 +23,7 @@ _FORMATS = {
     FileKind.DIRECTORY: (stat.S_IFDIR,),
     FileKind.DEVICE: (stat.S_IFCHR,),
 }
-_LOCKS = {1: fcntl.LOCK_SH, 2: fcntl.LOCK_EX}
 _FALLBACKS = ("tmp", "dev/shm", "")
-
-
-def flock_of(description: Description) -> int:
-    """0 none, 1 shared, 2 exclusive: the flock(2) of a description, as fdinfo shows it."""
-    for lock in description.info.locks:
-        words = lock.split()
-        if words[1] == "FLOCK":
-            return 2 if words[3] == "WRITE" else 1
-    return 0
 
 
 def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile | FileData]:
@@ -87,7 +78,7 @@ def open_path(rec: File, root_fd: int) -> int:
 
 
 def adjust(fd: int, rec: File) -> None:
-    """Bring what was opened for `rec` to its offset, flags and lock, having checked that it is of its kind."""
+    """Bring what was opened for `rec` to its offset and flags, having checked that it is of its kind."""
     where = f"{rec.path} (file {rec.objref})"
     try:
         _verify(fd, rec, where)
@@ -95,7 +86,6 @@ def adjust(fd: int, rec: File) -> None:
             return
         fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags)
         os.lseek(fd, rec.pos, os.SEEK_SET)
-        take_lock(fd, rec.lock, where)
     except OSError as error:
         raise RestartFailed(f"{where}: {error}") from error
 
@@ -130,27 +120,12 @@ def _verify(fd: int, rec: File, where: str) -> None:
         raise RestartFailed(f"{where} is another device here")
 
 
-def take_lock(fd: int, lock: int, where: str) -> None:
-    """Lock a description as it was (flock(2))."""
-    if not lock:
-        return
-    if lock not in _LOCKS:
-        raise ImageError(f"{where}: unknown lock {lock}")
-    try:
-        fcntl.flock(fd, _LOCKS[lock] | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RestartFailed(
-            f"{where} is locked by somebody else here",
-            hint="a file shared by both hosts stays locked by the saved program until that is gone",
-        ) from None
-
-
 class DeletedRestore:
     """A file without a name: made again without one, where it was if that directory is there."""
 
     def __init__(self, rec: DeletedFile, root_fd: int) -> None:
         self.size = rec.size
-        self._fd = self._make(rec, root_fd)
+        self._fd, self._place = self._make(rec, root_fd)
         try:
             os.fchown(self._fd, rec.uid, rec.gid)
             os.fchmod(self._fd, stat.S_IMODE(rec.mode))
@@ -160,12 +135,11 @@ class DeletedRestore:
             raise RestartFailed(f"a deleted file of {rec.size} bytes, once {rec.path}: {error}") from error
 
     @staticmethod
-    def _make(rec: DeletedFile, root_fd: int) -> int:
+    def _make(rec: DeletedFile, root_fd: int) -> tuple[int, int]:
         failure: OSError | None = None
         for directory in (os.path.dirname(rec.path).lstrip("/"), *_FALLBACKS):
             try:
-                flags = os.O_TMPFILE | os.O_RDWR
-                return _open_tmpfile(root_fd, directory or ".", flags)
+                return _open_tmpfile(root_fd, directory or ".", os.O_TMPFILE | os.O_RDWR)
             except OSError as error:
                 failure = failure or error
         raise RestartFailed(f"a deleted file, once {rec.path}, cannot be made again: {failure}")
@@ -181,17 +155,34 @@ class DeletedRestore:
 
     def open(self, rec: File) -> int:
         """A new description, at offset 0."""
-        return descriptors.reopen(self._fd, rec.flags & ~_ONCE & ~os.O_DIRECTORY)
+        flags = rec.flags & ~_ONCE & ~os.O_DIRECTORY
+        return self._open_by_name(flags) if flags & os.O_NOFOLLOW else descriptors.reopen(self._fd, flags)
+
+    def _open_by_name(self, flags: int) -> int:
+        """The way through /proc is a link, which O_NOFOLLOW forbids: the file has a name for a moment."""
+        try:
+            with tempfile.TemporaryDirectory(prefix=".migrator-", dir=f"/proc/self/fd/{self._place}") as folder:
+                name = f"{folder}/file"
+                os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=self._place)  # linkat(AT_SYMLINK_FOLLOW)
+                try:
+                    return os.open(name, flags | os.O_CLOEXEC)
+                finally:
+                    os.unlink(name)
+        except OSError as error:
+            raise RestartFailed(f"a deleted file that was opened with O_NOFOLLOW: {error}") from error
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            os.close(self._place)
             self._fd = -1
 
 
-def _open_tmpfile(root_fd: int, directory: str, flags: int) -> int:
+def _open_tmpfile(root_fd: int, directory: str, flags: int) -> tuple[int, int]:
+    """(the file, its directory)."""
     place = open_in_root(root_fd, directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC, 0o600)
-    finally:
+        return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC, 0o600), place
+    except OSError:
         os.close(place)
+        raise

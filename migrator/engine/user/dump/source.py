@@ -19,7 +19,7 @@ from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Tra
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.memory import MemoryDump
-from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
@@ -80,15 +80,15 @@ class UserSource:
         return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
         if not self._own_cgroup or self._cgroup is not None:
             return list(self._came_from.items())
-        homes = []
+        origins = []
         for pid in self.tree.processes:
             with contextlib.suppress(OSError, LookupError):
-                homes.append((pid, directory_of(pid)))
-        return homes
+                origins.append((pid, directory_of(pid)))
+        return origins
 
     @property
     def _cgroup_name(self) -> str:
@@ -251,12 +251,12 @@ class UserSource:
             for process in living:
                 self._memory.send(process, final=True)
         with self._phase("parasite"):
-            replies, others, timers = {}, {}, {}
+            others = {}
+            timers = {process.pid: list_timers(process) for process in living}
+            replies = ask_all(living, timers)
             for process in living:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
-                assert parasite is not None and leader.regs is not None
-                timers[pid] = list_timers(process)
-                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
@@ -345,7 +345,7 @@ class UserSource:
                 self.tree.detach()
         self._memory.instruments.remove_running(self.tree.living)
         self._close()
-        self._send_home()
+        self._move_back()
 
     # ------------------------------------------------------------------ inside
 
@@ -380,9 +380,9 @@ class UserSource:
                         ) from error
                     self._came_from.setdefault(pid, "")
 
-    def _send_home(self) -> None:
+    def _move_back(self) -> None:
         if self._own_cgroup and self._cgroup is not None:
-            self._cgroup.send_home(self._came_from)
+            self._cgroup.move_back(self._came_from)
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
@@ -455,7 +455,9 @@ class UserSource:
 def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
-            select.select([pidfd], [], [], 5.0)
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(5000)
 
 
 @contextmanager
