@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, write_to_textfile
 
-from migrator import model
+from migrator import metrics_port, model
 from migrator.errors import UsageError
 from migrator.model import OnEvent, Outcome, Where
 
@@ -204,7 +204,7 @@ def serve_metrics(address: str) -> OnEvent:
         raise UsageError(f"{address!r} is no ADDRESS:PORT", hint="such as 127.0.0.1:9477")
     metrics = Metrics()
     try:
-        start_http_server(int(port), host.strip("[]") or "0.0.0.0", registry=metrics.registry)
+        metrics_port.listen(host.strip("[]") or "0.0.0.0", int(port), metrics.registry)
     except (OSError, OverflowError) as error:
         raise UsageError(f"cannot serve metrics at {address}: {error}") from error
     return metrics

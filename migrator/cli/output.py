@@ -101,7 +101,8 @@ def log_to_stderr(level: int = logging.WARNING, form: str = "%(message)s") -> No
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter(form))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("asyncssh").setLevel(logging.WARNING)
+    for library in ("asyncssh", "pyroute2"):  # each message of theirs is a line
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def show_crash(error: BaseException) -> None:

@@ -51,6 +51,7 @@ class Process:
     mm_objref: int = 0
     executed: int = 0  # how often it was seen to have become another program
     maps: str = ""  # as read last
+    lines: dict[str, procfs.Vma] = field(default_factory=dict)  # of it
     vmas: list[procfs.Vma] = field(default_factory=list)
 
     @property

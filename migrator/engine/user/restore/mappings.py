@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,9 +89,8 @@ class AddressSpace:
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
         holes: list[tuple[int, int, VmaItem]] = []
-        pieces: list[Piece] = []
+        keep: list[tuple[int, int]] = []
         same = {(p.start, p.end): p for p in self._pieces}
-        old = []  # what is there and not exactly what is wanted
         changed = []
         for item in wanted:
             piece = same.get((item.start, item.end))
@@ -98,11 +98,14 @@ class AddressSpace:
                 del same[item.start, item.end]
             else:
                 changed.append(item)
-        old = sorted(same.values(), key=lambda p: p.start)
+        old = sorted(same.values(), key=lambda p: p.start)  # what is there and not exactly what is wanted
+        ends = [piece.end for piece in old]
         for item in changed:
             new = Piece(item.start, item.end, item)
             at = item.start
-            for piece in _overlapping(old, item.start, item.end):
+            for piece in itertools.islice(old, bisect.bisect_right(ends, item.start), None):
+                if piece.start >= item.end:
+                    break
                 if piece.backing() != new.backing():
                     continue
                 start, end = max(piece.start, item.start), min(piece.end, item.end)
@@ -110,11 +113,11 @@ class AddressSpace:
                     holes.append((at, start, item))
                 if piece.item.flags & _PROT != item.flags & _PROT:
                     calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
+                keep.append((start, end))
                 at = end
             if at < item.end:
                 holes.append((at, item.end, item))
-            pieces.append(new)
-        calls = self._unmaps(old, pieces, holes) + calls
+        calls = self._unmaps(old, keep) + calls
         self.stub.checked(calls, "changing the address space")
         if holes:
             self._map(holes)
@@ -129,18 +132,9 @@ class AddressSpace:
         self._pieces, self._items, self._writable = [], [], []
 
     @staticmethod
-    def _unmaps(old: list[Piece], new: list[Piece], holes: list[tuple[int, int, VmaItem]]) -> list[Call]:
+    def _unmaps(old: list[Piece], keep: list[tuple[int, int]]) -> list[Call]:
+        """What of `old` is not in `keep`; both sorted."""
         calls: list[Call] = []
-        keep = []
-        for piece in new:
-            at = piece.start
-            for start, end, item in holes:
-                if item is piece.item:
-                    if start > at:
-                        keep.append((at, start))
-                    at = end
-            if at < piece.end:
-                keep.append((at, piece.end))
         i = 0
         for piece in old:
             at = piece.start
@@ -229,9 +223,11 @@ class AddressSpace:
         if self._zeros:
             spans, self._zeros = self._zeros, []
             file_backed = [(v.start, v.end) for v in self._items if v.kind == VmaKind.FILE]
+            ends = [end for _, end in file_backed]
             plain = []
             for start, end in spans:
-                if any(a < end and start < b for a, b in file_backed):
+                at = bisect.bisect_right(ends, start)
+                if at < len(ends) and file_backed[at][0] < end:
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
                         self.stub.mem.write(at, bytes(PAGE_SIZE))
                 else:
@@ -307,7 +303,3 @@ class AddressSpace:
             out.append((start, stop, writable))
             start = stop
         return out
-
-
-def _overlapping(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
-    return [p for p in pieces if p.start < end and start < p.end]
