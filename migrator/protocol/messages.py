@@ -227,19 +227,6 @@ class Failure(Message, tag="failure", frozen=True):
     hint: Text = ""
 
 
-class Query(Message, tag="query", frozen=True):
-    """A question outside any migration, as `migrator ps` asks; `what` names it."""
-
-    what: Name
-    argument: Annotated[str, Meta(max_length=1 << 16)] = ""
-
-
-class Result(Message, tag="result", frozen=True):
-    """The answer to a query: JSON."""
-
-    json: Annotated[str, Meta(max_length=1 << 20)]
-
-
 AnyMessage = (
     Hello
     | Propose
@@ -262,8 +249,6 @@ AnyMessage = (
     | Progress
     | Clock
     | Failure
-    | Query
-    | Result
 )
 
 _encoder = msgspec.msgpack.Encoder()

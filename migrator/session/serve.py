@@ -6,7 +6,6 @@ await ask_over(link, migration)  # from elsewhere: RUNNING or DISCARDED?
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -17,7 +16,9 @@ from migrator.model import OnEvent
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
+from migrator.recovery.retention import check_asker, make_room
 from migrator.recovery.settle import answer, settle_destination
+from migrator.runtime.thread import OwnThread
 from migrator.session.destination import DestinationSession
 from migrator.session.interfaces import Link
 from migrator.session.settings import DestinationSettings
@@ -33,46 +34,64 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
     Returns when the link is done with; raises nothing for what the peer does. Unfinished journals must have
     been settled before (`settle.settle_all`).
     """
-    told: list[str] = []  # migrations whose copy is to run, as we have said
-    try:
-        await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
-        while True:
-            message = m.decode(await link.receive())
-            if isinstance(message, m.Hello):
-                m.common_version(message.versions)
-            elif isinstance(message, m.Propose):
-                known = Journal.find(settings.journal, message.migration, Role.DESTINATION)
-                if known is not None:
-                    known.close()
-                    raise MigrationAborted(f"migration {message.migration} is already known here")
-                await DestinationSession(settings, link, on_event=on_event).run(message)
-                return
-            elif isinstance(message, m.Ask | m.Commit):
-                reply = await asyncio.to_thread(answer, settings.journal, message.migration, settings.tools)
-                await link.send(m.encode(reply))
-                if isinstance(reply, m.Running):
-                    told.append(message.migration)
-            elif isinstance(message, m.Done):
-                await asyncio.to_thread(_done, settings, message.migration)
-            elif isinstance(message, m.Query) and settings.query is not None:
-                await link.send(m.encode(m.Result(await settings.query(message))))
-            elif isinstance(message, m.Clock):
-                await link.send(m.encode(m.Clock(message.asked, time.monotonic_ns())))
-            elif not isinstance(message, m.Abort):
-                raise m.MessageError(f"a {type(message).__name__} was not expected")
-    except (MigratorError, OSError) as error:
-        log.debug("%s: %s", link.peer, error)
-        with contextlib.suppress(MigratorError, OSError):
-            hint = error.hint if isinstance(error, MigratorError) else ""
-            await link.send(m.encode(m.Failure(m.text(error), m.text(hint))))
-    finally:
-        for migration in told:
-            await asyncio.to_thread(_finish, settings, migration)
+    async with OwnThread("link") as thread:
+        answers = Answers(link, settings, thread)
+        try:
+            await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
+            while not isinstance(message := m.decode(await link.receive()), m.Propose):
+                await answers.heard(message)
+            await thread.run(_admit, settings, message.migration, link.key)
+            await DestinationSession(settings, link, on_event=on_event).run(message)
+        except (MigratorError, OSError) as error:
+            log.debug("%s: %s", link.peer, error)
+            with contextlib.suppress(MigratorError, OSError):
+                hint = error.hint if isinstance(error, MigratorError) else ""
+                await link.send(m.encode(m.Failure(m.text(error), m.text(hint))))
+        finally:
+            await answers.close()
 
 
-def _finish(settings: DestinationSettings, migration: str) -> None:
-    """A source that has just been told that the copy is to run gives up the locks that the copy waits for."""
-    end = time.monotonic() + _LOCK_SECONDS
+class Answers:
+    """What one peer hears outside of a migration. Reading and writing of journals is done on `thread`, so that a peer
+    which asks for much keeps only itself waiting."""
+
+    def __init__(self, link: Link, settings: DestinationSettings, thread: OwnThread) -> None:
+        self._link, self._settings, self._thread = link, settings, thread
+        self._told: set[str] = set()  # migrations whose copy is to run, as we have said
+
+    async def heard(self, message: m.AnyMessage) -> None:
+        """Raises MessageError for what is not for a destination, JournalError for a migration of another peer."""
+        settings, link = self._settings, self._link
+        if isinstance(message, m.Hello):
+            m.common_version(message.versions)
+        elif isinstance(message, m.Ask | m.Commit):
+            reply = await self._thread.run(answer, settings.journal, message.migration, settings.tools, link.key)
+            await link.send(m.encode(reply))
+            if isinstance(reply, m.Running):
+                self._told.add(message.migration)
+        elif isinstance(message, m.Done):
+            await self._thread.run(_done, settings, message.migration, link.key)
+        elif isinstance(message, m.Clock):
+            await link.send(m.encode(m.Clock(message.asked, time.monotonic_ns())))
+        elif not isinstance(message, m.Abort):
+            raise m.MessageError(f"a {type(message).__name__} was not expected")
+
+    async def close(self) -> None:
+        """A source that was just told that the copy is to run gives up the locks that the copy waits for."""
+        end = time.monotonic() + _LOCK_SECONDS
+        for migration in self._told:
+            await self._thread.run(_finish, self._settings, migration, end)
+
+
+def _admit(settings: DestinationSettings, migration: str, key: str) -> None:
+    known = Journal.find(settings.journal, migration, Role.DESTINATION)
+    if known is not None:
+        known.close()
+        raise MigrationAborted(f"migration {migration} is already known here")
+    make_room(settings.journal, key)
+
+
+def _finish(settings: DestinationSettings, migration: str, end: float) -> None:
     while time.monotonic() < end:
         journal = Journal.find(settings.journal, migration, Role.DESTINATION)
         if journal is None:
@@ -83,12 +102,13 @@ def _finish(settings: DestinationSettings, migration: str) -> None:
             settle_destination(journal, settings.tools)
 
 
-def _done(settings: DestinationSettings, migration: str) -> None:
+def _done(settings: DestinationSettings, migration: str, key: str) -> None:
     """The source knows that the copy runs: nobody will ask again."""
     journal = Journal.find(settings.journal, migration, Role.DESTINATION)
     if journal is None:
         return
     with journal:
+        check_asker(journal, key)
         if journal.try_lock():
             if not journal.settled:
                 settle_destination(journal, settings.tools)

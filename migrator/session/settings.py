@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,11 +52,13 @@ class Prepared:
     factory:  makes the engine's destination from the descriptor of the stream
     cgroup:   path or name of the cgroup that will hold the copy, known before it is built
     network:  gives the network of the container, once the copy is built; None without one
+    runs:     called at the end of the session with the pid of the copy, if it was decided that it runs
     """
 
     factory: DestinationFactory
     cgroup: str
     network: Callable[[], NetworkArrival | None] = lambda: None
+    runs: Callable[[int], None] = lambda pid: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,6 @@ class DestinationSettings:
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
     limit:    seconds from BEGIN until the copy must have been told to run or to go
-    query:    answers `Query` messages with JSON
     """
 
     host: m.HostFacts
@@ -76,4 +77,3 @@ class DestinationSettings:
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
-    query: Callable[[m.Query], Awaitable[str]] | None = None

@@ -61,8 +61,6 @@ EVERY: list[m.AnyMessage] = [
     m.Progress(facts.Round.of(Round(1, 2, 3, 4, 5, 6, 7.0, 8)), 0.01, 1e9, "freeze", "it fits"),
     m.Clock(1, 2),
     m.Failure("cannot", "try again"),
-    m.Query("containers"),
-    m.Result("[]"),
 ]
 
 
