@@ -178,11 +178,11 @@ class DestinationSession:
         reasons, wanted = await self._admission.judge()
         if not any(reason.blocking for reason in reasons) and not proposal.dry_run:
             try:
+                self._copy.guard.prepare()
                 await self._copy.prepare(self.settings.prepare, proposal)
                 self._admission.accept()
             except MigratorError as error:
                 reasons += reasons_of(error, host.host)
-        self._copy.guard.prepare()
         await self._send(m.Verdict(host, reasons, wanted))
         fault("destination.proposed")
         self._after(_BEGIN_SECONDS, DestinationState.PREFLIGHT)
