@@ -18,7 +18,8 @@ from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
-from migrator.errors import Refused
+from migrator.errors import MigratorError, Refused
+from migrator.fleet.fencing import Fence, fence_directory
 from migrator.linux import procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
@@ -162,6 +163,7 @@ def _ended(pid: int) -> bool:
 
 
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
+    _check_fence(proposal)
     maker = SandboxMaker(bridge)
     options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
     cgroup = options.cgroup_name
@@ -182,6 +184,15 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
 def _root_of(proposal: Propose) -> str:
     """The root directory of a container; plain subtrees have the host's."""
     return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+
+
+def _check_fence(proposal: Propose) -> None:
+    """Raises Refused if the controller that wants this has been deposed."""
+    if proposal.token:
+        try:
+            Fence(proposal.fleet, fence_directory()).check(proposal.token)
+        except MigratorError as error:
+            raise Refused([error.message], hint=error.hint) from None
 
 
 def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> None:

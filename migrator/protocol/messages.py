@@ -14,6 +14,22 @@ import msgspec
 from msgspec import Meta
 
 from migrator.protocol.facts import Phase, Round, Survey
+from migrator.protocol.fleet import (
+    Depart,
+    Departed,
+    Departing,
+    FleetId,
+    ImageList,
+    Images,
+    Observe,
+    Observed,
+    Revive,
+    Revived,
+    Save,
+    Saved,
+    Token,
+    WatchDeparture,
+)
 from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
 from migrator.protocol.wire import (
     MAX_MESSAGE,
@@ -78,7 +94,10 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class Propose(Message, tag="propose", frozen=True):
-    """source: may this workload come to you? `dry_run`: nothing will follow."""
+    """source: may this workload come to you? `dry_run`: nothing will follow.
+
+    fleet, token: of the controller that wants it; 0 where a person does
+    """
 
     migration: Id
     source: HostFacts
@@ -88,6 +107,8 @@ class Propose(Message, tag="propose", frozen=True):
     copy_files: bool = False
     dry_run: bool = False
     trees: Annotated[list[SyncTree], Meta(max_length=64)] = msgspec.field(default_factory=list)
+    fleet: FleetId = ""
+    token: Token = 0
 
 
 class Verdict(Message, tag="verdict", frozen=True):
@@ -249,6 +270,18 @@ AnyMessage = (
     | Progress
     | Clock
     | Failure
+    | Observe
+    | Observed
+    | Depart
+    | WatchDeparture
+    | Departing
+    | Departed
+    | Save
+    | Saved
+    | Images
+    | ImageList
+    | Revive
+    | Revived
 )
 
 _encoder = msgspec.msgpack.Encoder()

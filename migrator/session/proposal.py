@@ -67,6 +67,8 @@ class Proposal:
             settings.copy_files,
             settings.dry_run,
             self.files.proposed() if self.files is not None else [],
+            settings.fleet,
+            settings.token,
         )
 
     def judge(self, verdict: m.Verdict) -> None:

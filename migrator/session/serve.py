@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator, Callable
 
 from migrator import model
-from migrator.errors import MigrationAborted, MigratorError, TransportError
+from migrator.errors import MigrationAborted, MigratorError, TransportError, UsageError
 from migrator.model import OnEvent
+from migrator.protocol import fleet
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
@@ -28,20 +30,34 @@ _LOCK_SECONDS = 10.0
 log = logging.getLogger("migrator.session")
 
 
-async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent = model.nobody) -> None:
-    """Answer one link until it ends: take a workload in, say what became of one, answer questions.
+# What a controller may ask is answered by others: the answers, in order. Raises MigratorError.
+Requests = Callable[[fleet.Request], AsyncIterator[fleet.Answer]]
+ALL_RIGHTS = frozenset(("receive", "observe", "send"))
+
+
+async def serve(
+    link: Link,
+    settings: DestinationSettings,
+    *,
+    rights: frozenset[str] = ALL_RIGHTS,
+    requests: Requests | None = None,
+    on_event: OnEvent = model.nobody,
+) -> None:
+    """Answer one link until it ends: take a workload in, say what became of one, answer a controller.
+
+    rights:    what the peer may do: receive (bring workloads), observe, send (have workloads sent away)
+    requests:  answers what a controller asks
 
     Returns when the link is done with; raises nothing for what the peer does. Unfinished journals must have
     been settled before (`settle.settle_all`).
     """
     async with OwnThread("link") as thread:
-        answers = Answers(link, settings, thread)
+        answers = Answers(link, settings, thread, rights, requests)
         try:
             await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
-            while not isinstance(message := m.decode(await link.receive()), m.Propose):
-                await answers.heard(message)
-            await thread.run(_admit, settings, message.migration, link.key)
-            await DestinationSession(settings, link, on_event=on_event).run(message)
+            proposal = await answers.until_proposal()
+            await thread.run(_admit, settings, proposal.migration, link.key)
+            await DestinationSession(settings, link, on_event=on_event).run(proposal)
         except (MigratorError, OSError) as error:
             log.debug("%s: %s", link.peer, error)
             with contextlib.suppress(MigratorError, OSError):
@@ -55,12 +71,29 @@ class Answers:
     """What one peer hears outside of a migration. Reading and writing of journals is done on `thread`, so that a peer
     which asks for much keeps only itself waiting."""
 
-    def __init__(self, link: Link, settings: DestinationSettings, thread: OwnThread) -> None:
+    def __init__(
+        self,
+        link: Link,
+        settings: DestinationSettings,
+        thread: OwnThread,
+        rights: frozenset[str],
+        requests: Requests | None,
+    ) -> None:
         self._link, self._settings, self._thread = link, settings, thread
+        self._rights, self._requests = rights, requests
         self._told: set[str] = set()  # migrations whose copy is to run, as we have said
 
-    async def heard(self, message: m.AnyMessage) -> None:
-        """Raises MessageError for what is not for a destination, JournalError for a migration of another peer."""
+    async def until_proposal(self) -> m.Propose:
+        """Answer until a workload is proposed. Raises TransportError at the end of the link, MessageError for what is
+        not for an agent, UsageError without the right for it, JournalError for a migration of another peer."""
+        while True:
+            message = m.decode(await self._link.receive())
+            _check_rights(message, self._rights, self._link.peer)
+            if isinstance(message, m.Propose):
+                return message
+            await self._heard(message)
+
+    async def _heard(self, message: m.AnyMessage) -> None:
         settings, link = self._settings, self._link
         if isinstance(message, m.Hello):
             m.common_version(message.versions)
@@ -71,6 +104,9 @@ class Answers:
                 self._told.add(message.migration)
         elif isinstance(message, m.Done):
             await self._thread.run(_done, settings, message.migration, link.key)
+        elif isinstance(message, fleet.Request) and self._requests is not None:
+            async for said in self._requests(message):
+                await link.send(m.encode(said))
         elif isinstance(message, m.Clock):
             await link.send(m.encode(m.Clock(message.asked, time.monotonic_ns())))
         elif not isinstance(message, m.Abort):
@@ -100,6 +136,18 @@ def _finish(settings: DestinationSettings, migration: str, end: float) -> None:
             if journal.settled or not journal.try_lock() or journal.settled:
                 return  # done, or another attends to it
             settle_destination(journal, settings.tools)
+
+
+def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
+    """Raises UsageError for what the peer's key may not do."""
+    needed = ""
+    if isinstance(message, fleet.Request):
+        needed = fleet.right(message)
+    elif isinstance(message, m.Propose | m.Ask | m.Commit | m.Done):
+        needed = "receive"
+    if needed and needed not in rights:
+        what = "to bring workloads here" if needed == "receive" else f"for a {type(message).__name__.lower()}"
+        raise UsageError(f"the key of {peer} has no right {what}", hint=f'add "{needed}" to its migrator-rights there')
 
 
 def _done(settings: DestinationSettings, migration: str, key: str) -> None:

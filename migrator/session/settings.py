@@ -27,6 +27,7 @@ class SourceSettings:
     cold:          no pre-copy: freeze at once, as every tool without it must
     copy_files:    carry open and mapped files along that differ there
     trees:         what is carried along as a whole, with `copy_files`
+    fleet, token:  of the controller that wants it, for the destination to check
     """
 
     migration: str
@@ -42,6 +43,8 @@ class SourceSettings:
     cold: bool = False
     copy_files: bool = False
     trees: tuple[SyncTree, ...] = ()
+    fleet: str = ""
+    token: int = 0
     journal: Path = field(default_factory=journal_directory)
 
 
