@@ -1,9 +1,9 @@
 """Evening out load: which workloads to move where, and why it is worth it.
 
 `balance` is called once per observation. It plans only if the cluster as a whole, or a host, has been too uneven for
-several observations, and only moves that gain more than they cost. Among those the ones that gain most for their price
-come first. Each gain is a fall of one sum (see `score`), so under a constant load moves come to an end and nothing
-goes back and forth; the cooldown does the same for a load that is not constant.
+several observations, and only moves that gain more than they cost. Among those the ones that gain most above their
+price come first. Each gain is a fall of one sum (see `score`), so under a constant load moves come to an end and
+nothing goes back and forth; the cooldown does the same for a load that is not constant.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class _Balance:
         )
 
     def _best_from(self, source: int) -> _Choice | None:
-        """The move off a host that gains most for its price."""
+        """The move off a host that gains most above its price."""
         ledger, score, settings = self.ledger, self.score, self.settings
         if not self.waves.open(ledger.hosts[source].name):
             return None
@@ -221,7 +221,7 @@ class _Balance:
             choice = self._choice(unit, top[1], top[0])
             if choice is None or choice.gain <= (1 + settings.margin) * choice.price:
                 continue
-            if best is None or choice.gain * best.price > best.gain * choice.price:
+            if best is None or choice.gain - choice.price > best.gain - best.price:
                 best = choice
         return best
 
@@ -240,7 +240,7 @@ class _Balance:
             choice = self._best_from(source)
             if choice is not None:
                 versions = self.version[source], self.version[choice.target]
-                heapq.heappush(queue, (-choice.gain / choice.price, source, *versions, choice))
+                heapq.heappush(queue, (choice.price - choice.gain, source, *versions, choice))
 
         for source in self._sources(uneven):
             look(source)
