@@ -36,7 +36,7 @@ def main() -> None:
         addresses = ", ".join(f"{host.label} {host.address}" for host in fleet.hosts.values())
         show.print(f"[dim]four hosts stand, each with an agent: {addresses}[/]")
         run(show, fleet, "join", *(f"{host.address}:7022" for host in fleet.hosts.values()))
-        controller = fleet.controller("--web", f"{fleet.client.address}:9742")
+        controller = fleet.controller("--ttl", "4", "--web", f"{fleet.client.address}:9742")
         show.print(
             f"[dim]a controller runs, its page is http://{fleet.client.address}:9742/ on the fleet's network[/]\n"
         )

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,3 +317,15 @@ def test_a_leader_dies_with_the_state_in_etcd_and_a_member_of_it_with_him(
         finally:
             agents.clear()
             agents.new_fleet()
+
+
+def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> None:
+    fleet.run("a", "w0", busy(60, 0.1))
+    fleet.run("a", "w1", busy(60))
+    path = tmp_path / "day.json"
+    fleet.command("record", str(path), "--for", "3s", "--every", "1s")
+    with pytest.raises(CommandFailed, match="is there already"):
+        fleet.command("record", str(path), "--for", "3s", "--every", "1s")
+    found = fleet.json("simulate", str(path))
+    assert (found["hosts"], found["workloads"]) == (3, 2)
+    assert {run["rule"] for run in found["others"]} and len(found["nothing"]["imbalance"]) == 3
