@@ -29,7 +29,6 @@ needs=(
 	promtool:prometheus
 	prometheus-node-exporter:prometheus-node-exporter
 	ansible-playbook:ansible-core
-	chromium:chromium
 )
 
 missing=()
