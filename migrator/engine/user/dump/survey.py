@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header
+from migrator.engine.user.dump import header, work
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
@@ -75,13 +75,14 @@ def survey(
         reasons += sysv.obstacles(p.pid for p in tree.living)
     segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
     files: dict[str, FileFact] = {}
-    threads = rss = 0
+    threads = rss = cap_bounding = 0
     for process in tree.living:
         try:
             state = procfs.status(process.pid)
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             name = state["Name"]
+            cap_bounding |= int(state["CapBnd"], 16)
             reasons += _obstacles(tree, process, state, name, tmpfs.devices)
             reasons += [f"pid {process.pid} ({name}): {text}" for text in _ipc_obstacles(process.pid, segments)]
             _mapped_files(process, files, tmpfs.devices)
@@ -104,6 +105,8 @@ def survey(
         tcp_connections=0,
         wanted_pids=wanted,
         notes=list(descriptors.notes(owners)),
+        cap_bounding=cap_bounding,
+        work=work.count(tree.living),
     )
     return found, reasons
 
