@@ -20,14 +20,16 @@ from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
-from migrator.errors import Refused
+from migrator.errors import MigratorError, Refused
+from migrator.fleet.fencing import Fence, fence_directory
 from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools, open_group
 from migrator.recovery.journal import JournalHeader, journal_directory
-from migrator.recovery.settle import Settlement, Tools, settle_all
-from migrator.session.interfaces import NetworkArrival, open_group
+from migrator.recovery.settle import Settlement, settle_all
+from migrator.session.interfaces import NetworkArrival
 from migrator.session.preflight import collect_host
 from migrator.session.serve import ask_over
 from migrator.session.settings import DestinationSettings, Prepared
@@ -68,50 +70,50 @@ class SandboxMaker:
         return self.sandbox
 
 
-class HostSurroundings:
-    """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
+class HostHooks:
+    """See `migrator.recovery.hooks.RecoveryHooks`."""
 
-    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
         """The locks of a copy that is to run; what somebody else has, one text each."""
-        if not facts.locks or open_group(facts.cgroup) is None:
+        if not header.locks or open_group(header.cgroup) is None:
             return []
-        locks = [LateLock(*lock) for lock in facts.locks]
-        return [str(lock) for lock in select().engine.take_locks(facts.cgroup, locks, seconds)]
+        locks = [LateLock(*lock) for lock in header.locks]
+        return [str(lock) for lock in select().engine.take_locks(header.cgroup, locks, seconds)]
 
-    def reopen(self, facts: JournalHeader) -> None:
+    def reopen(self, header: JournalHeader) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
         files of unix sockets into their places."""
-        found = container.find(facts.container) if facts.container else None
+        found = container.find(header.container) if header.container else None
         if found is not None and found.alive:
             switchover.reopen(found)
             if found.arriving:
                 found.settled()
-        group = open_group(facts.cgroup)
+        group = open_group(header.cgroup)
         pids = group.pids() if group is not None else []
         revive(pids)
-        for pid in pids if facts.moves else ():
+        for pid in pids if header.moves else ():
             with contextlib.suppress(OSError):  # one that has ended has no root directory, and the next one has
                 root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    select().engine.finish_moves(root, facts.moves)
+                    select().engine.finish_moves(root, header.moves)
                 finally:
                     os.close(root)
                 break
 
-    def remove(self, facts: JournalHeader) -> None:
+    def remove(self, header: JournalHeader) -> None:
         """Its tasks are gone: take down what stood around them."""
-        found = container.find(facts.container) if facts.container else None
-        if found is not None and _is_of(found, facts):
+        found = container.find(header.container) if header.container else None
+        if found is not None and _is_of(found, header):
             take_down(found)
 
 
-def _is_of(found: container.Container, facts: JournalHeader) -> bool:
+def _is_of(found: container.Container, header: JournalHeader) -> bool:
     """Whether a container is the one that a journal is about, and not a later one of the same name."""
-    return found.cgroup == facts.cgroup or Path(found.cgroup).name == facts.cgroup
+    return found.cgroup == header.cgroup or Path(found.cgroup).name == header.cgroup
 
 
 def tools() -> Tools:
-    return Tools(surroundings=HostSurroundings())
+    return Tools(hooks=HostHooks())
 
 
 def new_migration() -> str:
@@ -138,6 +140,7 @@ def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | No
     return DestinationSettings(
         host=facts(choice),
         prepare=lambda proposal: _prepare(choice.engine, proposal, bridge),
+        root_of=_root_of,
         journal=journal or journal_directory(),
         tools=tools(),
     )
@@ -168,6 +171,7 @@ def _ended(pid: int) -> bool:
 
 
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
+    _check_fence(proposal)
     maker = SandboxMaker(bridge)
     options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
     cgroup = options.cgroup_name
@@ -181,10 +185,24 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
         _restarted.append(made)
         return made
 
-    def arrival() -> NetworkArrival | None:
+    def network() -> NetworkArrival | None:
         return switchover.NetworkArrival(maker.sandbox.container) if maker.sandbox is not None else None
 
-    return Prepared(factory=factory, cgroup=cgroup, arrival=arrival)
+    return Prepared(factory=factory, cgroup=cgroup, network=network)
+
+
+def _root_of(proposal: Propose) -> str:
+    """The root directory of a container; plain subtrees have the host's."""
+    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+
+
+def _check_fence(proposal: Propose) -> None:
+    """Raises Refused if the controller that wants this has been deposed."""
+    if proposal.token:
+        try:
+            Fence(proposal.fleet, fence_directory()).check(proposal.token)
+        except MigratorError as error:
+            raise Refused([error.message], hint=error.hint) from None
 
 
 def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> None:
@@ -222,10 +240,10 @@ def _has_link(name: str) -> bool:
 async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
     """Finish or undo what agents of this host that died have left."""
 
-    async def ask(facts: JournalHeader) -> Recorded:
-        link = await login.connect(facts.peer)
+    async def ask(header: JournalHeader) -> Recorded:
+        link = await login.connect(header.peer)
         try:
-            return await ask_over(link, facts.migration)
+            return await ask_over(link, header.migration)
         finally:
             await link.close()
 

@@ -27,7 +27,7 @@ _SIZE_BUCKETS = tuple(float(1 << shift) for shift in range(20, 42, 2))
 _REASONS = (
     ("cancelled", r"^cancelled|being stopped"),
     ("timeout", r"timeout|was not ready within|no verdict|nothing came"),
-    ("downtime", r"over the budget"),
+    ("downtime", r"over the max downtime"),
     ("files", r"is missing on|another build|other contents|cannot be copied|cannot be written"),
     ("pids", r"^pid \d+: is taken"),
     ("processor", r"^processor of"),

@@ -17,7 +17,7 @@ from migrator.engine.select import select
 from migrator.errors import Fate, MigratorError, Refused
 from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.session.preflight import PreflightReport
-from migrator.session.report import SourceSettings
+from migrator.session.settings import SourceSettings
 from migrator.session.source import SourceSession
 
 
@@ -94,7 +94,7 @@ async def _run(
     found = workload.container
     session = SourceSession(
         SourceSettings(
-            migration=host.new_migration(),
+            migration=asked.migration or host.new_migration(),
             peer=peer,
             container=options.container,
             container_spec=options.container_spec,
@@ -105,6 +105,8 @@ async def _run(
             cold=asked.cold,
             copy_files=copy_files,
             trees=carried,
+            fleet=asked.fleet,
+            token=asked.token,
         ),
         lambda fd: choice.engine.source(workload.pid, fd, options),
         link,

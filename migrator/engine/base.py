@@ -280,7 +280,7 @@ class Source(Protocol):
         """The hold cgroup: its path, or before it is there its name."""
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup that it came from), root first: to go back to."""
 
 

@@ -14,6 +14,22 @@ import msgspec
 from msgspec import Meta
 
 from migrator.protocol.facts import Phase, Round, Survey
+from migrator.protocol.fleet import (
+    Depart,
+    Departed,
+    Departing,
+    FleetId,
+    ImageList,
+    Images,
+    Observe,
+    Observed,
+    Revive,
+    Revived,
+    Save,
+    Saved,
+    Token,
+    WatchDeparture,
+)
 from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
 from migrator.protocol.wire import (
     MAX_MESSAGE,
@@ -82,7 +98,10 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class Propose(Message, tag="propose", frozen=True):
-    """source: may this workload come to you? `dry_run`: nothing will follow."""
+    """source: may this workload come to you? `dry_run`: nothing will follow.
+
+    fleet, token: of the controller that wants it; 0 where a person does
+    """
 
     migration: Id
     source: HostFacts
@@ -92,6 +111,8 @@ class Propose(Message, tag="propose", frozen=True):
     copy_files: bool = False
     dry_run: bool = False
     trees: Annotated[list[SyncTree], Meta(max_length=64)] = msgspec.field(default_factory=list)
+    fleet: FleetId = ""
+    token: Token = 0
 
 
 class Verdict(Message, tag="verdict", frozen=True):
@@ -231,19 +252,6 @@ class Failure(Message, tag="failure", frozen=True):
     hint: Text = ""
 
 
-class Query(Message, tag="query", frozen=True):
-    """A question outside any migration, as `migrator ps` asks; `what` names it."""
-
-    what: Name
-    argument: Annotated[str, Meta(max_length=1 << 16)] = ""
-
-
-class Result(Message, tag="result", frozen=True):
-    """The answer to a query: JSON."""
-
-    json: Annotated[str, Meta(max_length=1 << 20)]
-
-
 AnyMessage = (
     Hello
     | Propose
@@ -266,8 +274,18 @@ AnyMessage = (
     | Progress
     | Clock
     | Failure
-    | Query
-    | Result
+    | Observe
+    | Observed
+    | Depart
+    | WatchDeparture
+    | Departing
+    | Departed
+    | Save
+    | Saved
+    | Images
+    | ImageList
+    | Revive
+    | Revived
 )
 
 _encoder = msgspec.msgpack.Encoder()

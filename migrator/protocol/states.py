@@ -126,9 +126,9 @@ class DestinationAction(enum.Enum):
     TELL_OPERATOR = "tell the operator"
 
 
-State = TypeVar("State", SourceState, DestinationState)
-Event = TypeVar("Event", SourceEvent, DestinationEvent)
-Action = TypeVar("Action", SourceAction, DestinationAction)
+State = TypeVar("State", bound=enum.Enum)
+Event = TypeVar("Event", bound=enum.Enum)
+Action = TypeVar("Action", bound=enum.Enum)
 
 
 class Step(NamedTuple, Generic[State, Action]):

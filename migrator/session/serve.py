@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator, Callable
 
 from migrator import model
-from migrator.errors import MigrationAborted, MigratorError, TransportError
+from migrator.errors import MigrationAborted, MigratorError, TransportError, UsageError
 from migrator.model import OnEvent
+from migrator.protocol import fleet
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, Role
@@ -27,8 +29,23 @@ _LOCK_SECONDS = 10.0
 log = logging.getLogger("migrator.session")
 
 
-async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent = model.nobody) -> None:
-    """Answer one link until it ends: take a workload in, say what became of one, answer questions.
+# What a controller may ask is answered by others: the answers, in order. Raises MigratorError.
+Requests = Callable[[fleet.Request], AsyncIterator[fleet.Answer]]
+ALL_RIGHTS = frozenset(("receive", "observe", "send"))
+
+
+async def serve(
+    link: Link,
+    settings: DestinationSettings,
+    *,
+    rights: frozenset[str] = ALL_RIGHTS,
+    requests: Requests | None = None,
+    on_event: OnEvent = model.nobody,
+) -> None:
+    """Answer one link until it ends: take a workload in, say what became of one, answer a controller.
+
+    rights:    what the peer may do: receive (bring workloads), observe, send (have workloads sent away)
+    requests:  answers what a controller asks
 
     Returns when the link is done with; raises nothing for what the peer does. Unfinished journals must have
     been settled before (`settle.settle_all`).
@@ -38,6 +55,7 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
         await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
         while True:
             message = m.decode(await link.receive())
+            _check_rights(message, rights, link.peer)
             if isinstance(message, m.Hello):
                 m.common_version(message.versions)
             elif isinstance(message, m.Propose):
@@ -54,8 +72,9 @@ async def serve(link: Link, settings: DestinationSettings, *, on_event: OnEvent 
                     told.append(message.migration)
             elif isinstance(message, m.Done):
                 await asyncio.to_thread(_done, settings, message.migration)
-            elif isinstance(message, m.Query) and settings.query is not None:
-                await link.send(m.encode(m.Result(await settings.query(message))))
+            elif isinstance(message, fleet.Request) and requests is not None:
+                async for reply in requests(message):
+                    await link.send(m.encode(reply))
             elif isinstance(message, m.Clock):
                 await link.send(m.encode(m.Clock(message.asked, time.monotonic_ns())))
             elif not isinstance(message, m.Abort):
@@ -81,6 +100,18 @@ def _finish(settings: DestinationSettings, migration: str) -> None:
             if journal.settled or not journal.try_lock() or journal.settled:
                 return  # done, or another attends to it
             settle_destination(journal, settings.tools)
+
+
+def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
+    """Raises UsageError for what the peer's key may not do."""
+    needed = ""
+    if isinstance(message, fleet.Request):
+        needed = fleet.right(message)
+    elif isinstance(message, m.Propose | m.Ask | m.Commit | m.Done):
+        needed = "receive"
+    if needed and needed not in rights:
+        what = "to bring workloads here" if needed == "receive" else f"for a {type(message).__name__.lower()}"
+        raise UsageError(f"the key of {peer} has no right {what}", hint=f'add "{needed}" to its migrator-rights there')
 
 
 def _done(settings: DestinationSettings, migration: str) -> None:

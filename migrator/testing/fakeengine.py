@@ -43,8 +43,8 @@ from migrator.engine.base import (
     Survey,
 )
 from migrator.errors import ImageError, RestartFailed
+from migrator.recovery.hooks import HoldGroup, NoHooks
 from migrator.recovery.journal import JournalHeader
-from migrator.session.interfaces import HoldGroup, NoSurroundings
 
 TRAILER = b"the trailer of a fake image"
 TASK = 1  # any task that outlives the agents
@@ -118,13 +118,13 @@ class FakeWorld:
 
 
 @dataclass
-class FakeLocks(NoSurroundings):
-    """The surroundings of a copy that has locks on files which both hosts share."""
+class FakeLocks(NoHooks):
+    """The hooks of a copy that has locks on files which both hosts share."""
 
     world: FakeWorld
 
-    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
-        return [str(LateLock(*lock)) for lock in self.world.take_locks([LateLock(*x) for x in facts.locks], seconds)]
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        return [str(LateLock(*lock)) for lock in self.world.take_locks([LateLock(*x) for x in header.locks], seconds)]
 
 
 @dataclass
@@ -145,7 +145,7 @@ class FakeGroup:
     def remove(self) -> None:
         pass
 
-    def send_home(self, homes: Mapping[int, str]) -> None:
+    def move_back(self, origins: Mapping[int, str]) -> None:
         pass
 
 
@@ -200,7 +200,7 @@ class FakeSource(_Phases):
         return "fake"
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         return []
 
     def __enter__(self) -> Self:

@@ -21,12 +21,13 @@ from migrator.engine.base import LateLock
 from migrator.errors import Fate, MigratorError, TransportError
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, JournalHeader, Role
-from migrator.recovery.settle import Settlement, Tools, settle_all
+from migrator.recovery.settle import Settlement, settle_all
 from migrator.runtime import fault_points
 from migrator.session.serve import ask_over, serve
-from migrator.session.settings import DestinationSettings, Prepared
-from migrator.session.source import SourceSession, SourceSettings
+from migrator.session.settings import DestinationSettings, Prepared, SourceSettings
+from migrator.session.source import SourceSession
 from migrator.testing.fakeengine import FakeDestination, FakeLocks, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_socket

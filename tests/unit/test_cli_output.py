@@ -303,7 +303,7 @@ def test_of_many_rounds_the_first_are_shown_then_a_few_and_the_last() -> None:
     for number in range(1, 500):
         verdict = "continue" if number < 499 else "give up"
         made = Round(number=number, pages=0, zero_pages=0, bytes=72, start=0, end=10**6, dirty_rate=0.0)
-        display(model.RoundDone("m", made, 0.1, 1.0, verdict, "over the budget"))
+        display(model.RoundDone("m", made, 0.1, 1.0, verdict, "over the max downtime"))
     shown = [int(line.split()[1]) for line in screen.text.splitlines()]
     assert shown[:10] == list(range(1, 11))
     assert shown[-1] == 499

@@ -89,7 +89,7 @@ def test_rounds_are_counted_by_kind_and_side() -> None:
     ("reason", "word"),
     [
         ("cancelled", "cancelled"),
-        ("60 s have passed and 31.0 ms predicted is still over the budget of 10.0 ms: ...", "downtime"),
+        ("60 s have passed and 31.0 ms predicted is still over the max downtime of 10.0 ms: ...", "downtime"),
         ("the destination was not ready within 30 s of the freeze", "timeout"),
         ("/usr/bin/redis-server: is missing on b (install the same version there)", "files"),
         ("pid 17: is taken on b", "pids"),

@@ -15,13 +15,12 @@ import pytest
 from migrator.engine.base import Capability, FileFact, Survey
 from migrator.protocol import facts
 from migrator.protocol import messages as m
+from migrator.session.file_facts import collect_files, with_digests
 from migrator.session.preflight import (
-    collect_files,
     collect_host,
     compare,
     file_problem,
     taken,
-    with_digests,
 )
 
 A = m.HostFacts("a", "6.18", "x86_64", "Intel", "Xeon", frozenset({"avx2", "avx512f"}), 2696, "user")

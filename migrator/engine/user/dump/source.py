@@ -80,15 +80,15 @@ class UserSource:
         return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
         if not self._own_cgroup or self._cgroup is not None:
             return list(self._came_from.items())
-        homes = []
+        origins = []
         for pid in self.tree.processes:
             with contextlib.suppress(OSError, LookupError):
-                homes.append((pid, directory_of(pid)))
-        return homes
+                origins.append((pid, directory_of(pid)))
+        return origins
 
     @property
     def _cgroup_name(self) -> str:
@@ -345,7 +345,7 @@ class UserSource:
                 self.tree.detach()
         self._memory.instruments.remove_running(self.tree.living)
         self._close()
-        self._send_home()
+        self._move_back()
 
     # ------------------------------------------------------------------ inside
 
@@ -380,9 +380,9 @@ class UserSource:
                         ) from error
                     self._came_from.setdefault(pid, "")
 
-    def _send_home(self) -> None:
+    def _move_back(self) -> None:
         if self._own_cgroup and self._cgroup is not None:
-            self._cgroup.send_home(self._came_from)
+            self._cgroup.move_back(self._came_from)
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
