@@ -55,7 +55,7 @@ async def serve(
         await link.send(m.encode(m.Hello([m.VERSION], "migrator", settings.host.host)))
         while True:
             message = m.decode(await link.receive())
-            _check_rights(message, rights, link.peer)
+            check_rights(message, rights, link.peer)
             if isinstance(message, m.Hello):
                 m.common_version(message.versions)
             elif isinstance(message, m.Propose):
@@ -102,7 +102,7 @@ def _finish(settings: DestinationSettings, migration: str) -> None:
             settle_destination(journal, settings.tools)
 
 
-def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
+def check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
     """Raises UsageError for what the peer's key may not do."""
     needed = ""
     if isinstance(message, fleet.Request):
