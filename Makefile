@@ -1,4 +1,5 @@
 # make demo    two hosts, a Redis under load, one live migration, a picture of the downtime
+# make demo-fleet  four hosts with agents: an uneven load is evened out, a host is emptied, the controller is killed
 # make demo-web  a web server with short connections, there and back; ARGS="--delay 25" for a round trip of 50 ms
 # make test    all tests; non-zero on any failure
 # make bench   every workload beside its stop-copy-restart and its floor
@@ -20,7 +21,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo demo-web test coverage bench fuzz lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
+.PHONY: demo demo-fleet demo-web test coverage bench fuzz lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,9 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/demo.py $(ARGS)
+
+demo-fleet: $(STAMP)
+	@cd $(ROOT) && $(PYTHON) tools/demo_fleet.py $(ARGS)
 
 demo-web: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/demo_web.py $(ARGS)

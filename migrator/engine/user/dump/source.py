@@ -25,6 +25,7 @@ from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
@@ -178,6 +179,7 @@ class UserSource:
             start,
             end,
             rate,
+            work=count_work(self.tree.living),
         )
         self._rounds.append(made)
         return made
