@@ -170,6 +170,7 @@ class SourceOptions:
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
     tmpfs: Sequence[str] = ()  # where the container has tmpfs mounts of its own, whose contents go with it
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
+    checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 
 
 class Sandbox(Protocol):
