@@ -134,10 +134,6 @@ class Contents:
                 self._named(f"semaphores {record.semid}", record)
             case s.SysvQueue() | s.SysvMessage():
                 self._named(f"queue {record.msqid}", record)
-            case s.MessageQueue():
-                self._named(f"queue {record.name}", record)
-            case s.QueuedMessage():
-                self._named(f"queue {record.queue}", record)
             case r.Header() | r.HeaderX86() | r.RoundMark() | r.Trailer() | r.Error():
                 pass
             case _:

@@ -25,7 +25,7 @@ def _from_1(record: Record) -> Record:
 
 
 def _from_2(record: Record) -> Record:
-    """Revision 3 added records of shared files, System V objects and message queues."""
+    """Revision 3 added records of shared files and System V objects."""
     return record
 
 

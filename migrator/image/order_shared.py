@@ -1,4 +1,4 @@
-"""What records of shared files, System V objects and message queues must say.
+"""What records of shared files and System V objects must say.
 
 A part of `migrator.image.order`, which calls it for every such record.
 """
@@ -35,7 +35,6 @@ class SharedOrder:
         self._entries: set[tuple[str, str]] = set()
         self._ids: set[tuple[type[Record], int]] = set()
         self._segments: dict[int, int] = {}  # shmid -> objref: they come again, as their Shm does
-        self._queues: set[str] = set()
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             s.SharedFile: self._file,
             s.TmpfsEntry: self._entry,
@@ -44,8 +43,6 @@ class SharedOrder:
             s.SysvSem: self._sem,
             s.SysvQueue: lambda rec: self._id(type(rec), rec.msqid),
             s.SysvMessage: self._message,
-            s.MessageQueue: self._queue,
-            s.QueuedMessage: self._queued,
         }
 
     def _file(self, file: s.SharedFile) -> None:
@@ -103,17 +100,6 @@ class SharedOrder:
             self._fail(f"a message for queue {message.msqid}, which did not come")
         if message.kind <= 0 or len(message.text) > s.MAX_MESSAGE:
             self._fail(f"a message of type {message.kind} and {len(message.text)} bytes")
-
-    def _queue(self, queue: s.MessageQueue) -> None:
-        if not queue.name or "/" in queue.name or queue.name in (".", "..") or queue.name in self._queues:
-            self._fail(f"queue {queue.name!r} comes twice, or has an impossible name")
-        self._queues.add(queue.name)
-
-    def _queued(self, message: s.QueuedMessage) -> None:
-        if message.queue not in self._queues:
-            self._fail(f"a message for queue {message.queue!r}, which did not come")
-        if len(message.data) > s.MAX_MESSAGE:
-            self._fail(f"a message of {len(message.data)} bytes")
 
     def _id(self, kind: type[Record], number: int) -> None:
         if number > _ID_MAX or (kind, number) in self._ids:

@@ -300,7 +300,7 @@ class Pages(Record):
 
     The last chunk of an object in a round has no ranges."""
 
-    objref: s32  # an Mm or a Shm
+    objref: s32  # an Mm, a Shm or a SharedFile
     crc: u32  # zlib.crc32 of `data`, or 0
     ranges: list[PageRange]
     data: bytes

@@ -121,24 +121,3 @@ class SysvMessage(Record):
     reserved: u32
     kind: s64  # mtype
     text: bytes
-
-
-@record(505)
-class MessageQueue(Record):
-    """A POSIX message queue (mq_overview(7)); what waits in it follows as QueuedMessage, the first first."""
-
-    mode: u32
-    uid: u32
-    gid: u32
-    reserved: u32
-    limit: u64  # messages
-    size: u64  # bytes of the longest message
-    name: str
-
-
-@record(506)
-class QueuedMessage(Record):
-    priority: u32
-    reserved: u32
-    queue: str
-    data: bytes

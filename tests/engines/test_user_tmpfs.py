@@ -356,11 +356,57 @@ print("ready"); time.sleep(600)
 """
 
 
+MQUEUE = """
+import ctypes, time
+librt = ctypes.CDLL("librt.so.1")
+assert librt.mq_open(b"/jobs", 0o102, 0o600, None) >= 0 and librt.mq_close(3) in (0, -1)
+print("ready"); time.sleep(600)
+"""
+
+
 @pytest.mark.parametrize(
-    ("script", "reason"), [(UNDOES, "with SEM_UNDO"), (PART, "is a part of System V segment")], ids=["undo", "part"]
+    ("script", "reason"),
+    [
+        (UNDOES, "with SEM_UNDO"),
+        (PART, "is a part of System V segment"),
+        (MQUEUE, "the POSIX message queue /jobs is not carried yet"),
+    ],
+    ids=["undo", "part", "mqueue"],
 )
-def test_what_the_kernel_does_not_tell_of_system_v_objects_is_refused(tmp_path: Path, script: str, reason: str) -> None:
+def test_what_is_not_carried_of_interprocess_communication_is_refused(tmp_path: Path, script: str, reason: str) -> None:
     run(tmp_path, script)
     done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
     assert reason in done.stderr
     assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+
+
+MOUNTED = """
+import os, sys, time
+print("ready"); n = 0
+while True:
+    n += 1
+    assert open(sys.argv[1] + "/here/note").read() == "of the host"
+    print("tick", n); time.sleep(0.01)
+"""
+
+
+def test_mounts_of_the_host_that_changed_since_it_began_do_not_hold_a_container(tmp_path: Path) -> None:
+    """One more, one less, and a tmpfs of the host that is not mounted there any more: none is the container's own."""
+    here, other, more = (tmp_path / name for name in ("here", "other", "more"))
+    for place in (here, other, more):
+        place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", here], check=True)
+    (here / "note").write_text("of the host")
+    subprocess.run(["mount", "-t", "tmpfs", "none", other], check=True)
+    try:
+        run(tmp_path, MOUNTED)
+        subprocess.run(["umount", other], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "another", more], check=True)
+        for _ in range(2):
+            await_ticks(tmp_path)
+            move()
+        await_ticks(tmp_path)
+    finally:
+        subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
+        for place in (here, other, more):
+            subprocess.run(["umount", place], check=False, capture_output=True)

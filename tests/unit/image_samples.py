@@ -372,8 +372,6 @@ def shared() -> list[Record]:
         s.SysvSem(semid=4, key=8, mode=0o600, **owner, reserved=0, values=b"\1\0\2\0"),
         s.SysvQueue(msqid=5, key=9, mode=0o600, **owner, reserved=0, limit=16384),
         s.SysvMessage(msqid=5, reserved=0, kind=1, text=b"first"),
-        s.MessageQueue(mode=0o600, uid=5, gid=6, reserved=0, limit=10, size=8192, name="jobs"),
-        s.QueuedMessage(priority=3, reserved=0, queue="jobs", data=b"job"),
     ]  # fmt: skip
 
 

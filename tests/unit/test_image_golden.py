@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 DIGESTS = {
     "rev1.img": "1fa2b3ef0771ff19ef98d79714683491757ccdf3435e9b0a4d70bc7ff8ceadc5",
     "rev2.img": "9c7811abcc3529839dfb034bd9f890e02b5bc4b6dd25440e09a62e06146e9797",
-    "rev3.img": "648b2880a9498b1cc9444f3a5b38bc064f53e96732a85af58a7c6f7a1f80770b",
+    "rev3.img": "16c8556f3e740293f9c7327c15859d299befb0c83d986f223ce34c988cba4761",
 }
 
 

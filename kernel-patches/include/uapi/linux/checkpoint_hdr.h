@@ -66,8 +66,6 @@ enum ckpt_hdr_type {
 	CKPT_HDR_SYSV_SEM = 502,
 	CKPT_HDR_SYSV_QUEUE = 503,
 	CKPT_HDR_SYSV_MESSAGE = 504,
-	CKPT_HDR_MESSAGE_QUEUE = 505,
-	CKPT_HDR_QUEUED_MESSAGE = 506,
 	CKPT_HDR_SIGHAND = 601,
 	CKPT_HDR_SIGNAL = 602,
 	CKPT_HDR_SIG_PENDING = 604,
@@ -390,7 +388,7 @@ struct ckpt_hdr_vmas {
  */
 struct ckpt_hdr_pages {
 	struct ckpt_hdr h;
-	__s32 objref; /* an Mm or a Shm */
+	__s32 objref; /* an Mm, a Shm or a SharedFile */
 	__u32 crc; /* zlib.crc32 of `data`, or 0 */
 	__u32 nr_ranges;
 	__u32 data_len;
@@ -884,29 +882,6 @@ struct ckpt_hdr_sysv_message {
 	__u32 reserved;
 	__s64 kind; /* mtype */
 	__u32 text_len;
-} __attribute__((aligned(8)));
-
-/*
- * A POSIX message queue (mq_overview(7)); what waits in it follows as
- * QueuedMessage, the first first.
- */
-struct ckpt_hdr_message_queue {
-	struct ckpt_hdr h;
-	__u32 mode;
-	__u32 uid;
-	__u32 gid;
-	__u32 reserved;
-	__u64 limit; /* messages */
-	__u64 size; /* bytes of the longest message */
-	__u32 name_len;
-} __attribute__((aligned(8)));
-
-struct ckpt_hdr_queued_message {
-	struct ckpt_hdr h;
-	__u32 priority;
-	__u32 reserved;
-	__u32 queue_len;
-	__u32 data_len;
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

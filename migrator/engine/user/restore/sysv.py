@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from migrator.errors import RestartFailed
+from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_shared import SysvMessage, SysvQueue, SysvSem, SysvShm
 from migrator.linux import ipc
 from migrator.linux.ipc import IpcObject
@@ -21,7 +21,11 @@ class SysvRestore:
         self._last: dict[int, SysvShm] = {}  # by number: as it came in the last round
 
     def segment_of(self, objref: int) -> int:
-        return self._segments[objref]
+        """Its number. Raises ImageError where the segment of a Shm never came."""
+        try:
+            return self._segments[objref]
+        except KeyError:
+            raise ImageError(f"System V memory {objref} has no segment") from None
 
     def segment(self, rec: SysvShm, size: int) -> int | None:
         """Make a segment; a descriptor of ours, None if it was there already."""
