@@ -21,7 +21,7 @@ from typing import Protocol
 from migrator.image.records import PosixTimer
 from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Remote, pack_calls, way_of_return
+from migrator.linux.remote import Remote, free_signal, pack_calls, way_of_return
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
 
@@ -32,7 +32,6 @@ _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _RLIMITS = 16
-_SIGURG = int(signal.SIGURG)  # ends a batch
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
 _THREAD_CALLS = 6
@@ -196,12 +195,13 @@ class Parasite:
             blob += bytes(-len(blob) & 63)
         memory.write(pid, first, bytes(blob))
         per_thread = _THREAD_CALLS * arch.BATCH_ENTRY
+        ending = free_signal([thread.tid for thread in group])
         for i, thread in enumerate(group):
             assert thread.regs is not None
             # registers first: they lead back by themselves, whenever we die
             table = out + _TABLES + i * per_thread
-            arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i])
-            ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
+            arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, ending, contexts[i])
+            ptrace.set_sigmask(thread.tid, ~(1 << (ending - 1)) & arch.MINUS_ONE)
             ptrace.cont(thread.tid)
         for thread in group:
             while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:

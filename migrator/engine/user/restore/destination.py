@@ -369,9 +369,9 @@ class UserDestination:
                 self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
                 self._lock_memory(stub, mm)
                 self._tasks.apply(stub)
-                self._tasks.pending(stub)
                 self._tasks.timers(stub)
                 self._tasks.check(stub)
+                self._tasks.pending(stub)
 
     def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [
