@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.linux import procfs, sys
+from migrator.linux.pagemap import IS_GUARD, Scanner
 from migrator.linux.remote import BATCH_SIGNALS
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup")
@@ -106,7 +108,7 @@ def of_process(tree: ProcessTree, process: Process, state: dict[str, str]) -> It
         if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/{tree.root}/ns/{kind}"):
             yield f"{who} is in another {kind} namespace than the root task {tree.root}"
     for kind in ("time", "pid"):
-        if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/{pid}/ns/{kind}_for_children"):
+        if os.readlink(f"/proc/{pid}/ns/{kind}") != _for_children(pid, kind):
             yield f"{who}: its children will be in another {kind} namespace (unshare(2)), which is not carried"
     if os.readlink(f"/proc/{pid}/ns/time") != os.readlink(f"/proc/{tree.root}/ns/time"):
         yield f"{who} is in another time namespace than the root task {tree.root}"
@@ -115,6 +117,13 @@ def of_process(tree: ProcessTree, process: Process, state: dict[str, str]) -> It
             yield f"{who} is a 32-bit program, which is not carried yet"
     yield from _threads(pid, who, state)
     yield from _mappings(pid, who)
+
+
+def _for_children(pid: int, kind: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{kind}_for_children")
+    except FileNotFoundError:
+        return ""  # a pid namespace that nobody is in yet: not its own, at any rate
 
 
 def stopped_by(number: int) -> str:
@@ -145,9 +154,27 @@ def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
 
 def _mappings(pid: int, who: str) -> Iterator[str]:
     flags = procfs.vm_flags(pid)
-    for vma in procfs.maps(pid):
+    vmas = procfs.maps(pid)
+    if _has_guards(pid, vmas):
+        yield f"{who} has guard regions (MADV_GUARD_INSTALL), which are not carried"
+    for vma in vmas:
         reason = obstacle(vma, flags.get(vma.start, frozenset()))
         if reason:
             yield f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried"
         if vma.start < 0x400000 and vma.path != "[vsyscall]":
             yield f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)"
+
+
+def _has_guards(pid: int, vmas: Sequence[procfs.Vma]) -> bool:
+    inside = [vma for vma in vmas if vma.path != "[vsyscall]"]
+    if not inside:
+        return False
+    scanner = Scanner(pid)
+    try:
+        return bool(scanner.scan(inside[0].start, inside[-1].end, mask=IS_GUARD, returned=IS_GUARD))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False  # this kernel does not tell
+    finally:
+        scanner.close()
