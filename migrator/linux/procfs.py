@@ -27,12 +27,11 @@ def read_bytes(path: str) -> bytes:
     """The whole of a file of /proc."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = part = os.read(fd, 65536)
-        while part:
+        parts = [os.read(fd, 65536)]
+        while parts[-1]:
             # a short read of a seq_file is no end: only an empty one is
-            part = os.read(fd, 65536)
-            data += part
-        return data
+            parts.append(os.read(fd, 65536))
+        return b"".join(parts)
     finally:
         os.close(fd)
 

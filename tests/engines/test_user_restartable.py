@@ -443,3 +443,33 @@ int main(int argc, char **argv)
 
 def test_a_long_chain_of_processes(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     restarted(CHAIN + TICKING, hosts, tmp_path, rounds=1)
+
+
+MAPPINGS = r"""
+#include <sys/mman.h>
+#include "workload.h"
+#define COUNT 30000
+static char *base;
+static void check(void)
+{
+	static int at;
+
+	for (int i = 0; i < COUNT; i++)
+		CHECK(*(int *)(base + 8192L * i) == i, "mapping %d: %d", i, *(int *)(base + 8192L * i));
+	at = (at + 7) % COUNT; /* a border goes, and comes back */
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ));
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ | PROT_WRITE));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	base = mmap(NULL, 8192L * COUNT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (int i = 0; i < COUNT; i++) {
+		*(int *)(base + 8192L * i) = i;
+		TRY(mprotect(base + 8192L * i + 4096, 4096, i & 1 ? PROT_NONE : PROT_READ));
+	}
+"""
+
+
+def test_tens_of_thousands_of_mappings(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    restarted(MAPPINGS + TICKING, hosts, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 from dataclasses import replace
 from typing import Protocol
@@ -136,14 +138,8 @@ class LayoutDump:
     def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
         before = self._flags.get(objref)
         if before is not None and not refresh:
-            for vma in vmas:  # a grown, split or merged mapping keeps the flags of what it was
-                key = (vma.start, vma.end, vma.path)
-                if key not in before:
-                    near = [f for (s, e, p), f in before.items() if p == vma.path and s < vma.end and vma.start < e]
-                    if not near:
-                        break
-                    before[key] = near[0]
-            else:
+            new = [vma for vma in vmas if (vma.start, vma.end, vma.path) not in before]
+            if not new or _take_over(before, new):
                 return before
         raw = procfs.vm_flags(pid)
         fresh = {}
@@ -217,6 +213,25 @@ class LayoutDump:
             pid=vpid,
             auxv=auxv,
         )
+
+
+def _take_over(flags: dict[tuple[int, int, str], int], new: list[Vma]) -> bool:
+    """A grown, split or merged mapping keeps the flags of what it was; False if one is of no such origin."""
+    known = sorted(flags.items())
+    ends = list(itertools.accumulate((end for (_, end, _), _ in known), max))  # of all up to there
+    found = {}
+    for vma in new:
+        at = bisect.bisect_right(ends, vma.start)
+        while at < len(known) and known[at][0][0] < vma.end:
+            (_, end, path), bits = known[at]
+            if path == vma.path and end > vma.start:
+                found[vma.start, vma.end, vma.path] = bits
+                break
+            at += 1
+        else:
+            return False
+    flags.update(found)
+    return True
 
 
 def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:

@@ -31,14 +31,14 @@ _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
 _ADVICE = {
-    VmaFlag.DONTFORK: 10,
-    VmaFlag.DONTDUMP: 16,
-    VmaFlag.WIPEONFORK: 18,
-    VmaFlag.HUGEPAGE: 14,
-    VmaFlag.NOHUGEPAGE: 15,
-    VmaFlag.MERGEABLE: 12,
-    VmaFlag.RANDOM: 1,
-    VmaFlag.SEQUENTIAL: 2,
+    int(VmaFlag.DONTFORK): 10,
+    int(VmaFlag.DONTDUMP): 16,
+    int(VmaFlag.WIPEONFORK): 18,
+    int(VmaFlag.HUGEPAGE): 14,
+    int(VmaFlag.NOHUGEPAGE): 15,
+    int(VmaFlag.MERGEABLE): 12,
+    int(VmaFlag.RANDOM): 1,
+    int(VmaFlag.SEQUENTIAL): 2,
 }
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
@@ -98,11 +98,12 @@ class AddressSpace:
                 del same[item.start, item.end]
             else:
                 changed.append(item)
-        old = sorted(same.values(), key=lambda p: p.start)
+        old = sorted(same.values(), key=_start_of)
+        ends = [p.end for p in old]
         for item in changed:
             new = Piece(item.start, item.end, item)
             at = item.start
-            for piece in _overlapping(old, item.start, item.end):
+            for piece in old[bisect.bisect_right(ends, item.start) : bisect.bisect_left(old, item.end, key=_start_of)]:
                 if piece.backing() != new.backing():
                     continue
                 start, end = max(piece.start, item.start), min(piece.end, item.end)
@@ -132,13 +133,15 @@ class AddressSpace:
     def _unmaps(old: list[Piece], new: list[Piece], holes: list[tuple[int, int, VmaItem]]) -> list[Call]:
         calls: list[Call] = []
         keep = []
+        of_item: dict[int, list[tuple[int, int]]] = {}
+        for start, end, item in holes:
+            of_item.setdefault(id(item), []).append((start, end))
         for piece in new:
             at = piece.start
-            for start, end, item in holes:
-                if item is piece.item:
-                    if start > at:
-                        keep.append((at, start))
-                    at = end
+            for start, end in of_item.get(id(piece.item), ()):
+                if start > at:
+                    keep.append((at, start))
+                at = end
             if at < piece.end:
                 keep.append((at, piece.end))
         i = 0
@@ -229,9 +232,11 @@ class AddressSpace:
         if self._zeros:
             spans, self._zeros = self._zeros, []
             file_backed = [(v.start, v.end) for v in self._items if v.kind == VmaKind.FILE]
+            ends = [end for _, end in file_backed]
             plain = []
             for start, end in spans:
-                if any(a < end and start < b for a, b in file_backed):
+                first = bisect.bisect_right(ends, start)
+                if first < len(file_backed) and file_backed[first][0] < end:
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
                         self.stub.mem.write(at, bytes(PAGE_SIZE))
                 else:
@@ -309,5 +314,5 @@ class AddressSpace:
         return out
 
 
-def _overlapping(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
-    return [p for p in pieces if p.start < end and start < p.end]
+def _start_of(piece: Piece) -> int:
+    return piece.start
