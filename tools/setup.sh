@@ -28,6 +28,7 @@ needs=(
 	prometheus:prometheus
 	promtool:prometheus
 	prometheus-node-exporter:prometheus-node-exporter
+	ansible-playbook:ansible-core
 )
 
 missing=()

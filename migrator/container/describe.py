@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from migrator.container import mounts, network, state, tmpfs
@@ -18,9 +22,15 @@ def describe(container: Container | int) -> ContainerSpec:
     """The specification with the addresses, routes, host name and tmpfs mounts of this moment.
 
     Takes a container, or the pid of any process in one. Nothing is stopped or changed. Takes some
-    milliseconds, so not for the time of the freeze. Raises UsageError for a pid that is in no container.
+    milliseconds, so not for the time of the freeze. Raises UsageError for a pid that is in no container,
+    and for a container that ends meanwhile.
     """
     container = _container(container)
+    with _ending_is_told(container):
+        return _describe(container)
+
+
+def _describe(container: Container) -> ContainerSpec:
     net = network.read(container.init_pid)
     # /dev/shm and the like that prepare() mounts by itself need not be told, unless their options differ.
     own = tuple(fs for fs in mounts.own_tmpfs(container.init_pid) if fs != mounts.SHM)
@@ -44,8 +54,13 @@ def describe(container: Container | int) -> ContainerSpec:
 
 def obstacles(container: Container | int) -> list[str]:
     """Why the surroundings of a container cannot be built again elsewhere: one sentence each, empty if
-    they can. To be asked before anything is stopped."""
+    they can. To be asked before anything is stopped. Raises UsageError as `describe()` does."""
     container = _container(container)
+    with _ending_is_told(container):
+        return _obstacles(container)
+
+
+def _obstacles(container: Container) -> list[str]:
     pid = container.init_pid
     net = network.read(pid)
     found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
@@ -138,6 +153,30 @@ def _resident(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(words[0]) * 1024
+
+
+@contextlib.contextmanager
+def _ending_is_told(container: Container) -> Iterator[None]:
+    """A process that exits loses its namespaces before it counts as ended: what is read of it then fails in many
+    ways (EINVAL from mountinfo, ENOENT from ns/, ESRCH), which all mean the same."""
+    try:
+        yield
+    except OSError:
+        if not _ends(container, within=1.0):
+            raise
+        raise UsageError(f"container {container.name} has ended") from None
+
+
+def _ends(container: Container, within: float) -> bool:
+    """Whether process 1 ends within so many seconds."""
+    try:
+        pidfd = os.pidfd_open(container.init_pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return not container.alive or bool(select.select([pidfd], [], [], within)[0])
+    finally:
+        os.close(pidfd)
 
 
 def _container(given: Container | int) -> Container:

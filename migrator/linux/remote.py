@@ -33,9 +33,12 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH), int(SIGCHLD))  # ignored by default
+# Ignored by default. SIGURG is what Go's and PostgreSQL's tasks send one another all the time; nobody sends SIGWINCH
+# where there is no terminal.
+BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG), int(SIGCHLD))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
+_REST = [(0,) * (8 - length) for length in range(9)]
 
 Call = Sequence[int]
 
@@ -109,7 +112,7 @@ class Remote:
         self._mask = 0
         self._xstate = b""
         self._mask_set = self._stop_again = False
-        self._signal = BATCH_SIGNALS[0]
+        self._signal = int(SIGURG)
         self._context_written = False
 
     @contextmanager
@@ -169,14 +172,34 @@ class Remote:
     def call(self, number: int, *args: int) -> int:
         """One system call through the vdso; negative errno on error. Works without a scratch area."""
         assert self._regs is not None, "not inside borrowed()"
-        if not self.instruction:
-            self.instruction = find_syscall_instruction(self.pid)
+        if not self.survivable:
+            self.begin_call(number, *args)
+            return self.end_call()
+        self.find_instruction()
         instruction, stack = self._on_the_way_back() or (self.instruction, 0)
         arch.start_call(self.tid, self._regs, instruction, number, args, stack)
         self._block_signals()
-        # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
-        # program runs. Nothing of it outlives a tracer that dies, as a single step would.
         ptrace.until_syscall(self.tid)
+        return self.end_call()
+
+    def find_instruction(self) -> None:
+        """Look for what call() goes through, unless it is known."""
+        if not self.instruction:
+            self.instruction = find_syscall_instruction(self.pid)
+
+    def begin_call(self, number: int, *args: int) -> None:
+        """call() of one that is not to survive us, in two halves: others can make theirs meanwhile."""
+        assert self._regs is not None and not self.survivable
+        self.find_instruction()
+        arch.start_call(self.tid, self._regs, self.instruction, number, args)
+        self._block_signals()
+        ptrace.until_syscall(self.tid)
+
+    def end_call(self) -> int:
+        """What the call of begin_call() returned.
+
+        Stopped at the entry, the thread is asked to stop again: that comes when the call is done and before the
+        program runs. Nothing of it outlives a tracer that dies, and it takes no SIGTRAP, as a single step would."""
         self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
         ptrace.interrupt(self.tid)
         ptrace.cont(self.tid)
@@ -221,7 +244,16 @@ class Remote:
 
     def unmap_scratch(self) -> None:
         """Unmap it again: the last call inside the block."""
-        result = self.call(arch.NR["munmap"], self.scratch, self.scratch_size)
+        self._unmapped(self.call(arch.NR["munmap"], self.scratch, self.scratch_size))
+
+    def begin_unmap(self) -> None:
+        """unmap_scratch() of one that is not to survive us, in two halves."""
+        self.begin_call(arch.NR["munmap"], self.scratch, self.scratch_size)
+
+    def end_unmap(self) -> None:
+        self._unmapped(self.end_call())
+
+    def _unmapped(self, result: int) -> None:
         if result < 0:
             raise RemoteError(-result, "munmap of the scratch area", f"pid {self.pid}")
         self.scratch = 0
@@ -246,16 +278,28 @@ class Remote:
 
     def checked(self, calls: Sequence[Call]) -> list[int]:
         """As batch(), but the first failed call raises RemoteError."""
-        results = self.batch(calls)
+        return self._check(calls, self.batch(calls))
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Let the thread begin with `calls`, at most `max_calls`; others can meanwhile."""
+        memory.write(self.pid, self.table, pack_calls(calls))
+        self.start(len(calls))
+
+    def end(self, calls: Sequence[Call]) -> list[int]:
+        """As checked(), of what was begun."""
+        return self._check(calls, self._results(calls))
+
+    def _check(self, calls: Sequence[Call], results: list[int]) -> list[int]:
         for call, result in zip(calls, results, strict=True):
             if -4096 < result < 0:
                 raise RemoteError(-result, f"{name_of(call[0])}: {os.strerror(-result)}", describe(self.pid, call))
         return results
 
     def _batch(self, calls: Sequence[Call]) -> list[int]:
-        assert self._regs is not None, "not inside borrowed()"
-        memory.write(self.pid, self.table, pack_calls(calls))
-        self.start(len(calls))
+        self.begin(calls)
+        return self._results(calls)
+
+    def _results(self, calls: Sequence[Call]) -> list[int]:
         self.finish()
         raw = memory.read(self.pid, self.table, arch.BATCH_ENTRY * len(calls))
         return list(struct.unpack(f"<{8 * len(calls)}q", raw)[7::8])
@@ -337,9 +381,12 @@ def way_of_return(pid: int, regs: arch.Regs, xstate: bytes, mask: int, address: 
 def pack_calls(calls: Sequence[Call]) -> bytes:
     flat: list[int] = []
     for call in calls:
-        flat.extend(value & arch.MINUS_ONE for value in call)
-        flat.extend((0,) * (8 - len(call)))
-    return struct.pack(f"<{len(flat)}Q", *flat)
+        flat += call
+        flat += _REST[len(call)]
+    try:
+        return struct.pack(f"<{len(flat)}Q", *flat)
+    except struct.error:  # a negative argument
+        return struct.pack(f"<{len(flat)}Q", *[value & arch.MINUS_ONE for value in flat])
 
 
 _NAMES = {number: name for name, number in arch.NR.items()}

@@ -39,6 +39,7 @@ class Surroundings:
     """The context of a restore on this host, with memfds made by hand."""
 
     netns: str | None = None
+    live = False
 
     def __init__(self) -> None:
         self.root_fd = os.open("/", os.O_PATH)
@@ -81,6 +82,7 @@ class Moved:
             restore.install(copy, self.tables[child.pid])
         restore.finish(self.copies)
         self.moves = restore.moves
+        self.late_locks = restore.late_locks
         built()
         if dies:
             monkey = self.stack.enter_context(pytest.MonkeyPatch.context())

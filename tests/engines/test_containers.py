@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from migrator import container as ct
-from migrator.container import network, state
+from migrator.container import mounts, network, state
 from migrator.container.lifecycle import StartFailed
 from migrator.container.sandbox import SandboxError
 from migrator.container.spec import ContainerSpec, Route, Tmpfs
@@ -208,6 +209,35 @@ def test_the_same_spec_gives_the_same_addresses_everywhere(two_hosts: object) ->
     assert described.hostname == "the-name"
     again = ContainerSpec.from_json(described.to_json())
     assert again == described
+
+
+@pytest.mark.parametrize("read", [ct.describe, ct.obstacles])
+def test_a_container_that_ends_while_it_is_described_is_said_to_have_ended(
+    read: Callable[[ct.Container], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = ct.run(offline("sleep", "100"))
+    genuine = mounts.mounts
+
+    def exiting(pid: int | str = "self") -> list[mounts.Mount]:
+        if pid == container.init_pid:
+            os.kill(container.init_pid, signal.SIGKILL)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), f"/proc/{pid}/mountinfo")
+        return genuine(pid)
+
+    monkeypatch.setattr(mounts, "mounts", exiting)
+    with pytest.raises(UsageError, match=f"container {NAME} has ended"):
+        read(container)
+
+
+def test_what_cannot_be_read_of_a_living_container_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = ct.run(offline("sleep", "100"))
+
+    def failing(pid: int | str = "self") -> list[mounts.Mount]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mounts, "mounts", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        ct.describe(container)
 
 
 def test_a_container_is_described_as_it_is_now(two_hosts: object) -> None:

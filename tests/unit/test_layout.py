@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.container",
         "migrator.engine.base",
         "migrator.engine.select",
+        "migrator.fleet.fencing",
         "migrator.linux",
         "migrator.protocol",
         "migrator.recovery",
@@ -48,6 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "migrator.agent": (
         "migrator.api",
         "migrator.engine.select",
+        "migrator.fleet",
         "migrator.host",
         "migrator.metrics",
         "migrator.model",
@@ -64,16 +66,26 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "migrator.host",
         "migrator.image.render",
         "migrator.model",
+        "policies",
         "transport.keys",
     ),
-    "migrator.fleet": ("migrator.api", "migrator.model", "migrator.runtime", "policies", "transport.keys"),
+    "migrator.fleet": (
+        "migrator.api",
+        "migrator.host",
+        "migrator.metrics",
+        "migrator.model",
+        "migrator.protocol",
+        "migrator.runtime",
+        "policies",
+        "transport",
+    ),
     "transport": (),
     "policies": (),
 }
 # These call the API by its public names, as other programs do: `import migrator`.
 CALLERS = ("migrator.cli", "migrator.agent", "migrator.fleet", "migrator.testing")
 # Pure layers: bytes and values in, bytes and values out.
-NO_IO = ("migrator.image",)
+NO_IO = ("migrator.image", "policies")
 IO_MODULES = {"asyncio", "socket", "subprocess", "threading", "mmap", "ctypes", "fcntl", "select"}
 
 

@@ -217,7 +217,7 @@ class DescriptorDump:
             owner_type=owner[0],
             owner_pid=owner[1],
             owner_signal=owner[2],
-            lock=files.flock_of(item) if item.info.locks else 0,
+            lock=locks.flock_of(item) if item.info.locks else 0,
             reserved=0,
             path=path,
         )

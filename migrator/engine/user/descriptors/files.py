@@ -23,17 +23,7 @@ _FORMATS = {
     FileKind.DIRECTORY: (stat.S_IFDIR,),
     FileKind.DEVICE: (stat.S_IFCHR,),
 }
-_LOCKS = {1: fcntl.LOCK_SH, 2: fcntl.LOCK_EX}
 _FALLBACKS = ("tmp", "dev/shm", "")
-
-
-def flock_of(description: Description) -> int:
-    """0 none, 1 shared, 2 exclusive: the flock(2) of a description, as fdinfo shows it."""
-    for lock in description.info.locks:
-        words = lock.split()
-        if words[1] == "FLOCK":
-            return 2 if words[3] == "WRITE" else 1
-    return 0
 
 
 def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile | FileData]:
@@ -88,7 +78,7 @@ def open_path(rec: File, root_fd: int) -> int:
 
 
 def adjust(fd: int, rec: File) -> None:
-    """Bring what was opened for `rec` to its offset, flags and lock, having checked that it is of its kind."""
+    """Bring what was opened for `rec` to its offset and flags, having checked that it is of its kind."""
     where = f"{rec.path} (file {rec.objref})"
     try:
         _verify(fd, rec, where)
@@ -96,7 +86,6 @@ def adjust(fd: int, rec: File) -> None:
             return
         fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags)
         os.lseek(fd, rec.pos, os.SEEK_SET)
-        take_lock(fd, rec.lock, where)
     except OSError as error:
         raise RestartFailed(f"{where}: {error}") from error
 
@@ -129,21 +118,6 @@ def _verify(fd: int, rec: File, where: str) -> None:
         )
     if rec.kind == FileKind.DEVICE and status.st_rdev != rec.rdev:
         raise RestartFailed(f"{where} is another device here")
-
-
-def take_lock(fd: int, lock: int, where: str) -> None:
-    """Lock a description as it was (flock(2))."""
-    if not lock:
-        return
-    if lock not in _LOCKS:
-        raise ImageError(f"{where}: unknown lock {lock}")
-    try:
-        fcntl.flock(fd, _LOCKS[lock] | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RestartFailed(
-            f"{where} is locked by somebody else here",
-            hint="a file shared by both hosts stays locked by the saved program until that is gone",
-        ) from None
 
 
 class DeletedRestore:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import os
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
@@ -37,6 +37,7 @@ _FLAGS = {
     "dp": VmaFlag.DROPPABLE,
 }
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
+_Key = tuple[int, int, str]  # start, end, path
 _UNCARRIED = {
     "io": "device memory",
     "pf": "raw page frames",
@@ -82,8 +83,9 @@ class LayoutDump:
         self._shared = shared
         self._mms: dict[int, Mm] = {}
         self._vmas: dict[int, list[Vma]] = {}
-        self._flags: dict[int, dict[tuple[int, int, str], int]] = {}
+        self._flags: dict[int, dict[_Key, int]] = {}
         self._items: dict[int, list[VmaItem]] = {}
+        self._made: dict[int, dict[int, tuple[Vma, int, VmaItem]]] = {}  # by start: what an item was made from
         self._files: dict[str, int] = {}
 
     def brk_of(self, objref: int) -> int:
@@ -112,11 +114,18 @@ class LayoutDump:
         else:
             mm = self._mm(pid, vpid, objref, brk or brk_from_maps(vmas))
         flags = self._flags_of(pid, objref, vmas, refresh_flags)
-        items = []
+        made = self._made.get(objref, {})
+        now: dict[int, tuple[Vma, int, VmaItem]] = {}
         for vma in vmas:
             if vma.path == "[vsyscall]":
                 continue
-            items.append(self._item(pid, vma, flags.get((vma.start, vma.end, vma.path), 0)))
+            bits = flags.get((vma.start, vma.end, vma.path), 0)
+            item = made.get(vma.start)
+            if item is None or item[0] is not vma or item[1] != bits or is_shm(vma):
+                item = vma, bits, self._item(pid, vma, bits)
+            now[vma.start] = item
+        self._made[objref] = now
+        items = [item for _, _, item in now.values()]
         self._vmas[objref] = vmas
         if mm != known:
             self._mms[objref] = mm
@@ -134,13 +143,15 @@ class LayoutDump:
         self._vmas.pop(objref, None)
         self._flags.pop(objref, None)
         self._items.pop(objref, None)
+        self._made.pop(objref, None)
 
-    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
+    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[_Key, int]:
         before = self._flags.get(objref)
         if before is not None and not refresh:
-            new = [vma for vma in vmas if (vma.start, vma.end, vma.path) not in before]
-            if not new or _take_over(before, new):
-                return before
+            fresh = _inherited(before, vmas)
+            if fresh is not None:
+                self._flags[objref] = fresh
+                return fresh
         raw = procfs.vm_flags(pid)
         fresh = {}
         for vma in vmas:
@@ -215,25 +226,6 @@ class LayoutDump:
         )
 
 
-def _take_over(flags: dict[tuple[int, int, str], int], new: list[Vma]) -> bool:
-    """A grown, split or merged mapping keeps the flags of what it was; False if one is of no such origin."""
-    known = sorted(flags.items())
-    ends = list(itertools.accumulate((end for (_, end, _), _ in known), max))  # of all up to there
-    found = {}
-    for vma in new:
-        at = bisect.bisect_right(ends, vma.start)
-        while at < len(known) and known[at][0][0] < vma.end:
-            (_, end, path), bits = known[at]
-            if path == vma.path and end > vma.start:
-                found[vma.start, vma.end, vma.path] = bits
-                break
-            at += 1
-        else:
-            return False
-    flags.update(found)
-    return True
-
-
 def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
     """Spans of `new` private memory that were mapped, and as something else, in `old`; both sorted."""
     out = []
@@ -243,6 +235,8 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
             continue
         while i < len(old) and old[i].end <= item.start:
             i += 1
+        if i < len(old) and old[i] is item:
+            continue
         j = i
         while j < len(old) and old[j].start < item.end:
             if _backing(old[j]) != _backing(item):
@@ -255,6 +249,30 @@ def _backing(item: VmaItem) -> tuple[int, ...]:
     # must not call equal what migrator.engine.user.restore.mappings takes for different
     kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
     return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & ~_PROT
+
+
+def _inherited(before: dict[_Key, int], vmas: list[Vma]) -> dict[_Key, int] | None:
+    """The flags of `vmas`: a grown, split or merged mapping keeps those of what it was. None if one is of no other."""
+    fresh = {}
+    old: list[tuple[_Key, int]] = []
+    ends: list[int] = []
+    for vma in vmas:
+        key = (vma.start, vma.end, vma.path)
+        flags = before.get(key)
+        if flags is None:
+            if not old:
+                old = sorted(before.items())
+                ends = [end for (_, end, _), _ in old]
+            for (start, _, path), known in islice(old, bisect_right(ends, vma.start), None):
+                if start >= vma.end:
+                    return None
+                if path == vma.path:
+                    flags = known
+                    break
+            else:
+                return None
+        fresh[key] = flags
+    return fresh
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

@@ -67,7 +67,7 @@ class MemoryDump:
         if text != process.maps:
             process.maps = text
             scratch = remote.scratch if remote is not None else 0
-            process.vmas = [v for v in procfs.parse_maps(text) if v.start != scratch or not scratch]
+            process.vmas = [v for v in procfs.parse_maps(text, process.lines) if v.start != scratch or not scratch]
 
     def instrument(self, process: Process) -> None:
         """Instrument a process. One that ends, becomes another program or is in its parent's memory is left for a

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from migrator.image.records import PosixTimer
-from migrator.linux import memory, ptrace
+from migrator.linux import memory
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Remote, free_signal, pack_calls, way_of_return
+from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, way_of_return
+from migrator.linux.threads import Run, run_all, set_all
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
 
@@ -95,7 +97,7 @@ class Parasite:
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._calls = 0  # of the process's table
-        self._prepared = False
+        self._prepared = self._running = False
 
     def prepare(self) -> None:
         """Write the tables. The process may run."""
@@ -122,16 +124,36 @@ class Parasite:
         """Ask through the leader, which is stopped with `regs` and `mask`; it is as before afterwards.
 
         Also reads value, interval and overrun of `timers` into them."""
+        with self.begun(regs, mask, xstate):
+            return self.reply(timers)
+
+    @contextmanager
+    def begun(self, regs: arch.Regs, mask: int, xstate: bytes = b"") -> Iterator[None]:
+        """process() in two halves: inside the block reply() is to be called; other processes can begin meanwhile."""
         if not self._prepared:
             self.prepare()
+        with self._remote.borrowed(regs=regs, mask=mask, xstate=xstate):
+            self._remote.start(self._calls)
+            self._running = True
+            try:
+                yield
+            finally:
+                if self._running:  # another failed: nothing can be put back before it has stopped
+                    with suppress(OSError):
+                        self._finish()
+
+    def _finish(self) -> None:
+        self._running = False
+        self._remote.finish()
+
+    def reply(self, timers: Sequence[PosixTimer] = ()) -> ProcessReply:
+        """What a process said; see process()."""
         remote = self._remote
-        with remote.borrowed(regs=regs, mask=mask, xstate=xstate):
-            remote.start(self._calls)
-            remote.finish()
-            size = remote.data - remote.table + _PROCESS_OUT
-            raw = memory.read(remote.pid, remote.table, size)
-            if timers:
-                self._timers(timers)
+        self._finish()
+        size = remote.data - remote.table + _PROCESS_OUT
+        raw = memory.read(remote.pid, remote.table, size)
+        if timers:
+            self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
         brk, dumpable, thp = results[-3:]
@@ -195,23 +217,18 @@ class Parasite:
             blob += bytes(-len(blob) & 63)
         memory.write(pid, first, bytes(blob))
         per_thread = _THREAD_CALLS * arch.BATCH_ENTRY
-        ending = free_signal([thread.tid for thread in group])
-        for i, thread in enumerate(group):
-            assert thread.regs is not None
-            # registers first: they lead back by themselves, whenever we die
-            table = out + _TABLES + i * per_thread
-            arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, ending, contexts[i])
-            ptrace.set_sigmask(thread.tid, ~(1 << (ending - 1)) & arch.MINUS_ONE)
-            ptrace.cont(thread.tid)
-        for thread in group:
-            while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                ptrace.cont(thread.tid)
+        tables = range(out + _TABLES, out + _TABLES + len(group) * per_thread, per_thread)
+        regs = [thread.regs for thread in group if thread.regs is not None]
+        runs = [
+            Run(thread.tid, own, remote.scratch, table, _THREAD_CALLS, context)
+            for thread, own, table, context in zip(group, regs, tables, contexts, strict=True)
+        ]
+        for tid, status in run_all(runs, ending=free_signal([thread.tid for thread in group])).items():
+            raise RemoteError(3, f"stopped with {status:#x} while it was asked", f"tid {tid}")
         raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
         replies = []
-        for i, thread in enumerate(group):
-            assert thread.regs is not None
-            ptrace.set_sigmask(thread.tid, thread.mask)
-            arch.set_regs(thread.tid, thread.regs)
+        set_all([thread.tid for thread in group], regs, [thread.mask for thread in group])
+        for i in range(len(group)):
             at = _TABLES - _THREADS + i * per_thread
             results = struct.unpack_from(f"<{8 * _THREAD_CALLS}q", raw, at)[7::8]
             replies.append(_thread_reply(raw, i * _THREAD_OUT, results[_SLACK], results[_SECUREBITS]))

@@ -19,12 +19,13 @@ from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Tra
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.memory import MemoryDump
-from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
@@ -43,7 +44,7 @@ class UserSource:
     def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
         self.pid = pid
         self.options = options
-        self._writer = RecordWriter(fd)
+        self._writer = RecordWriter(fd, checksums=options.checksums)
         self._objhash = ObjHash()
         self._cgroup: Cgroup | None = None
         self._came_from: dict[int, str] = {}
@@ -81,15 +82,15 @@ class UserSource:
         return str(self._cgroup.path) if self._cgroup is not None else self._name
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
         if not self._own_cgroup or self._cgroup is not None:
             return list(self._came_from.items())
-        homes = []
+        origins = []
         for pid in self.tree.processes:
             with contextlib.suppress(OSError, LookupError):
-                homes.append((pid, directory_of(pid)))
-        return homes
+                origins.append((pid, directory_of(pid)))
+        return origins
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +176,7 @@ class UserSource:
             start,
             end,
             rate,
+            work=count_work(self.tree.living),
         )
         self._rounds.append(made)
         return made
@@ -248,12 +250,12 @@ class UserSource:
             for process in living:
                 self._memory.send(process, final=True)
         with self._phase("parasite"):
-            replies, others, timers = {}, {}, {}
+            others = {}
+            timers = {process.pid: list_timers(process) for process in living}
+            replies = ask_all(living, timers)
             for process in living:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
-                assert parasite is not None and leader.regs is not None
-                timers[pid] = list_timers(process)
-                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
@@ -342,7 +344,7 @@ class UserSource:
                 self.tree.detach()
         self._memory.instruments.remove_running(self.tree.living)
         self._close()
-        self._send_home()
+        self._move_back()
 
     # ------------------------------------------------------------------ inside
 
@@ -377,9 +379,9 @@ class UserSource:
                         ) from error
                     self._came_from.setdefault(pid, "")
 
-    def _send_home(self) -> None:
+    def _move_back(self) -> None:
         if self._own_cgroup and self._cgroup is not None:
-            self._cgroup.send_home(self._came_from)
+            self._cgroup.move_back(self._came_from)
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]

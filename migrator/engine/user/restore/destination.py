@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
-from migrator.engine.base import DestinationOptions, Move, Phase, Sandbox
+from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
@@ -46,14 +47,19 @@ from migrator.image.records import (
     VmaFlag,
     Vmas,
 )
-from migrator.linux import ptrace, urgency
+from migrator.linux import urgency
 from migrator.linux import x86_64 as arch
+from migrator.linux.batch import raise_first
 from migrator.linux.cgroup import Cgroup, unique_name
+from migrator.linux.threads import detach_all
+
+log = logging.getLogger("migrator.engine")
 
 _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
+_LOCKED = int(VmaFlag.LOCKED)
 _SHOWN_DIFFERENCES = 12
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
@@ -104,6 +110,10 @@ class UserDestination:
         return self._descriptors.moves if self._descriptors is not None else []
 
     @property
+    def late_locks(self) -> list[LateLock]:
+        return self._descriptors.late_locks if self._descriptors is not None else []
+
+    @property
     def root_pid(self) -> int:
         return self._stub_tree.root.pid if self._stub_tree is not None and self._stub_tree.root is not None else 0
 
@@ -117,8 +127,14 @@ class UserDestination:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._held and not self._done:
+        if self._held or self._done:
+            return
+        try:
             self.discard()
+        except Exception as error:
+            if value is None:
+                raise
+            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     # ------------------------------------------------------------------ life
 
@@ -151,16 +167,15 @@ class UserDestination:
             clocks.catch_up(self._header, self._marked_at, self._clocks)
             passed = clocks.since_stop(self._header, self._marked_at, self._clocks) if self._live else 0
             self._tasks.passed = max(0, passed)
-            for stub in self._stub_tree.stubs.values():
-                self._tasks.finish(stub)
+            stubs = list(self._stub_tree.stubs.values())
+            self._tasks.finish(stubs)
         if self._saved is not None:
             with self._phase("second look"):
                 self._verify(self._saved)
         with self._phase("hold"):
             self._cgroup.freeze(wait=False)
-            for stub in self._stub_tree.stubs.values():
-                for thread in stub.threads.values():
-                    ptrace.detach(thread.tid)
+            tids = [thread.tid for stub in stubs for thread in stub.threads.values()]
+            raise_first(detach_all(tids), "ptrace detach", [f"tid {tid}" for tid in tids])
             for pid in self._stopped_groups():
                 os.kill(pid, signal.SIGSTOP)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
@@ -209,17 +224,18 @@ class UserDestination:
         if self._done:
             return
         self._done = True
-        if self._descriptors is not None:
-            self._descriptors.close()
-        if self._stub_tree is not None:
-            if self._cgroup is not None and self._held:
-                self._cgroup.kill()
-            self._stub_tree.kill()
-        if self._sandbox is not None:
-            self._sandbox.remove()
-        elif self._cgroup is not None:
-            self._cgroup.remove()
-        self._close()
+        with ExitStack() as stack:  # each of these, whatever becomes of the others; the last one first
+            stack.callback(self._close)
+            if self._sandbox is not None:
+                stack.callback(self._sandbox.remove)
+            elif self._cgroup is not None:
+                stack.callback(self._cgroup.remove)
+            if self._stub_tree is not None:
+                stack.callback(self._stub_tree.kill)
+                if self._cgroup is not None and self._held:
+                    stack.callback(self._cgroup.kill)
+            if self._descriptors is not None:
+                stack.callback(self._descriptors.close)
 
     # ------------------------------------------------------------------ records
 
@@ -281,6 +297,7 @@ class UserDestination:
             if state is not None and self._descriptors is not None:
                 self._descriptors.install_early(stub, state.task.files_objref)
             self._tasks.prepare(stub)
+            stub.remote.find_instruction()
 
     @staticmethod
     def _check_processor(saved: HeaderX86) -> None:
@@ -370,16 +387,18 @@ class UserDestination:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
                 self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
                 self._lock_memory(stub, mm)
-                self._tasks.apply(stub)
+            self._tasks.apply(stubs)
+            for stub in stubs:
                 self._tasks.timers(stub)
-                self._tasks.check(stub)
+            self._tasks.check(stubs)
+            for stub in stubs:
                 self._tasks.pending(stub)
 
     def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [
             (arch.NR["mlock"], item.start, item.end - item.start)
             for item in self._spaces[mm.objref].items
-            if item.flags & VmaFlag.LOCKED
+            if item.flags & _LOCKED
         ]
         stub.checked(calls, "locking memory")
 
@@ -427,6 +446,10 @@ class _Context:
         assert stub_tree is not None
         stub = stub_tree.stubs.get(vpid)
         return stub.pid if stub is not None else 0
+
+    @property
+    def live(self) -> bool:
+        return self._owner.options.live
 
     def shm_fd(self, objref: int) -> int:
         return self._owner._shared.fd(objref)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,14 +32,14 @@ _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
 _ADVICE = {
-    int(VmaFlag.DONTFORK): 10,
-    int(VmaFlag.DONTDUMP): 16,
-    int(VmaFlag.WIPEONFORK): 18,
-    int(VmaFlag.HUGEPAGE): 14,
-    int(VmaFlag.NOHUGEPAGE): 15,
-    int(VmaFlag.MERGEABLE): 12,
-    int(VmaFlag.RANDOM): 1,
-    int(VmaFlag.SEQUENTIAL): 2,
+    VmaFlag.DONTFORK: 10,
+    VmaFlag.DONTDUMP: 16,
+    VmaFlag.WIPEONFORK: 18,
+    VmaFlag.HUGEPAGE: 14,
+    VmaFlag.NOHUGEPAGE: 15,
+    VmaFlag.MERGEABLE: 12,
+    VmaFlag.RANDOM: 1,
+    VmaFlag.SEQUENTIAL: 2,
 }
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
@@ -88,9 +89,8 @@ class AddressSpace:
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
         holes: list[tuple[int, int, VmaItem]] = []
-        pieces: list[Piece] = []
+        keep: list[tuple[int, int]] = []
         same = {(p.start, p.end): p for p in self._pieces}
-        old = []  # what is there and not exactly what is wanted
         changed = []
         for item in wanted:
             piece = same.get((item.start, item.end))
@@ -98,12 +98,14 @@ class AddressSpace:
                 del same[item.start, item.end]
             else:
                 changed.append(item)
-        old = sorted(same.values(), key=_start_of)
-        ends = [p.end for p in old]
+        old = sorted(same.values(), key=lambda p: p.start)  # what is there and not exactly what is wanted
+        ends = [piece.end for piece in old]
         for item in changed:
             new = Piece(item.start, item.end, item)
             at = item.start
-            for piece in old[bisect.bisect_right(ends, item.start) : bisect.bisect_left(old, item.end, key=_start_of)]:
+            for piece in itertools.islice(old, bisect.bisect_right(ends, item.start), None):
+                if piece.start >= item.end:
+                    break
                 if piece.backing() != new.backing():
                     continue
                 start, end = max(piece.start, item.start), min(piece.end, item.end)
@@ -111,11 +113,11 @@ class AddressSpace:
                     holes.append((at, start, item))
                 if piece.item.flags & _PROT != item.flags & _PROT:
                     calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
+                keep.append((start, end))
                 at = end
             if at < item.end:
                 holes.append((at, item.end, item))
-            pieces.append(new)
-        calls = self._unmaps(old, pieces, holes) + calls
+        calls = self._unmaps(old, keep) + calls
         self.stub.checked(calls, "changing the address space")
         if holes:
             self._map(holes)
@@ -130,20 +132,9 @@ class AddressSpace:
         self._pieces, self._items, self._writable = [], [], []
 
     @staticmethod
-    def _unmaps(old: list[Piece], new: list[Piece], holes: list[tuple[int, int, VmaItem]]) -> list[Call]:
+    def _unmaps(old: list[Piece], keep: list[tuple[int, int]]) -> list[Call]:
+        """What of `old` is not in `keep`; both sorted."""
         calls: list[Call] = []
-        keep = []
-        of_item: dict[int, list[tuple[int, int]]] = {}
-        for start, end, item in holes:
-            of_item.setdefault(id(item), []).append((start, end))
-        for piece in new:
-            at = piece.start
-            for start, end in of_item.get(id(piece.item), ()):
-                if start > at:
-                    keep.append((at, start))
-                at = end
-            if at < piece.end:
-                keep.append((at, piece.end))
         i = 0
         for piece in old:
             at = piece.start
@@ -235,8 +226,8 @@ class AddressSpace:
             ends = [end for _, end in file_backed]
             plain = []
             for start, end in spans:
-                first = bisect.bisect_right(ends, start)
-                if first < len(file_backed) and file_backed[first][0] < end:
+                at = bisect.bisect_right(ends, start)
+                if at < len(ends) and file_backed[at][0] < end:
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
                         self.stub.mem.write(at, bytes(PAGE_SIZE))
                 else:
@@ -312,7 +303,3 @@ class AddressSpace:
             out.append((start, stop, writable))
             start = stop
         return out
-
-
-def _start_of(piece: Piece) -> int:
-    return piece.start

@@ -10,16 +10,17 @@ after all others, as a change of credentials may clear what it sets for the whol
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from signal import SIGKILL, SIGSTOP, SIGURG
+from signal import SIGKILL, SIGSTOP
 
-from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub, StubThread
+from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
-from migrator.linux import memory, procfs, ptrace
+from migrator.linux import confinement, memory, procfs
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Call, name_of, pack_calls
+from migrator.linux.threads import Run, run_all
 
 NR = arch.NR
 _NSIG = 64
@@ -33,7 +34,6 @@ _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
 _DEFAULT_ACTION = bytes(_ACTION_SIZE)
 _LAST_CAP = int(procfs.read_text("/proc/sys/kernel/cap_last_cap"))
-_SIGURG = int(SIGURG)  # ends a batch
 GROUP = 64  # threads whose tables are in the stub at the same time
 
 
@@ -78,16 +78,20 @@ class SetupBatch:
 
 
 class TaskSetup:
-    """The tables of one group of threads of a stub, written into it. `threads[0]` is the leader, in the first one."""
+    """The tables of one group of threads of a stub. `threads[0]` is the leader, in the first one."""
 
     def __init__(
         self, stub: Stub, process: ProcessPart | None, threads: Sequence[ThreadPart], creds: dict[int, Cred]
     ) -> None:
-        self._stub = stub
+        self.stub = stub
+        self.process = process
         self.parts = (process, *threads)
         self.tables: list[SetupBatch] = []
         blob, calls_of = b"", []
-        permitted = int(procfs.status(stub.pid)["CapPrm"], 16)
+        status = procfs.status(stub.pid)
+        for part in threads:
+            _check_confinement(status, part, creds[part.cred])
+        permitted = int(status["CapPrm"], 16)
         for index, part in enumerate(threads):
             calls: list[Call] = []
             if process is not None and index == 0:
@@ -108,35 +112,41 @@ class TaskSetup:
         self._size = len(packed)
         if self._begin + self._size > PREPARED + PREPARED_SIZE:
             raise RestartFailed(f"pid {stub.vpid}: its credentials do not fit: {len(blob)} bytes")
-        memory.write(stub.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
+        self._raw = blob.ljust(self._begin - PREPARED, b"\0") + packed
 
-    def apply(self) -> list[tuple[int, Call, int]]:
-        """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
-        process = self.parts[0] is not None
-        self._run(self.tables[1:] if process else self.tables)
-        if process:
-            self._run(self.tables[:1])
-        raw = memory.read(self._stub.pid, self._begin, self._size)
+    def put(self) -> None:
+        """Write the tables into the stub, where there is room for those of one group."""
+        memory.write(self.stub.pid, PREPARED, self._raw)
+
+    @property
+    def leader(self) -> list[SetupBatch]:
+        """The table that is to run after all others of the stub; none in a group without the leader."""
+        return self.tables[:1] if self.process is not None else []
+
+    @property
+    def others(self) -> list[SetupBatch]:
+        return self.tables[1:] if self.process is not None else self.tables
+
+    def failures(self) -> list[tuple[int, Call, int]]:
+        """What of the tables failed, once all were run: (vtid, call, errno)."""
+        raw = memory.read(self.stub.pid, self._begin, self._size)
         results = struct.unpack(f"<{len(raw) // 8}q", raw)[7::8]
         if min(results) >= 0:
             return []
         every = [(table.vtid, call) for table in self.tables for call in table.calls]
         return [(vtid, call, -r) for (vtid, call), r in zip(every, results, strict=True) if -4096 < r < 0]
 
-    def _run(self, tables: Sequence[SetupBatch]) -> None:
-        stub = self._stub
-        code = stub.remote.scratch
-        for table in tables:
-            tid = stub.threads[table.vtid].tid
-            ptrace.set_sigmask(tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
-            arch.start_batch(tid, stub.segments, code, table.address, len(table.calls), _SIGURG, 0)
-            ptrace.cont(tid)
-        for table in tables:
-            thread: StubThread = stub.threads[table.vtid]
-            while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                ptrace.cont(thread.tid)
-            if not ptrace.is_stop(status) or ptrace.stop_signal(status) != _SIGURG:
-                raise RestartFailed(f"tid {thread.vtid} stopped with {status:#x} while it was set up")
+    def runs(self, tables: Sequence[SetupBatch]) -> list[Run]:
+        stub = self.stub
+        return [
+            Run(stub.threads[t.vtid].tid, stub.segments, stub.remote.scratch, t.address, len(t.calls)) for t in tables
+        ]
+
+
+def run(runs: Sequence[Run]) -> None:
+    """Run tables of any number of stubs, all at the same time."""
+    for tid, status in run_all(runs).items():
+        raise RestartFailed(f"tid {tid} stopped with {status:#x} while it was set up")
 
 
 def process_part(
@@ -178,9 +188,9 @@ def limit_of(call: Call) -> int:
     return call[2] if call[0] == NR["prlimit64"] else -1
 
 
-def about(call: Call, part: ProcessPart) -> str:
+def about(call: Call, part: ProcessPart | None) -> str:
     """What to say of a call that failed."""
-    path = f"{part.cwd}: " if call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
+    path = f"{part.cwd}: " if part is not None and call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
     return f"{path}{name_of(call[0])}{tuple(call[1:])}"
 
 
@@ -269,6 +279,25 @@ def _cred_calls(cred: Cred, at: int, permitted: int) -> tuple[bytes, list[Call]]
 def _cap_data(effective: int, permitted: int, inheritable: int) -> bytes:
     sets = (effective, permitted, inheritable)
     return struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 & 0xFFFFFFFF for s in sets])
+
+
+def _check_confinement(status: Mapping[str, str], part: ThreadPart, cred: Cred) -> None:
+    """What a stub has inherited and cannot take off, its task must have had. Raises RestartFailed."""
+    lacking = confinement.names(cred.cap_bounding & (2 << _LAST_CAP) - 1 & ~confinement.bounding(status))
+    inherited = confinement.inherited(status)
+    if part.flags & TaskBits.NO_NEW_PRIVS:
+        inherited = [text for text in inherited if not text.startswith("no_new_privs")]
+    if lacking:
+        raise RestartFailed(
+            f"pid {part.vtid}: its capability bounding set has {', '.join(lacking)}, which nothing can have that is"
+            " restarted here",
+            hint="take CapabilityBoundingSet= out of the agent's unit, or whatever else bounds it",
+        )
+    if inherited:
+        raise RestartFailed(
+            f"pid {part.vtid}: it would be under {' and '.join(inherited)} here, as the agent is",
+            hint="take that off the agent",
+        )
 
 
 def _padded(data: bytes) -> bytes:
