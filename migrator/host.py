@@ -12,6 +12,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
@@ -20,7 +22,7 @@ from migrator.engine.base import Destination, DestinationOptions, Engine, LateLo
 from migrator.engine.select import Choice, select
 from migrator.errors import MigratorError, Refused
 from migrator.fleet.fencing import Fence, fence_directory
-from migrator.linux import procfs
+from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
@@ -121,7 +123,16 @@ def new_migration() -> str:
 
 def facts(choice: Choice) -> HostFacts:
     """The facts of this host for a preflight. Takes some milliseconds."""
-    return collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    found = collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    status = confinement.own_status()
+    return structs.replace(
+        found, cap_bounding=confinement.bounding(status), confined=" and ".join(confinement.inherited(status))
+    )
+
+
+def give_up_capabilities() -> None:
+    """Take from this program what an agent has no use for; its copies have it all the same. Before any thread."""
+    confinement.give_up()
 
 
 def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
