@@ -18,7 +18,6 @@ from migrator.fleet import records as r
 from migrator.fleet import snapshots as api
 from migrator.fleet.membership import Fleet, host_named, opened
 from migrator.host import Login
-from migrator.protocol.fleet import Save, Saved
 from migrator.text import duration, size
 
 Workload = Annotated[str, typer.Argument(metavar="WORKLOAD", help="A container, on whatever host it is.")]
@@ -56,15 +55,9 @@ def snapshot(
                     "{} is saved every {} by the controller that leads; {} are kept", workload, duration(every), keep
                 )
             else:
-                seen = await fleet.observer.look()
-                place = next((one.host for one in seen.cluster.workloads if one.name == workload), None)
-                if place is None:
-                    raise UsageError(f"there is no container {workload!r} in the fleet", hint="migrator ps --all")
                 async with standing_in(fleet) as lock:
-                    order = Save(workload, fleet.state.fleet.id, lock.token, keep=keep)
-                    answer = await fleet.observer.agents[place].ask(order)
-                assert isinstance(answer, Saved)
-                out.say("[green]saved[/] on {}: {}, {}", place, answer.image, size(answer.bytes))
+                    place, made_now = await api.take(fleet.state, fleet.observer, workload, lock, keep=keep)
+                out.say("[green]saved[/] on {}: {}, {}", place, made_now.image, size(made_now.bytes))
 
     with reported():
         interrupts.run(lambda _: work())

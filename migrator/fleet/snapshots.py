@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from migrator.errors import MigratorError, UsageError
+from migrator.errors import MigratorError, TransportError, UsageError
 from migrator.fleet import records as r
 from migrator.fleet.mover import Mover
 from migrator.fleet.observer import Observer
@@ -66,7 +66,8 @@ class Snapshots:
             answer = await self._observer.agents[host].ask(
                 Save(name, self._state.fleet.id, self._lock.token, keep=schedule.keep)
             )
-            assert isinstance(answer, Saved)
+            if not isinstance(answer, Saved):
+                raise TransportError(f"{host} gave another answer than to what it was asked")
             log.info("%s was saved on %s: %s, %d bytes", name, host, answer.image, answer.bytes)
         except (MigratorError, OSError) as failure:
             error = str(failure)[:4096]
@@ -88,6 +89,18 @@ class Snapshots:
         for task in self._under_way.values():
             task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+
+
+async def take(state: FleetState, observer: Observer, workload: str, lock: Lock, *, keep: int) -> tuple[str, Saved]:
+    """Save a container now, where it runs; that host, and what was saved. Raises UsageError, TransportError."""
+    seen = await observer.look(token=lock.token)
+    place = next((one.host for one in seen.cluster.workloads if one.name == workload), None)
+    if place is None:
+        raise UsageError(f"there is no container {workload!r} in the fleet", hint="`migrator ps --all` lists them")
+    answer = await observer.agents[place].ask(Save(workload, state.fleet.id, lock.token, keep=keep))
+    if not isinstance(answer, Saved):
+        raise TransportError(f"{place} gave another answer than to what it was asked")
+    return place, answer
 
 
 async def images(observer: Observer, workload: str = "") -> list[Found]:
@@ -132,7 +145,8 @@ async def revive(
     if host not in found.hosts:
         raise UsageError(f"{found.image.image} is not in the storage of {host}", hint=f"it is on {found.hosts}")
     answer = await observer.agents[host].ask(Revive(found.image.image, state.fleet.id, lock.token))
-    assert isinstance(answer, Revived)
+    if not isinstance(answer, Revived):
+        raise TransportError(f"{host} gave another answer than to what it was asked")
     return answer.pid
 
 
