@@ -149,6 +149,7 @@ class _Step:
         self.number = self.ledger.index[record.host]
         # What this host itself has in the ledger does not matter; that it is closed does.
         self.ledger.closed[self.number] = self.ledger.closed[self.number] or f"host {record.host} is being drained"
+        self.score = Score(self.ledger, settings.weights)
         self.share = 1 / record.parallel
         self.stays: dict[str, str] = {}
         self.actions: list[Action] = []
@@ -266,9 +267,8 @@ class _Step:
     def _move(self) -> None:
         """Find a place for everything that is left, then begin as much of it as there are slots."""
         units = self._left()
-        score = Score(self.ledger, self.settings.weights)
-        targets = Targets(self.ledger, score)
-        placement = Places(self.ledger, score, targets, self._allowed).place(units)
+        score = self.score
+        placement = Places(self.ledger, score, Targets(self.ledger, score), self._allowed).place(units)
         hosts = {unit.name: placement.targets.get(unit.name) for unit in units}
         self._note_unplaced(units, placement)
         ready = [unit for unit in units if hosts[unit.name] is not None]
@@ -386,6 +386,7 @@ class _Step:
             return
         cause = Cause.EVACUATE if self.record.evacuate else Cause.DRAIN
         text = f"host {self.record.host} is being {'evacuated' if self.record.evacuate else 'drained'}"
+        text += f"; with all that comes there will be {self.score.text(self.ledger.index[target])}"
         started = dict(self.record.started)
         for move in moves_of(unit, target, cause, text, 0.0, costs, [0] * size):
             self.actions.append(Start(move, self.force))
