@@ -89,7 +89,7 @@ class Answers:
         not for an agent, UsageError without the right for it, JournalError for a migration of another peer."""
         while True:
             message = m.decode(await self._link.receive())
-            _check_rights(message, self._rights, self._link.peer)
+            check_rights(message, self._rights, self._link.peer)
             if isinstance(message, m.Propose):
                 return message
             await self._heard(message)
@@ -139,7 +139,7 @@ def _finish(settings: DestinationSettings, migration: str, end: float) -> None:
             settle_destination(journal, settings.tools)
 
 
-def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
+def check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
     """Raises UsageError for what the peer's key may not do."""
     needed = ""
     if isinstance(message, fleet.Request):

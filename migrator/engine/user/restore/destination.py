@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -49,8 +50,10 @@ from migrator.image.records import (
 from migrator.linux import urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
-from migrator.linux.cgroup import Cgroup
+from migrator.linux.cgroup import Cgroup, unique_name
 from migrator.linux.threads import detach_all
+
+log = logging.getLogger("migrator.engine")
 
 _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
@@ -82,7 +85,8 @@ class UserDestination:
         self._shared = SharedObjects()
         self._backing = Backing(self._shared)
         self._clocks: clocks.Offsets | None = None
-        self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
+        self._marked_at = 0  # ns of the source's wall clock: when the tasks were stopped
+        self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
@@ -123,8 +127,14 @@ class UserDestination:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._held and not self._done:
+        if self._held or self._done:
+            return
+        try:
             self.discard()
+        except Exception as error:
+            if value is None:
+                raise
+            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     # ------------------------------------------------------------------ life
 
@@ -154,7 +164,9 @@ class UserDestination:
         are if this program dies."""
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
-            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
+            clocks.catch_up(self._header, self._marked_at, self._clocks)
+            passed = clocks.since_stop(self._header, self._marked_at, self._clocks) if self._live else 0
+            self._tasks.passed = max(0, passed)
             stubs = list(self._stub_tree.stubs.values())
             self._tasks.finish(stubs)
         if self._saved is not None:
@@ -212,17 +224,18 @@ class UserDestination:
         if self._done:
             return
         self._done = True
-        if self._descriptors is not None:
-            self._descriptors.close()
-        if self._stub_tree is not None:
-            if self._cgroup is not None and self._held:
-                self._cgroup.kill()
-            self._stub_tree.kill()
-        if self._sandbox is not None:
-            self._sandbox.remove()
-        elif self._cgroup is not None:
-            self._cgroup.remove()
-        self._close()
+        with ExitStack() as stack:  # each of these, whatever becomes of the others; the last one first
+            stack.callback(self._close)
+            if self._sandbox is not None:
+                stack.callback(self._sandbox.remove)
+            elif self._cgroup is not None:
+                stack.callback(self._cgroup.remove)
+            if self._stub_tree is not None:
+                stack.callback(self._stub_tree.kill)
+                if self._cgroup is not None and self._held:
+                    stack.callback(self._cgroup.kill)
+            if self._descriptors is not None:
+                stack.callback(self._descriptors.close)
 
     # ------------------------------------------------------------------ records
 
@@ -270,8 +283,7 @@ class UserDestination:
             self.on_round(mark.number)
         elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
             gc.disable()
-            if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
-                self._stopped_at = mark.time
+            self._marked_at = mark.time
             assert self._stub_tree is not None
             for stub in self._stub_tree.stubs.values():
                 urgency.raise_tasks(t.tid for t in stub.threads.values())
@@ -327,7 +339,7 @@ class UserDestination:
                 self._cgroup = self._sandbox.cgroup
                 root.checked([(_UNSHARE, spawn.CLONE_NEWCGROUP)], "unshare of the cgroup namespace")
             else:
-                self._cgroup = Cgroup.create(self.options.cgroup_name or f"restart-{root.pid}")
+                self._cgroup = Cgroup.create(self.options.cgroup_name or unique_name("restart", root.pid))
                 self._cgroup.attach(root.pid)
             if self._arch is not None and header.vdso_digest(root.pid) != self._arch.vdso_digest:
                 raise RestartFailed(
@@ -377,9 +389,10 @@ class UserDestination:
                 self._lock_memory(stub, mm)
             self._tasks.apply(stubs)
             for stub in stubs:
-                self._tasks.pending(stub)
                 self._tasks.timers(stub)
             self._tasks.check(stubs)
+            for stub in stubs:
+                self._tasks.pending(stub)
 
     def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [
