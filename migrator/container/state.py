@@ -69,12 +69,14 @@ class Container:
         return is_alive(self.init_pid, self.start_time)
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all. Its environment may hold secrets: nobody else reads it."""
         path = _path(self.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         value = asdict(self) | {"spec": self.spec.to_dict()}
-        fresh.write_text(json.dumps(value, indent=1))
+        fresh.unlink(missing_ok=True)  # of one that died, whose pid we have
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(json.dumps(value, indent=1))
         os.replace(fresh, path)
 
     def settled(self) -> Container:
