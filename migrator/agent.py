@@ -54,6 +54,7 @@ class AgentSettings:
 
 async def run_daemon(settings: AgentSettings) -> None:
     """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end."""
+    host.give_up_capabilities()  # ahead of the first thread
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)

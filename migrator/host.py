@@ -12,6 +12,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
@@ -20,7 +22,7 @@ from migrator.engine.base import Destination, DestinationOptions, Engine, LateLo
 from migrator.engine.select import Choice, select
 from migrator.errors import MigratorError, Refused
 from migrator.fleet.fencing import Fence, fence_directory
-from migrator.linux import procfs
+from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
@@ -121,7 +123,16 @@ def new_migration() -> str:
 
 def facts(choice: Choice) -> HostFacts:
     """The facts of this host for a preflight. Takes some milliseconds."""
-    return collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    found = collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    status = confinement.own_status()
+    return structs.replace(
+        found, cap_bounding=confinement.bounding(status), confined=" and ".join(confinement.inherited(status))
+    )
+
+
+def give_up_capabilities() -> None:
+    """Take from this program what an agent has no use for; its copies have it all the same. Before any thread."""
+    confinement.give_up()
 
 
 def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
@@ -135,19 +146,22 @@ def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | No
     )
 
 
-_restarted: list[Destination] = []  # those whose root is a child of this process
+_restarted: set[int] = set()  # pids of the roots of workloads that this process has restarted
 
 
 def reap() -> None:
     """Collect the workloads restarted by this process that have ended or gone on to another host."""
-    for one in list(_restarted):
-        if not one.root_pid or not _ended(one.root_pid):
-            continue
-        try:
-            if os.waitpid(one.root_pid, os.WNOHANG)[0]:
-                _restarted.remove(one)
-        except ChildProcessError:  # discarded: its engine has collected it
-            _restarted.remove(one)
+    for pid in list(_restarted):
+        if _ended(pid):
+            with contextlib.suppress(ChildProcessError):  # collected already
+                if not os.waitpid(pid, os.WNOHANG)[0]:
+                    continue
+            _restarted.discard(pid)
+
+
+def _runs(pid: int) -> None:
+    _restarted.add(pid)
+    reap()  # it may have ended before we knew that it is ours
 
 
 def _ended(pid: int) -> bool:
@@ -170,14 +184,12 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
         cgroup = state.cgroup_name(spec.name)
 
     def factory(fd: int) -> Destination:
-        made = engine.destination(fd, options)
-        _restarted.append(made)
-        return made
+        return engine.destination(fd, options)
 
     def network() -> NetworkArrival | None:
         return switchover.NetworkArrival(maker.sandbox.container) if maker.sandbox is not None else None
 
-    return Prepared(factory=factory, cgroup=cgroup, network=network)
+    return Prepared(factory=factory, cgroup=cgroup, network=network, runs=_runs)
 
 
 def _root_of(proposal: Propose) -> str:

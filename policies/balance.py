@@ -1,9 +1,9 @@
 """Evening out load: which workloads to move where, and why it is worth it.
 
 `balance` is called once per observation. It plans only if the cluster as a whole, or a host, has been too uneven for
-several observations, and only moves that gain more than they cost. Among those the ones that gain most for their price
-come first. Each gain is a fall of one sum (see `score`), so under a constant load moves come to an end and nothing
-goes back and forth; the cooldown does the same for a load that is not constant.
+several observations, and only moves that gain more than they cost. Among those the ones that gain most above their
+price come first. Each gain is a fall of one sum (see `score`), so under a constant load moves come to an end and
+nothing goes back and forth; the cooldown does the same for a load that is not constant.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `imbalance`: the cluster's, above which it is balanced. `excess`: how far above the mean a host's utilisation makes
     it hot. Either must hold for `hold` observations. `margin`: by how much a move's gain must exceed its price.
-    `cooldown`: seconds for which a moved workload stays. `bytes_per_hour`: what balancing may send on average.
+    `thrift`: how much cost weighs against gain; twice as much means fewer moves. `cooldown`: seconds for which a moved
+    workload stays. `bytes_per_hour`: what balancing may send on average.
     """
 
     imbalance: float = 0.05
     excess: float = 0.15
     hold: int = 3
     margin: float = 0.25
+    thrift: float = 1.0
     cooldown: float = 3600.0
     max_risk: float = 0.6
     bytes_per_hour: float | None = None
@@ -188,7 +190,8 @@ class _Balance:
             costs.append(cost)
         if sum(cost.bytes for cost in costs) > self.credit:
             return None
-        return _Choice(unit, target, gain, sum(self.settings.prices.of(cost) for cost in costs), tuple(costs))
+        price = self.settings.thrift * sum(self.settings.prices.of(cost) for cost in costs)
+        return _Choice(unit, target, gain, price, tuple(costs))
 
     def _movable(self, unit: Unit) -> bool:
         return not unit.kept and all(
@@ -197,12 +200,12 @@ class _Balance:
         )
 
     def _best_from(self, source: int) -> _Choice | None:
-        """The move off a host that gains most for its price."""
+        """The move off a host that gains most above its price."""
         ledger, score, settings = self.ledger, self.score, self.settings
         if not self.waves.open(ledger.hosts[source].name):
             return None
         best: _Choice | None = None
-        least = (1 + settings.margin) * settings.prices.move
+        least = (1 + settings.margin) * settings.thrift * settings.prices.move
         for unit in ledger.units_on[source]:
             if not self._movable(unit):
                 continue
@@ -218,7 +221,7 @@ class _Balance:
             choice = self._choice(unit, top[1], top[0])
             if choice is None or choice.gain <= (1 + settings.margin) * choice.price:
                 continue
-            if best is None or choice.gain * best.price > best.gain * choice.price:
+            if best is None or choice.gain - choice.price > best.gain - best.price:
                 best = choice
         return best
 
@@ -237,7 +240,7 @@ class _Balance:
             choice = self._best_from(source)
             if choice is not None:
                 versions = self.version[source], self.version[choice.target]
-                heapq.heappush(queue, (-choice.gain / choice.price, source, *versions, choice))
+                heapq.heappush(queue, (choice.price - choice.gain, source, *versions, choice))
 
         for source in self._sources(uneven):
             look(source)

@@ -41,10 +41,10 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     The sum counts an average host as 1: bringing one host from 30 % above the mean to the mean is worth 0.09.
     """
 
-    move: float = 0.002
-    gib: float = 0.001
-    downtime_second: float = 0.01
-    risk: float = 0.01
+    move: float = 0.008
+    gib: float = 0.004
+    downtime_second: float = 0.04
+    risk: float = 0.04
 
     def of(self, cost: Cost) -> float:
         price = self.move + self.gib * cost.bytes / 2**30 + self.downtime_second * cost.downtime + self.risk * cost.risk

@@ -65,7 +65,7 @@ class Ledger:
         self.capacity = [(host.capacity.cpu, host.capacity.memory, host.capacity.network) for host in self.hosts]
         self.load = [[host.load.cpu, host.load.memory, host.load.network] for host in self.hosts]
         self.reserved = [list(load) for load in self.load]
-        self._most = [
+        self.most = [
             (limits.cpu * cpu, limits.memory * memory, limits.network * network if network else float("inf"))
             for cpu, memory, network in self.capacity
         ]
@@ -185,7 +185,7 @@ class Ledger:
         """Whether a unit may go to a host now: the host is open and compatible, has room, and no group forbids it."""
         if self.closed[host] or not self.compatible(unit.need, host):
             return False
-        reserved, most = self.reserved[host], self._most[host]
+        reserved, most = self.reserved[host], self.most[host]
         if (
             reserved[1] + unit.memory > most[1]
             or reserved[0] + unit.cpu > most[0]
@@ -212,7 +212,7 @@ class Ledger:
             return f"host {at.name} has none of the engines {', '.join(sorted(engines))}"
         wanted = (unit.cpu, unit.memory, unit.network)
         for name, part, used, most in zip(
-            ("cpu", "memory", "network"), wanted, self.reserved[host], self._most[host], strict=True
+            ("cpu", "memory", "network"), wanted, self.reserved[host], self.most[host], strict=True
         ):
             if used + part > most:
                 return f"host {at.name} has no room: {name} {used:.6g} + {part:.6g} > {most:.6g}"

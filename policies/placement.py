@@ -54,12 +54,18 @@ def place(cluster: Cluster, names: Iterable[str], settings: Settings = SETTINGS)
 
     Workloads that share an affinity group with a named one and its host come along.
     """
+    units, places = open_places(cluster, names, settings)[1:]
+    return places.place(units)
+
+
+def open_places(cluster: Cluster, names: Iterable[str], settings: Settings) -> tuple[Score, list[Unit], Places]:
+    """What there is to place, and where it is entered: for this module and for `exact`."""
     validate(cluster)
     ledger = Ledger(cluster, inspect(cluster, settings.trust), settings.limits)
     wanted = set(names)
     units = [unit for unit in ledger.units if any(workload.name in wanted for workload in unit.workloads)]
     score = Score(ledger, settings.weights)
-    return Places(ledger, score, Targets(ledger, score)).place(units)
+    return score, units, Places(ledger, score, Targets(ledger, score))
 
 
 class Places:
@@ -81,10 +87,7 @@ class Places:
 
     def place(self, units: list[Unit]) -> Placement:
         """Place what can be placed. A split bundle is none of it."""
-        unplaced = {unit: self._refusal(unit) for unit in units if unit.kept or unit.host < 0}
-        free = [unit for unit in units if unit not in unplaced]
-        self._origin = {id(unit): unit.host for unit in free}
-        free.sort(key=lambda unit: (-self._size(unit), unit.name))
+        free = self._begin(units)
         left = self._pass(free, tight=False)
         if left:
             self._clear(free)
@@ -95,8 +98,29 @@ class Places:
             else:
                 left = left_tight
             left = self._make_way(left, free)
+        self._improve([unit for unit in free if unit.host != self._origin[id(unit)]])
+        return self._placement(units, free)
+
+    def enter(self, units: list[Unit], chosen: dict[str, int]) -> Placement:
+        """Place units, by their names, on the hosts that somebody else has chosen."""
+        free = self._begin(units)
+        for unit in free:
+            host = chosen.get(unit.name)
+            if host is not None and self._ok(unit, host):
+                self._put(unit, host)
+        return self._placement(units, free)
+
+    def _begin(self, units: list[Unit]) -> list[Unit]:
+        """The units that may move, the largest first."""
+        free = [unit for unit in units if not (unit.kept or unit.host < 0)]
+        self._origin = {id(unit): unit.host for unit in free}
+        free.sort(key=lambda unit: (-self._size(unit), unit.name))
+        return free
+
+    def _placement(self, units: list[Unit], free: list[Unit]) -> Placement:
         placed = [unit for unit in free if unit.host != self._origin[id(unit)]]
-        self._improve(placed)
+        left = [unit for unit in free if unit.host == self._origin[id(unit)]]
+        unplaced = {unit: self._refusal(unit) for unit in units if id(unit) not in self._origin}
         unplaced.update((unit, self.why(unit)) for unit in left)
         hosts = self._ledger.hosts
         return Placement(

@@ -30,12 +30,15 @@ WEIGHTS = Weights()
 
 
 class Score:
-    """Utilisation of the open hosts (`members`) of a ledger; call `update` for each host whose load has changed."""
+    """Utilisation of the open hosts (`members`) of a ledger; call `update` for each host whose load has changed.
+
+    `scale` and `inverse`, for each resource: what a unit of it weighs, and 1 over each host's capacity.
+    """
 
     def __init__(self, ledger: Ledger, weights: Weights = WEIGHTS) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self.members = [host for host, reason in enumerate(ledger.closed) if not reason]
-        self._inverse = [
+        self.inverse = [
             (1 / cpu, 1 / memory, 1 / network if network else 0.0) for cpu, memory, network in ledger.capacity
         ]
         share = weights.pressure
@@ -44,14 +47,14 @@ class Score:
         totals = [sum(ledger.capacity[host][part] for host in self.members) for part in range(3)]
         self._average = [total / count or 1.0 for total in totals]
         self.weights = (weights.cpu, weights.memory, weights.network if totals[2] else 0.0)
-        self._scale = tuple(weight / size for weight, size in zip(self.weights, self._average, strict=True))
+        self.scale = tuple(weight / size for weight, size in zip(self.weights, self._average, strict=True))
         self.utilisation: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(ledger.hosts)
         for host in range(len(ledger.hosts)):
             self.update(host)
         self.mean = self._mean()
 
     def update(self, host: int) -> None:
-        load, inverse, offset = self._ledger.load[host], self._inverse[host], self._offset[host]
+        load, inverse, offset = self.ledger.load[host], self.inverse[host], self._offset[host]
         self.utilisation[host] = (
             load[0] * inverse[0] + offset[0],
             load[1] * inverse[1] + offset[1],
@@ -60,7 +63,7 @@ class Score:
 
     def _mean(self) -> tuple[float, float, float]:
         count = max(len(self.members), 1)
-        capacity, utilisation = self._ledger.capacity, self.utilisation
+        capacity, utilisation = self.ledger.capacity, self.utilisation
         cpu, memory, network = (
             sum(utilisation[host][part] * capacity[host][part] for host in self.members) / count / self._average[part]
             for part in range(3)
@@ -69,8 +72,8 @@ class Score:
 
     def contribution(self, host: int) -> float:
         """A host's part of the sum of squared deviations."""
-        capacity, utilisation = self._ledger.capacity[host], self.utilisation[host]
-        scale, mean = self._scale, self.mean
+        capacity, utilisation = self.ledger.capacity[host], self.utilisation[host]
+        scale, mean = self.scale, self.mean
         return (
             scale[0] * capacity[0] * (utilisation[0] - mean[0]) ** 2
             + scale[1] * capacity[1] * (utilisation[1] - mean[1]) ** 2
@@ -81,7 +84,7 @@ class Score:
         """How far a host is above the mean in the resource where it is most."""
         utilisation, mean = self.utilisation[host], self.mean
         return max(
-            utilisation[part] - mean[part] for part in range(3) if self.weights[part] and self._inverse[host][part]
+            utilisation[part] - mean[part] for part in range(3) if self.weights[part] and self.inverse[host][part]
         )
 
     def imbalance(self) -> float:
@@ -92,8 +95,8 @@ class Score:
     def gain(self, unit: Unit, source: int, target: int) -> float:
         """By how much the sum of squared deviations falls if a unit goes from `source` to `target`."""
         here, there = self.utilisation[source], self.utilisation[target]
-        of_source, of_target = self._inverse[source], self._inverse[target]
-        scale = self._scale
+        of_source, of_target = self.inverse[source], self.inverse[target]
+        scale = self.scale
         cpu, memory, network = unit.cpu, unit.memory, unit.network
         gain = scale[0] * cpu * (2 * (here[0] - there[0]) - cpu * (of_source[0] + of_target[0]))
         gain += scale[1] * memory * (2 * (here[1] - there[1]) - memory * (of_source[1] + of_target[1]))
@@ -103,7 +106,7 @@ class Score:
 
     def burden(self, unit: Unit, target: int) -> float:
         """What a unit adds to the sum of squares on `target`, wherever it comes from."""
-        there, inverse, scale = self.utilisation[target], self._inverse[target], self._scale
+        there, inverse, scale = self.utilisation[target], self.inverse[target], self.scale
         return (
             scale[0] * unit.cpu * (2 * there[0] + unit.cpu * inverse[0])
             + scale[1] * unit.memory * (2 * there[1] + unit.memory * inverse[1])
@@ -113,18 +116,18 @@ class Score:
     def exchange(self, one: Unit, two: Unit) -> float:
         """By how much the sum falls if two units change places."""
         here, there = self.utilisation[one.host], self.utilisation[two.host]
-        of_one, of_two = self._inverse[one.host], self._inverse[two.host]
+        of_one, of_two = self.inverse[one.host], self.inverse[two.host]
         parts = (one.cpu - two.cpu, one.memory - two.memory, one.network - two.network)
         return sum(
-            self._scale[part] * less * (2 * (here[part] - there[part]) - less * (of_one[part] + of_two[part]))
+            self.scale[part] * less * (2 * (here[part] - there[part]) - less * (of_one[part] + of_two[part]))
             for part, less in enumerate(parts)
         )
 
     def weigh(self, unit: Unit) -> tuple[float, float]:
         """A unit's cpu and memory as weighted shares of an average host."""
-        return self._scale[0] * unit.cpu, self._scale[1] * unit.memory
+        return self.scale[0] * unit.cpu, self.scale[1] * unit.memory
 
     def text(self, host: int) -> str:
         """Utilisation for people."""
         cpu, memory, _ = self.utilisation[host]
-        return f"{self._ledger.hosts[host].name} (cpu {cpu:.0%}, memory {memory:.0%})"
+        return f"{self.ledger.hosts[host].name} (cpu {cpu:.0%}, memory {memory:.0%})"

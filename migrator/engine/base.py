@@ -132,6 +132,7 @@ class Survey:
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
+    cap_bounding: what any of its tasks has in its capability bounding set
     work:  how much there is, None if the engine does not count
     notes: (what it is about, what will not be quite the same on the destination)
     """
@@ -146,6 +147,7 @@ class Survey:
     tcp_connections: int
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    cap_bounding: int = 0
     work: Work | None = None
 
 

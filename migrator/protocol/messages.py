@@ -56,7 +56,9 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     cpu_features:  flags of /proc/cpuinfo
     xstate_size:   bytes of the extended processor state as ptrace shows it
-    capabilities:  what the engine here can do, and what it lacks with the reason
+    abilities:     what the engine here can do and what not
+    cap_bounding:  capabilities that a task may have that is restarted here; 0 where nobody has looked
+    confined:      what else it would be under here for good, "" for nothing
     """
 
     host: Name
@@ -71,6 +73,8 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_available: Count = 0  # bytes
     pid_max: Count = 0
     boot_id: Name = ""
+    cap_bounding: Count = 0
+    confined: Text = ""
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

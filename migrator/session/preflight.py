@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from migrator.engine.base import Capability, FileFact
+from migrator.linux import confinement
 from migrator.protocol.messages import HostFacts, Propose, Reason, text
 from migrator.text import size
 
@@ -113,6 +114,13 @@ def _hosts(proposal: Propose, here: HostFacts) -> list[Reason]:
     for name, available in sorted(here.abilities.items()):
         if not available:
             reasons.append(Reason(f"kernel of {who}", f"cannot {name}", "see `migrator check` there", False))
+    if here.cap_bounding and (withheld := proposal.survey.cap_bounding & ~here.cap_bounding):
+        problem = f"may not give its copies {', '.join(confinement.names(withheld))}, which the workload may have"
+        remedy = "take CapabilityBoundingSet= out of its unit, or run the workload with as few"
+        reasons.append(Reason(f"the agent of {who}", problem, remedy))
+    if here.confined:
+        problem = f"is under {here.confined}, and so would be the copy"
+        reasons.append(Reason(f"the agent of {who}", problem, "take that off the agent"))
     need = proposal.survey.rss_bytes + _MEMORY_SLACK
     if here.memory_available and here.memory_available < need:
         problem = f"has {size(here.memory_available)} available, {size(need)} are needed"

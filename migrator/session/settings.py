@@ -57,11 +57,13 @@ class Prepared:
     factory:  makes the engine's destination from the descriptor of the stream
     cgroup:   path or name of the cgroup that will hold the copy, known before it is built
     network:  gives the network of the container, once the copy is built; None without one
+    runs:     called at the end of the session with the pid of the copy, if it was decided that it runs
     """
 
     factory: DestinationFactory
     cgroup: str
     network: Callable[[], NetworkArrival | None] = lambda: None
+    runs: Callable[[int], None] = lambda pid: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from migrator import model
@@ -155,12 +155,12 @@ class SourceSession:
         lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
         self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
 
-    def _begin(self, work: Coroutine[Any, Any, None], done: SourceEvent) -> None:
+    def _begin(self, work: Callable[[], Awaitable[None]], done: SourceEvent) -> None:
         """Begin a long action that ends with an event."""
 
         async def guarded() -> None:
             try:
-                await work
+                await work()
             except Exception as error:
                 self._failed(error)
             else:
@@ -208,7 +208,7 @@ class SourceSession:
         fault("source.begun")
 
     async def _begin_copy(self) -> None:
-        self._begin(self._copy(), SourceEvent.CONVERGED)
+        self._begin(self._copy, SourceEvent.CONVERGED)
 
     async def _copy(self) -> None:
         def lost(error: BaseException) -> None:
@@ -219,7 +219,7 @@ class SourceSession:
         await self._journal.refresh()
 
     async def _begin_save(self) -> None:
-        self._begin(self._save(), SourceEvent.SAVED)
+        self._begin(self._save, SourceEvent.SAVED)
         self._deadlines.freezing()
 
     async def _save(self) -> None:
@@ -350,7 +350,8 @@ class SourceSession:
         except MigratorError as error:
             self._post(SourceEvent.FAILED, error)
         else:
-            self._begin(self._compare(verdict), SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED)
+            done = SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED
+            self._begin(lambda: self._compare(verdict), done)
 
     async def _compare(self, verdict: m.Verdict) -> None:
         notes = await self._proposal.compare(verdict)

@@ -64,11 +64,20 @@ def test_a_move_that_costs_more_than_it_gains_is_not_made() -> None:
     assert not balance(uneven(), settings=dear)[0].moves
 
 
-def test_the_workload_that_gains_most_for_its_bytes_goes_first() -> None:
-    heavy = workload("heavy", "a", 4.0, 24.0)
-    light = workload("light", "a", 4.0, 0.5)
-    plan, _ = balance(cluster([host("a"), host("b")], [heavy, light, workload("rest", "a", 4.0, 8.0)]), settings=EAGER)
-    assert plan.moves[0].workload == "light"
+def test_of_two_that_gain_the_same_the_cheaper_goes_first() -> None:
+    pair = [workload(f"w{number}", "a", 4.0, 2.0, predicted_bytes=(9 - number) * GIB) for number in range(3)]
+    plan, _ = balance(cluster([host("a"), host("b")], pair), settings=EAGER)
+    assert plan.moves[0].workload == "w2"
+
+
+def test_thrift_makes_fewer_moves() -> None:
+    counts = [
+        len(balance(uneven(), settings=msgspec.structs.replace(EAGER, thrift=thrift))[0].moves)
+        for thrift in (1.0, 8.0, 100.0)
+    ]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 3
+    assert counts[2] == 0
 
 
 def test_what_has_just_moved_stays_for_the_cooldown() -> None:

@@ -60,6 +60,15 @@ def test_another_size_of_the_extended_state_blocks() -> None:
     assert "2696" in only(judge(msgspec.structs.replace(B, xstate_size=832))).problem
 
 
+def test_an_agent_that_would_confine_the_copy_blocks() -> None:
+    every = (1 << 41) - 1
+    assert judge(msgspec.structs.replace(B, cap_bounding=every), cap_bounding=every) == []
+    reason = only(judge(msgspec.structs.replace(B, cap_bounding=every & ~(1 << 16)), cap_bounding=every))
+    assert reason.blocking and "cap_sys_module" in reason.problem
+    reason = only(judge(msgspec.structs.replace(B, confined="no_new_privs")))
+    assert reason.blocking and "no_new_privs" in reason.problem
+
+
 def test_another_architecture_is_all_that_needs_to_be_said() -> None:
     assert "aarch64" in only(judge(msgspec.structs.replace(B, machine="aarch64", xstate_size=1))).problem
 

@@ -67,13 +67,14 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
     """(what was found, one sentence per obstacle)."""
     reasons: list[str] = []
     files: dict[str, FileFact] = {}
-    threads = rss = 0
+    threads = rss = cap_bounding = 0
     for process in tree.living:
         try:
             state = procfs.status(process.pid)
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             name = state["Name"]
+            cap_bounding |= int(state["CapBnd"], 16)
             reasons += _obstacles(tree, process, state, name)
             _mapped_files(process, files)
             _open_files(process, files)
@@ -95,6 +96,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
         tcp_connections=0,
         wanted_pids=wanted,
         notes=list(descriptors.notes(owners)),
+        cap_bounding=cap_bounding,
         work=work.count(tree.living),
     )
     return found, reasons

@@ -10,14 +10,14 @@ after all others, as a change of credentials may clear what it sets for the whol
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from signal import SIGKILL, SIGSTOP
 
 from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
-from migrator.linux import memory, procfs
+from migrator.linux import confinement, memory, procfs
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Call, name_of, pack_calls
 from migrator.linux.threads import Run, run_all
@@ -88,7 +88,10 @@ class TaskSetup:
         self.parts = (process, *threads)
         self.tables: list[SetupBatch] = []
         blob, calls_of = b"", []
-        permitted = int(procfs.status(stub.pid)["CapPrm"], 16)
+        status = procfs.status(stub.pid)
+        for part in threads:
+            _check_confinement(status, part, creds[part.cred])
+        permitted = int(status["CapPrm"], 16)
         for index, part in enumerate(threads):
             calls: list[Call] = []
             if process is not None and index == 0:
@@ -276,6 +279,25 @@ def _cred_calls(cred: Cred, at: int, permitted: int) -> tuple[bytes, list[Call]]
 def _cap_data(effective: int, permitted: int, inheritable: int) -> bytes:
     sets = (effective, permitted, inheritable)
     return struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 & 0xFFFFFFFF for s in sets])
+
+
+def _check_confinement(status: Mapping[str, str], part: ThreadPart, cred: Cred) -> None:
+    """What a stub has inherited and cannot take off, its task must have had. Raises RestartFailed."""
+    lacking = confinement.names(cred.cap_bounding & (2 << _LAST_CAP) - 1 & ~confinement.bounding(status))
+    inherited = confinement.inherited(status)
+    if part.flags & TaskBits.NO_NEW_PRIVS:
+        inherited = [text for text in inherited if not text.startswith("no_new_privs")]
+    if lacking:
+        raise RestartFailed(
+            f"pid {part.vtid}: its capability bounding set has {', '.join(lacking)}, which nothing can have that is"
+            " restarted here",
+            hint="take CapabilityBoundingSet= out of the agent's unit, or whatever else bounds it",
+        )
+    if inherited:
+        raise RestartFailed(
+            f"pid {part.vtid}: it would be under {' and '.join(inherited)} here, as the agent is",
+            hint="take that off the agent",
+        )
 
 
 def _padded(data: bytes) -> bytes:
