@@ -207,12 +207,17 @@ def reason_of(result: model.MigrationResult) -> str:
 def serve_metrics(address: str) -> OnEvent:
     """Serve metrics over HTTP at "ADDRESS:PORT", from a thread of its own, until the program ends; returns the
     observer for an agent. Raises UsageError where that cannot be listened on."""
+    metrics = Metrics()
+    serve_registry(metrics.registry, address)
+    return metrics
+
+
+def serve_registry(registry: CollectorRegistry, address: str) -> None:
+    """Serve what is in it at "ADDRESS:PORT", from a thread of its own. Raises UsageError."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise UsageError(f"{address!r} is no ADDRESS:PORT", hint="such as 127.0.0.1:9477")
-    metrics = Metrics()
     try:
-        metrics_port.listen(host.strip("[]") or "0.0.0.0", int(port), metrics.registry)
+        metrics_port.listen(host.strip("[]") or "0.0.0.0", int(port), registry)
     except (OSError, OverflowError) as error:
         raise UsageError(f"cannot serve metrics at {address}: {error}") from error
-    return metrics

@@ -26,6 +26,7 @@ _COMMANDS = {
     "agent": _Command("agent"),
     "settle": _Command("agent"),
     "keygen": _Command("agent"),
+    "init": _Command("init", needs_arguments=True),
     "join": _Command("fleet", needs_arguments=True),
     "leave": _Command("fleet", needs_arguments=True),
     "hosts": _Command("fleet"),
@@ -36,6 +37,8 @@ _COMMANDS = {
     "cordon": _Command("drain", needs_arguments=True),
     "uncordon": _Command("drain", needs_arguments=True),
     "controller": _Command("controller"),
+    "simulate": _Command("simulate"),
+    "record": _Command("simulate", needs_arguments=True),
     "checkpoint": _Command("image", needs_arguments=True),
     "restart": _Command("image"),
 }

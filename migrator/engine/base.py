@@ -169,6 +169,7 @@ class SourceOptions:
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
+    checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 
 
 class Sandbox(Protocol):

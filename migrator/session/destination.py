@@ -135,13 +135,14 @@ class DestinationSession:
 
     def _note_end(self, event: DestinationEvent) -> None:
         s, e = DestinationState, DestinationEvent
+        ended = (e.LINK_LOST, e.PROTOCOL_ERROR, e.CANCEL, e.FAILED)  # nobody listens any more
         if self.state in (s.DISCARDED, s.ENDED):
             self._finished = True
         elif self.state is s.LOCKING:
             # The source asks over another link; whoever answers takes the locks then.
-            self._finished = event in (e.LINK_LOST, e.CANCEL, e.FAILED)
+            self._finished = event in ended
         elif self.state is s.RUNNING:
-            self._finished = self._finished or event in (e.DONE, e.LINK_LOST, e.CANCEL, e.FAILED)
+            self._finished = self._finished or event in (e.DONE, *ended)
 
     # Actions
 

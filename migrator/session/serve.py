@@ -32,7 +32,8 @@ log = logging.getLogger("migrator.session")
 
 # What a controller may ask is answered by others: the answers, in order. Raises MigratorError.
 Requests = Callable[[fleet.Request], AsyncIterator[fleet.Answer]]
-ALL_RIGHTS = frozenset(("receive", "observe", "send"))
+_RIGHTS = {"receive": "to bring workloads here", "observe": "to look at this host", "send": "to have it act"}
+ALL_RIGHTS = frozenset(_RIGHTS)
 
 
 async def serve(
@@ -88,7 +89,7 @@ class Answers:
         not for an agent, UsageError without the right for it, JournalError for a migration of another peer."""
         while True:
             message = m.decode(await self._link.receive())
-            _check_rights(message, self._rights, self._link.peer)
+            check_rights(message, self._rights, self._link.peer)
             if isinstance(message, m.Propose):
                 return message
             await self._heard(message)
@@ -138,7 +139,7 @@ def _finish(settings: DestinationSettings, migration: str, end: float) -> None:
             settle_destination(journal, settings.tools)
 
 
-def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
+def check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> None:
     """Raises UsageError for what the peer's key may not do."""
     needed = ""
     if isinstance(message, fleet.Request):
@@ -146,8 +147,9 @@ def _check_rights(message: m.AnyMessage, rights: frozenset[str], peer: str) -> N
     elif isinstance(message, m.Propose | m.Ask | m.Commit | m.Done):
         needed = "receive"
     if needed and needed not in rights:
-        what = "to bring workloads here" if needed == "receive" else f"for a {type(message).__name__.lower()}"
-        raise UsageError(f"the key of {peer} has no right {what}", hint=f'add "{needed}" to its migrator-rights there')
+        raise UsageError(
+            f"the key of {peer} has no right {_RIGHTS[needed]}", hint=f'add "{needed}" to its migrator-rights there'
+        )
 
 
 def _done(settings: DestinationSettings, migration: str, key: str) -> None:

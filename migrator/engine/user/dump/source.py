@@ -44,7 +44,7 @@ class UserSource:
     def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
         self.pid = pid
         self.options = options
-        self._writer = RecordWriter(fd)
+        self._writer = RecordWriter(fd, checksums=options.checksums)
         self._objhash = ObjHash()
         self._cgroup: Cgroup | None = None
         self._came_from: dict[int, str] = {}
