@@ -33,7 +33,7 @@ class Area:
 
     def __init__(self, size: int, count: int) -> None:
         self.stride = -(-size // 8) * 8
-        self._memory = ctypes.create_string_buffer(max(1, self.stride * count))
+        self._memory = ctypes.create_string_buffer(max(8, self.stride * count))
         self.view = memoryview(self._memory).cast("B")
         start = ctypes.addressof(self._memory)
         self.addresses = range(start, start + self.stride * count, self.stride or 1)
@@ -48,7 +48,7 @@ class Area:
 
 
 class Strings:
-    """Strings of C, at addresses that stay."""
+    """Strings of C, at addresses that stay as long as this object."""
 
     def __init__(self, values: Sequence[bytes]) -> None:
         self._memory = ctypes.create_string_buffer(b"\0".join(values))
