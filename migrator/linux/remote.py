@@ -33,7 +33,9 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH), int(SIGCHLD))  # ignored by default
+# Ignored by default. SIGURG is what Go's and PostgreSQL's tasks send one another all the time; nobody sends SIGWINCH
+# where there is no terminal.
+BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG), int(SIGCHLD))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
 _REST = [(0,) * (8 - length) for length in range(9)]
@@ -110,7 +112,7 @@ class Remote:
         self._mask = 0
         self._xstate = b""
         self._mask_set = self._stop_again = False
-        self._signal = BATCH_SIGNALS[0]
+        self._signal = int(SIGURG)
         self._context_written = False
 
     @contextmanager
@@ -170,8 +172,14 @@ class Remote:
     def call(self, number: int, *args: int) -> int:
         """One system call through the vdso; negative errno on error. Works without a scratch area."""
         assert self._regs is not None, "not inside borrowed()"
-        self.begin_call(number, *args)
-        self.enter_call()
+        if not self.survivable:
+            self.begin_call(number, *args)
+            return self.end_call()
+        self.find_instruction()
+        instruction, stack = self._on_the_way_back() or (self.instruction, 0)
+        arch.start_call(self.tid, self._regs, instruction, number, args, stack)
+        self._block_signals()
+        ptrace.until_syscall(self.tid)
         return self.end_call()
 
     def find_instruction(self) -> None:
@@ -180,23 +188,21 @@ class Remote:
             self.instruction = find_syscall_instruction(self.pid)
 
     def begin_call(self, number: int, *args: int) -> None:
-        """call() in three parts: others can make theirs meanwhile. enter_call() is to follow, then end_call()."""
-        assert self._regs is not None, "not inside borrowed()"
+        """call() of one that is not to survive us, in two halves: others can make theirs meanwhile."""
+        assert self._regs is not None and not self.survivable
         self.find_instruction()
-        instruction, stack = self._on_the_way_back() or (self.instruction, 0)
-        arch.start_call(self.tid, self._regs, instruction, number, args, stack)
+        arch.start_call(self.tid, self._regs, self.instruction, number, args)
         self._block_signals()
         ptrace.until_syscall(self.tid)
 
-    def enter_call(self) -> None:
-        # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
-        # program runs. Nothing of it outlives a tracer that dies, as a single step would.
+    def end_call(self) -> int:
+        """What the call of begin_call() returned.
+
+        Stopped at the entry, the thread is asked to stop again: that comes when the call is done and before the
+        program runs. Nothing of it outlives a tracer that dies, and it takes no SIGTRAP, as a single step would."""
         self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
         ptrace.interrupt(self.tid)
         ptrace.cont(self.tid)
-
-    def end_call(self) -> int:
-        """What the call returned."""
         self._expect(0)
         return arch.result(arch.get_regs(self.tid))
 
@@ -241,7 +247,7 @@ class Remote:
         self._unmapped(self.call(arch.NR["munmap"], self.scratch, self.scratch_size))
 
     def begin_unmap(self) -> None:
-        """unmap_scratch() of one that is not to survive us, in three parts, with enter_call() between."""
+        """unmap_scratch() of one that is not to survive us, in two halves."""
         self.begin_call(arch.NR["munmap"], self.scratch, self.scratch_size)
 
     def end_unmap(self) -> None:

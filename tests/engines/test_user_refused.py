@@ -94,7 +94,7 @@ STATES = {
         "TRY(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));"
         "TRY(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));"
     ),
-    "all of SIGURG, SIGWINCH, SIGCHLD wait": MAIN
+    "all of SIGWINCH, SIGURG, SIGCHLD wait": MAIN
     + "int all[] = { SIGURG, SIGWINCH, SIGCHLD }; sigset_t set; sigemptyset(&set);"
     + "for (int i = 0; i < 3; i++) sigaddset(&set, all[i]); sigprocmask(SIG_BLOCK, &set, NULL);"
     + "for (int i = 0; i < 3; i++) kill(getpid(), all[i]);",

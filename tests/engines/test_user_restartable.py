@@ -472,4 +472,4 @@ int main(int argc, char **argv)
 
 
 def test_tens_of_thousands_of_mappings(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    restarted(MAPPINGS + TICKING, hosts, tmp_path)
+    restarted(MAPPINGS + TICKING, hosts, tmp_path, rounds=1)

@@ -14,10 +14,11 @@ What the kernel does that one must know:
 
 from __future__ import annotations
 
-import bisect
 import contextlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from migrator.engine.user.ranges import Span, coarse, intersect, merge, subtract, windows
 from migrator.linux import x86_64 as arch
@@ -43,6 +44,7 @@ _LONG = 256 << 10  # bytes of a written stretch that is looked at before it is r
 _SPANS = 256  # populated spans of a big mapping beyond which they are not worth their scans
 _GAP = 64 << 10  # bytes between two of them that are not worth it either
 _WINDOW = 128 << 20  # bytes of a big mapping that are swept at a time
+_start, _end = attrgetter("start"), attrgetter("end")
 
 
 def is_special(vma: Vma) -> bool:
@@ -99,7 +101,6 @@ class WpAsyncTracker:
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
         self._first = True
         self._strict = False
-        self._now: Sequence[Vma] = []  # as read in this sweep
 
     def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Iterator[Sweep]:
         """What was written since the last sweep in the private mappings of `vmas`; all of it, the first time.
@@ -107,7 +108,6 @@ class WpAsyncTracker:
         `strict`: the tasks are stopped, so `vmas` are what is there, and nothing may be left out.
         `whole`: spans of which everything is to be sent, written or not."""
         self._strict = strict
-        self._now = []
         private = [v for v in vmas if _is_private(v)]
         owed, self._owed = self._owed, []
         mapped = merge((v.start, v.end) for v in private)
@@ -199,7 +199,7 @@ class WpAsyncTracker:
         try:
             return [(a, b) for a, b, _ in self._scan(vma.start, vma.end)]
         except NotRegistered:
-            self._register(vma, self._listed())
+            self._register(vma, self._list())
             with contextlib.suppress(NotRegistered):
                 self._scan(vma.start, vma.end)
             return [(vma.start, vma.end)]
@@ -214,9 +214,9 @@ class WpAsyncTracker:
             start = stop.resume
         # Somewhere behind `start` is at least one that is not tracked yet. Read the mappings again: where
         # a hole was made and filled since, the list has one mapping and the kernel three.
-        now = self._listed() if not self._strict else group
-        for vma in now[bisect.bisect_right(now, start, key=_end_of) : bisect.bisect_left(now, end, key=_start_of)]:
-            if vma.shared or is_special(vma) or vma.start == self._hidden[0]:
+        now = self._list() if not self._strict else group
+        for vma in now:
+            if vma.end <= start or vma.start >= end or vma.shared or is_special(vma) or vma.start == self._hidden[0]:
                 continue
             low, high = max(vma.start, start), min(vma.end, end)
             try:
@@ -228,12 +228,6 @@ class WpAsyncTracker:
                     out.data += taken.data
                     out.absent += taken.absent
                 # else it changed since it was listed; the next sweep meets what is there now
-
-    def _listed(self) -> Sequence[Vma]:
-        """The mappings, read at most once in a sweep: of 30,000 each may be met untracked."""
-        if not self._now:
-            self._now = self._list()
-        return self._now
 
     def _scan(self, start: int, end: int) -> list[Region]:
         # without `anyof`, memory that was never touched counts as written, and protecting it costs page tables
@@ -267,8 +261,8 @@ class WpAsyncTracker:
 
         Registers up to the neighbours. A mapping that has grown since it was listed would otherwise be cut
         in two, which the program would notice: mremap(2) refuses to work on two mappings."""
-        before = bisect.bisect_right(vmas, vma.start, key=_end_of) - 1
-        behind = bisect.bisect_left(vmas, vma.end, key=_start_of)
+        before = bisect_right(vmas, vma.start, key=_end) - 1
+        behind = bisect_left(vmas, vma.end, key=_start)
         start = vmas[before].end if before >= 0 else vma.start
         end = vmas[behind].start if behind < len(vmas) else vma.end
         end = min(end, arch.USER_END)  # above the last mapping there may be only [vsyscall], which is the kernel's
@@ -304,14 +298,6 @@ def groups_of(vmas: Sequence[Vma], hidden: Span | None) -> list[list[Vma]]:
         groups[-1].append(vma)
         last = vma
     return groups
-
-
-def _start_of(vma: Vma) -> int:
-    return vma.start
-
-
-def _end_of(vma: Vma) -> int:
-    return vma.end
 
 
 def _is_private(vma: Vma) -> bool:

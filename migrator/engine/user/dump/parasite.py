@@ -223,7 +223,7 @@ class Parasite:
             Run(thread.tid, own, remote.scratch, table, _THREAD_CALLS, context)
             for thread, own, table, context in zip(group, regs, tables, contexts, strict=True)
         ]
-        for tid, status in run_all(runs, free_signal([thread.tid for thread in group])).items():
+        for tid, status in run_all(runs, ending=free_signal([thread.tid for thread in group])).items():
             raise RemoteError(3, f"stopped with {status:#x} while it was asked", f"tid {tid}")
         raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
         replies = []

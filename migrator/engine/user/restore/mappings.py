@@ -32,14 +32,14 @@ _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
 _ADVICE = {
-    int(VmaFlag.DONTFORK): 10,
-    int(VmaFlag.DONTDUMP): 16,
-    int(VmaFlag.WIPEONFORK): 18,
-    int(VmaFlag.HUGEPAGE): 14,
-    int(VmaFlag.NOHUGEPAGE): 15,
-    int(VmaFlag.MERGEABLE): 12,
-    int(VmaFlag.RANDOM): 1,
-    int(VmaFlag.SEQUENTIAL): 2,
+    VmaFlag.DONTFORK: 10,
+    VmaFlag.DONTDUMP: 16,
+    VmaFlag.WIPEONFORK: 18,
+    VmaFlag.HUGEPAGE: 14,
+    VmaFlag.NOHUGEPAGE: 15,
+    VmaFlag.MERGEABLE: 12,
+    VmaFlag.RANDOM: 1,
+    VmaFlag.SEQUENTIAL: 2,
 }
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0

@@ -398,8 +398,6 @@ class TaskRestore:
             with stub.remote.borrowed():
                 stub.remote.begin_unmap()
         for stub in stubs:
-            stub.remote.enter_call()
-        for stub in stubs:
             stub.remote.end_unmap()
         threads = [thread for stub in stubs for thread in stub.threads.values()]
         tids = [thread.tid for thread in threads]
