@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
-from migrator.engine.user.descriptors.description import Collection, Description, Holder
+from migrator.engine.user.descriptors.collection import Collection
+from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
@@ -207,7 +208,7 @@ class DescriptorDump:
 
     def _file(self, item: Description, pids: dict[int, int]) -> File:
         status = item.stat
-        owner = self._owner(item, pids) if item.kind in _OWNED else (0, 0, 0)
+        owner = self._owner(item, pids) if item.owned and item.kind in _OWNED else (0, 0, 0)
         path = "" if item.kind == FileKind.MEMFD else item.path
         return File(
             objref=item.objref,

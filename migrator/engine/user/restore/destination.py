@@ -155,12 +155,18 @@ class UserDestination:
                 self._take(rec)
             self._complete()
         except OSError as error:
-            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
+            raise _failed(error) from error
         return self.root_pid
 
     def hold(self) -> None:
         """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
-        are if this program dies."""
+        are if this program dies. Raises RestartFailed, and the copy can only be discarded then."""
+        try:
+            self._hold()
+        except OSError as error:
+            raise _failed(error) from error
+
+    def _hold(self) -> None:
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
             clocks.catch_up(self._header, self._marked_at, self._clocks)
@@ -432,6 +438,10 @@ class UserDestination:
             yield
         finally:
             self._phases.append(Phase(name, start, time.monotonic_ns()))
+
+
+def _failed(error: OSError) -> RestartFailed:
+    return RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})")
 
 
 class _Context:

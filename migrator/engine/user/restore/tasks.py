@@ -259,10 +259,11 @@ class TaskRestore:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
         if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
-        fds = [self._open_directory(fs.cwd)]
-        if fs.root != "/":
-            fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+        fds: list[int] = []
         try:
+            if fs.root != "/":
+                fds.append(self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+            fds.append(self._open_directory(fs.cwd))
             numbers = stub.receive(fds)
         finally:
             for fd in fds:
@@ -287,7 +288,7 @@ class TaskRestore:
             if task.timerslack not in (0, _DEFAULT_SLACK):  # which a change of policy sets back
                 with open(f"/proc/{tid}/timerslack_ns", "w") as file:
                     file.write(str(task.timerslack))
-        except PermissionError as error:
+        except OSError as error:
             raise RestartFailed(f"tid {task.pid}: scheduling parameters: {error}") from error
 
     # ------------------------------------------------------------------ the last steps
