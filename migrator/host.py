@@ -146,19 +146,22 @@ def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | No
     )
 
 
-_restarted: list[Destination] = []  # those whose root is a child of this process
+_restarted: set[int] = set()  # pids of the roots of workloads that this process has restarted
 
 
 def reap() -> None:
     """Collect the workloads restarted by this process that have ended or gone on to another host."""
-    for one in list(_restarted):
-        if not one.root_pid or not _ended(one.root_pid):
-            continue
-        try:
-            if os.waitpid(one.root_pid, os.WNOHANG)[0]:
-                _restarted.remove(one)
-        except ChildProcessError:  # discarded: its engine has collected it
-            _restarted.remove(one)
+    for pid in list(_restarted):
+        if _ended(pid):
+            with contextlib.suppress(ChildProcessError):  # collected already
+                if not os.waitpid(pid, os.WNOHANG)[0]:
+                    continue
+            _restarted.discard(pid)
+
+
+def _runs(pid: int) -> None:
+    _restarted.add(pid)
+    reap()  # it may have ended before we knew that it is ours
 
 
 def _ended(pid: int) -> bool:
@@ -181,14 +184,12 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
         cgroup = state.cgroup_name(spec.name)
 
     def factory(fd: int) -> Destination:
-        made = engine.destination(fd, options)
-        _restarted.append(made)
-        return made
+        return engine.destination(fd, options)
 
     def network() -> NetworkArrival | None:
         return switchover.NetworkArrival(maker.sandbox.container) if maker.sandbox is not None else None
 
-    return Prepared(factory=factory, cgroup=cgroup, network=network)
+    return Prepared(factory=factory, cgroup=cgroup, network=network, runs=_runs)
 
 
 def _root_of(proposal: Propose) -> str:

@@ -109,6 +109,7 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0  # of the root task on the destination
     downtime: float = 0.0
     predicted_downtime: float = 0.0
+    prediction_error: float = 0.0  # downtime less predicted_downtime, where both are known
     total: float = 0.0
     stream_bytes: int = 0  # before compression
     wire_bytes: int = 0

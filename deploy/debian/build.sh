@@ -34,8 +34,8 @@ mkdir -p "$tree"/usr/lib/{systemd/system,sysusers.d} "$tree"/usr/share/{doc/migr
 mkdir "$tree/source"
 cp -r migrator transport policies pyproject.toml README.md LICENSE "$tree/source"
 rm -rf "$tree"/source/migrator/testing
-"$python" -m pip install -q --disable-pip-version-check --no-compile --only-binary cryptography,cffi,msgspec,zstandard \
-	--target "$tree/opt/migrator/lib" "$tree/source[etcd,prometheus]" 2> "$tree/pip.log" ||
+"$python" -m pip install -q --disable-pip-version-check --no-compile --only-binary cryptography,cffi,msgspec,zstandard,aiohttp,yarl,multidict,frozenlist,propcache \
+	--target "$tree/opt/migrator/lib" "$tree/source[etcd,prometheus,web]" 2> "$tree/pip.log" ||
 	{ cat "$tree/pip.log" >&2; die "pip cannot bring what is needed"; }
 rm -rf "$tree/source" "$tree/pip.log" "$tree/opt/migrator/lib/bin"
 rm -f "$tree"/opt/migrator/lib/migrator-*.dist-info/{direct_url.json,RECORD} # they name the directory of this build

@@ -24,13 +24,14 @@ def make(*, local: bool = False) -> typer.Typer:
     app.command(no_args_is_help=True)(containers.stop)
     app.command(no_args_is_help=True)(containers.thaw)
     if not local:
-        from migrator.cli import agent, balance, controller, drain, fleet, migrate, rule
+        from migrator.cli import agent, balance, controller, drain, fleet, init, migrate, rule, simulate
 
         app.command(no_args_is_help=True)(migrate.migrate)
         app.command(no_args_is_help=True)(migrate.check)
         app.command()(agent.agent)
         app.command()(agent.settle)
         app.command()(agent.keygen)
+        app.command(no_args_is_help=True)(init.init)
         app.command(no_args_is_help=True)(fleet.join)
         app.command(no_args_is_help=True)(fleet.leave)
         app.command()(fleet.hosts)
@@ -41,6 +42,8 @@ def make(*, local: bool = False) -> typer.Typer:
         app.command(no_args_is_help=True)(drain.cordon)
         app.command(no_args_is_help=True)(drain.uncordon)
         app.command()(controller.controller)
+        app.command()(simulate.simulate)
+        app.command(no_args_is_help=True)(simulate.record)
     app.command(no_args_is_help=True)(image.checkpoint)
     app.command()(image.restart)
     app.add_typer(image.images, name="image")

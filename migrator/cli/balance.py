@@ -14,10 +14,11 @@ from migrator.cli import interrupts
 from migrator.cli.fleet import AsJson, StoreUrl
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
-from migrator.cli.plans import apply_plan, approve, follow_plan, show_plan
+from migrator.cli.plans import apply_plan, follow_plan, show_plan
 from migrator.errors import UsageError
 from migrator.fleet import records as r
 from migrator.fleet.membership import opened
+from migrator.fleet.plans import approve
 from migrator.host import Login
 from migrator.text import duration, size
 from policies.balance import HOLD
@@ -120,7 +121,7 @@ async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: boo
 
 async def _apply(store: str, login: Login, name: str) -> r.Plan:
     async with opened(store, login) as fleet:
-        await approve(fleet, name, by=_by())
+        await approve(fleet.state, name, by=_by())
         return await follow_plan(fleet, name)
 
 

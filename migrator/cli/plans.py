@@ -63,20 +63,6 @@ async def apply_plan(fleet: Fleet, plan: Plan, *, by: str) -> r.Plan:
     return await follow_plan(fleet, plan.id)
 
 
-async def approve(fleet: Fleet, name: str, *, by: str) -> None:
-    """Approve a plan that is only proposed. Raises UsageError."""
-    stored = await fleet.state.plans.get(name)
-    if stored is None:
-        raise UsageError(f"there is no plan {name!r}", hint="`migrator plans` lists them")
-    if stored.record.state in (r.PlanState.APPROVED, r.PlanState.RUNNING):
-        return
-    if stored.record.state is not r.PlanState.PROPOSED:
-        why = f": {stored.record.why}" if stored.record.why else ""
-        raise UsageError(f"plan {name} is {stored.record.state.value}{why}", hint="`migrator balance` makes a new one")
-    changed = msgspec.structs.replace(stored.record, state=r.PlanState.APPROVED, by=by, changed_at=time.time())
-    await fleet.state.plans.put(name, changed, expected=stored.revision)
-
-
 async def follow_plan(fleet: Fleet, name: str) -> r.Plan:
     """Until it is over; says what came of each move, and of all."""
     told: set[str] = set()

@@ -96,11 +96,12 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
     for kind in NEEDED:
         if identity(init_pid, kind) == identity(os.getpid(), kind):
             raise UsageError(f"pid {init_pid} shares its {kind} namespace with us: it is no container's init")
+    started = procfs.start_time(init_pid)
     cgroup = Cgroup.create(state.cgroup_name(spec.name))
     container = Container(
         spec=spec,
         init_pid=init_pid,
-        start_time=procfs.start_time(init_pid),
+        start_time=started,
         cgroup=str(cgroup.path),
         ifindex=0,
         created=state.now(),

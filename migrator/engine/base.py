@@ -78,6 +78,21 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Work:
+    """How much there is of what takes time while the tasks are stopped. Descriptors count once in each table.
+
+    files: descriptors of what has a path; pipes and sockets: their ends; others: descriptors of anything else"""
+
+    processes: int = 0
+    threads: int = 0
+    mappings: int = 0
+    files: int = 0
+    pipes: int = 0
+    sockets: int = 0
+    others: int = 0
+
+
+@dataclass(frozen=True)
 class Round:
     """One sweep of pre-copy.
 
@@ -88,6 +103,7 @@ class Round:
     start, end:  ns of CLOCK_MONOTONIC
     dirty_rate:  pages per second dirtied since the previous round (0.0 in the first)
     remaining:   pages known to be dirty when the round ended, or -1 if not measured
+    work:        what there was when it ended; None if the engine does not count
     """
 
     number: int
@@ -98,6 +114,7 @@ class Round:
     end: int
     dirty_rate: float
     remaining: int = -1
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,7 @@ class Survey:
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
     cap_bounding: what any of its tasks has in its capability bounding set
+    work:  how much there is, None if the engine does not count
     notes: (what it is about, what will not be quite the same on the destination)
     """
 
@@ -130,6 +148,7 @@ class Survey:
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
     notes: list[tuple[str, str]] = field(default_factory=list)
     cap_bounding: int = 0
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +169,7 @@ class SourceOptions:
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
+    checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 
 
 class Sandbox(Protocol):

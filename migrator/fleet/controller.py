@@ -49,6 +49,7 @@ class Controller:
     """`balances`: whether it balances by itself, as the settings say; else it only does what others have asked for.
 
     finished: is told of each move that has ended
+    deposed:  is told when it does not lead any more
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Controller:
         ttl: float = LEAD_TTL,
         on_round: OnRound | None = None,
         finished: Callable[[r.FinishedMove], None] = lambda _: None,
+        deposed: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.state: FleetState = fleet.state
@@ -71,6 +73,7 @@ class Controller:
         self._ttl = ttl
         self._on_round = on_round
         self._told = finished
+        self._deposed = deposed
         self._leases: dict[str, tuple[Lease, float]] = {}
         self._hold: Hold = HOLD
         self._balanced_at = float("-inf")
@@ -92,6 +95,7 @@ class Controller:
                 await asyncio.sleep(_BUSY_EVERY)
             finally:
                 self.lock = self.mover = None
+                self._deposed()
 
     async def _lead(self, lock: Lock) -> None:
         self.lock, self._hold, self._leases = lock, HOLD, {}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from dataclasses import dataclass
 
+from migrator.errors import UsageError
 from migrator.fleet.controller import LEAD_TTL, Controller
+from migrator.fleet.controller_metrics import ControllerMetrics
 from migrator.fleet.membership import opened
 from migrator.host import Login
 from migrator.runtime.service import notify, watchdog
+
+log = logging.getLogger("migrator.controller")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,24 @@ async def run_controller(settings: ControllerSettings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(watchdog())
         fleet = await stack.enter_async_context(opened(settings.store, settings.login))
-        controller = Controller(fleet, name=settings.name, ttl=settings.ttl)
+        metrics = ControllerMetrics()
+        if settings.metrics:
+            metrics.serve(settings.metrics)
+        controller = Controller(
+            fleet,
+            name=settings.name,
+            ttl=settings.ttl,
+            on_round=metrics.observe,
+            finished=metrics.finished,
+            deposed=metrics.follows,
+        )
+        if settings.web:
+            try:
+                from migrator.fleet.web import serve_page
+            except ImportError as error:
+                raise UsageError(f"{error.name} is not installed", hint="pip install 'migrator[web]'") from None
+            url = await stack.enter_async_context(serve_page(controller, settings.web, token=settings.web_token))
+            log.info("the page is %s, %s", url, "to act on with the token" if settings.web_token else "to look at")
         running = asyncio.create_task(controller.run())
         stopping = asyncio.create_task(stop.wait())
         notify("READY=1")

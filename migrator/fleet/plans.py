@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from migrator.errors import UsageError
 from migrator.fleet import records as r
 from migrator.fleet.mover import Mover
 from migrator.fleet.state import FleetState, Stored
@@ -95,6 +96,20 @@ class Plans:
         await self._state.plans.put(made.id, record, guard=self._lock)
         await forget(self._state, old.values(), self._lock)
         return record
+
+
+async def approve(state: FleetState, name: str, *, by: str) -> None:
+    """Approve a plan that is only proposed. Raises UsageError."""
+    stored = await state.plans.get(name)
+    if stored is None:
+        raise UsageError(f"there is no plan {name!r}", hint="`migrator plans` lists them")
+    if stored.record.state in (r.PlanState.APPROVED, r.PlanState.RUNNING):
+        return
+    if stored.record.state is not r.PlanState.PROPOSED:
+        why = f": {stored.record.why}" if stored.record.why else ""
+        raise UsageError(f"plan {name} is {stored.record.state.value}{why}", hint="`migrator balance` makes a new one")
+    changed = msgspec.structs.replace(stored.record, state=r.PlanState.APPROVED, by=by, changed_at=time.time())
+    await state.plans.put(name, changed, expected=stored.revision)
 
 
 async def forget(state: FleetState, stored: Iterable[Stored[r.Plan]], lock: Lock | None = None) -> None:

@@ -34,7 +34,6 @@ from migrator.errors import MigratorError, UsageError
 from migrator.protocol.states import Recorded
 
 DEFAULT_DIRECTORY = "/var/lib/migrator/journal"
-RETENTION = 7 * 86400.0  # seconds for which a settled journal goes on answering
 
 MIGRATION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,63}")
 _DECISIONS = (Recorded.RUNNING, Recorded.DISCARDED)
@@ -317,21 +316,6 @@ def _all(directory: Path) -> Iterator[Journal]:
         except FileNotFoundError:
             continue
         yield journal
-
-
-def forget_old(directory: Path, *, now: float, retention: float = RETENTION) -> int:
-    """Delete settled journals older than `retention` seconds; returns how many.
-
-    Their answers are not needed any more: a source that still waits has asked within that time, or an
-    operator has decided for it.
-    """
-    count = 0
-    for path in directory.glob("*.journal") if directory.is_dir() else ():
-        with contextlib.suppress(OSError, JournalError), Journal.open(path) as journal:
-            if journal.settled and journal.records[-1].at < now - retention and journal.try_lock():
-                path.unlink()
-                count += 1
-    return count
 
 
 def _sync_directory(directory: Path) -> None:

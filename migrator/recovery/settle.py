@@ -34,7 +34,8 @@ from migrator.protocol.states import (
     source_step,
 )
 from migrator.recovery.hooks import Tools
-from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, forget_old, unattended
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, unattended
+from migrator.recovery.retention import check_asker, forget_old, make_room
 
 log = logging.getLogger("migrator.recovery")
 
@@ -250,8 +251,9 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
     return made
 
 
-def answer(directory: Path, migration: str, tools: Tools) -> AnyMessage:
-    """Answer an `Ask`: the destination's decision, which is made now if it was not made before.
+def answer(directory: Path, migration: str, tools: Tools, key: str = "") -> AnyMessage:
+    """Answer an `Ask` of a peer that has logged in with `key`: the destination's decision, which is made now if it was
+    not made before. Raises JournalError for a migration of another peer, and then decides nothing.
 
     For a migration that this host knows nothing of, DISCARDED is recorded: a COMMIT that is still on its
     way would then find that. Where another living agent attends to the journal, we share only the decision
@@ -260,13 +262,17 @@ def answer(directory: Path, migration: str, tools: Tools) -> AnyMessage:
     reason = "the source asked before the copy was to run"
     journal = Journal.find(directory, migration, Role.DESTINATION)
     if journal is None:
-        header = JournalHeader(migration=migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
+        make_room(directory, key)
+        header = JournalHeader(
+            migration=migration, role=Role.DESTINATION, key=key, boot_id=boot_id(), started_at=time.time()
+        )
         with Journal.create(directory, header, reason="asked about, never begun") as journal:
             decision = journal.decide(Recorded.DISCARDED, reason=reason)
             journal.record(Recorded.CLOSED)
             reason = "this host knows nothing of it"
     else:
         with journal:
+            check_asker(journal, key)
             if not journal.settled and journal.try_lock():
                 decision = settle_destination(journal, tools, reason=reason)
             else:

@@ -1,6 +1,6 @@
 """When to stop copying and freeze: a pure function of what the rounds showed.
 
-    predicted downtime = freeze + residual bytes / throughput + restore + round trips
+    predicted downtime = standing + residual bytes / throughput + round trips
 
 The residual is what would have to be sent if the workload were frozen now. The engine may know it; else it
 follows from the last two rounds: round n sent what was dirtied while round n-1 took place, so while round n
@@ -48,8 +48,7 @@ class Conditions:
 
     throughput:   bytes/s of stream, before compression, that would flow without a cap; 0.0 if unknown
     rtt:          seconds
-    freeze:       seconds to stop the tasks and to save their state, without memory
-    restore:      seconds from the last byte of the image to the first instruction
+    standing:     seconds to stop the tasks, save their state, restore and resume them, without memory
     max_downtime: longest downtime wanted, seconds; None for the best that can be had
     elapsed:      seconds since the migration began
     timeout:      seconds after which it must have been decided
@@ -57,8 +56,7 @@ class Conditions:
 
     throughput: float
     rtt: float
-    freeze: float = 0.002
-    restore: float = 0.002
+    standing: float = 0.004
     max_downtime: float | None = None
     elapsed: float = 0.0
     timeout: float = 600.0
@@ -77,7 +75,7 @@ def residual_pages(rounds: Sequence[Round]) -> int:
 
 def predicted_downtime(rounds: Sequence[Round], conditions: Conditions) -> float:
     """In seconds, if the workload were frozen now; infinite while nothing is known of the throughput."""
-    fixed = conditions.freeze + conditions.restore + ROUND_TRIPS * conditions.rtt
+    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
     residual = residual_pages(rounds) * PAGE
     if not residual:
         return fixed
@@ -133,7 +131,7 @@ def converged(rounds: Sequence[Round]) -> bool:
 
 def _obstacle(rounds: Sequence[Round], conditions: Conditions, throughput: float) -> str:
     assert conditions.max_downtime is not None
-    fixed = conditions.freeze + conditions.restore + ROUND_TRIPS * conditions.rtt
+    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
     if fixed >= conditions.max_downtime:
         return f"stopping, restoring and the round trips alone take {_ms(fixed)}; ask for a longer downtime"
     dirty = rounds[-1].dirty_rate * PAGE / 1e6

@@ -178,6 +178,11 @@ class CopyThread:
             await self.thread.run(kill, header, self._tools)
 
     @property
+    def root_pid(self) -> int:
+        """Of the copy; 0 where there is none."""
+        return self._engine.root_pid if self._engine is not None else 0
+
+    @property
     def moves(self) -> list[Move]:
         """See `migrator.engine.base.Destination`."""
         return self._engine.moves if self._engine is not None else []

@@ -135,13 +135,14 @@ class DestinationSession:
 
     def _note_end(self, event: DestinationEvent) -> None:
         s, e = DestinationState, DestinationEvent
+        ended = (e.LINK_LOST, e.PROTOCOL_ERROR, e.CANCEL, e.FAILED)  # nobody listens any more
         if self.state in (s.DISCARDED, s.ENDED):
             self._finished = True
         elif self.state is s.LOCKING:
             # The source asks over another link; whoever answers takes the locks then.
-            self._finished = event in (e.LINK_LOST, e.CANCEL, e.FAILED)
+            self._finished = event in ended
         elif self.state is s.RUNNING:
-            self._finished = self._finished or event in (e.DONE, e.LINK_LOST, e.CANCEL, e.FAILED)
+            self._finished = self._finished or event in (e.DONE, *ended)
 
     # Actions
 
@@ -171,18 +172,18 @@ class DestinationSession:
         await self._link.send(m.encode(message))
 
     async def _begin_preflight(self) -> None:
-        self._driver.spawn(self._guarded(self._judge()))
+        self._driver.spawn(self._guarded(self._judge))
 
     async def _judge(self) -> None:
         proposal, host = self._proposal, self.settings.host
         reasons, wanted = await self._admission.judge()
         if not any(reason.blocking for reason in reasons) and not proposal.dry_run:
             try:
+                self._copy.guard.prepare()
                 await self._copy.prepare(self.settings.prepare, proposal)
                 self._admission.accept()
             except MigratorError as error:
                 reasons += reasons_of(error, host.host)
-        self._copy.guard.prepare()
         await self._send(m.Verdict(host, reasons, wanted))
         fault("destination.proposed")
         self._after(_BEGIN_SECONDS, DestinationState.PREFLIGHT)
@@ -197,13 +198,15 @@ class DestinationSession:
 
     async def _begin_building(self) -> None:
         fault("destination.begun")
-        built = self._copy.build(self._standing, lambda: self._driver.post(DestinationEvent.BUILT))
-        self._driver.begin(self._guarded(built), "build")
+        self._driver.begin(self._guarded(self._build), "build")
 
-    async def _guarded(self, work: Awaitable[None]) -> None:
+    async def _build(self) -> None:
+        await self._copy.build(self._standing, lambda: self._driver.post(DestinationEvent.BUILT))
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """Work beside the loop: a failure becomes an event."""
         try:
-            await work
+            await work()
         except Exception as error:
             self._failed(error)
 
@@ -239,7 +242,7 @@ class DestinationSession:
         return decided
 
     async def _begin_locking(self) -> None:
-        self._driver.spawn(self._guarded(self._take_locks()))
+        self._driver.spawn(self._guarded(self._take_locks))
 
     async def _take_locks(self) -> None:
         await self._copy.take_locks(self._journal.header)
@@ -386,6 +389,8 @@ class DestinationSession:
         for left in await self._admission.close(kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         await self._copy.close()
+        if kept and self._copy.prepared is not None:
+            self._copy.prepared.runs(self._copy.root_pid)
         self._journal.close()
 
 

@@ -101,11 +101,11 @@ class Driver(Generic[State, Event, Action]):
         self.spawn(later())
 
     async def close(self) -> None:
-        for task in [self._work, *self._tasks]:
-            if task is not None:
+        # Again, for what one of them has begun meanwhile.
+        while left := [task for task in (self._work, *self._tasks) if task is not None and not task.done()]:
+            for task in left:
                 task.cancel()
-                with contextlib.suppress(BaseException):
-                    await task
+            await asyncio.wait(left)
 
 
 async def finish(work: Coroutine[Any, Any, T], name: str, cancel: Callable[[], None]) -> tuple[asyncio.Task[T], bool]:

@@ -14,7 +14,7 @@ from migrator.filesync.sync import FileSync
 from migrator.protocol import facts
 from migrator.protocol import messages as m
 from migrator.runtime.thread import OwnThread
-from migrator.session import convergence, downtime_model
+from migrator.session import convergence, prediction
 from migrator.session.file_facts import with_digests
 from migrator.session.peer import Peer
 from migrator.session.preflight import PreflightReport
@@ -28,7 +28,7 @@ class Proposal:
     report:  of the preflight; None before the verdict
     files:   those that go along; None without `copy_files`
     survey:  what the engine saw
-    factor:  of the downtime model for this host
+    costs:   of a stop between these two hosts
     """
 
     def __init__(self, settings: SourceSettings, host: m.HostFacts, workload: WorkloadThread, peer: Peer) -> None:
@@ -36,7 +36,7 @@ class Proposal:
         self.report: PreflightReport | None = None
         self.files: FileSync | None = None
         self.survey: Survey | None = None
-        self.factor = 1.0
+        self.costs = prediction.Costs()
         self._workload, self._peer = workload, peer
         self._thread = OwnThread("preflight")
         self._stopped = threading.Event()
@@ -45,7 +45,7 @@ class Proposal:
         """Survey the workload. Raises Refused; the workload runs on. See `FileSync` for `sent_files`."""
         settings = self.settings
         survey = self.survey = await self._workload.survey()
-        self.factor = downtime_model.load(settings.journal)
+        self.costs = prediction.load(settings.journal, settings.peer)
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await self._thread.run(with_digests, survey.files, root, stopped=self._stopped.is_set)
@@ -79,7 +79,6 @@ class Proposal:
             self.files.check_wanted(verdict.wanted)
         elif verdict.wanted:
             raise m.MessageError("files are wanted that were not offered")
-        freeze, restore = downtime_model.modelled(self.survey.threads)
         self.report = PreflightReport(
             self.settings.migration,
             self.host,
@@ -87,7 +86,7 @@ class Proposal:
             verdict.reasons,
             len(self.survey.files),
             self.survey.rss_bytes,
-            (freeze + restore) * self.factor + convergence.ROUND_TRIPS * self._peer.link.rtt,
+            self.costs.seconds(prediction.work_of(self.survey)) + convergence.ROUND_TRIPS * self._peer.link.rtt,
         )
         if not self.report.ok:
             raise Refused([str(reason) for reason in verdict.reasons if reason.blocking], fate=Fate.SOURCE)

@@ -15,6 +15,7 @@ from migrator.session.interfaces import Link
 from migrator.session.proposal import Proposal
 from migrator.session.settings import SourceSettings
 from migrator.session.workload import WorkloadThread
+from migrator.text import duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,12 @@ class MigrationSummary:
             self.link.compression_ratio,
         )
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, downtime: float) -> list[str]:
         report = self.proposal.report
         told = [str(reason) for reason in report.reasons if not reason.blocking] if report else []
+        limit = self.settings.max_downtime
+        if limit is not None and downtime > limit:
+            told.append(f"the downtime of {duration(downtime)} is over the max downtime of {duration(limit)}")
         if lost := self.workload.orphans_lost:
             told.append(f"{lost} connections that the program had closed did not end in time: their peers get a reset")
         return told
@@ -77,6 +81,7 @@ class MigrationSummary:
         outcome, fate = how_it_ended(error, away=away, dry_run=self.settings.dry_run)
         timeline, report, survey = self.timeline(), self.proposal.report, self.proposal.survey
         predicted = self.decision.predicted_downtime if self.decision is not None else 0.0
+        predicted = predicted if math.isfinite(predicted) else 0.0
         return model.MigrationResult(
             migration=self.settings.migration,
             outcome=outcome,
@@ -88,7 +93,8 @@ class MigrationSummary:
             pids=survey.pids if survey is not None else [],
             pid=self.told.pid if self.told is not None else 0,
             downtime=timeline.downtime,
-            predicted_downtime=predicted if math.isfinite(predicted) else 0.0,
+            predicted_downtime=predicted,
+            prediction_error=timeline.downtime - predicted if predicted and timeline.downtime else 0.0,
             total=(time.monotonic_ns() - self.began) / 1e9,
             stream_bytes=self.stream_bytes,
             wire_bytes=self.link.counters.wire_sent,
@@ -99,7 +105,7 @@ class MigrationSummary:
             rounds=self.workload.all_rounds,
             timeline=timeline,
             connections_served=len(self.workload.orphans),
-            warnings=self._warnings(),
+            warnings=self._warnings(timeline.downtime),
         )
 
 

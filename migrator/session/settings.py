@@ -20,6 +20,7 @@ class SourceSettings:
     migration:     its id, new
     peer:          how to reach the destination again, as given on the command line
     max_downtime:  seconds; None for the best that can be had
+    thaw_overrun:  if the stop gets longer than `max_downtime` by more than the tolerance (prediction.latest), abort
     timeout:       seconds until it must have been decided to freeze
     freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
     ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
@@ -35,6 +36,7 @@ class SourceSettings:
     container: str = ""
     container_spec: str = ""
     max_downtime: float | None = None
+    thaw_overrun: bool = False
     timeout: float = 600.0
     freeze_limit: float = 30.0
     ask_for: float = 60.0
@@ -55,11 +57,13 @@ class Prepared:
     factory:  makes the engine's destination from the descriptor of the stream
     cgroup:   path or name of the cgroup that will hold the copy, known before it is built
     network:  gives the network of the container, once the copy is built; None without one
+    runs:     called at the end of the session with the pid of the copy, if it was decided that it runs
     """
 
     factory: DestinationFactory
     cgroup: str
     network: Callable[[], NetworkArrival | None] = lambda: None
+    runs: Callable[[int], None] = lambda pid: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from migrator import model
-from migrator.errors import Fate, MigrationAborted, MigratorError, TransportError, Undecided
+from migrator.errors import Fate, MigrationAborted, MigratorError, Overrun, TransportError, Undecided
 from migrator.model import OnEvent, Outcome, Where
 from migrator.protocol import messages as m
 from migrator.protocol import trees
@@ -26,7 +26,6 @@ from migrator.protocol.machine import Machine
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
 from migrator.recovery.settle import undecided
 from migrator.runtime.fault_points import fault
-from migrator.session import downtime_model
 from migrator.session.clock import PeerClock
 from migrator.session.deadlines import Deadlines
 from migrator.session.driver import Driver, finish
@@ -71,10 +70,10 @@ class SourceSession:
             tolerated=_TOLERATED,
         )
         self._post = self._driver.post
-        self._deadlines = Deadlines(settings, self._driver)
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._clock = PeerClock(self._peer.send)
         self._workload = WorkloadThread(factory, link, network)
+        self._deadlines = Deadlines(settings, self._driver, self._workload.stood)
         self._proposal = Proposal(settings, host, self._workload, self._peer)
         self._precopy = Precopy(settings, self._proposal, self._workload, self._peer, self._clock)
         self._log = PhaseLog(settings.migration, self._tell)
@@ -135,6 +134,8 @@ class SourceSession:
         try:
             while self.state not in (SourceState.HERE, SourceState.AWAY) and self._undecided is None:
                 event, why = await self._driver.next()
+                if self._deadlines.overrun_by(event):
+                    event, why = SourceEvent.CANCEL, self._deadlines.too_long()
                 if self._driver.machine.look(event).state is SourceState.HERE:
                     self._error = self._error or why
                     self._proposal.stop()
@@ -154,12 +155,12 @@ class SourceSession:
         lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
         self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
 
-    def _begin(self, work: Coroutine[Any, Any, None], done: SourceEvent) -> None:
+    def _begin(self, work: Callable[[], Awaitable[None]], done: SourceEvent) -> None:
         """Begin a long action that ends with an event."""
 
         async def guarded() -> None:
             try:
-                await work
+                await work()
             except Exception as error:
                 self._failed(error)
             else:
@@ -207,7 +208,7 @@ class SourceSession:
         fault("source.begun")
 
     async def _begin_copy(self) -> None:
-        self._begin(self._copy(), SourceEvent.CONVERGED)
+        self._begin(self._copy, SourceEvent.CONVERGED)
 
     async def _copy(self) -> None:
         def lost(error: BaseException) -> None:
@@ -218,7 +219,7 @@ class SourceSession:
         await self._journal.refresh()
 
     async def _begin_save(self) -> None:
-        self._begin(self._save(), SourceEvent.SAVED)
+        self._begin(self._save, SourceEvent.SAVED)
         self._deadlines.freezing()
 
     async def _save(self) -> None:
@@ -349,7 +350,8 @@ class SourceSession:
         except MigratorError as error:
             self._post(SourceEvent.FAILED, error)
         else:
-            self._begin(self._compare(verdict), SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED)
+            done = SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED
+            self._begin(lambda: self._compare(verdict), done)
 
     async def _compare(self, verdict: m.Verdict) -> None:
         notes = await self._proposal.compare(verdict)
@@ -395,8 +397,7 @@ class SourceSession:
                 async with asyncio.timeout(_TELL_SECONDS):
                     await self._was_told.wait()
         result = self._summary().result(self._undecided or self._error, away=away)
-        if (survey := self._proposal.survey) is not None:
-            downtime_model.learn(self.settings.journal, survey.threads, result)
+        self._precopy.learn(result, self._workload.stood() if isinstance(self._error, Overrun) else 0.0)
         return result
 
     async def _close(self) -> None:

@@ -59,7 +59,7 @@ class WorkloadThread:
         self._read_fd, self._write_fd = -1, -1
         self.rounds: list[Round] = []
         self.log = PhaseLog()  # our own phases, beside those of the engine
-        self.frozen_at = 0
+        self.frozen_at = self.thawed_at = 0  # ns of CLOCK_MONOTONIC
         self._released = False
         self._in_place = 0  # the last round that the destination has in place
         self._placed = asyncio.Event()
@@ -145,6 +145,10 @@ class WorkloadThread:
 
     def pids(self) -> list[int]:
         return self._source.pids
+
+    def stood(self) -> float:
+        """Seconds since the workload was stopped, until it was thawed; 0.0 while it was not stopped."""
+        return ((self.thawed_at or time.monotonic_ns()) - self.frozen_at) / 1e9 if self.frozen_at else 0.0
 
     def header(self, header: JournalHeader) -> JournalHeader:
         """`header` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
@@ -235,6 +239,7 @@ class WorkloadThread:
         await self.stop()
         if self.source is not None:
             await self.thread.run(self.source.thaw)
+            self.thawed_at = time.monotonic_ns()
         if self.network is not None:
             await self.thread.run(self.network.unlock)
 

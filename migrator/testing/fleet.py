@@ -148,8 +148,11 @@ class FleetStage:
         for label in self.hosts.keys() - self._agents.keys():
             self.start_agent(label)
         self._number += 1
-        self.store = f"sqlite:{self.lan.folder}/{name or f'fleet-{self._number}'}.db"
-        self.client.env["MIGRATOR_STORE"] = self.store
+        self.use_store(f"sqlite:{self.lan.folder}/{name or f'fleet-{self._number}'}.db")
+
+    def use_store(self, url: str) -> None:
+        """The fleet is the one in this store from now on, with all hosts in it."""
+        self.store = self.client.env["MIGRATOR_STORE"] = url
         self.join()
 
     def clear(self) -> None:

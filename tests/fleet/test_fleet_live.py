@@ -7,10 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from migrator.testing.etcd import EtcdCluster
 from migrator.testing.fleet import CommandFailed, FleetStage, busy
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -263,4 +265,67 @@ def nothing(agents: FleetStage) -> FleetStage:
 def test_a_key_without_the_right_sees_and_moves_nothing(nothing: FleetStage) -> None:
     # A host's key may bring workloads, and no more.
     done = nothing.hosts["a"].run(["migrator", "hosts"], env={"MIGRATOR_STORE": nothing.store}, check=False)
-    assert "has no right for an observe" in done.stderr and "active" not in done.stdout
+    assert "has no right to look at this host" in done.stderr and "active" not in done.stdout
+
+
+def test_the_deadline_of_a_drain_saves_what_is_left_and_ends_it(fleet: FleetStage) -> None:
+    fleet.run("a", "kept", busy(20))
+    fleet.command("rule", "kept", "--pin")  # nothing can move it, so it is there at the deadline
+    done = fleet.json("drain", "a", "--deadline", "4s", "--at-deadline", "save")
+    assert done["state"] == "empty" and done["ended"] == ["kept"]
+    assert fleet.where()["a"] == []
+    (image,) = (fleet.lan.folder / "saved").glob("kept@*.image")
+    info = json.loads(fleet.hosts["b"].run(["migrator", "image", "info", "--json", str(image)]).stdout)
+    assert info["whole"] is True
+    image.unlink()
+
+
+def test_a_dying_host_sends_the_most_valuable_first(fleet: FleetStage) -> None:
+    for number in range(3):
+        fleet.run("a", f"w{number}", busy(40))
+    fleet.command("rule", "w2", "--value", "9")
+    done = fleet.json("drain", "a", "--evacuate", "60s", "--parallel", "1")
+    assert done["state"] == "empty"
+    assert next(iter(done["moved"])) == "w2" or first_moved(fleet) == "w2"
+
+
+def first_moved(fleet: FleetStage) -> str:
+    log = "".join(fleet.agent_log("a"))
+    return min(("w0", "w1", "w2"), key=lambda name: log.rindex(f"{name} goes to"))
+
+
+def test_a_leader_dies_with_the_state_in_etcd_and_a_member_of_it_with_him(
+    agents: FleetStage, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with agents.client.inside(), EtcdCluster(tmp_path_factory.mktemp("etcd"), members=3) as cluster:
+        agents.use_store(cluster.url)
+        try:
+            for number in range(4):
+                agents.run("a", f"w{number}", busy(60))
+            first = agents.controller("--ttl", "3", name="first")
+            until(lambda: leads(agents, "first"), "nobody leads")
+            agents.controller("--ttl", "3", name="second")
+            agents.command("drain", "a", "--parallel", "1", "--detach")
+            until(lambda: agents.count("a") <= 3, "the drain does not begin")
+            cluster.kill(cluster.leader())
+            first.kill()
+            until(lambda: leads(agents, "second"), "nobody took the lead")
+            done = agents.json("drain", "a")
+            assert done["state"] == "empty"
+            where = agents.where()
+            assert where["a"] == [] and names(where) == ["w0", "w1", "w2", "w3"]
+        finally:
+            agents.clear()
+            agents.new_fleet()
+
+
+def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> None:
+    fleet.run("a", "w0", busy(60, 0.1))
+    fleet.run("a", "w1", busy(60))
+    path = tmp_path / "day.json"
+    fleet.command("record", str(path), "--for", "3s", "--every", "1s")
+    with pytest.raises(CommandFailed, match="is there already"):
+        fleet.command("record", str(path), "--for", "3s", "--every", "1s")
+    found = fleet.json("simulate", str(path))
+    assert (found["hosts"], found["workloads"]) == (3, 2)
+    assert {run["rule"] for run in found["others"]} and len(found["nothing"]["imbalance"]) == 3

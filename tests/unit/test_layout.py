@@ -72,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "migrator.fleet": (
         "migrator.api",
         "migrator.host",
+        "migrator.metrics",
         "migrator.model",
         "migrator.protocol",
         "migrator.runtime",

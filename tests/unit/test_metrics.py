@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from migrator import model
 from migrator.engine.base import Round
 from migrator.errors import UsageError
+from migrator.fleet.controller_metrics import ControllerMetrics
 from migrator.metrics import Metrics, phases_of, reason_of, serve_metrics
 from migrator.model import MigrationResult, Outcome, Phase, Where
 
@@ -112,7 +113,8 @@ def test_a_migration_that_did_not_happen_has_no_downtime() -> None:
 def test_every_metric_is_documented_and_only_those() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(migrator_\w+)`", text, re.M))
-    real = {family.name + ("_total" if family.type == "counter" else "") for family in Metrics().registry.collect()}
+    families = [*Metrics().registry.collect(), *ControllerMetrics().registry.collect()]
+    real = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     assert documented == real
 
 

@@ -24,9 +24,9 @@ from migrator.recovery.journal import (
     attended,
     decode_lines,
     encode_line,
-    forget_old,
     unattended,
 )
+from migrator.recovery.retention import forget_old
 
 FACTS = JournalHeader(
     migration="web-0001",

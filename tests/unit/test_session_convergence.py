@@ -58,7 +58,7 @@ def test_an_engine_that_knows_what_is_left_is_believed() -> None:
 
 
 def test_the_prediction_is_the_sum_of_its_parts() -> None:
-    conditions = Conditions(throughput=4096e3, rtt=0.01, freeze=0.003, restore=0.005)
+    conditions = Conditions(throughput=4096e3, rtt=0.01, standing=0.008)
     assert predicted_downtime(rounds((10, 1), remaining=100), conditions) == pytest.approx(0.003 + 0.1 + 0.005 + 0.015)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from migrator import model
-from migrator.engine.base import FileFact
+from migrator.engine.base import FileFact, Work
 from migrator.errors import (
     CheckpointFailed,
     Fate,
     MigrationAborted,
     MigratorError,
+    Overrun,
     Refused,
     RestartFailed,
     TransportError,
@@ -31,7 +32,7 @@ from migrator.protocol import trees
 from migrator.protocol.states import Recorded
 from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, Role
-from migrator.session import deadlines, workload
+from migrator.session import deadlines, prediction, workload
 from migrator.session.arrival import Arrival
 from migrator.session.destination import DestinationSession
 from migrator.session.serve import serve
@@ -334,6 +335,35 @@ async def test_a_destination_that_is_not_ready_in_time_is_given_up(hosts: Hosts)
         await hosts.migrate(freeze_limit=0.1)
     await hosts.quiet()
     assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_stop_that_gets_too_long_for_the_max_downtime_ends_before_commit(hosts: Hosts) -> None:
+    hosts.destination.slow = {"build": 0.5}
+    with pytest.raises(Overrun, match="over the max downtime of"):
+        await hosts.migrate(max_downtime=0.05, thaw_overrun=True)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+    assert "destination resume" not in " ".join(hosts.world.log)
+    later = prediction.load(hosts.path / "a", "b")
+    assert later.seconds(Work(1, 1)) > prediction.Costs().seconds(Work(1, 1))  # the next time it knows better
+
+
+async def test_what_comes_ready_too_late_is_not_told_to_run(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts.destination.slow = {"build": 0.1}
+    monkeypatch.setattr("migrator.session.deadlines.Deadlines._watch", lambda *_: None)
+    with pytest.raises(Overrun):
+        await hosts.migrate(max_downtime=0.05, thaw_overrun=True)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_stop_over_the_max_downtime_that_goes_on_says_so(hosts: Hosts) -> None:
+    hosts.destination.slow = {"build": 0.2}
+    result = await hosts.migrate(max_downtime=0.05)
+    await hosts.quiet()
+    assert result.outcome is Outcome.MIGRATED
+    assert any("is over the max downtime of 50.0 ms" in warning for warning in result.warnings)
+    assert result.prediction_error == result.downtime - result.predicted_downtime > 0.1
 
 
 async def test_a_max_downtime_that_cannot_be_met_ends_with_the_reason_at_the_timeout(hosts: Hosts) -> None:

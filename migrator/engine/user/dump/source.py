@@ -25,6 +25,7 @@ from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
@@ -43,7 +44,7 @@ class UserSource:
     def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
         self.pid = pid
         self.options = options
-        self._writer = RecordWriter(fd)
+        self._writer = RecordWriter(fd, checksums=options.checksums)
         self._objhash = ObjHash()
         self._cgroup: Cgroup | None = None
         self._came_from: dict[int, str] = {}
@@ -178,6 +179,7 @@ class UserSource:
             start,
             end,
             rate,
+            work=count_work(self.tree.living),
         )
         self._rounds.append(made)
         return made

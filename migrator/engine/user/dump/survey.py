@@ -6,7 +6,7 @@ import os
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header
+from migrator.engine.user.dump import header, work
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
@@ -97,6 +97,7 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
         wanted_pids=wanted,
         notes=list(descriptors.notes(owners)),
         cap_bounding=cap_bounding,
+        work=work.count(tree.living),
     )
     return found, reasons
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -51,6 +52,8 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.threads import detach_all
+
+log = logging.getLogger("migrator.engine")
 
 _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
@@ -123,8 +126,14 @@ class UserDestination:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._held and not self._done:
+        if self._held or self._done:
+            return
+        try:
             self.discard()
+        except Exception as error:
+            if value is None:
+                raise
+            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     # ------------------------------------------------------------------ life
 
@@ -212,17 +221,18 @@ class UserDestination:
         if self._done:
             return
         self._done = True
-        if self._descriptors is not None:
-            self._descriptors.close()
-        if self._stub_tree is not None:
-            if self._cgroup is not None and self._held:
-                self._cgroup.kill()
-            self._stub_tree.kill()
-        if self._sandbox is not None:
-            self._sandbox.remove()
-        elif self._cgroup is not None:
-            self._cgroup.remove()
-        self._close()
+        with ExitStack() as stack:  # each of these, whatever becomes of the others; the last one first
+            stack.callback(self._close)
+            if self._sandbox is not None:
+                stack.callback(self._sandbox.remove)
+            elif self._cgroup is not None:
+                stack.callback(self._cgroup.remove)
+            if self._stub_tree is not None:
+                stack.callback(self._stub_tree.kill)
+                if self._cgroup is not None and self._held:
+                    stack.callback(self._cgroup.kill)
+            if self._descriptors is not None:
+                stack.callback(self._descriptors.close)
 
     # ------------------------------------------------------------------ records
 
