@@ -53,11 +53,11 @@ coverage: $(STAMP)
 bench: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) tools/bench.py $(ARGS)
 
-bench-fleet: $(STAMP)
-	@cd $(ROOT) && $(PYTHON) tools/bench_fleet.py $(ARGS)
-
 fuzz: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) -m tests.fuzz $(ARGS)
+
+bench-fleet: $(STAMP)
+	@cd $(ROOT) && $(PYTHON) tools/bench_fleet.py $(ARGS)
 
 # What a kernel build and the guests need beyond that.
 setup-kernel: $(STAMP)

@@ -24,7 +24,7 @@ def make(*, local: bool = False) -> typer.Typer:
     app.command(no_args_is_help=True)(containers.stop)
     app.command(no_args_is_help=True)(containers.thaw)
     if not local:
-        from migrator.cli import agent, balance, controller, drain, fleet, init, migrate, rule, simulate
+        from migrator.cli import agent, balance, controller, drain, fleet, init, migrate, rule, simulate, snapshots
 
         app.command(no_args_is_help=True)(migrate.migrate)
         app.command(no_args_is_help=True)(migrate.check)
@@ -42,6 +42,10 @@ def make(*, local: bool = False) -> typer.Typer:
         app.command(no_args_is_help=True)(drain.cordon)
         app.command(no_args_is_help=True)(drain.uncordon)
         app.command()(controller.controller)
+        app.command(no_args_is_help=True)(snapshots.snapshot)
+        app.command()(snapshots.snapshots)
+        app.command(no_args_is_help=True)(snapshots.revive)
+        app.command(no_args_is_help=True)(snapshots.recover)
         app.command()(simulate.simulate)
         app.command(no_args_is_help=True)(simulate.record)
     app.command(no_args_is_help=True)(image.checkpoint)

@@ -48,10 +48,10 @@ class Mover:
         """Workloads on their way."""
         return {name for name, task in self._tasks.items() if not task.done()}
 
-    async def begin(
-        self, move: policy_plan.Move, *, plan: str = "", drain_of: str = "", max_downtime: float | None = None
-    ) -> bool:
+    async def begin(self, move: policy_plan.Move, *, plan: str = "", drain_of: str = "", force: bool = False) -> bool:
         """Claim the workload and have it sent away. False, with nothing done, if it is being moved already.
+
+        Its downtime budget is the migration's limit, unless `force`.
 
         Raises NotHeld if another controller leads now.
         """
@@ -78,13 +78,15 @@ class Mover:
             return False
         log.info("%s", move_text(move))
         target = self._observer.agents[move.target].host
+        rule = self._observer.known.rules.get(move.workload)
+        budget = rule.downtime_budget if rule is not None and not force else None
         order = Depart(
             claim.migration,
             claim.workload,
             peer_of(target),
             self._state.fleet.id,
             self._lock.token,
-            max_downtime,
+            budget,
             _TIMEOUT,
         )
         self._follow(Stored(claim, revision), order)

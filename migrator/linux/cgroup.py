@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import select
 import signal
 import time
@@ -31,6 +32,11 @@ from migrator.errors import MigratorError, UsageError
 PARENT = "migrator"
 
 _FREEZER = "freezer"
+
+
+def unique_name(what: str, pid: int) -> str:
+    """A name for a cgroup that nobody else has: the pid alone is given out in each pid namespace anew."""
+    return f"{what}-{pid}-{secrets.token_hex(4)}"
 
 
 class CgroupError(MigratorError):

@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from signal import SIGURG, SIGWINCH
+from signal import SIGCHLD, SIGURG, SIGWINCH
 
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -33,7 +33,9 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-_BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH))  # ignored by default
+# Ignored by default. SIGURG is what Go's and PostgreSQL's tasks send one another all the time; nobody sends SIGWINCH
+# where there is no terminal.
+BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG), int(SIGCHLD))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
 _REST = [(0,) * (8 - length) for length in range(9)]
@@ -110,7 +112,7 @@ class Remote:
         self._mask = 0
         self._xstate = b""
         self._mask_set = self._stop_again = False
-        self._signal = _BATCH_SIGNALS[0]
+        self._signal = int(SIGURG)
         self._context_written = False
 
     @contextmanager
@@ -127,7 +129,7 @@ class Remote:
             return
         self._regs = regs if regs is not None else arch.get_regs(tid)
         self._mask = mask if mask is not None else ptrace.get_sigmask(tid)
-        self._choose_signal()
+        self._signal = free_signal([tid])
         self._mask_set = self._context_written = False
         try:
             yield self
@@ -163,15 +165,9 @@ class Remote:
             ptrace.set_sigmask(self.tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)
             self._mask_set = True
 
-    def _choose_signal(self) -> None:
-        if not self.survivable:
-            return
-        waiting = ptrace.peek_siginfo(self.tid, shared=False) + ptrace.peek_siginfo(self.tid, shared=True)
-        pending = {struct.unpack_from("<i", waiting, at)[0] for at in range(0, len(waiting), 128)}
-        for signal in _BATCH_SIGNALS:
-            if signal not in pending:
-                self._signal = signal
-                return
+    def end_batches_by(self, signal: int) -> None:
+        """Batches of a thread that dies with its tracer end by `signal` from now on; none of that number waits."""
+        self._signal, self._mask_set = signal, False
 
     def call(self, number: int, *args: int) -> int:
         """One system call through the vdso; negative errno on error. Works without a scratch area."""
@@ -183,14 +179,8 @@ class Remote:
         instruction, stack = self._on_the_way_back() or (self.instruction, 0)
         arch.start_call(self.tid, self._regs, instruction, number, args, stack)
         self._block_signals()
-        # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
-        # program runs. Nothing of it outlives a tracer that dies, as a single step would.
         ptrace.until_syscall(self.tid)
-        self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
-        ptrace.interrupt(self.tid)
-        ptrace.cont(self.tid)
-        self._expect(0)
-        return arch.result(arch.get_regs(self.tid))
+        return self.end_call()
 
     def find_instruction(self) -> None:
         """Look for what call() goes through, unless it is known."""
@@ -203,16 +193,18 @@ class Remote:
         self.find_instruction()
         arch.start_call(self.tid, self._regs, self.instruction, number, args)
         self._block_signals()
-        ptrace.singlestep(self.tid)
+        ptrace.until_syscall(self.tid)
 
     def end_call(self) -> int:
-        """What the call of begin_call() returned."""
-        while True:
-            self._expect(5, ptrace.singlestep)  # SIGTRAP
-            now = arch.get_regs(self.tid)
-            if now.rip != self.instruction:  # else it was another's, that had waited
-                return arch.result(now)
-            ptrace.singlestep(self.tid)
+        """What the call of begin_call() returned.
+
+        Stopped at the entry, the thread is asked to stop again: that comes when the call is done and before the
+        program runs. Nothing of it outlives a tracer that dies, and it takes no SIGTRAP, as a single step would."""
+        self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        self._expect(0)
+        return arch.result(arch.get_regs(self.tid))
 
     def _on_the_way_back(self) -> tuple[int, int] | None:
         """(instruction, stack pointer) from which the thread returns by itself, if that can be."""
@@ -349,6 +341,22 @@ class Remote:
                 continue
             regs = arch.get_regs(self.tid)
             raise RemoteError(4, f"stopped by signal {got} at {regs.rip:#x} while borrowed", f"tid {self.tid}")
+
+
+def waiting_signals(infos: bytes) -> set[int]:
+    """The numbers of signals, as ptrace.peek_siginfo() gives them."""
+    return {int(struct.unpack_from("<i", infos, at)[0]) for at in range(0, len(infos), ptrace.SIGINFO_SIZE)}
+
+
+def free_signal(tids: Sequence[int]) -> int:
+    """A signal that waits for none of these threads of a process, all of them stopped: a batch may end by it."""
+    waiting = waiting_signals(ptrace.peek_siginfo(tids[0], shared=True))
+    for tid in tids:
+        waiting |= waiting_signals(ptrace.peek_siginfo(tid, shared=False))
+    for signal in BATCH_SIGNALS:
+        if signal not in waiting:
+            return signal
+    raise RemoteError(16, f"all of signals {BATCH_SIGNALS} wait, and one is needed", f"tid {tids[0]}")
 
 
 def interrupted_call(pid: int, regs: arch.Regs) -> int:

@@ -115,21 +115,22 @@ class Run:
     context: int = 0
 
 
-def run_all(runs: Sequence[Run]) -> dict[int, int]:
+def run_all(runs: Sequence[Run], *, ending: int = _SIGNAL) -> dict[int, int]:
     """Have many threads make their calls at the same time; those that stopped by anything else: tid -> wait status.
 
+    `ending`: the signal that ends the calls of each.
     Registers and signal masks stay what the calls needed: the caller puts them back. The threads are stopped again."""
     if not runs:
         return {}
     tids = [run.tid for run in runs]
-    regs = [arch.batch_regs(r.regs, r.code, r.table, r.count, _SIGNAL, r.context) for r in runs]
-    mask = ~(1 << (_SIGNAL - 1)) & arch.MINUS_ONE
+    regs = [arch.batch_regs(r.regs, r.code, r.table, r.count, ending, r.context) for r in runs]
+    mask = ~(1 << (ending - 1)) & arch.MINUS_ONE
     set_all(tids, regs, [mask] * len(tids), go_on=True)
     odd = {}
     for tid, status in zip(tids, wait_all(tids), strict=True):
         while ptrace.is_stop(status) and ptrace.stop_event(status) == ptrace.EVENT_STOP:
             ptrace.cont(tid)  # a late PTRACE_INTERRUPT, or a group stop
             status = ptrace.wait(tid)
-        if not ptrace.is_stop(status) or ptrace.stop_signal(status) != _SIGNAL:
+        if not ptrace.is_stop(status) or ptrace.stop_signal(status) != ending:
             odd[tid] = status
     return odd

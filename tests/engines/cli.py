@@ -73,8 +73,9 @@ def counter(folder: Path, interval_ms: int = 5, *, within: Sequence[str] = ()) -
 def sweep(pid: int) -> None:
     """The cgroup of a tree that was restarted with --detach is nobody's when it has ended."""
     for parent in ("/sys/fs/cgroup/unified/migrator", "/sys/fs/cgroup/migrator", "/sys/fs/cgroup/freezer/migrator"):
-        with contextlib.suppress(OSError):
-            os.rmdir(f"{parent}/restart-{pid}")
+        for left in Path(parent).glob(f"restart-{pid}-*"):
+            with contextlib.suppress(OSError):
+                left.rmdir()
 
 
 def state(pid: int) -> str:

@@ -310,6 +310,87 @@ int main(int argc, char **argv)
 """
 
 
+PENDING = r"""
+#include <pthread.h>
+#include <sys/syscall.h>
+#include "workload.h"
+static const int signals[] = { SIGTRAP, SIGURG, SIGWINCH, SIGFPE, SIGUSR1, SIGSYS, SIGSEGV, 0, 0 };
+static sigset_t all;
+static volatile int built;
+static pid_t tid;
+static int number(int i)
+{
+	return signals[i] ? signals[i] : SIGRTMIN + 3;
+}
+static void queue(void)
+{
+	for (int i = 0; i < 9; i++) {
+		union sigval value = { .sival_int = 100 + i };
+
+		TRY(i & 1 || i > 6 ? sigqueue(getpid(), number(i), value) : kill(getpid(), number(i)));
+	}
+}
+static void seen(pid_t sender, int code)
+{
+	struct timespec none = { 0, 0 };
+	siginfo_t info;
+
+	for (int i = 0; i < 9; i++) { /* not by the C library, which folds SI_TKILL */
+		sigset_t one;
+
+		sigemptyset(&one);
+		sigaddset(&one, number(i));
+		CHECK(syscall(SYS_rt_sigtimedwait, &one, &info, &none, 8) == number(i), "signal %d does not wait", number(i));
+		CHECK(info.si_pid == sender && info.si_uid == getuid(), "of %d", info.si_pid);
+		if (code)
+			CHECK(info.si_code == code, "code %d of signal %d", info.si_code, info.si_signo);
+		else if (i & 1 || i > 6)
+			CHECK(info.si_code == SI_QUEUE && info.si_value.sival_int == 100 + i, "value");
+		else
+			CHECK(info.si_code == SI_USER, "code %d", info.si_code);
+	}
+}
+static void own(void)
+{
+	for (int i = 0; i < 9; i++)
+		TRY(syscall(SYS_tgkill, getpid(), tid, number(i)));
+}
+static void *run(void *unused)
+{
+	(void)unused;
+	tid = syscall(SYS_gettid);
+	own();
+	built = 1;
+	while (!wl_stopping)
+		wl_sleep_us(5000);
+	seen(getpid(), SI_TKILL);
+	return NULL;
+}
+int main(int argc, char **argv)
+{
+	pthread_t thread;
+
+	wl_start(argc, argv);
+	sigfillset(&all);
+	sigdelset(&all, SIGTERM);
+	sigdelset(&all, SIGALRM);
+	pthread_sigmask(SIG_BLOCK, &all, NULL);
+	pthread_create(&thread, NULL, run, NULL);
+	while (!built)
+		usleep(1000);
+	queue();
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		wl_line("tick %ld", n);
+		usleep(20000);
+	}
+	pthread_join(thread, NULL);
+	seen(getpid(), 0);
+	wl_ok();
+}
+"""
+
+
 STATES = {
     "a deleted file opened with O_NOFOLLOW": DELETED_NOFOLLOW,
     "a working directory that was deleted": DELETED_DIRECTORY,
@@ -318,12 +399,13 @@ STATES = {
     "a connection that has ended": ENDED_CONNECTION,
     "flags that were cleared after bind": REUSEPORT,
     "a datagram socket connected to itself": SELF_CONNECTED,
+    "signals that wait": PENDING,
 }
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    restarted(STATES[state] + TICKING, hosts, tmp_path)
+    restarted(STATES[state] + TICKING * ("wl_ok" not in STATES[state]), hosts, tmp_path)
 
 
 CHAIN = r"""
@@ -361,3 +443,33 @@ int main(int argc, char **argv)
 
 def test_a_long_chain_of_processes(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     restarted(CHAIN + TICKING, hosts, tmp_path, rounds=1)
+
+
+MAPPINGS = r"""
+#include <sys/mman.h>
+#include "workload.h"
+#define COUNT 30000
+static char *base;
+static void check(void)
+{
+	static int at;
+
+	for (int i = 0; i < COUNT; i++)
+		CHECK(*(int *)(base + 8192L * i) == i, "mapping %d: %d", i, *(int *)(base + 8192L * i));
+	at = (at + 7) % COUNT; /* a border goes, and comes back */
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ));
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ | PROT_WRITE));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	base = mmap(NULL, 8192L * COUNT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (int i = 0; i < COUNT; i++) {
+		*(int *)(base + 8192L * i) = i;
+		TRY(mprotect(base + 8192L * i + 4096, 4096, i & 1 ? PROT_NONE : PROT_READ));
+	}
+"""
+
+
+def test_tens_of_thousands_of_mappings(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    restarted(MAPPINGS + TICKING, hosts, tmp_path, rounds=1)

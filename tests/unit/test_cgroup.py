@@ -16,7 +16,7 @@ import pytest
 
 from migrator.errors import UsageError
 from migrator.linux import ptrace
-from migrator.linux.cgroup import PARENT, Cgroup, hierarchies, hierarchy, path_in
+from migrator.linux.cgroup import PARENT, Cgroup, hierarchies, hierarchy, path_in, unique_name
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -291,3 +291,7 @@ def test_processes_go_back_to_where_they_came_from(group: Cgroup, counter: Count
 def test_the_hierarchy_is_found_by_trying() -> None:
     chosen = hierarchy()
     assert (chosen.mountpoint / PARENT / chosen.state_file).exists()
+
+
+def test_two_trees_of_the_same_pid_do_not_share_a_cgroup() -> None:
+    assert unique_name("migrate", 500) != unique_name("migrate", 500)

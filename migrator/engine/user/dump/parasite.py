@@ -22,7 +22,7 @@ from typing import Protocol
 from migrator.image.records import PosixTimer
 from migrator.linux import memory
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Remote, RemoteError, pack_calls, way_of_return
+from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, way_of_return
 from migrator.linux.threads import Run, run_all, set_all
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
@@ -223,7 +223,7 @@ class Parasite:
             Run(thread.tid, own, remote.scratch, table, _THREAD_CALLS, context)
             for thread, own, table, context in zip(group, regs, tables, contexts, strict=True)
         ]
-        for tid, status in run_all(runs).items():
+        for tid, status in run_all(runs, ending=free_signal([thread.tid for thread in group])).items():
             raise RemoteError(3, f"stopped with {status:#x} while it was asked", f"tid {tid}")
         raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
         replies = []

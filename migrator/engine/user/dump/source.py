@@ -30,7 +30,7 @@ from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
 from migrator.linux import procfs
-from migrator.linux.cgroup import Cgroup, directory_of, remove_empty
+from migrator.linux.cgroup import Cgroup, directory_of, remove_empty, unique_name
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
@@ -49,6 +49,7 @@ class UserSource:
         self._cgroup: Cgroup | None = None
         self._came_from: dict[int, str] = {}
         self._own_cgroup = True
+        self._name = options.cgroup_name or unique_name("migrate", pid)
         if options.container_cgroup:
             self._cgroup = Cgroup.at(options.container_cgroup)
             self._own_cgroup = False
@@ -78,7 +79,7 @@ class UserSource:
     @property
     def cgroup(self) -> str:
         """Its path; before instrument() has made it, its name."""
-        return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
+        return str(self._cgroup.path) if self._cgroup is not None else self._name
 
     @property
     def origins(self) -> list[tuple[int, str]]:
@@ -90,10 +91,6 @@ class UserSource:
             with contextlib.suppress(OSError, LookupError):
                 origins.append((pid, directory_of(pid)))
         return origins
-
-    @property
-    def _cgroup_name(self) -> str:
-        return self.options.cgroup_name or f"migrate-{self.pid}"
 
     def __enter__(self) -> Self:
         return self
@@ -365,7 +362,7 @@ class UserSource:
 
     def _adopt(self) -> None:
         """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
-        self._cgroup = Cgroup.create(self._cgroup_name)
+        self._cgroup = Cgroup.create(self._name)
         while True:
             new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
             if not new:

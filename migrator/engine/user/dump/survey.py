@@ -6,22 +6,12 @@ import os
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header, work
-from migrator.engine.user.dump.mappings import obstacle
+from migrator.engine.user.dump import header, survey_tasks, work
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
 from migrator.image.records import TaskFlag, TaskPids, Tree
-from migrator.linux import elf, procfs, sys
-
-_NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time")
-_SHARED_KINDS = {
-    sys.KCMP_VM: "its address space (vfork in progress?)",
-    sys.KCMP_FS: "its working directory (CLONE_FS)",
-    sys.KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)",
-}
-
-_SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
+from migrator.linux import elf, procfs
 
 
 def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
@@ -65,7 +55,7 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
 
 def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
-    reasons: list[str] = []
+    reasons = list(survey_tasks.of_tree(tree, container=bool(options.container)))
     files: dict[str, FileFact] = {}
     threads = rss = cap_bounding = 0
     for process in tree.living:
@@ -73,9 +63,8 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             state = procfs.status(process.pid)
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
-            name = state["Name"]
             cap_bounding |= int(state["CapBnd"], 16)
-            reasons += _obstacles(tree, process, state, name)
+            reasons += survey_tasks.of_process(tree, process, state)
             _mapped_files(process, files)
             _open_files(process, files)
         except (FileNotFoundError, ProcessLookupError):
@@ -100,44 +89,6 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
         work=work.count(tree.living),
     )
     return found, reasons
-
-
-def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name: str) -> list[str]:
-    pid = process.pid
-    who = f"pid {pid} ({name})"
-    out = []
-    if state["State"][0] == "Z":
-        if int(state["Threads"]) > 1:
-            return [f"{who}: its main thread has ended while others run, which is not carried yet"]
-        return []
-    if state.get("TracerPid", "0") != "0":
-        out.append(f"{who} is traced by pid {state['TracerPid']}: detach the debugger first")
-    if state.get("Seccomp", "0") != "0":
-        out.append(f"{who} runs under seccomp, whose filters cannot be carried")
-    for kind in _NAMESPACES:
-        link = f"/proc/{pid}/ns/{kind}"
-        if os.readlink(link) != os.readlink(f"/proc/{tree.root}/ns/{kind}"):
-            out.append(f"{who} is in another {kind} namespace than the root task {tree.root}")
-    with open(f"/proc/{pid}/exe", "rb") as file:
-        if file.read(5)[4:5] != b"\x02":
-            out.append(f"{who} is a 32-bit program, which is not carried yet")
-    parent = tree.processes.get(int(state["PPid"]))
-    if parent is not None and not parent.zombie:
-        for resource, what in _SHARED_KINDS.items():
-            if sys.same(pid, parent.pid, resource):
-                out.append(f"{who} shares {what} with its parent {parent.pid}")
-    for tid in procfs.tids(pid)[1:]:
-        for resource, what in _SHARED_BY_THREADS.items():
-            if not sys.same(pid, tid, resource):
-                out.append(f"{who}: its thread {tid} has {what} of its own (unshare(2)), which is not carried")
-    flags = procfs.vm_flags(pid)
-    for vma in procfs.maps(pid):
-        reason = obstacle(vma, flags.get(vma.start, frozenset()))
-        if reason:
-            out.append(f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried")
-        if vma.start < 0x400000 and vma.path != "[vsyscall]":
-            out.append(f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)")
-    return out
 
 
 def _mapped_files(process: Process, files: dict[str, FileFact]) -> None:

@@ -50,7 +50,7 @@ from migrator.image.records import (
 from migrator.linux import urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
-from migrator.linux.cgroup import Cgroup
+from migrator.linux.cgroup import Cgroup, unique_name
 from migrator.linux.threads import detach_all
 
 log = logging.getLogger("migrator.engine")
@@ -85,7 +85,8 @@ class UserDestination:
         self._shared = SharedObjects()
         self._backing = Backing(self._shared)
         self._clocks: clocks.Offsets | None = None
-        self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
+        self._marked_at = 0  # ns of the source's wall clock: when the tasks were stopped
+        self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
@@ -163,7 +164,9 @@ class UserDestination:
         are if this program dies."""
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
-            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
+            clocks.catch_up(self._header, self._marked_at, self._clocks)
+            passed = clocks.since_stop(self._header, self._marked_at, self._clocks) if self._live else 0
+            self._tasks.passed = max(0, passed)
             stubs = list(self._stub_tree.stubs.values())
             self._tasks.finish(stubs)
         if self._saved is not None:
@@ -280,8 +283,7 @@ class UserDestination:
             self.on_round(mark.number)
         elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
             gc.disable()
-            if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
-                self._stopped_at = mark.time
+            self._marked_at = mark.time
             assert self._stub_tree is not None
             for stub in self._stub_tree.stubs.values():
                 urgency.raise_tasks(t.tid for t in stub.threads.values())
@@ -337,7 +339,7 @@ class UserDestination:
                 self._cgroup = self._sandbox.cgroup
                 root.checked([(_UNSHARE, spawn.CLONE_NEWCGROUP)], "unshare of the cgroup namespace")
             else:
-                self._cgroup = Cgroup.create(self.options.cgroup_name or f"restart-{root.pid}")
+                self._cgroup = Cgroup.create(self.options.cgroup_name or unique_name("restart", root.pid))
                 self._cgroup.attach(root.pid)
             if self._arch is not None and header.vdso_digest(root.pid) != self._arch.vdso_digest:
                 raise RestartFailed(
@@ -387,9 +389,10 @@ class UserDestination:
                 self._lock_memory(stub, mm)
             self._tasks.apply(stubs)
             for stub in stubs:
-                self._tasks.pending(stub)
                 self._tasks.timers(stub)
             self._tasks.check(stubs)
+            for stub in stubs:
+                self._tasks.pending(stub)
 
     def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [

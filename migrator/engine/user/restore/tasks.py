@@ -12,7 +12,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from signal import SIGURG
+from signal import SIGKILL, SIGSTOP, SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
 from migrator.engine.user.restore.stub import Stub, StubThread
@@ -33,7 +33,7 @@ from migrator.image.records import (
 from migrator.image.records import TaskState as SavedState
 from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Call
+from migrator.linux.remote import Call, waiting_signals
 from migrator.linux.threads import set_all, set_all_xstates
 
 NR = arch.NR
@@ -41,6 +41,7 @@ _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _ITIMER_REAL = 0
 DELETED = " (deleted)"  # behind what /proc shows of a path that is gone
 _DEFAULT_SLACK = 50_000
+_ENDINGS = (int(SIGURG), *(n for n in range(64, 0, -1) if n not in (SIGKILL, SIGSTOP)))  # of a batch
 
 
 @dataclass(slots=True)
@@ -331,10 +332,20 @@ class TaskRestore:
                 stub.checked([(NR["timer_settime"], made, 0, base + 64, 0)], "POSIX timer")
 
     def pending(self, stub: Stub) -> None:
-        """Queue the signals that waited. They stay blocked until the registers are set."""
-        for thread in stub.threads.values():
-            for rec in self.tasks[thread.vtid].pending:
+        """Queue the signals that waited. They stay blocked until the registers are set, and no batch follows: its end
+        is a signal too."""
+        records = [(t, rec) for t in stub.threads.values() for rec in self.tasks[t.vtid].pending]
+        waiting = {signo for _, rec in records for signo in waiting_signals(rec.infos)}
+        ending = next((n for n in _ENDINGS if n not in waiting), 0)
+        if waiting and not ending:
+            raise RestartFailed(f"pid {stub.vpid}: every signal there is waits for it")
+        for thread, rec in records:
+            stub.remote.tid = thread.tid
+            stub.remote.end_batches_by(ending)
+            try:
                 self._queue(stub, thread, rec)
+            finally:
+                stub.remote.tid = stub.pid
 
     @staticmethod
     def _queue(stub: Stub, thread: StubThread, rec: SigPending) -> None:
@@ -347,14 +358,7 @@ class TaskRestore:
                 call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
             else:
                 call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
-            if signo == SIGURG:  # the one that ends a batch: queued from outside instead
-                os.kill(stub.pid, signo)
-                continue
-            stub.remote.tid = thread.tid
-            try:
-                stub.checked([call], f"pending signal {signo}")
-            finally:
-                stub.remote.tid = stub.pid
+            stub.checked([call], f"pending signal {signo}")
 
     def check(self, stubs: Sequence[Stub]) -> None:
         """Set what of the processor's state might be refused: the extended state of every thread."""
@@ -390,7 +394,7 @@ class TaskRestore:
         for stub in stubs:
             final |= self.registers(stub)
         for stub in stubs:
-            ptrace.set_sigmask(stub.pid, restart_blocks.ALL_BUT_TRAP)
+            ptrace.set_sigmask(stub.pid, arch.MINUS_ONE)
             with stub.remote.borrowed():
                 stub.remote.begin_unmap()
         for stub in stubs:
