@@ -208,6 +208,7 @@ def test_ours_leaves_less_imbalance_than_each_of_the_others_and_sends_no_more(fo
 def test_a_comparison_is_told_in_words_and_in_a_picture(found: compare.Comparison) -> None:
     text = compare.table(found)
     assert all(name in text for name in ("nothing", "migrator, thrift 1", *baselines.NAMES))
+    assert f"predicted {found.ours[0].predicted_bytes / 2**30:.1f} GiB" in text
     root = ET.fromstring(svg(found))
     lines = [one for one in root.iter() if one.tag.endswith("polyline")]
     assert len(lines) == 2 + len(found.others) + 1
