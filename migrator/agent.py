@@ -16,7 +16,10 @@ from migrator import host, model
 from migrator.api.recovery import settle
 from migrator.engine.select import select
 from migrator.errors import Fate, TransportError
-from migrator.protocol import messages as m
+from migrator.fleet.fencing import fence_directory
+from migrator.fleet.host_report import Capacity
+from migrator.fleet.service import FleetService
+from migrator.fleet.storage import DEFAULT_STORAGE
 from migrator.recovery.journal import journal_directory
 from migrator.runtime.service import notify, watchdog
 from migrator.session.serve import serve as serve_link
@@ -32,7 +35,11 @@ _LOOK_EVERY = 60.0  # and else, for what another program of this host has left
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """Where it listens, who may come, and where it shows its metrics ("" for nowhere)."""
+    """Where it listens, who may come, and where it shows its metrics ("" for nowhere).
+
+    capacity:  what of this host is for workloads; None for all of it
+    storage:   where checkpoints go that a controller wants
+    """
 
     listen_host: str
     listen_port: int
@@ -41,22 +48,30 @@ class AgentSettings:
     metrics: str = ""
     bridge: str = ""
     login: host.Login = field(default_factory=host.Login)
+    capacity: Capacity | None = None
+    storage: Path = DEFAULT_STORAGE
 
 
 async def run_daemon(settings: AgentSettings) -> None:
     """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end."""
+    host.give_up_capabilities()  # ahead of the first thread
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)
     here = host.destination_settings(select(), bridge=settings.bridge, journal=journal)
 
+    service = FleetService(
+        here.host,
+        settings.login,
+        capacity=settings.capacity,
+        fences=fence_directory(),
+        storage=settings.storage,
+        bridge=settings.bridge,
+    )
+
     async def handler(link: Link, peer: str, rights: frozenset[str]) -> None:
-        if "receive" not in rights:
-            reason = f"the key of {peer} has no right to bring workloads here"
-            await link.send(m.encode(m.Failure(reason, 'add "receive" to its migrator-rights there')))
-            await _linger(link)
-            return
-        await serve_link(link, here, on_event=on_event)
+        await serve_link(link, here, rights=rights, requests=service.answers, on_event=on_event)
+        await _linger(link)
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -81,6 +96,7 @@ async def run_daemon(settings: AgentSettings) -> None:
             except TimeoutError:
                 open_ones = await _settle(settings.login)
         notify("STOPPING=1")
+        await service.departures.close()
 
 
 async def run_stdio(bridge: str = "") -> None:
@@ -88,7 +104,10 @@ async def run_stdio(bridge: str = "") -> None:
     link = await wire.stdio_link()
     login = host.Login()
     await _settle(login)
-    await serve_link(link, host.destination_settings(select(), bridge=bridge))
+    here = host.destination_settings(select(), bridge=bridge)
+    service = FleetService(here.host, login, fences=fence_directory(), bridge=bridge)
+    await serve_link(link, here, requests=service.answers)
+    await service.departures.close()
     await link.close()
 
 

@@ -82,6 +82,10 @@ class MigrationAborted(MigratorError):
     fate = Fate.SOURCE
 
 
+class Overrun(MigrationAborted):
+    """It stood still for longer than was allowed and was thawed before COMMIT; the workload runs on the source."""
+
+
 class Undecided(MigratorError):
     """COMMIT was sent and the answer is not known: the source copy stays frozen until it is."""
 

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from migrator import container
 from migrator.container import connection_filter, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
-from migrator.engine.base import Destination, DestinationOptions, Engine
+from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
-from migrator.errors import Refused
-from migrator.linux import procfs
+from migrator.errors import MigratorError, Refused
+from migrator.fleet.fencing import Fence, fence_directory
+from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools, open_group
 from migrator.recovery.journal import JournalHeader, journal_directory
-from migrator.recovery.settle import Settlement, Tools, settle_all
-from migrator.session.interfaces import NetworkArrival, open_group
+from migrator.recovery.settle import Settlement, settle_all
+from migrator.session.interfaces import NetworkArrival
 from migrator.session.preflight import collect_host
-from migrator.session.serve import ask_over
 from migrator.session.settings import DestinationSettings, Prepared
 from transport import ssh
 from transport.link import Link
@@ -66,43 +70,50 @@ class SandboxMaker:
         return self.sandbox
 
 
-class HostSurroundings:
-    """What stands around held tasks, and what they have open, for `migrator.recovery.settle`."""
+class HostHooks:
+    """See `migrator.recovery.hooks.RecoveryHooks`."""
 
-    def reopen(self, facts: JournalHeader) -> None:
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        """The locks of a copy that is to run; what somebody else has, one text each."""
+        if not header.locks or open_group(header.cgroup) is None:
+            return []
+        locks = [LateLock(*lock) for lock in header.locks]
+        return [str(lock) for lock in select().engine.take_locks(header.cgroup, locks, seconds)]
+
+    def reopen(self, header: JournalHeader) -> None:
         """Its tasks will run here: a container gets its network back, connections come out of repair mode, and
         files of unix sockets into their places."""
-        found = container.find(facts.container) if facts.container else None
+        found = container.find(header.container) if header.container else None
         if found is not None and found.alive:
             switchover.reopen(found)
             if found.arriving:
                 found.settled()
-        group = open_group(facts.cgroup)
+        group = open_group(header.cgroup)
         pids = group.pids() if group is not None else []
         revive(pids)
-        for pid in pids if facts.moves else ():
+        for pid in pids if header.moves else ():
             with contextlib.suppress(OSError):  # one that has ended has no root directory, and the next one has
                 root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    select().engine.finish_moves(root, facts.moves)
+                    select().engine.finish_moves(root, header.moves)
                 finally:
                     os.close(root)
                 break
 
-    def remove(self, facts: JournalHeader) -> None:
+    def remove(self, header: JournalHeader) -> None:
         """Its tasks are gone: take down what stood around them."""
-        found = container.find(facts.container) if facts.container else None
-        if found is not None and _is_of(found, facts):
+        found = container.find(header.container) if header.container else None
+        if found is not None and _is_of(found, header):
             take_down(found)
 
 
-def _is_of(found: container.Container, facts: JournalHeader) -> bool:
+def _is_of(found: container.Container, header: JournalHeader) -> bool:
     """Whether a container is the one that a journal is about, and not a later one of the same name."""
-    return found.cgroup == facts.cgroup or Path(found.cgroup).name == facts.cgroup
+    return found.cgroup == header.cgroup or Path(found.cgroup).name == header.cgroup
 
 
 def tools() -> Tools:
-    return Tools(surroundings=HostSurroundings())
+    return Tools(hooks=HostHooks())
 
 
 def new_migration() -> str:
@@ -112,7 +123,16 @@ def new_migration() -> str:
 
 def facts(choice: Choice) -> HostFacts:
     """The facts of this host for a preflight. Takes some milliseconds."""
-    return collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    found = collect_host(choice.engine.name, choice.abilities, choice.engine.xstate_size())
+    status = confinement.own_status()
+    return structs.replace(
+        found, cap_bounding=confinement.bounding(status), confined=" and ".join(confinement.inherited(status))
+    )
+
+
+def give_up_capabilities() -> None:
+    """Take from this program what an agent has no use for; its copies have it all the same. Before any thread."""
+    confinement.give_up()
 
 
 def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
@@ -120,24 +140,28 @@ def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | No
     return DestinationSettings(
         host=facts(choice),
         prepare=lambda proposal: _prepare(choice.engine, proposal, bridge),
+        root_of=_root_of,
         journal=journal or journal_directory(),
         tools=tools(),
     )
 
 
-_restarted: list[Destination] = []  # those whose root is a child of this process
+_restarted: set[int] = set()  # pids of the roots of workloads that this process has restarted
 
 
 def reap() -> None:
     """Collect the workloads restarted by this process that have ended or gone on to another host."""
-    for one in list(_restarted):
-        if not one.root_pid or not _ended(one.root_pid):
-            continue
-        try:
-            if os.waitpid(one.root_pid, os.WNOHANG)[0]:
-                _restarted.remove(one)
-        except ChildProcessError:  # discarded: its engine has collected it
-            _restarted.remove(one)
+    for pid in list(_restarted):
+        if _ended(pid):
+            with contextlib.suppress(ChildProcessError):  # collected already
+                if not os.waitpid(pid, os.WNOHANG)[0]:
+                    continue
+            _restarted.discard(pid)
+
+
+def _runs(pid: int) -> None:
+    _restarted.add(pid)
+    reap()  # it may have ended before we knew that it is ours
 
 
 def _ended(pid: int) -> bool:
@@ -150,8 +174,9 @@ def _ended(pid: int) -> bool:
 
 
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
+    _check_fence(proposal)
     maker = SandboxMaker(bridge)
-    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}")
+    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
     cgroup = options.cgroup_name
     if proposal.container:
         spec = ContainerSpec.from_json(proposal.container_spec)
@@ -159,14 +184,26 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
         cgroup = state.cgroup_name(spec.name)
 
     def factory(fd: int) -> Destination:
-        made = engine.destination(fd, options)
-        _restarted.append(made)
-        return made
+        return engine.destination(fd, options)
 
-    def arrival() -> NetworkArrival | None:
+    def network() -> NetworkArrival | None:
         return switchover.NetworkArrival(maker.sandbox.container) if maker.sandbox is not None else None
 
-    return Prepared(factory=factory, cgroup=cgroup, arrival=arrival)
+    return Prepared(factory=factory, cgroup=cgroup, network=network, runs=_runs)
+
+
+def _root_of(proposal: Propose) -> str:
+    """The root directory of a container; plain subtrees have the host's."""
+    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+
+
+def _check_fence(proposal: Propose) -> None:
+    """Raises Refused if the controller that wants this has been deposed."""
+    if proposal.token:
+        try:
+            Fence(proposal.fleet, fence_directory()).check(proposal.token)
+        except MigratorError as error:
+            raise Refused([error.message], hint=error.hint) from None
 
 
 def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> None:
@@ -194,20 +231,22 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
 
 
 def _has_link(name: str) -> bool:
-    """/sys shows the network namespace it was mounted in; this one may be another."""
-    from pyroute2 import IPRoute
-
-    with IPRoute() as ip:
-        return bool(ip.link_lookup(ifname=name))
+    """Of the network namespace of this thread; /sys shows that which it was mounted in."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
 
 
 async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
     """Finish or undo what agents of this host that died have left."""
 
-    async def ask(facts: JournalHeader) -> Recorded:
-        link = await login.connect(facts.peer)
+    async def ask(header: JournalHeader) -> Recorded:
+        from migrator.session.serve import ask_over  # what serves is not for who only asks: mostly nobody is asked
+
+        link = await login.connect(header.peer)
         try:
-            return await ask_over(link, facts.migration)
+            return await ask_over(link, header.migration)
         finally:
             await link.close()
 

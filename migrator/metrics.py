@@ -12,22 +12,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, write_to_textfile
 
-from migrator import model
+from migrator import metrics_port, model
 from migrator.errors import UsageError
 from migrator.model import OnEvent, Outcome, Where
 
 DOWNTIME_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _PHASE_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _TOTAL_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _SIZE_BUCKETS = tuple(float(1 << shift) for shift in range(20, 42, 2))
 
 # What an outcome's reason is filed under: the first that is found in it.
 _REASONS = (
     ("cancelled", r"^cancelled|being stopped"),
     ("timeout", r"timeout|was not ready within|no verdict|nothing came"),
-    ("downtime", r"over the budget"),
+    ("downtime", r"over the max downtime"),
     ("files", r"is missing on|another build|other contents|cannot be copied|cannot be written"),
     ("pids", r"^pid \d+: is taken"),
     ("processor", r"^processor of"),
@@ -61,6 +62,12 @@ class Metrics:
             "migrator_downtime_excess_seconds",
             "By how much the downtime was longer than predicted; 0 where it was shorter.",
             buckets=DOWNTIME_BUCKETS,
+            registry=own,
+        )
+        self._accuracy = Histogram(
+            "migrator_downtime_prediction_ratio",
+            "Downtime by predicted downtime: 1 where the prediction was right.",
+            buckets=_RATIO_BUCKETS,
             registry=own,
         )
         self._duration = Histogram(
@@ -172,6 +179,7 @@ class Metrics:
             self._downtime.labels(side).observe(result.downtime)
         if result.predicted_downtime:
             self._error.observe(max(result.downtime - result.predicted_downtime, 0.0))
+            self._accuracy.observe(result.downtime / result.predicted_downtime)
         if result.timeline is not None:
             for (phase, where), seconds in phases_of(result.timeline).items():
                 self._phase.labels(phase, where).observe(seconds)
@@ -199,12 +207,17 @@ def reason_of(result: model.MigrationResult) -> str:
 def serve_metrics(address: str) -> OnEvent:
     """Serve metrics over HTTP at "ADDRESS:PORT", from a thread of its own, until the program ends; returns the
     observer for an agent. Raises UsageError where that cannot be listened on."""
+    metrics = Metrics()
+    serve_registry(metrics.registry, address)
+    return metrics
+
+
+def serve_registry(registry: CollectorRegistry, address: str) -> None:
+    """Serve what is in it at "ADDRESS:PORT", from a thread of its own. Raises UsageError."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise UsageError(f"{address!r} is no ADDRESS:PORT", hint="such as 127.0.0.1:9477")
-    metrics = Metrics()
     try:
-        start_http_server(int(port), host.strip("[]") or "0.0.0.0", registry=metrics.registry)
+        metrics_port.listen(host.strip("[]") or "0.0.0.0", int(port), registry)
     except (OSError, OverflowError) as error:
         raise UsageError(f"cannot serve metrics at {address}: {error}") from error
-    return metrics

@@ -8,6 +8,7 @@ happened on the destination: `ClockOffset` puts both hosts on one clock.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
@@ -17,6 +18,8 @@ import msgspec
 from migrator.engine.base import Phase as Phase
 from migrator.engine.base import Round as Round
 from migrator.engine.base import Where as Where
+
+log = logging.getLogger("migrator.session")
 
 
 class ClockOffset:
@@ -106,6 +109,7 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0  # of the root task on the destination
     downtime: float = 0.0
     predicted_downtime: float = 0.0
+    prediction_error: float = 0.0  # downtime less predicted_downtime, where both are known
     total: float = 0.0
     stream_bytes: int = 0  # before compression
     wire_bytes: int = 0
@@ -192,6 +196,18 @@ OnEvent = Callable[[Event], None]
 
 def nobody(event: Event) -> None:
     """The observer that does not listen."""
+
+
+def harmless(on_event: OnEvent) -> OnEvent:
+    """An observer that tells `on_event` and survives it: what that raises is logged and changes nothing."""
+
+    def tell(event: Event) -> None:
+        try:
+            on_event(event)
+        except Exception:
+            log.exception("an observer failed at %s", type(event).__name__)
+
+    return on_event if on_event is nobody else tell
 
 
 def to_json(value: MigrationResult | Event) -> bytes:

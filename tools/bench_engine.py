@@ -3,6 +3,7 @@
 Two pid namespaces on this machine are the two hosts, and the stream goes through a socket between two engines: no
 network, no session, no encryption. Each workload is moved there and back several times.
 
+    total    seconds of a move from its survey to its end, three rounds among it
     gap      the longest time in which the program itself did not run, from freeze to resume (its own clock)
     slope    ms for each further one, by least squares over the three sizes; base: the rest
     phases   ms of each phase of the largest size, source and destination, medians
@@ -34,9 +35,10 @@ ROWS = {
     "files": (300, 1000, 5000),
     "pipes": (100, 300, 1000),
     "connections": (50, 200, 500),
+    "mappings": (3000, 10000, 30000),
 }
-EACH = {"threads": 1, "processes": 1, "files": 1, "pipes": 2, "connections": 2}  # what a slope counts: ends
-TARGETS_MS = {"threads": 0.1, "processes": 1.0, "files": 0.01, "pipes": 0.01, "connections": 0.05}
+EACH = {"pipes": 2, "connections": 2}  # what a slope counts: ends; of the others each is one
+TARGETS_MS = {"threads": 0.1, "processes": 1.0, "files": 0.01, "pipes": 0.01, "connections": 0.05, "mappings": 0.005}
 BASE_MS = 10.0
 
 
@@ -47,7 +49,12 @@ class Size:
     kind: str
     count: int
     gaps: list[float] = field(default_factory=list)
+    totals: list[float] = field(default_factory=list)  # seconds
     phases: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return statistics.median(self.totals)
 
     @property
     def gap(self) -> float:
@@ -67,6 +74,7 @@ def measure(kind: str, count: int, repeat: int) -> Size:
         for _ in range(repeat):
             before = time.monotonic_ns()
             moved = migrate(workload, here, there)
+            size.totals.append((time.monotonic_ns() - before) / 1e9)
             time.sleep(0.15)
             lines = [line.split() for line in workload.lines() if line.startswith("gap ")]
             size.gaps.append(max((int(e) - int(s) for _, s, e in lines if int(e) > before), default=0) / 1e6)
@@ -80,7 +88,7 @@ def measure(kind: str, count: int, repeat: int) -> Size:
 
 def fit(sizes: list[Size]) -> tuple[float, float]:
     """(slope, base) in ms by least squares of the medians; of one size, its whole."""
-    each = EACH[sizes[0].kind]
+    each = EACH.get(sizes[0].kind, 1)
     xs, ys = [s.count * each for s in sizes], [s.gap for s in sizes]
     if len(sizes) < 2:
         return ys[0] / xs[0], 0.0
@@ -90,7 +98,7 @@ def fit(sizes: list[Size]) -> tuple[float, float]:
 
 def show(console: Console, rows: dict[str, list[Size]]) -> None:
     table = Table(title="the engine alone: downtime in ms, medians", header_style="dim", title_justify="left")
-    for title in ("workload", "sizes", "gap", "slope", "base", "target", "largest at target"):
+    for title in ("workload", "sizes", "total s", "gap", "slope", "base", "target", "largest at target"):
         table.add_column(title, justify="left" if title == "workload" else "right")
     for kind, sizes in rows.items():
         slope, base = fit(sizes)
@@ -98,11 +106,12 @@ def show(console: Console, rows: dict[str, list[Size]]) -> None:
         table.add_row(
             kind,
             " / ".join(str(s.count) for s in sizes),
+            " / ".join(f"{s.total:.2f}" for s in sizes),
             " / ".join(f"{s.gap:.1f}" for s in sizes),
             f"{slope:.4f}",
             f"{base:.1f}",
             f"{target}",
-            f"{BASE_MS + target * EACH[kind] * sizes[-1].count:.0f}",
+            f"{BASE_MS + target * EACH.get(kind, 1) * sizes[-1].count:.0f}",
         )
     console.print(table)
     for kind, sizes in rows.items():

@@ -24,10 +24,13 @@ needs=(
 	pgrep:procps
 	rsvg-convert:librsvg2-bin
 	groff:groff-base
+	curl:curl
+	psql:postgresql
 	etcd:etcd-server
 	prometheus:prometheus
 	promtool:prometheus
 	prometheus-node-exporter:prometheus-node-exporter
+	ansible-playbook:ansible-core
 )
 
 missing=()

@@ -199,6 +199,7 @@ class _Server(asyncssh.SSHServer):
     async def _serve(self, link: Link) -> None:
         try:
             await link.established()
+            link.key = self._key
             await self._sessions.handler(link, f"{self._user}@{self._addr}", self._rights)
         except MigratorError as error:
             log.info("%s: %s", self._addr, error)

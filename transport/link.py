@@ -57,6 +57,7 @@ class Link:
         keepalive: float = 1.0,
         dead_after: float = 15.0,
     ) -> None:
+        self.key = ""  # the fingerprint that the peer has logged in with, where we know
         self._connection = Connection(peer)
         self._parser = FrameParser()
         self._inbox = Inbox(self._connection)

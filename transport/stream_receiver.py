@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 
 from migrator.errors import TransportError
+from transport.allocator import keep_freed_memory
 from transport.compression import unpack_async
 from transport.connection import Connection
 from transport.descriptor import Descriptor
@@ -53,6 +54,7 @@ class StreamReceiver:
 
         Returns the bytes written. Raises `TransportError` when the link fails or whoever reads `fd` goes away.
         """
+        keep_freed_memory()
         total = 0
         with Descriptor(fd, self._connection) as sink:
             while not (block := await self._next()).end:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from migrator.errors import TransportError
+from transport.allocator import keep_freed_memory
 from transport.compression import WORKERS, BlockCompressor, Packed
 from transport.connection import Connection
 from transport.descriptor import Descriptor
@@ -85,8 +86,8 @@ class StreamSender:
 
     @property
     def block_size(self) -> int:
-        """Bytes to cut at, so that one block takes about `BLOCK_SECONDS` of the link."""
-        known = filter(None, (self.window.rate if self.window.measured else 0.0, self.cap))
+        """Bytes to cut at, so that one block takes `BLOCK_SECONDS` of the link at most."""
+        known = filter(None, (self.window.estimate, self.cap))
         rate = min(known, default=0.0)
         return max(SMALLEST, min(LARGEST, int(rate * BLOCK_SECONDS))) if rate else LARGEST // 4
 
@@ -95,6 +96,7 @@ class StreamSender:
 
         Returns the bytes read. Raises `TransportError` when the link fails, OSError when reading does.
         """
+        keep_freed_memory()
         total = 0
         with Descriptor(fd, self._connection) as source:
             pipeline = _Pipeline(self, source)

@@ -135,7 +135,7 @@ def _refuse_if_moving(name: str, path: str) -> None:
     folder = journal_directory()
     for file in sorted(folder.glob("*.journal")) if folder.is_dir() else ():
         with contextlib.suppress(FileNotFoundError, JournalError), Journal.open(file) as journal:
-            facts = journal.facts
+            facts = journal.header
             mine = (name and facts.container == name) or Path(facts.cgroup or "-").name == Path(path).name
             if mine and not journal.settled and facts.boot_id in ("", boot_id()):
                 raise UsageError(

@@ -55,7 +55,7 @@ class CheckpointGuard(CheckpointHooks):
             container=self._workload.container.name if self._workload.container is not None else "",
             boot_id=boot_id(),
             started_at=time.time(),
-            homes=source.homes,
+            origins=source.origins,
         )
         self._journal = Journal.create(journal_directory(), header)
         if self._network is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 
 import msgspec
 
@@ -14,11 +16,13 @@ from migrator.api.workloads import Workload, find_workload, trees
 from migrator.container import connection_filter
 from migrator.container.switchover import NetworkLock
 from migrator.engine.select import select
-from migrator.errors import Fate, MigratorError, Refused
+from migrator.errors import Fate, MigratorError, Overrun, Refused
 from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.session.preflight import PreflightReport
-from migrator.session.report import SourceSettings
+from migrator.session.settings import SourceSettings
 from migrator.session.source import SourceSession
+
+_TRIES = 3  # where the stop gets too long
 
 
 async def migrate(
@@ -41,7 +45,18 @@ async def migrate(
     Raises UsageError, Refused, TransportError, MigrationAborted or another MigratorError, whose `fate` says
     where the workload is; SOURCE for all but Undecided, which leaves it frozen here.
     """
-    result, _ = await _run(target, peer, settings or MigrateSettings(), login or host.Login(), on_event, dry=False)
+    asked, login = settings or MigrateSettings(), login or host.Login()
+    until = time.monotonic() + asked.timeout
+    for _ in range(_TRIES - 1):
+        try:
+            result, _ = await _run(target, peer, asked, login, on_event, dry=False)
+            return result
+        except Overrun:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise
+            asked = dataclasses.replace(asked, timeout=left)
+    result, _ = await _run(target, peer, asked, login, on_event, dry=False)
     return result
 
 
@@ -94,17 +109,20 @@ async def _run(
     found = workload.container
     session = SourceSession(
         SourceSettings(
-            migration=host.new_migration(),
+            migration=asked.migration or host.new_migration(),
             peer=peer,
             container=options.container,
             container_spec=options.container_spec,
             max_downtime=asked.max_downtime,
+            thaw_overrun=asked.on_overrun == "abort",
             timeout=asked.timeout,
             bandwidth=asked.bandwidth,
             dry_run=dry,
             cold=asked.cold,
             copy_files=copy_files,
             trees=carried,
+            fleet=asked.fleet,
+            token=asked.token,
         ),
         lambda fd: choice.engine.source(workload.pid, fd, options),
         link,

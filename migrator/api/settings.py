@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,16 +11,24 @@ class MigrateSettings:
     """How a workload is to be moved.
 
     max_downtime:  the longest stop that its users may feel; None for the shortest that can be had
+    on_overrun:    where the stop gets longer than `max_downtime` by more than a quarter of it and 20 ms, before COMMIT:
+                   "abort" lets the workload run on and tries again, twice at most; "continue" goes on, and says so
     timeout:       how long pre-copy may go on before the migration is given up
     bandwidth:     cap on what is sent before the freeze, memory and files; 0.0 for none
     cold:          no pre-copy: stop, copy, restart
     copy_files:    carry along files that are missing or other there
     copy_paths:    files and directories to carry along whole, as the workload sees them; implies `copy_files`
+    migration:     its id, if it has one already; "" for a new one
+    fleet, token:  of the controller that wants it, which both hosts check; 0 where a person does
     """
 
     max_downtime: float | None = None
+    on_overrun: Literal["abort", "continue"] = "abort"
     timeout: float = 600.0
     bandwidth: float = 0.0
     cold: bool = False
     copy_files: bool = False
     copy_paths: tuple[str, ...] = ()
+    migration: str = ""
+    fleet: str = ""
+    token: int = 0

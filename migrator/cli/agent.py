@@ -13,8 +13,10 @@ import migrator
 from migrator.agent import AgentSettings, run_daemon, run_stdio
 from migrator.cli import interrupts
 from migrator.cli.output import err, log_to_stderr, out, reported
-from migrator.cli.parameters import Address, address, logs_in
+from migrator.cli.parameters import Address, address, logs_in, size
 from migrator.errors import Fate, UsageError
+from migrator.fleet.host_report import Capacity
+from migrator.fleet.storage import DEFAULT_STORAGE
 from migrator.host import Login
 from transport import keys
 
@@ -39,6 +41,17 @@ def agent(
     ),
     metrics: Annotated[str, typer.Option(metavar="ADDRESS:PORT", help='For Prometheus; "" for none.')] = "",
     bridge: Annotated[str, typer.Option(help="The bridge of this host for containers that arrive.")] = "",
+    capacity: Annotated[
+        str,
+        typer.Option(
+            metavar="CPUS,SIZE",
+            show_default="all of the host",
+            help="What is for workloads, as 4,16GiB: then only what they use is its load.",
+        ),
+    ] = "",
+    storage: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints go that a controller wants.")] = (
+        DEFAULT_STORAGE
+    ),
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
 ) -> None:
     """Serve other hosts. Settles first what an agent that died has left."""
@@ -47,9 +60,26 @@ def agent(
         if stdio:
             asyncio.run(run_stdio(bridge))
             return
-        asyncio.run(
-            run_daemon(AgentSettings(listen.host, listen.port, host_key, authorized_keys, metrics, bridge, login))
+        settings = AgentSettings(
+            listen.host,
+            listen.port,
+            host_key,
+            authorized_keys,
+            metrics,
+            bridge,
+            login,
+            _capacity(capacity) if capacity else None,
+            storage,
         )
+        asyncio.run(run_daemon(settings))
+
+
+def _capacity(text: str) -> Capacity:
+    cpus, comma, memory = text.partition(",")
+    try:
+        return Capacity.parse(float(cpus), size(memory if comma else ""))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no CPUS,SIZE: such as 4,16GiB") from None
 
 
 @logs_in(unattended=True)

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from migrator.api import containers
 from migrator.cli import interrupts
-from migrator.cli.output import err, out, reported
+from migrator.cli.output import err, out, reported, table_of
 from migrator.cli.parameters import Name, Target
 from migrator.text import duration, size
 
@@ -65,14 +66,32 @@ def run(
 def ps(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     rate: Annotated[float, typer.Option(help="Seconds over which to measure dirty rates; 0 for none.")] = 0.0,
+    everywhere: Annotated[bool, typer.Option("--all", "-a", help="Those of all hosts of the fleet.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until interrupted.")] = False,
+    store: Annotated[str, typer.Option(metavar="URL", envvar="MIGRATOR_STORE", help="With --all: the fleet's.")] = "",
 ) -> None:
-    """List the containers of this host: state, memory, and how fast they write to it."""
+    """List the containers of this host: state, memory, and how fast they write to it. Or of a whole fleet."""
+    if everywhere:
+        from migrator.cli.fleet import ps_all
+
+        ps_all(store, as_json=as_json, rate=rate, watch=watch)
+        return
+    if watch:
+        from migrator.cli.watching import watched
+
+        watched(lambda: _table(rate))
+        return
     with reported():
         rows = interrupts.run(lambda _: containers.list(rate=rate))
         if as_json:
             out.json([asdict(row) for row in rows])
         else:
             out.table(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
+
+
+async def _table(rate: float) -> Table:
+    rows = await containers.list(rate=rate)
+    return table_of(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
 
 
 def _cells(row: containers.Row) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,6 +17,11 @@ from migrator.host import Login
 from migrator.text import duration
 
 
+class OnOverrun(StrEnum):
+    ABORT = "abort"
+    CONTINUE = "continue"
+
+
 @logs_in()
 def migrate(
     target: Target,
@@ -25,6 +31,10 @@ def migrate(
         float | None,
         typer.Option(parser=seconds, metavar="DURATION", help="As 20ms or 0.5s; the best that can be had, if not."),
     ] = None,
+    on_overrun: Annotated[
+        OnOverrun,
+        typer.Option(help="A stop over --max-downtime by a quarter, at least 20 ms: run on and try again, or go on."),
+    ] = OnOverrun.ABORT,
     timeout: Annotated[
         float,
         typer.Option(
@@ -47,6 +57,7 @@ def migrate(
     """Move a running process tree or container to another host while it keeps working."""
     settings = migrator.MigrateSettings(
         max_downtime=max_downtime,
+        on_overrun=on_overrun.value,
         timeout=timeout,
         bandwidth=bandwidth,
         cold=cold,

@@ -30,12 +30,16 @@ from rich.text import Text
 from migrator.errors import Fate, MigratorError, Refused
 from migrator.text import printable
 
+_FILE_WIDTH = 1000
+
 
 class Console:
     """One of the two standard streams."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         self.rich = _Guarded(stderr=stderr, highlight=False, soft_wrap=True)
+        if not self.rich.is_terminal and "COLUMNS" not in os.environ:
+            self.rich.width = _FILE_WIDTH
 
     def say(self, template: LiteralString, *values: object, end: str = "\n") -> None:
         """One line. `template` is as for str.format(), with styles as of rich."""
@@ -46,16 +50,11 @@ class Console:
         self.rich.file.write("\n".join(map(printable, text.split("\n"))))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-        """A table with a line of titles; the columns of `right` are adjusted to the right."""
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in columns:
-            table.add_column(title, justify="right" if title in right else "left")
-        for row in rows:
-            table.add_row(*(Text(printable(value)) for value in row))
-        self.rich.print(table)
+        """As `table_of`."""
+        self.show(table_of(columns, rows, right=right))
 
     def show(self, renderable: RenderableType) -> None:
-        """What is built elsewhere of texts that are printable."""
+        """What is built elsewhere of texts that are printable. A file has lines as long as they need be."""
         self.rich.print(renderable)
 
     def json(self, value: object, *, indent: int | None = 2) -> None:
@@ -63,6 +62,17 @@ class Console:
         if isinstance(value, str | bytes):
             value = json.loads(value)
         self.rich.file.write(json.dumps(value, indent=indent).replace("\x7f", "\\u007f") + "\n")
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
+    """A table with a line of titles; the columns of `right` are adjusted to the right. Cells are anybody's texts, or
+    a `Text` of ours."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in columns:
+        table.add_column(title, justify="right" if title in right else "left")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, Text) else Text(printable(value)) for value in row))
+    return table
 
 
 class _Guarded(rich_console.Console):
@@ -101,7 +111,8 @@ def log_to_stderr(level: int = logging.WARNING, form: str = "%(message)s") -> No
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter(form))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("asyncssh").setLevel(logging.WARNING)
+    for library in ("asyncssh", "pyroute2"):  # each message of theirs is a line
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def show_crash(error: BaseException) -> None:

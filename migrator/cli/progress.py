@@ -125,8 +125,8 @@ def show_result(console: Console, result: MigrationResult) -> None:
     timeline = result.timeline
     if timeline is not None:
         console.say(
-            "\ndowntime [bold]{}[/] [dim](predicted {}; freeze to first instruction there)[/]",
-            duration(result.downtime), duration(result.predicted_downtime),
+            "\ndowntime [bold]{}[/] [dim](predicted {}, off by {}; freeze to first instruction there)[/]",
+            duration(result.downtime), duration(result.predicted_downtime), duration(abs(result.prediction_error)),
         )  # fmt: skip
         parts = timeline.downtime_parts()
         if parts:

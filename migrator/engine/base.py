@@ -30,10 +30,10 @@ The exceptions are named. Errors are those of `migrator.errors`; each says where
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from migrator.linux.cgroup import Cgroup
 
@@ -78,6 +78,21 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Work:
+    """How much there is of what takes time while the tasks are stopped. Descriptors count once in each table.
+
+    files: descriptors of what has a path; pipes and sockets: their ends; others: descriptors of anything else"""
+
+    processes: int = 0
+    threads: int = 0
+    mappings: int = 0
+    files: int = 0
+    pipes: int = 0
+    sockets: int = 0
+    others: int = 0
+
+
+@dataclass(frozen=True)
 class Round:
     """One sweep of pre-copy.
 
@@ -88,6 +103,7 @@ class Round:
     start, end:  ns of CLOCK_MONOTONIC
     dirty_rate:  pages per second dirtied since the previous round (0.0 in the first)
     remaining:   pages known to be dirty when the round ended, or -1 if not measured
+    work:        what there was when it ended; None if the engine does not count
     """
 
     number: int
@@ -98,6 +114,7 @@ class Round:
     end: int
     dirty_rate: float
     remaining: int = -1
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,8 @@ class Survey:
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
            is not carried in the stream
+    cap_bounding: what any of its tasks has in its capability bounding set
+    work:  how much there is, None if the engine does not count
     notes: (what it is about, what will not be quite the same on the destination)
     """
 
@@ -128,6 +147,8 @@ class Survey:
     tcp_connections: int
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    cap_bounding: int = 0
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,9 @@ class SourceOptions:
     container: str = ""  # name of the container, "" for a plain subtree
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
+    tmpfs: Sequence[str] = ()  # where the container has tmpfs mounts of its own, whose contents go with it
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
+    checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 
 
 class Sandbox(Protocol):
@@ -170,13 +193,41 @@ class DestinationOptions:
     """sandbox: makes what stands around a container; None: this caller takes no containers
     root:    a directory to use as root of the file system; "" for the host's
     cgroup_name: the hold cgroup of a plain subtree; derived from the pid where empty
+    live:    the saved tasks stand stopped until the copy is to run, and may have locks on files of storage that both
+             hosts have: see `Destination.late_locks`
     verify:  hold() takes a second look: it saves the copy again before it runs, and raises RestartFailed where that
              is not what was saved (migrator.image.compare). For people who want to be sure; it adds to the downtime"""
 
     sandbox: SandboxFactory | None = None
     root: str = ""
     cgroup_name: str = ""
+    live: bool = False
     verify: bool = False
+
+
+class LockKind(enum.IntEnum):
+    FLOCK = 0  # flock(2): of an open file description, on the whole file
+    PROCESS = 1  # fcntl(2), F_SETLK: on a range
+    DESCRIPTION = 2  # fcntl(2), F_OFD_SETLK: on a range
+
+
+class LateLock(NamedTuple):
+    """A lock that the copy gets once the source's tasks are gone, before it runs.
+
+    pid, fd:       one who has the file open, in the caller's pid namespace; of kind PROCESS its owner
+    mode:          1 shared, 2 exclusive
+    start, length: in bytes; length 0 is up to the end, however the file grows"""
+
+    pid: int
+    fd: int
+    kind: int
+    mode: int
+    start: int
+    length: int
+    path: str
+
+    def __str__(self) -> str:
+        return f"the lock on {self.path} (pid {self.pid} fd {self.fd})"
 
 
 Move = tuple[str, str, str, str]  # of a file, by resume(): directory, private directory, name there, name
@@ -250,7 +301,7 @@ class Source(Protocol):
         """The hold cgroup: its path, or before it is there its name."""
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup that it came from), root first: to go back to."""
 
 
@@ -297,6 +348,11 @@ class Destination(Protocol):
     @property
     def root_pid(self) -> int:
         """The root's pid in the caller's pid namespace; 0 before there is one. Any thread."""
+
+    @property
+    def late_locks(self) -> list[LateLock]:
+        """Locks that the stopped source still has, and that the copy must have before it runs: for
+        `Engine.take_locks()`, between hold() and resume(). None unless the copy is `live`."""
 
     @property
     def moves(self) -> list[Move]:
@@ -381,3 +437,8 @@ class Engine(Protocol):
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         """Do what the `Destination.resume()` of a program that has died would have done to files. `root` is a
         descriptor of the tree's root directory. May be called twice."""
+
+    def take_locks(self, cgroup: str, locks: list[LateLock], seconds: float) -> list[LateLock]:
+        """Take these locks for the tasks held in `cgroup`, waiting at most so long for others to give them up; those
+        that are not had yet. The tasks are held before and after. Those of a program that has died may run: they are
+        stopped for it, and held after. May be called again with the same locks."""

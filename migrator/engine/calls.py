@@ -37,6 +37,7 @@ def checkpoint(
     """See `Engine.checkpoint()`."""
     options = options or SourceOptions()
     options.subtree = bool(flags & CheckpointFlags.SUBTREE)
+    options.checksums = True
     check_pid(pid)
     if not options.subtree and not is_container_init(pid):
         raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,13 @@ RangeOfPages = tuple[int, int, int]  # the fields of a PageRange: start, nr_page
 
 
 class RecordWriter:
-    """Writes records to `fd`. `bytes` and `records` count what was written so far, buffered or not."""
+    """Writes records to `fd`. `bytes` and `records` count what was written so far, buffered or not.
 
-    def __init__(self, fd: int) -> None:
+    checksums: of the contents of pages too"""
+
+    def __init__(self, fd: int, *, checksums: bool = False) -> None:
         self.fd = fd
+        self.checksums = checksums
         self.bytes = 0
         self.records = 0
         self._pending: list[Any] = []
@@ -39,11 +43,13 @@ class RecordWriter:
         self._put(raw)
         self.records += 1
 
-    def pages(
-        self, objref: int, ranges: Sequence[RangeOfPages], data: Sequence[memoryview | bytes] = (), crc: int = 0
-    ) -> None:
+    def pages(self, objref: int, ranges: Sequence[RangeOfPages], data: Sequence[memoryview | bytes] = ()) -> None:
         """Write a `Pages` record whose contents are `data`: sent from where they are, then free for reuse."""
         size_of_data = sum(len(part) for part in data)
+        crc = 0
+        if self.checksums:
+            for part in data:
+                crc = zlib.crc32(part, crc)
         flat: list[int] = []
         for start, nr_pages, kind in ranges:
             flat += (start, nr_pages | kind << 32)  # two u32, as PageRange has them
@@ -147,6 +153,11 @@ class RecordReader:
             if not got:
                 raise self._truncated()
             have += got
+        if crc and crc != zlib.crc32(view):
+            raise ImageError(
+                f"record {self.records}: the contents of pages of object {objref} do not fit their checksum",
+                hint="the image was damaged after it was written: use another copy of it",
+            )
         return Pages(objref=objref, crc=crc, ranges=ranges, data=view)  # type: ignore[arg-type]
 
     def _take(self, count: int) -> memoryview:

@@ -27,6 +27,10 @@ _FLEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD = re.compile(rb"([0-9]{1,19}) ([0-9a-f]{8})\n")
 
 
+def fence_directory() -> Path:
+    return Path(os.environ.get("MIGRATOR_FENCE_DIR") or DEFAULT_DIRECTORY)
+
+
 class FencingError(MigratorError):
     """What was seen cannot be read or written: nothing may be moved for that fleet."""
 

@@ -12,6 +12,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from policies import balance as policy_balance
+from policies import drain_record
+from policies import plan as policy_plan
+
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 MaybeId = Annotated[str, Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z")]
@@ -85,32 +89,17 @@ class HostMode(Enum):
     MAINTENANCE = "maintenance"
 
 
-class AtDeadline(Enum):
-    """What to do with what is still on a host when its drain's time is up."""
-
-    STOP = "stop"
-    FORCE = "force"
-    SAVE = "save"
-
-
-class MovedAway(Record, frozen=True, kw_only=True):
-    """A workload that a drain moved, so that it can be brought back."""
-
-    workload: Name
-    destination: Name
-
-
 class Drain(Record, frozen=True, kw_only=True):
-    """A drain as it was asked for and how far it has come; whoever leads next goes on from here."""
+    """A drain: the policy's own record, from which whoever leads next goes on, and what its last step had to say.
 
-    started_at: Seconds
-    deadline: Seconds = 0.0  # 0 for none
-    at_deadline: AtDeadline = AtDeadline.STOP
-    parallel: Annotated[int, Meta(ge=1, le=1000)] = 2
-    evacuate: bool = False
+    stays: what is on the host and will not move as things are, each with the reason
+    """
+
+    record: drain_record.Record
     bring_back: bool = False
-    moved: Annotated[tuple[MovedAway, ...], Meta(max_length=10_000)] = ()
-    stayed: Annotated[dict[Name, Text], Meta(max_length=10_000)] = {}  # workload -> why
+    progress: drain_record.Progress | None = None
+    stays: dict[str, Text] = {}
+    updated_at: Seconds = 0.0
 
 
 class Cordon(Record, frozen=True, kw_only=True):
@@ -124,20 +113,6 @@ class Cordon(Record, frozen=True, kw_only=True):
     drain: Drain | None = None
 
 
-class PlannedMove(Record, frozen=True, kw_only=True):
-    """One move of a plan, with why, what it brings and what it costs."""
-
-    workload: Name
-    source: Name
-    destination: Name
-    reason: Text
-    gain: Number = 0.0
-    bytes: Count = 0
-    seconds: Seconds = 0.0
-    downtime: Seconds = 0.0
-    risk: Share = 0.0
-
-
 class PlanState(Enum):
     PROPOSED = "proposed"
     APPROVED = "approved"
@@ -148,17 +123,20 @@ class PlanState(Enum):
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """Moves that belong together. `seen` is the revision of the state that it was made from."""
+    """A plan of the policies, and what became of it.
+
+    failed:    the moves that did not come about, by workload, with the reason
+    achieved:  the imbalance that was observed when its last move had ended; `plan.predicted` is to be held against it
+    """
 
     id: Id
-    made_at: Seconds
     state: PlanState
-    seen: Count
-    moves: Annotated[tuple[PlannedMove, ...], Meta(max_length=2000)]
-    why: Text = ""
+    plan: policy_plan.Plan
     by: ShortText = ""
-    imbalance_before: Number = 0.0
-    imbalance_after: Number = 0.0
+    why: Text = ""
+    failed: dict[str, Text] = {}
+    achieved: Number | None = None
+    changed_at: Seconds = 0.0
 
 
 class Move(Record, frozen=True, kw_only=True):
@@ -172,6 +150,7 @@ class Move(Record, frozen=True, kw_only=True):
     started_at: Seconds
     plan: MaybeId = ""
     drain_of: MaybeName = ""
+    cause: ShortText = ""
     reason: Text = ""
     predicted_downtime: Seconds = 0.0
     predicted_bytes: Count = 0
@@ -197,27 +176,33 @@ class FinishedMove(Record, frozen=True, kw_only=True):
     seconds: Seconds = 0.0
 
 
+class Rule(Record, frozen=True, kw_only=True):
+    """What its owner wants for a workload; see `policies.model.Workload`."""
+
+    workload: Name
+    labels: Labels = {}
+    host_labels: Labels = {}
+    affinity: Names = ()
+    anti_affinity: Names = ()
+    pinned: bool = False
+    downtime_budget: Seconds | None = None
+    value: Seconds = 1.0
+
+
 class SnapshotSchedule(Record, frozen=True, kw_only=True):
-    """Periodic checkpoints of a workload into `directory`: every `full_every`-th is a full one."""
+    """Periodic checkpoints of a workload into the storage of its host.
+
+    restart_when_lost: if its host is lost, whoever says that it is off has the newest one restarted elsewhere
+    host, last_at:     where and when the last one was taken
+    """
 
     workload: Name
     every: Annotated[float, Meta(ge=1.0, le=31_536_000.0)]  # seconds
-    directory: Path
-    full_every: Annotated[int, Meta(ge=1, le=1000)] = 1
     keep: Annotated[int, Meta(ge=1, le=100_000)] = 10
     restart_when_lost: bool = False
-
-
-class Snapshot(Record, frozen=True, kw_only=True):
-    """A checkpoint that was taken. An incremental one needs `parent`, "" for a full one."""
-
-    id: Id
-    workload: Name
-    host: Name
-    at: Seconds
-    path: Path
-    bytes: Count
-    parent: MaybeId = ""
+    host: MaybeName = ""
+    last_at: Seconds = 0.0
+    last_error: Text = ""
 
 
 class Mode(Enum):
@@ -226,24 +211,9 @@ class Mode(Enum):
     AUTOMATIC = "automatic"
 
 
-class Window(Record, frozen=True, kw_only=True):
-    """When the controller may move by itself: days 0 (Monday) to 6, minutes of the day in UTC, end exclusive;
-    one that ends before it begins goes over midnight."""
-
-    days: Annotated[frozenset[Annotated[int, Meta(ge=0, le=6)]], Meta(min_length=1)]
-    start: Annotated[int, Meta(ge=0, lt=1440)]
-    end: Annotated[int, Meta(ge=0, le=1440)]
-
-
 class Settings(Record, frozen=True, kw_only=True):
-    """How the fleet is balanced."""
+    """How the fleet is balanced: whether, every how many seconds it is looked at, and the policy's own settings."""
 
     mode: Mode = Mode.RECOMMEND
-    interval: Annotated[float, Meta(ge=1.0, le=86400.0)] = 30.0  # seconds between rounds
-    threshold: Share = 0.3
-    margin: Share = 0.1
-    hold_rounds: Annotated[int, Meta(ge=1, le=1000)] = 3
-    cooldown: Annotated[float, Meta(ge=0.0, le=31_536_000.0)] = 600.0  # seconds after a move of the same workload
-    moves_per_host: Annotated[int, Meta(ge=1, le=1000)] = 1
-    moves_in_all: Annotated[int, Meta(ge=1, le=10_000)] = 4
-    windows: Annotated[tuple[Window, ...], Meta(max_length=100)] = ()  # none: always
+    interval: Annotated[float, Meta(ge=1.0, le=86400.0)] = 30.0
+    balance: policy_balance.Settings = policy_balance.SETTINGS

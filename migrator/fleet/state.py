@@ -90,7 +90,7 @@ class FleetState:
         self.moves = Table(store, "moves/", r.Move)
         self.history = Table(store, "history/", r.FinishedMove)
         self.schedules = Table(store, "schedules/", r.SnapshotSchedule)
-        self.snapshots = Table(store, "snapshots/", r.Snapshot)
+        self.rules = Table(store, "rules/", r.Rule)
         self._settings = Table(store, "settings/", r.Settings)
 
     @classmethod

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import select
 import signal
 import time
@@ -31,6 +32,11 @@ from migrator.errors import MigratorError, UsageError
 PARENT = "migrator"
 
 _FREEZER = "freezer"
+
+
+def unique_name(what: str, pid: int) -> str:
+    """A name for a cgroup that nobody else has: the pid alone is given out in each pid namespace anew."""
+    return f"{what}-{pid}-{secrets.token_hex(4)}"
 
 
 class CgroupError(MigratorError):
@@ -225,15 +231,15 @@ class Cgroup:
         """Move a process, with all its threads, into this cgroup. A frozen cgroup freezes it."""
         (self.path / "cgroup.procs").write_text(str(pid))
 
-    def send_home(self, homes: Mapping[int, str]) -> None:
-        """Move every process to the cgroup whose directory `homes` names, one born here to the first of them, and
+    def move_back(self, origins: Mapping[int, str]) -> None:
+        """Move every process to the cgroup whose directory `origins` names, one born here to the first of them, and
         remove this one. A process whose cgroup is gone stays, and runs on here."""
-        first = next((home for home in homes.values() if home), "")
+        first = next((origin for origin in origins.values() if origin), "")
         stay: set[int] = set()
         while left := [pid for pid in self.pids() if pid not in stay]:  # more are born while we move some
             for pid in left:
                 try:
-                    Path(homes.get(pid) or first, "cgroup.procs").write_text(str(pid))
+                    Path(origins.get(pid) or first, "cgroup.procs").write_text(str(pid))
                 except OSError:
                     stay.add(pid)
         if not stay & set(self.pids()):

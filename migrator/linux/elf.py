@@ -7,6 +7,7 @@ import struct
 _PT_NOTE = 4
 _NT_GNU_BUILD_ID = 3
 _MAX_NOTES = 64 << 10
+_MAX_TABLE = 1 << 20
 
 
 def build_id(path: str) -> str:
@@ -17,6 +18,8 @@ def build_id(path: str) -> str:
             if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
                 return ""
             offset, size, count = struct.unpack_from("<Q14xHH", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+            if size * count > _MAX_TABLE:
+                return ""
             file.seek(offset)
             table = file.read(size * count)
             for i in range(count):

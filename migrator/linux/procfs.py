@@ -27,12 +27,11 @@ def read_bytes(path: str) -> bytes:
     """The whole of a file of /proc."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = part = os.read(fd, 65536)
-        while part:
+        parts = [os.read(fd, 65536)]
+        while parts[-1]:
             # a short read of a seq_file is no end: only an empty one is
-            part = os.read(fd, 65536)
-            data += part
-        return data
+            parts.append(os.read(fd, 65536))
+        return b"".join(parts)
     finally:
         os.close(fd)
 
@@ -46,37 +45,41 @@ def maps(pid: int) -> list[Vma]:
     return parse_maps(read_text(f"/proc/{pid}/maps"))
 
 
-def parse_maps(text: str) -> list[Vma]:
-    """/proc/PID/maps as values.
+def parse_maps(text: str, lines: dict[str, Vma] | None = None) -> list[Vma]:
+    """/proc/PID/maps as values. `lines`: those of the last time, which are not parsed again; replaced by today's.
 
     The kernel gives it out in pieces, between which a running process may change: of mappings that were
     seen twice, overlapping, the first is kept."""
-    out: list[Vma] = []
+    before, now = {} if lines is None else lines.copy(), {}
     end = 0
     for line in text.split("\n"):
         if not line:
             continue
-        span, perms, offset, device, inode, *rest = line.split(None, 5)
-        first, _, last = span.partition("-")
-        start = int(first, 16)
-        if start < end:
-            continue
-        end = int(last, 16)
-        out.append(
-            Vma(
-                start,
-                end,
-                perms[0] == "r",
-                perms[1] == "w",
-                perms[2] == "x",
-                perms[3] == "s",
-                int(offset, 16),
-                device,
-                int(inode),
-                rest[0].replace("\\012", "\n") if rest else "",
-            )
-        )
-    return out
+        vma = before.get(line) or _vma(line)
+        if vma.start >= end:
+            now[line] = vma
+            end = vma.end
+    if lines is not None:
+        lines.clear()
+        lines.update(now)
+    return list(now.values())
+
+
+def _vma(line: str) -> Vma:
+    span, perms, offset, device, inode, *rest = line.split(None, 5)
+    start, _, end = span.partition("-")
+    return Vma(
+        int(start, 16),
+        int(end, 16),
+        perms[0] == "r",
+        perms[1] == "w",
+        perms[2] == "x",
+        perms[3] == "s",
+        int(offset, 16),
+        device,
+        int(inode),
+        rest[0].replace("\\012", "\n") if rest else "",
+    )
 
 
 def vm_flags(pid: int) -> dict[int, frozenset[str]]:

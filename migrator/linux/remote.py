@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from signal import SIGURG, SIGWINCH
+from signal import SIGCHLD, SIGURG, SIGWINCH
 
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -33,9 +33,12 @@ from migrator.linux import x86_64 as arch
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x22, 0x100000
 _CODE_SIZE = 256
 _TABLE_SIZE = 16384
-_BATCH_SIGNALS = (int(SIGURG), int(SIGWINCH))  # ignored by default
+# Ignored by default. SIGURG is what Go's and PostgreSQL's tasks send one another all the time; nobody sends SIGWINCH
+# where there is no terminal.
+BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG), int(SIGCHLD))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
+_REST = [(0,) * (8 - length) for length in range(9)]
 
 Call = Sequence[int]
 
@@ -109,7 +112,7 @@ class Remote:
         self._mask = 0
         self._xstate = b""
         self._mask_set = self._stop_again = False
-        self._signal = _BATCH_SIGNALS[0]
+        self._signal = int(SIGURG)
         self._context_written = False
 
     @contextmanager
@@ -126,7 +129,7 @@ class Remote:
             return
         self._regs = regs if regs is not None else arch.get_regs(tid)
         self._mask = mask if mask is not None else ptrace.get_sigmask(tid)
-        self._choose_signal()
+        self._signal = free_signal([tid])
         self._mask_set = self._context_written = False
         try:
             yield self
@@ -162,34 +165,41 @@ class Remote:
             ptrace.set_sigmask(self.tid, ~(1 << (self._signal - 1)) & arch.MINUS_ONE)
             self._mask_set = True
 
-    def _choose_signal(self) -> None:
-        if not self.survivable:
-            return
-        waiting = ptrace.peek_siginfo(self.tid, shared=False) + ptrace.peek_siginfo(self.tid, shared=True)
-        pending = {struct.unpack_from("<i", waiting, at)[0] for at in range(0, len(waiting), 128)}
-        for signal in _BATCH_SIGNALS:
-            if signal not in pending:
-                self._signal = signal
-                return
+    def end_batches_by(self, signal: int) -> None:
+        """Batches of a thread that dies with its tracer end by `signal` from now on; none of that number waits."""
+        self._signal, self._mask_set = signal, False
 
     def call(self, number: int, *args: int) -> int:
         """One system call through the vdso; negative errno on error. Works without a scratch area."""
         assert self._regs is not None, "not inside borrowed()"
-        if not self.instruction:
-            self.instruction = find_syscall_instruction(self.pid)
+        if not self.survivable:
+            self.begin_call(number, *args)
+            return self.end_call()
+        self.find_instruction()
         instruction, stack = self._on_the_way_back() or (self.instruction, 0)
         arch.start_call(self.tid, self._regs, instruction, number, args, stack)
         self._block_signals()
-        if not self.survivable:
-            while True:
-                ptrace.singlestep(self.tid)
-                self._expect(5, ptrace.singlestep)  # SIGTRAP
-                now = arch.get_regs(self.tid)
-                if now.rip != instruction:  # else it was another's, that had waited
-                    return arch.result(now)
-        # Stopped at the entry, then asked to stop again: that comes when the call is done and before the
-        # program runs. Nothing of it outlives a tracer that dies, as a single step would.
         ptrace.until_syscall(self.tid)
+        return self.end_call()
+
+    def find_instruction(self) -> None:
+        """Look for what call() goes through, unless it is known."""
+        if not self.instruction:
+            self.instruction = find_syscall_instruction(self.pid)
+
+    def begin_call(self, number: int, *args: int) -> None:
+        """call() of one that is not to survive us, in two halves: others can make theirs meanwhile."""
+        assert self._regs is not None and not self.survivable
+        self.find_instruction()
+        arch.start_call(self.tid, self._regs, self.instruction, number, args)
+        self._block_signals()
+        ptrace.until_syscall(self.tid)
+
+    def end_call(self) -> int:
+        """What the call of begin_call() returned.
+
+        Stopped at the entry, the thread is asked to stop again: that comes when the call is done and before the
+        program runs. Nothing of it outlives a tracer that dies, and it takes no SIGTRAP, as a single step would."""
         self._expect(ptrace.SYSCALL_STOP, ptrace.until_syscall)
         ptrace.interrupt(self.tid)
         ptrace.cont(self.tid)
@@ -234,7 +244,16 @@ class Remote:
 
     def unmap_scratch(self) -> None:
         """Unmap it again: the last call inside the block."""
-        result = self.call(arch.NR["munmap"], self.scratch, self.scratch_size)
+        self._unmapped(self.call(arch.NR["munmap"], self.scratch, self.scratch_size))
+
+    def begin_unmap(self) -> None:
+        """unmap_scratch() of one that is not to survive us, in two halves."""
+        self.begin_call(arch.NR["munmap"], self.scratch, self.scratch_size)
+
+    def end_unmap(self) -> None:
+        self._unmapped(self.end_call())
+
+    def _unmapped(self, result: int) -> None:
         if result < 0:
             raise RemoteError(-result, "munmap of the scratch area", f"pid {self.pid}")
         self.scratch = 0
@@ -259,16 +278,28 @@ class Remote:
 
     def checked(self, calls: Sequence[Call]) -> list[int]:
         """As batch(), but the first failed call raises RemoteError."""
-        results = self.batch(calls)
+        return self._check(calls, self.batch(calls))
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Let the thread begin with `calls`, at most `max_calls`; others can meanwhile."""
+        memory.write(self.pid, self.table, pack_calls(calls))
+        self.start(len(calls))
+
+    def end(self, calls: Sequence[Call]) -> list[int]:
+        """As checked(), of what was begun."""
+        return self._check(calls, self._results(calls))
+
+    def _check(self, calls: Sequence[Call], results: list[int]) -> list[int]:
         for call, result in zip(calls, results, strict=True):
             if -4096 < result < 0:
                 raise RemoteError(-result, f"{name_of(call[0])}: {os.strerror(-result)}", describe(self.pid, call))
         return results
 
     def _batch(self, calls: Sequence[Call]) -> list[int]:
-        assert self._regs is not None, "not inside borrowed()"
-        memory.write(self.pid, self.table, pack_calls(calls))
-        self.start(len(calls))
+        self.begin(calls)
+        return self._results(calls)
+
+    def _results(self, calls: Sequence[Call]) -> list[int]:
         self.finish()
         raw = memory.read(self.pid, self.table, arch.BATCH_ENTRY * len(calls))
         return list(struct.unpack(f"<{8 * len(calls)}q", raw)[7::8])
@@ -312,6 +343,22 @@ class Remote:
             raise RemoteError(4, f"stopped by signal {got} at {regs.rip:#x} while borrowed", f"tid {self.tid}")
 
 
+def waiting_signals(infos: bytes) -> set[int]:
+    """The numbers of signals, as ptrace.peek_siginfo() gives them."""
+    return {int(struct.unpack_from("<i", infos, at)[0]) for at in range(0, len(infos), ptrace.SIGINFO_SIZE)}
+
+
+def free_signal(tids: Sequence[int]) -> int:
+    """A signal that waits for none of these threads of a process, all of them stopped: a batch may end by it."""
+    waiting = waiting_signals(ptrace.peek_siginfo(tids[0], shared=True))
+    for tid in tids:
+        waiting |= waiting_signals(ptrace.peek_siginfo(tid, shared=False))
+    for signal in BATCH_SIGNALS:
+        if signal not in waiting:
+            return signal
+    raise RemoteError(16, f"all of signals {BATCH_SIGNALS} wait, and one is needed", f"tid {tids[0]}")
+
+
 def interrupted_call(pid: int, regs: arch.Regs) -> int:
     """The number of the system call that a stop interrupted and that is to be made again, or -1.
 
@@ -334,9 +381,12 @@ def way_of_return(pid: int, regs: arch.Regs, xstate: bytes, mask: int, address: 
 def pack_calls(calls: Sequence[Call]) -> bytes:
     flat: list[int] = []
     for call in calls:
-        flat.extend(value & arch.MINUS_ONE for value in call)
-        flat.extend((0,) * (8 - len(call)))
-    return struct.pack(f"<{len(flat)}Q", *flat)
+        flat += call
+        flat += _REST[len(call)]
+    try:
+        return struct.pack(f"<{len(flat)}Q", *flat)
+    except struct.error:  # a negative argument
+        return struct.pack(f"<{len(flat)}Q", *[value & arch.MINUS_ONE for value in flat])
 
 
 _NAMES = {number: name for name, number in arch.NR.items()}

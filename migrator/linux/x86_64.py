@@ -33,10 +33,11 @@ NR = {
     "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "ioprio_set": 251,
     "openat": 257, "set_robust_list": 273, "epoll_pwait": 281, "dup3": 292, "rt_tgsigqueueinfo": 297,
     "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334, "pidfd_open": 434,
-    "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "epoll_pwait2": 441, "poll": 7, "ppoll": 271,
+    "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "ptrace": 101, "epoll_pwait2": 441, "poll": 7, "ppoll": 271,
     "semop": 65, "semtimedop": 220, "io_getevents": 208, "io_pgetevents": 333, "readv": 19, "writev": 20,
     "accept": 43, "accept4": 288, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmmsg": 299,
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
+    "fstat": 5, "readlink": 89, "newfstatat": 262, "kcmp": 312, "openat2": 437,
 }  # fmt: skip
 
 _REGISTERS = (
@@ -115,6 +116,19 @@ BATCH_CODE = bytes.fromhex(
 )
 BATCH_ENTRY = 64
 
+# The same for a table of our own, as a function of the C ABI: void walk(table, count).
+#
+#         push rbx; push rbp; mov rbx,rdi; mov rbp,rsi
+#   top:  test rbp,rbp; jz done
+#         mov rax,[rbx]; mov rdi,[rbx+8]; mov rsi,[rbx+16]; mov rdx,[rbx+24]
+#         mov r10,[rbx+32]; mov r8,[rbx+40]; mov r9,[rbx+48]; syscall
+#         mov [rbx+56],rax; add rbx,64; dec rbp; jmp top
+#   done: pop rbp; pop rbx; ret
+WALK_CODE = bytes.fromhex(
+    "53554889fb4889f54885ed742a488b03488b7b08488b7310488b53184c8b53204c"
+    "8b43284c8b4b300f05488943384883c34048ffcdebd15d5bc3"
+)
+
 # syscall; int3
 CALL_CODE = bytes.fromhex("0f05cc")
 
@@ -131,10 +145,15 @@ SPAWN_CODE = bytes.fromhex(
 
 def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal: int, context: int) -> None:
     """Point a stopped thread at the batch code; `regs` are its own, for the segments."""
+    set_regs(tid, batch_regs(regs, code, table, count, signal, context))
+
+
+def batch_regs(regs: Regs, code: int, table: int, count: int, signal: int, context: int) -> Regs:
+    """The registers for that."""
     new = regs.copy()
     new.orig_rax = MINUS_ONE
     new.rip, new.r15, new.r14, new.r13, new.r12 = code, table, count, context, signal
-    set_regs(tid, new)
+    return new
 
 
 def start_call(tid: int, regs: Regs, instruction: int, number: int, args: tuple[int, ...], stack: int = 0) -> None:

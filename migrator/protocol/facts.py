@@ -65,6 +65,7 @@ class Survey(Part, frozen=True):
     tcp_connections: Count
     wanted_pids: Annotated[list[Pid], Meta(max_length=MOST_PIDS)]
     notes: Annotated[list[tuple[Text, Text]], Meta(max_length=MOST_NOTES)] = msgspec.field(default_factory=list)
+    cap_bounding: Count = 0
 
     @classmethod
     def of(cls, survey: base.Survey) -> Self:
@@ -79,6 +80,7 @@ class Survey(Part, frozen=True):
             survey.tcp_connections,
             survey.wanted_pids,
             [(about[:4000], note[:4000]) for about, note in survey.notes[:MOST_NOTES]],
+            survey.cap_bounding,
         )
 
     def value(self) -> base.Survey:
@@ -93,6 +95,7 @@ class Survey(Part, frozen=True):
             self.tcp_connections,
             self.wanted_pids,
             self.notes,
+            self.cap_bounding,
         )
 
 

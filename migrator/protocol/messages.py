@@ -14,6 +14,22 @@ import msgspec
 from msgspec import Meta
 
 from migrator.protocol.facts import Phase, Round, Survey
+from migrator.protocol.fleet import (
+    Depart,
+    Departed,
+    Departing,
+    FleetId,
+    ImageList,
+    Images,
+    Observe,
+    Observed,
+    Revive,
+    Revived,
+    Save,
+    Saved,
+    Token,
+    WatchDeparture,
+)
 from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
 from migrator.protocol.wire import (
     MAX_MESSAGE,
@@ -40,7 +56,9 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     cpu_features:  flags of /proc/cpuinfo
     xstate_size:   bytes of the extended processor state as ptrace shows it
-    capabilities:  what the engine here can do, and what it lacks with the reason
+    abilities:     what the engine here can do and what not
+    cap_bounding:  capabilities that a task may have that is restarted here; 0 where nobody has looked
+    confined:      what else it would be under here for good, "" for nothing
     """
 
     host: Name
@@ -55,6 +73,8 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_available: Count = 0  # bytes
     pid_max: Count = 0
     boot_id: Name = ""
+    cap_bounding: Count = 0
+    confined: Text = ""
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +98,10 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class Propose(Message, tag="propose", frozen=True):
-    """source: may this workload come to you? `dry_run`: nothing will follow."""
+    """source: may this workload come to you? `dry_run`: nothing will follow.
+
+    fleet, token: of the controller that wants it; 0 where a person does
+    """
 
     migration: Id
     source: HostFacts
@@ -88,6 +111,8 @@ class Propose(Message, tag="propose", frozen=True):
     copy_files: bool = False
     dry_run: bool = False
     trees: Annotated[list[SyncTree], Meta(max_length=64)] = msgspec.field(default_factory=list)
+    fleet: FleetId = ""
+    token: Token = 0
 
 
 class Verdict(Message, tag="verdict", frozen=True):
@@ -113,7 +138,7 @@ class FilesSync(Message, tag="files-sync", frozen=True):
 
 
 class Standing(Message, tag="standing", frozen=True):
-    """destination: the shells stand, and all that came up to the end of pre-copy round `round` is in place."""
+    """destination: the stubs stand, and all that came up to the end of pre-copy round `round` is in place."""
 
     migration: Id
     round: Count
@@ -154,10 +179,12 @@ class Commit(Message, tag="commit", frozen=True):
 
 
 class Running(Message, tag="running", frozen=True):
-    """destination: decided, the copy runs."""
+    """destination: decided, the copy runs; or `waits` until the source copy has given up its locks, and is said again
+    once it runs."""
 
     migration: Id
-    resumed_at: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination; 0 if that is not known any more
+    resumed_at: Nanoseconds = 0  # CLOCK_MONOTONIC of the destination; 0 if that is not known
+    waits: bool = False
 
 
 class Discarded(Message, tag="discarded", frozen=True):
@@ -225,19 +252,6 @@ class Failure(Message, tag="failure", frozen=True):
     hint: Text = ""
 
 
-class Query(Message, tag="query", frozen=True):
-    """A question outside any migration, as `migrator ps` asks; `what` names it."""
-
-    what: Name
-    argument: Annotated[str, Meta(max_length=1 << 16)] = ""
-
-
-class Result(Message, tag="result", frozen=True):
-    """The answer to a query: JSON."""
-
-    json: Annotated[str, Meta(max_length=1 << 20)]
-
-
 AnyMessage = (
     Hello
     | Propose
@@ -260,8 +274,18 @@ AnyMessage = (
     | Progress
     | Clock
     | Failure
-    | Query
-    | Result
+    | Observe
+    | Observed
+    | Depart
+    | WatchDeparture
+    | Departing
+    | Departed
+    | Save
+    | Saved
+    | Images
+    | ImageList
+    | Revive
+    | Revived
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,6 +13,9 @@ order, loss and repetition of messages and a crash of either side between any tw
 3. The source copy dies only after the destination has said RUNNING; the destination's copy runs only after
    RUNNING is recorded; whatever is frozen at that time is frozen by its cgroup and survives every agent.
 
+A copy that has locks on files which both hosts share (LOCKING) runs only when it has them: after the source
+copy, which has them until then, was killed. So RUNNING is said first, and the locks are taken then.
+
 Actions of one step are done in order, and each is finished before the next begins: a journal record is
 durable before the act that it announces. `COPY`, `SAVE` and `BUILD` take long, run beside the rest, and
 end with an event; any later step that has actions stops them first. But BUILT comes when nothing is left that
@@ -81,6 +84,7 @@ class DestinationState(enum.Enum):
     BUILDING = "building"
     READY = "ready"  # built; held by its cgroup, or about to be
     DECIDING = "deciding"  # writing the decision; its outcome is the next event
+    LOCKING = "locking"  # decided that it runs; frozen until it has the locks that the source copy had
     RUNNING = "running"  # decided
     DISCARDED = "discarded"  # decided
     ENDED = "ended"  # nothing was begun
@@ -93,7 +97,9 @@ class DestinationEvent(enum.Enum):
     LINK_LOST = "link lost"
     PROTOCOL_ERROR = "protocol error"
     DECIDED_RUNNING = "decided: running"
+    DECIDED_LOCKING = "decided: running, once its locks are taken"
     DECIDED_DISCARDED = "decided: discarded"
+    LOCKED = "locks taken"
     # messages of the source
     HELLO = "hello"
     BEGIN = "begin"
@@ -110,6 +116,7 @@ class DestinationAction(enum.Enum):
     SEND_READY = "send ready"
     DECIDE_RUNNING = "once held, journal: running, unless already decided"
     DECIDE_DISCARDED = "journal: discarded, unless already decided"
+    TAKE_LOCKS = "take the locks that the source copy had, if any"  # in LOCKING it goes on, and ends with LOCKED
     RESUME = "resume"
     JOURNAL_RESUMED = "journal: resumed"
     DISCARD = "kill what was built"
@@ -119,9 +126,9 @@ class DestinationAction(enum.Enum):
     TELL_OPERATOR = "tell the operator"
 
 
-State = TypeVar("State", SourceState, DestinationState)
-Event = TypeVar("Event", SourceEvent, DestinationEvent)
-Action = TypeVar("Action", SourceAction, DestinationAction)
+State = TypeVar("State", bound=enum.Enum)
+Event = TypeVar("Event", bound=enum.Enum)
+Action = TypeVar("Action", bound=enum.Enum)
 
 
 class Step(NamedTuple, Generic[State, Action]):
@@ -180,6 +187,14 @@ def _destination_table() -> dict[tuple[DestinationState, DestinationEvent], Dest
         (s.BUILDING, e.BUILT): Step(s.READY, (a.SEND_READY,)),
         (s.READY, e.COMMIT): Step(s.DECIDING, (a.DECIDE_RUNNING,)),
         (s.DECIDING, e.DECIDED_RUNNING): Step(s.RUNNING, (a.RESUME, a.SEND_RUNNING, a.JOURNAL_RESUMED)),
+        (s.DECIDING, e.DECIDED_LOCKING): Step(s.LOCKING, (a.SEND_RUNNING, a.TAKE_LOCKS)),
+        # Said again: it is only now known since when it runs.
+        (s.LOCKING, e.LOCKED): Step(s.RUNNING, (a.RESUME, a.SEND_RUNNING, a.JOURNAL_RESUMED)),
+        (s.LOCKING, e.COMMIT): Step(s.LOCKING, (a.SEND_RUNNING,)),
+        (s.LOCKING, e.ASK): Step(s.LOCKING, (a.SEND_RUNNING,)),
+        (s.LOCKING, e.ABORT): Step(s.LOCKING, (a.SEND_RUNNING,)),
+        (s.LOCKING, e.DONE): Step(s.LOCKING, ()),  # said again in answer to the second RUNNING
+        (s.LOCKING, e.FAILED): Step(s.LOCKING, (a.TELL_OPERATOR,)),  # the locks cannot be taken in the copy
         (s.DECIDING, e.DECIDED_DISCARDED): Step(s.DISCARDED, (a.SEND_DISCARDED, a.DISCARD, a.JOURNAL_CLOSE)),
         (s.RUNNING, e.COMMIT): Step(s.RUNNING, (a.SEND_RUNNING,)),
         (s.RUNNING, e.ASK): Step(s.RUNNING, (a.SEND_RUNNING,)),
@@ -202,7 +217,8 @@ def _destination_table() -> dict[tuple[DestinationState, DestinationEvent], Dest
         for state in (s.BUILDING, s.READY):
             table[state, event] = refuse
     for event in (e.CANCEL, e.LINK_LOST, e.PROTOCOL_ERROR):
-        table[s.RUNNING, event] = Step(s.RUNNING, ())
+        for state in (s.LOCKING, s.RUNNING):
+            table[state, event] = Step(state, ())
     for event in (e.CANCEL, e.LINK_LOST, e.PROTOCOL_ERROR, e.ABORT, e.DONE):
         table[s.DISCARDED, event] = Step(s.DISCARDED, ())
     return table
@@ -251,7 +267,11 @@ SOURCE_RECOVERY: Final[Mapping[Recorded, SourceStep]] = {
 
 DESTINATION_RECOVERY: Final[Mapping[Recorded, DestinationStep]] = {
     Recorded.OPEN: Step(DestinationState.DECIDING, (DestinationAction.DECIDE_DISCARDED,)),
-    Recorded.RUNNING: Step(DestinationState.RUNNING, (DestinationAction.RESUME, DestinationAction.JOURNAL_RESUMED)),
+    # Locks that the source copy still has put the rest off: whoever settles next comes to it.
+    Recorded.RUNNING: Step(
+        DestinationState.RUNNING,
+        (DestinationAction.TAKE_LOCKS, DestinationAction.RESUME, DestinationAction.JOURNAL_RESUMED),
+    ),
     Recorded.RESUMED: Step(DestinationState.RUNNING, ()),
     Recorded.DISCARDED: Step(DestinationState.DISCARDED, (DestinationAction.DISCARD, DestinationAction.JOURNAL_CLOSE)),
 }

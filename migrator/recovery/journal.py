@@ -34,7 +34,6 @@ from migrator.errors import MigratorError, UsageError
 from migrator.protocol.states import Recorded
 
 DEFAULT_DIRECTORY = "/var/lib/migrator/journal"
-RETENTION = 7 * 86400.0  # seconds for which a settled journal goes on answering
 
 MIGRATION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,63}")
 _DECISIONS = (Recorded.RUNNING, Recorded.DISCARDED)
@@ -56,31 +55,36 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """What is needed to settle a migration without the program that began it.
 
     peer:      how to reach the other host, as given on the command line; "" if it is the one who calls
+    key:       of the host that it belongs to, as it logged in here; "" where it came by another way
     pids:      of the tasks here, with their start times (clock ticks since boot), which tell whether a pid
                still means the same task
     cgroup:    path or name of the freezer cgroup that holds the tasks
     boot_id:   of the kernel; after a reboot there are no tasks
-    homes:     (pid, directory of the cgroup that it came from), the root first; none for a container
+    origins:   (pid, directory of the cgroup that it came from), the root first; none for a container
     moves:     of files, which resuming does: see `migrator.engine.base.Destination`
+    locks:     that the copy must have before it runs: the fields of `migrator.engine.base.LateLock`
     """
 
     migration: str
     role: Role
     peer: str = ""
+    key: str = ""
     pids: list[tuple[int, int]] = []
     cgroup: str = ""
     container: str = ""
     boot_id: str = ""
     started_at: float = 0.0  # seconds since the epoch
-    homes: list[tuple[int, str]] = []
+    origins: list[tuple[int, str]] = msgspec.field(default_factory=list, name="homes")  # so on disk since 0.1
     moves: list[tuple[str, str, str, str]] = []
+    locks: list[tuple[int, int, int, int, int, int, str]] = []
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: Recorded
     at: float  # seconds since the epoch
     reason: str = ""
-    facts: JournalHeader | None = None  # in the first record, and where something became known
+    # In the first record, and where something became known.
+    header: JournalHeader | None = msgspec.field(default=None, name="facts")
 
 
 _encoder = msgspec.json.Encoder()
@@ -114,13 +118,13 @@ class Journal:
         self._size = 0  # bytes of the file that they are from
 
     @classmethod
-    def create(cls, directory: Path, facts: JournalHeader, *, reason: str = "") -> Journal:
+    def create(cls, directory: Path, header: JournalHeader, *, reason: str = "") -> Journal:
         """Begin the journal of a migration and lock it; durable on return.
 
         Raises FileExistsError if this host knows the migration already, JournalError if it cannot be
         written.
         """
-        path = directory / f"{check_migration_id(facts.migration)}.{facts.role.value}.journal"
+        path = directory / f"{check_migration_id(header.migration)}.{header.role.value}.journal"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -134,7 +138,7 @@ class Journal:
         journal = cls(path, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal.record(Recorded.OPEN, facts=facts, reason=reason)
+            journal.record(Recorded.OPEN, header=header, reason=reason)
             _sync_directory(directory)
         except BaseException:
             journal.close()
@@ -176,9 +180,9 @@ class Journal:
         self.reload()
         return True
 
-    def record(self, state: Recorded, *, facts: JournalHeader | None = None, reason: str = "") -> None:
+    def record(self, state: Recorded, *, header: JournalHeader | None = None, reason: str = "") -> None:
         """Append a record; durable on return. Raises JournalError: then what it says must not be done."""
-        record = JournalRecord(state=state, at=time.time(), reason=reason[:2000], facts=facts)
+        record = JournalRecord(state=state, at=time.time(), reason=reason[:2000], header=header)
         # A line that was cut off before ours must not swallow it.
         line = b"\n" + encode_line(record)
         try:
@@ -194,15 +198,15 @@ class Journal:
         else:
             self.reload()
 
-    def decide(self, decision: Recorded, *, reason: str = "", facts: JournalHeader | None = None) -> Recorded:
-        """JournalRecord RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
+    def decide(self, decision: Recorded, *, reason: str = "", header: JournalHeader | None = None) -> Recorded:
+        """Record RUNNING or DISCARDED unless one is there; the one that counts is returned, durable.
 
         The first record wins, also against another process that decides at the same time.
         """
         assert decision in _DECISIONS
         self.reload()
         if self.decision is None:
-            self.record(decision, reason=reason, facts=facts)
+            self.record(decision, reason=reason, header=header)
             self.reload()
         else:
             os.fdatasync(self._fd)  # the one who wrote it may not have come to that
@@ -224,11 +228,11 @@ class Journal:
         return self._records
 
     @property
-    def facts(self) -> JournalHeader:
-        """The latest facts recorded. Raises JournalError if the first record is missing."""
+    def header(self) -> JournalHeader:
+        """The latest header recorded. Raises JournalError if the first record is missing."""
         for record in reversed(self._records):
-            if record.facts is not None:
-                return record.facts
+            if record.header is not None:
+                return record.header
         raise JournalError(
             f"{self.path} does not say what it is about", hint="it was cut off when it was created: delete it"
         )
@@ -300,7 +304,7 @@ def attended(directory: Path) -> list[str]:
     for journal in _all(directory):
         with journal:
             if journal.records and not journal.settled and not journal.try_lock():
-                found.append(journal.facts.migration)
+                found.append(journal.header.migration)
     return found
 
 
@@ -312,21 +316,6 @@ def _all(directory: Path) -> Iterator[Journal]:
         except FileNotFoundError:
             continue
         yield journal
-
-
-def forget_old(directory: Path, *, now: float, retention: float = RETENTION) -> int:
-    """Delete settled journals older than `retention` seconds; returns how many.
-
-    Their answers are not needed any more: a source that still waits has asked within that time, or an
-    operator has decided for it.
-    """
-    count = 0
-    for path in directory.glob("*.journal") if directory.is_dir() else ():
-        with contextlib.suppress(OSError, JournalError), Journal.open(path) as journal:
-            if journal.settled and journal.records[-1].at < now - retention and journal.try_lock():
-                path.unlink()
-                count += 1
-    return count
 
 
 def _sync_directory(directory: Path) -> None:

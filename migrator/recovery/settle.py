@@ -12,12 +12,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from migrator.errors import Fate, MigratorError, Undecided, UsageError
 from migrator.linux import procfs
 from migrator.linux.cgroup import remove_empty
+from migrator.protocol.machine import Machine
 from migrator.protocol.messages import AnyMessage, Discarded, Running
 from migrator.protocol.states import (
     DESTINATION_RECOVERY,
@@ -32,10 +33,13 @@ from migrator.protocol.states import (
     destination_step,
     source_step,
 )
-from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, forget_old, unattended
-from migrator.session.interfaces import Groups, NoSurroundings, Surroundings, open_group
+from migrator.recovery.hooks import Tools
+from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id, unattended
+from migrator.recovery.retention import check_asker, forget_old, make_room
 
-log = logging.getLogger("migrator.session")
+log = logging.getLogger("migrator.recovery")
+
+_LOCK_SECONDS = 0.05
 
 # Asks the destination of a migration for its decision; raises TransportError where it cannot be reached.
 AskPeer = Callable[[JournalHeader], Awaitable[Recorded]]
@@ -51,59 +55,51 @@ class Settlement:
     detail: str
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What settling acts with."""
-
-    groups: Groups = open_group
-    surroundings: Surroundings = field(default_factory=NoSurroundings)
-
-
-def thaw(facts: JournalHeader, tools: Tools) -> bool:
+def thaw(header: JournalHeader, tools: Tools) -> bool:
     """Let the tasks of a journal run, where they came from; False if there are none any more."""
-    if not same_boot(facts):
+    if not same_boot(header):
         return False
-    if not facts.cgroup:
+    if not header.cgroup:
         # It was not frozen by a cgroup yet, but its network may have been shut already.
-        tools.surroundings.reopen(facts)
+        tools.hooks.reopen(header)
         return False
-    group = tools.groups(facts.cgroup)
-    if group is None or not _ours(facts, group.pids()):
+    group = tools.groups(header.cgroup)
+    if group is None or not _ours(header, group.pids()):
         # The agent may have died before it moved the first of them: then they run, where they were.
-        there = bool(facts.homes) and _ours(facts, [pid for pid, _ in facts.pids])
+        there = bool(header.origins) and _ours(header, [pid for pid, _ in header.pids])
         if there and group is not None and not group.pids():
             group.remove()
         return there
-    tools.surroundings.reopen(facts)
+    tools.hooks.reopen(header)
     group.thaw()
-    if facts.homes:
-        group.send_home(dict(facts.homes))
+    if header.origins:
+        group.move_back(dict(header.origins))
     return True
 
 
-def kill(facts: JournalHeader, tools: Tools) -> None:
+def kill(header: JournalHeader, tools: Tools) -> None:
     """Kill the tasks of a journal, frozen or not, and take down what stood around them."""
-    group = tools.groups(facts.cgroup) if same_boot(facts) else None
-    if group is not None and _ours(facts, group.pids()):
+    group = tools.groups(header.cgroup) if same_boot(header) else None
+    if group is not None and _ours(header, group.pids()):
         group.kill()
-    tools.surroundings.remove(facts)
+    tools.hooks.remove(header)
     # What stood around them may have taken the cgroup along.
     with contextlib.suppress(FileNotFoundError):
         if group is not None and not group.pids():
             group.remove()
-            remove_empty({home for _, home in facts.homes})
+            remove_empty({origin for _, origin in header.origins})
 
 
-def same_boot(facts: JournalHeader) -> bool:
+def same_boot(header: JournalHeader) -> bool:
     """Whether the tasks of a journal can still exist."""
-    return not facts.boot_id or facts.boot_id == boot_id()
+    return not header.boot_id or header.boot_id == boot_id()
 
 
-def _ours(facts: JournalHeader, pids: list[int]) -> bool:
+def _ours(header: JournalHeader, pids: list[int]) -> bool:
     """Whether a cgroup holds the tasks that the journal is about, and not others that came later."""
-    if not facts.pids:
+    if not header.pids:
         return True
-    for pid, started in facts.pids:
+    for pid, started in header.pids:
         try:
             if pid in pids and (not started or procfs.start_time(pid) == started):
                 return True
@@ -114,35 +110,49 @@ def _ours(facts: JournalHeader, pids: list[int]) -> bool:
 
 def settle_destination(journal: Journal, tools: Tools, *, reason: str = "") -> Recorded:
     """Finish a destination's journal that we hold the lock of; returns its decision, RUNNING or DISCARDED."""
-    found = journal.state
-    if found not in DESTINATION_RECOVERY:
-        assert journal.decision is not None  # closed
-        return journal.decision
-    state, actions = DESTINATION_RECOVERY[found]
-    todo = list(actions)
-    while todo:
-        action = todo.pop(0)
-        if action is DestinationAction.DECIDE_DISCARDED:
-            why = reason or "the agent that built the copy ended before it was to run"
-            decided = journal.decide(Recorded.DISCARDED, reason=why)
-            event = DestinationEvent.DECIDED_DISCARDED
-            if decided is Recorded.RUNNING:
-                event = DestinationEvent.DECIDED_RUNNING
-            assert state is DestinationState.DECIDING
-            state, actions = destination_step(state, event)
-            todo = list(actions)
-        elif action is DestinationAction.RESUME:
-            if not thaw(journal.facts, tools):
-                log.warning("migration %s: the copy that was to run is gone", journal.facts.migration)
-        elif action is DestinationAction.DISCARD:
-            kill(journal.facts, tools)
-        elif action is DestinationAction.JOURNAL_RESUMED:
-            journal.record(Recorded.RESUMED)
-        elif action is DestinationAction.JOURNAL_CLOSE:
-            journal.record(Recorded.CLOSED)
-        # Nobody to send to: whoever wants to know asks.
+    machine = Machine(destination_step, DestinationState.START)
+    if (step := DESTINATION_RECOVERY.get(journal.state)) is not None:
+        machine.follow(step)
+    for action in machine:
+        if action is DestinationAction.TAKE_LOCKS:
+            if waits := waiting_locks(journal.header, tools):
+                log.debug("migration %s: the copy stays frozen until it has %s", journal.header.migration, waits)
+                break  # it is decided all the same, and whoever settles next goes on
+            if machine.state is DestinationState.LOCKING:
+                machine.take(DestinationEvent.LOCKED)
+        elif (decided := _act_for_destination(action, journal, tools, reason)) is not None:
+            machine.take(decided)
     assert journal.decision is not None
     return journal.decision
+
+
+def _act_for_destination(
+    action: DestinationAction, journal: Journal, tools: Tools, reason: str
+) -> DestinationEvent | None:
+    a = DestinationAction
+    if action is a.DECIDE_DISCARDED:
+        why = reason or "the agent that built the copy ended before it was to run"
+        if journal.decide(Recorded.DISCARDED, reason=why) is Recorded.DISCARDED:
+            return DestinationEvent.DECIDED_DISCARDED
+        return DestinationEvent.DECIDED_LOCKING if journal.header.locks else DestinationEvent.DECIDED_RUNNING
+    if action is a.RESUME:
+        if not thaw(journal.header, tools):
+            log.warning("migration %s: the copy that was to run is gone", journal.header.migration)
+    elif action is a.DISCARD:
+        kill(journal.header, tools)
+    elif action is a.JOURNAL_RESUMED:
+        journal.record(Recorded.RESUMED)
+    elif action is a.JOURNAL_CLOSE:
+        journal.record(Recorded.CLOSED)
+    # There is no link to send on: a source that needs the answer asks for it.
+    return None
+
+
+def waiting_locks(header: JournalHeader, tools: Tools, seconds: float = _LOCK_SECONDS) -> str:
+    """Take the locks of a copy that is to run; "" once it has them all, else what it waits for."""
+    if not same_boot(header):
+        return ""
+    return ", ".join(tools.hooks.take_locks(header, seconds))
 
 
 async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
@@ -150,63 +160,64 @@ async def settle_source(journal: Journal, tools: Tools, ask: AskPeer) -> Fate:
 
     Raises Undecided, with the workload frozen as it was, if the destination cannot be asked.
     """
-    found = journal.state
-    if found not in SOURCE_RECOVERY:
+    step = SOURCE_RECOVERY.get(journal.state)
+    if step is None:
         return Fate.DESTINATION if _went_away(journal) else Fate.SOURCE
-    facts = journal.facts
-    state, actions = SOURCE_RECOVERY[found]
-    todo = list(actions)
-    while todo:
-        action = todo.pop(0)
+    header = journal.header
+    machine = Machine(source_step, SourceState.START)
+    machine.follow(step)
+    for action in machine:
         if action is SourceAction.RECONNECT:
-            assert state is SourceState.COMMITTED
-            try:
-                answer = await ask(facts)
-            except (MigratorError, OSError) as error:
-                raise undecided(facts, error) from error
-            event = SourceEvent.RUNNING if answer is Recorded.RUNNING else SourceEvent.DISCARDED
-            state, actions = source_step(state, event)
-            todo = list(actions)
+            machine.take(await _ask(ask, header))
         else:
             # Not on the event loop: taking down a network may want one of its own.
-            await asyncio.to_thread(_act_for_source, action, journal, facts, tools)
-    return Fate.DESTINATION if state is SourceState.AWAY else Fate.SOURCE
+            await asyncio.to_thread(_act_for_source, action, journal, header, tools)
+    return Fate.DESTINATION if machine.state is SourceState.AWAY else Fate.SOURCE
 
 
-def _act_for_source(action: SourceAction, journal: Journal, facts: JournalHeader, tools: Tools) -> None:
-    if action is SourceAction.JOURNAL_HERE:
+async def _ask(ask: AskPeer, header: JournalHeader) -> SourceEvent:
+    try:
+        answer = await ask(header)
+    except (MigratorError, OSError) as error:
+        raise undecided(header, error) from error
+    return SourceEvent.RUNNING if answer is Recorded.RUNNING else SourceEvent.DISCARDED
+
+
+def _act_for_source(action: SourceAction, journal: Journal, header: JournalHeader, tools: Tools) -> None:
+    a = SourceAction
+    if action is a.JOURNAL_HERE:
         journal.record(Recorded.HERE, reason="settled after the agent ended")
-    elif action is SourceAction.JOURNAL_AWAY:
+    elif action is a.JOURNAL_AWAY:
         journal.record(Recorded.AWAY)
-    elif action is SourceAction.JOURNAL_CLOSE:
+    elif action is a.JOURNAL_CLOSE:
         journal.record(Recorded.CLOSED)
-    elif action is SourceAction.THAW:
-        if not thaw(facts, tools) and facts.cgroup:
-            why = "" if same_boot(facts) else ": this host has been rebooted"
-            log.warning("migration %s: the workload is gone%s", facts.migration, why)
-    elif action is SourceAction.RELEASE:
-        kill(facts, tools)
+    elif action is a.THAW:
+        if not thaw(header, tools) and header.cgroup:
+            why = "" if same_boot(header) else ": this host has been rebooted"
+            log.warning("migration %s: the workload is gone%s", header.migration, why)
+    elif action is a.RELEASE:
+        kill(header, tools)
 
 
 def _went_away(journal: Journal) -> bool:
     return any(record.state is Recorded.AWAY for record in journal.records)
 
 
-def undecided(facts: JournalHeader, why: object) -> Undecided:
+def undecided(header: JournalHeader, why: object) -> Undecided:
     """The message for an operator who has to decide if nobody else can."""
-    decide = f"`migrator settle {facts.migration}"
+    decide = f"`migrator settle {header.migration}"
     return Undecided(
-        f"migration {facts.migration}: {facts.peer or 'the destination'} was told to run the workload and "
-        f"cannot be asked whether it does ({why}). The copy here ({_tasks(facts)}) stays frozen until it can",
+        f"migration {header.migration}: {header.peer or 'the destination'} was told to run the workload and "
+        f"cannot be asked whether it does ({why}). The copy here ({_tasks(header)}) stays frozen until it can",
         hint="restore the connection and run `migrator settle`. Only if that host is gone for good, or its "
         f"copy certainly does not run: {decide} --here`. If it runs there: {decide} --away`",
     )
 
 
-def _tasks(facts: JournalHeader) -> str:
-    if facts.container:
-        return f"container {facts.container}"
-    return f"pid {facts.pids[0][0]} and its tree" if facts.pids else f"cgroup {facts.cgroup}"
+def _tasks(header: JournalHeader) -> str:
+    if header.container:
+        return f"container {header.container}"
+    return f"pid {header.pids[0][0]} and its tree" if header.pids else f"cgroup {header.cgroup}"
 
 
 async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settlement]:
@@ -215,30 +226,34 @@ async def settle_all(directory: Path, tools: Tools, ask: AskPeer) -> list[Settle
     forget_old(directory, now=time.time())
     for journal in unattended(directory):
         with journal:
-            facts = journal.facts
+            header = journal.header
             try:
-                if facts.role is Role.DESTINATION:
+                if header.role is Role.DESTINATION:
                     decided = await asyncio.to_thread(settle_destination, journal, tools)
                     running = decided is Recorded.RUNNING
                     fate = Fate.DESTINATION if running else Fate.SOURCE
                     detail = "the copy runs here" if running else "the copy here was discarded"
+                    if running and not journal.settled:
+                        fate = Fate.FROZEN
+                        detail = "the copy is to run here; files that it has locked are still locked by the source"
                 else:
                     fate = await settle_source(journal, tools, ask)
                     # without a peer it was no migration: saved by `checkpoint --kill`
-                    detail = fate.value if facts.peer or fate is Fate.SOURCE else journal.reason
+                    detail = fate.value if header.peer or fate is Fate.SOURCE else journal.reason
             except Undecided as error:
                 fate, detail = Fate.FROZEN, f"{error.message}. {error.hint}"
             except Exception as error:
                 if not isinstance(error, MigratorError | OSError):
-                    log.exception("migration %s: unexpected", facts.migration)
+                    log.exception("migration %s: unexpected", header.migration)
                 fate, detail = Fate.FROZEN, f"could not be settled: {error}"
-            log.info("settled migration %s as its %s: %s", facts.migration, facts.role.value, detail)
-            made.append(Settlement(facts.migration, facts.role, fate, detail))
+            log.info("settled migration %s as its %s: %s", header.migration, header.role.value, detail)
+            made.append(Settlement(header.migration, header.role, fate, detail))
     return made
 
 
-def answer(directory: Path, migration: str, tools: Tools) -> AnyMessage:
-    """Answer an `Ask`: the destination's decision, which is made now if it was not made before.
+def answer(directory: Path, migration: str, tools: Tools, key: str = "") -> AnyMessage:
+    """Answer an `Ask` of a peer that has logged in with `key`: the destination's decision, which is made now if it was
+    not made before. Raises JournalError for a migration of another peer, and then decides nothing.
 
     For a migration that this host knows nothing of, DISCARDED is recorded: a COMMIT that is still on its
     way would then find that. Where another living agent attends to the journal, we share only the decision
@@ -247,13 +262,17 @@ def answer(directory: Path, migration: str, tools: Tools) -> AnyMessage:
     reason = "the source asked before the copy was to run"
     journal = Journal.find(directory, migration, Role.DESTINATION)
     if journal is None:
-        facts = JournalHeader(migration=migration, role=Role.DESTINATION, boot_id=boot_id(), started_at=time.time())
-        with Journal.create(directory, facts, reason="asked about, never begun") as journal:
+        make_room(directory, key)
+        header = JournalHeader(
+            migration=migration, role=Role.DESTINATION, key=key, boot_id=boot_id(), started_at=time.time()
+        )
+        with Journal.create(directory, header, reason="asked about, never begun") as journal:
             decision = journal.decide(Recorded.DISCARDED, reason=reason)
             journal.record(Recorded.CLOSED)
             reason = "this host knows nothing of it"
     else:
         with journal:
+            check_asker(journal, key)
             if not journal.settled and journal.try_lock():
                 decision = settle_destination(journal, tools, reason=reason)
             else:
@@ -280,5 +299,5 @@ def override(directory: Path, migration: str, *, here: bool, tools: Tools) -> Fa
             raise UsageError(f"migration {migration} awaits no decision: it is {journal.state.value}")
         event = SourceEvent.DISCARDED if here else SourceEvent.RUNNING
         for action in source_step(SourceState.COMMITTED, event).actions:
-            _act_for_source(action, journal, journal.facts, tools)
+            _act_for_source(action, journal, journal.header, tools)
     return Fate.SOURCE if here else Fate.DESTINATION

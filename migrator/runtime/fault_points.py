@@ -35,6 +35,7 @@ POINTS = (
     "source.committed",
     "destination.commit",
     "destination.decided",
+    "destination.locked",
     "destination.resumed",
     "destination.told",
     "source.running",

@@ -16,53 +16,61 @@ import time
 from migrator.linux import urgency
 
 _SWITCH_SECONDS = 0.0001
-_WAY_SECONDS = 0.00025  # as long as it takes to send a message
+_MESSAGE_SECONDS = 0.00025  # as long as it takes to send a message
 _lock = threading.Lock()
-_count = 0
+_urgent = 0  # guards that are entered
+_frozen = 0  # guards for which garbage was frozen
 _before = 0.005
-
-
-def prepare() -> None:
-    """Collect garbage, and let later collections pass over all that is there now. Takes up to 0.1 s in which
-    no thread does anything else: to be called before anything has begun."""
-    gc.collect()
-    gc.freeze()
 
 
 def yield_processor() -> None:
     """Let another thread have the interpreter that was just woken by what this one did, and is more urgent."""
-    time.sleep(_WAY_SECONDS)
+    time.sleep(_MESSAGE_SECONDS)
 
 
 class LatencyGuard:
-    """From `enter()` to `leave()` no collection, quick turns, and no waiting for others. `leave()` may be called
-    without `enter()`, and twice. Any thread may do either."""
+    """From `enter()` to `leave()`: no collection, short switch interval, real-time priority. `leave()` undoes
+    `prepare()` too; it may be called without either, and twice. Any thread may call any of them."""
 
     def __init__(self) -> None:
-        self._inside = False
+        self._entered = self._prepared = False
+
+    def prepare(self) -> None:
+        """Collect garbage, and let later collections pass over all that is there now. Takes up to 0.1 s in which
+        no thread does anything else: to be called before anything has begun."""
+        global _frozen
+        with _lock:
+            if not self._prepared:
+                self._prepared = True
+                _frozen += 1
+        gc.collect()
+        gc.freeze()
 
     def enter(self) -> None:
-        global _count, _before
+        global _urgent, _before
         with _lock:
-            if self._inside:
+            if self._entered:
                 return
-            self._inside = True
-            _count += 1
-            if _count == 1:
+            self._entered = True
+            _urgent += 1
+            if _urgent == 1:
                 _before = sys.getswitchinterval()
                 sys.setswitchinterval(_SWITCH_SECONDS)
                 gc.disable()
                 urgency.raise_all()
 
     def leave(self) -> None:
-        global _count
+        global _urgent, _frozen
         with _lock:
-            if not self._inside:
-                return
-            self._inside = False
-            _count -= 1
-            if _count == 0:
-                sys.setswitchinterval(_before)
-                gc.enable()
-                gc.unfreeze()
-                urgency.lower_all()
+            if self._entered:
+                self._entered = False
+                _urgent -= 1
+                if _urgent == 0:
+                    sys.setswitchinterval(_before)
+                    gc.enable()
+                    urgency.lower_all()
+            if self._prepared:
+                self._prepared = False
+                _frozen -= 1
+                if _frozen == 0:
+                    gc.unfreeze()

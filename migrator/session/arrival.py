@@ -36,7 +36,7 @@ class Arrival:
         self.orphans: list[OrphanedConnection] = []  # served by the source
         self._link = link
         self._thread = OwnThread("network")
-        self._arrival: NetworkArrival | None = None
+        self._network: NetworkArrival | None = None
         self._lock = threading.Lock()
         self._runs = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -44,11 +44,11 @@ class Arrival:
     def prepare(self, make: Make) -> None:
         """Open what the switch of the network needs. May be called again, where it was too early; by any thread."""
         with self._lock:
-            if self._arrival is None:
-                arrival = make()
-                if arrival is not None:
-                    arrival.prepare()
-                self._arrival = arrival
+            if self._network is None:
+                network = make()
+                if network is not None:
+                    network.prepare()
+                self._network = network
             self.prepared = True
 
     async def prepare_early(self, make: Make) -> None:
@@ -60,18 +60,18 @@ class Arrival:
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Open the port, just before the copy runs: what it says in its first instant must not be lost."""
-        if self._arrival is not None:
+        if self._network is not None:
             start = time.monotonic_ns()
             if self.orphans:
-                self._divert(self._arrival)
-            self._arrival.unlock()
+                self._divert(self._network)
+            self._network.unlock()
             self.phases.append(Phase("open port", start, time.monotonic_ns()))
-            self._thread.submit(self._greet, self._arrival, loop)
+            self._thread.submit(self._greet, self._network, loop)
 
-    def _divert(self, arrival: NetworkArrival) -> None:
+    def _divert(self, network: NetworkArrival) -> None:
         """It is decided that the copy runs: what fails here costs connections that were closed, no more."""
         try:
-            arrival.divert(self.orphans)
+            network.divert(self.orphans)
         except (MigratorError, OSError) as error:
             log.warning("connections that stay behind cannot be served: %s", error)
             self.orphans = []
@@ -80,44 +80,44 @@ class Arrival:
         """The copy runs, or never will: its new place may be announced."""
         self._runs.set()
 
-    def _greet(self, arrival: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
+    def _greet(self, network: NetworkArrival, loop: asyncio.AbstractEventLoop) -> None:
         self._runs.wait()
         start = time.monotonic_ns()
         with contextlib.suppress(OSError):
-            arrival.announce()
+            network.announce()
         self.phases.append(Phase("announce", start, time.monotonic_ns()))
-        loop.call_soon_threadsafe(self._begin, arrival)
+        loop.call_soon_threadsafe(self._begin, network)
 
-    def _begin(self, arrival: NetworkArrival) -> None:
-        self._tasks = [asyncio.create_task(self._announce(arrival)), asyncio.create_task(self._take_frames(arrival))]
+    def _begin(self, network: NetworkArrival) -> None:
+        self._tasks = [asyncio.create_task(self._announce(network)), asyncio.create_task(self._take_frames(network))]
         if self.orphans:
-            self._tasks.append(asyncio.create_task(self._send_frames(arrival)))
+            self._tasks.append(asyncio.create_task(self._send_frames(network)))
 
-    async def _take_frames(self, arrival: NetworkArrival) -> None:
+    async def _take_frames(self, network: NetworkArrival) -> None:
         with contextlib.suppress(MigratorError, OSError):
             while True:
                 frames = await self._link.receive_packets()
-                leaving = [frame for frame in frames if arrival.is_outgoing(frame)] if self.orphans else []
+                leaving = [frame for frame in frames if network.is_outgoing(frame)] if self.orphans else []
                 if leaving:
-                    await self._thread.run(arrival.emit, leaving)
-                    frames = [frame for frame in frames if not arrival.is_outgoing(frame)]
+                    await self._thread.run(network.emit, leaving)
+                    frames = [frame for frame in frames if not network.is_outgoing(frame)]
                 if frames:
-                    await self._thread.run(arrival.inject, frames)
+                    await self._thread.run(network.inject, frames)
 
-    async def _send_frames(self, arrival: NetworkArrival) -> None:
+    async def _send_frames(self, network: NetworkArrival) -> None:
         """What comes for connections that the source serves."""
         with contextlib.suppress(MigratorError, OSError):
             while True:
-                frames = await self._thread.run(arrival.diverted)
+                frames = await self._thread.run(network.diverted)
                 if frames:
                     await self._link.send_packets(frames)
                 await asyncio.sleep(_DIVERT_EVERY)
 
-    async def _announce(self, arrival: NetworkArrival) -> None:
+    async def _announce(self, network: NetworkArrival) -> None:
         with contextlib.suppress(OSError):
             for pause in ANNOUNCE_AGAIN:
                 await asyncio.sleep(pause)
-                await self._thread.run(arrival.announce)
+                await self._thread.run(network.announce)
 
     async def announced(self) -> None:
         """Wait for the last announcement, if any was begun."""
@@ -129,6 +129,6 @@ class Arrival:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
-        if self._arrival is not None:
-            await self._thread.run(self._arrival.close)
+        if self._network is not None:
+            await self._thread.run(self._network.close)
         await self._thread.close()

@@ -1,6 +1,6 @@
 """When to stop copying and freeze: a pure function of what the rounds showed.
 
-    predicted downtime = freeze + residual bytes / throughput + restore + round trips
+    predicted downtime = standing + residual bytes / throughput + round trips
 
 The residual is what would have to be sent if the workload were frozen now. The engine may know it; else it
 follows from the last two rounds: round n sent what was dirtied while round n-1 took place, so while round n
@@ -46,20 +46,18 @@ class Decision:
 class Conditions:
     """What the rule weighs besides the rounds.
 
-    throughput:  bytes/s of stream, before compression, that would flow without a cap; 0.0 if unknown
-    rtt:         seconds
-    freeze:      seconds to stop the tasks and to save their state, without memory
-    restore:     seconds from the last byte of the image to the first instruction
-    budget:      longest downtime wanted, seconds; None for the best that can be had
-    elapsed:     seconds since the migration began
-    timeout:     seconds after which it must have been decided
+    throughput:   bytes/s of stream, before compression, that would flow without a cap; 0.0 if unknown
+    rtt:          seconds
+    standing:     seconds to stop the tasks, save their state, restore and resume them, without memory
+    max_downtime: longest downtime wanted, seconds; None for the best that can be had
+    elapsed:      seconds since the migration began
+    timeout:      seconds after which it must have been decided
     """
 
     throughput: float
     rtt: float
-    freeze: float = 0.002
-    restore: float = 0.002
-    budget: float | None = None
+    standing: float = 0.004
+    max_downtime: float | None = None
     elapsed: float = 0.0
     timeout: float = 600.0
 
@@ -77,7 +75,7 @@ def residual_pages(rounds: Sequence[Round]) -> int:
 
 def predicted_downtime(rounds: Sequence[Round], conditions: Conditions) -> float:
     """In seconds, if the workload were frozen now; infinite while nothing is known of the throughput."""
-    fixed = conditions.freeze + conditions.restore + ROUND_TRIPS * conditions.rtt
+    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
     residual = residual_pages(rounds) * PAGE
     if not residual:
         return fixed
@@ -94,25 +92,25 @@ def measured_throughput(rounds: Sequence[Round]) -> float:
 def decide(rounds: Sequence[Round], conditions: Conditions) -> Decision:
     """What to do after these rounds (one at least). Never CONTINUE once the timeout has passed."""
     predicted = predicted_downtime(rounds, conditions)
-    budget, throughput = conditions.budget, conditions.throughput or measured_throughput(rounds)
+    limit, throughput = conditions.max_downtime, conditions.throughput or measured_throughput(rounds)
     transfer = residual_pages(rounds) * PAGE / throughput if throughput else 0.0
 
     def verdict(what: NextStep, why: str) -> Decision:
         return Decision(what, predicted, why)
 
-    if budget is not None and predicted <= budget:
-        return verdict(NextStep.FREEZE, f"{_ms(predicted)} predicted, within the budget of {_ms(budget)}")
+    if limit is not None and predicted <= limit:
+        return verdict(NextStep.FREEZE, f"{_ms(predicted)} predicted, within the max downtime of {_ms(limit)}")
     if conditions.elapsed >= conditions.timeout:
         spent = f"{conditions.timeout:g} s have passed"
-        if budget is None:
+        if limit is None:
             return verdict(NextStep.FREEZE, f"{spent}, the timeout")
         return verdict(
             NextStep.GIVE_UP,
-            f"{spent} and {_ms(predicted)} predicted is still over the budget of {_ms(budget)}: "
+            f"{spent} and {_ms(predicted)} predicted is still over the max downtime of {_ms(limit)}: "
             + _obstacle(rounds, conditions, throughput),
         )
-    if budget is not None:
-        return verdict(NextStep.CONTINUE, f"{_ms(predicted)} predicted, over the budget of {_ms(budget)}")
+    if limit is not None:
+        return verdict(NextStep.CONTINUE, f"{_ms(predicted)} predicted, over the max downtime of {_ms(limit)}")
     if transfer <= NEGLIGIBLE and (len(rounds) > 1 or rounds[-1].remaining >= 0):
         return verdict(NextStep.FREEZE, "what is left takes no time to send")
     if len(rounds) >= MAX_ROUNDS:
@@ -132,9 +130,9 @@ def converged(rounds: Sequence[Round]) -> bool:
 
 
 def _obstacle(rounds: Sequence[Round], conditions: Conditions, throughput: float) -> str:
-    assert conditions.budget is not None
-    fixed = conditions.freeze + conditions.restore + ROUND_TRIPS * conditions.rtt
-    if fixed >= conditions.budget:
+    assert conditions.max_downtime is not None
+    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
+    if fixed >= conditions.max_downtime:
         return f"stopping, restoring and the round trips alone take {_ms(fixed)}; ask for a longer downtime"
     dirty = rounds[-1].dirty_rate * PAGE / 1e6
     return (

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from migrator.engine.base import Destination, Source
-from migrator.linux.cgroup import Cgroup
 from migrator.protocol.messages import OrphanedConnection
-from migrator.recovery.journal import JournalHeader
 
 
 class LinkCounters(Protocol):
@@ -21,6 +18,8 @@ class LinkCounters(Protocol):
 
 class Link(Protocol):
     """The part of `transport.link.Link` that a session uses. See there."""
+
+    key: str
 
     @property
     def peer(self) -> str: ...
@@ -70,7 +69,6 @@ class NetworkLock(Protocol):
     def lock(self) -> None: ...
     def captured(self) -> list[bytes]: ...
     def orphans(self) -> Sequence[Connection]: ...
-    def orphans_left_out(self) -> int: ...
     def orphans_living(self) -> int: ...
     def outgoing(self) -> list[bytes]: ...
     def deliver(self, frames: Iterable[bytes]) -> None: ...
@@ -94,70 +92,5 @@ class NetworkArrival(Protocol):
     def close(self) -> None: ...
 
 
-class HoldGroup(Protocol):
-    """A freezer cgroup: `migrator.linux.cgroup.Cgroup`."""
-
-    def thaw(self) -> None: ...
-    def pids(self) -> list[int]: ...
-    def kill(self) -> None: ...
-    def remove(self) -> None: ...
-    def send_home(self, homes: Mapping[int, str]) -> None: ...
-
-
-Groups = Callable[[str], HoldGroup | None]  # path or name of a cgroup -> it, None if there is none
-
 SourceFactory = Callable[[int], Source]  # the descriptor to write the stream to -> an engine's source
 DestinationFactory = Callable[[int], Destination]  # the descriptor to read the stream from
-
-
-class Surroundings(Protocol):
-    """What stands around held tasks, and what they have open, to be put right where an agent died half way.
-
-    Both must do nothing where there is nothing to do, and be callable twice.
-    """
-
-    def reopen(self, facts: JournalHeader) -> None:
-        """Its tasks will run here: give them what they need for it, network and connections above all."""
-
-    def remove(self, facts: JournalHeader) -> None:
-        """Its tasks are gone: take down what stood around them."""
-
-
-class NoSurroundings:
-    """For fakes."""
-
-    def reopen(self, facts: JournalHeader) -> None:
-        pass
-
-    def remove(self, facts: JournalHeader) -> None:
-        pass
-
-
-class CgroupHold:
-    """A `Cgroup` as a `HoldGroup`."""
-
-    def __init__(self, group: Cgroup) -> None:
-        self._group = group
-
-    def thaw(self) -> None:
-        self._group.thaw()
-
-    def pids(self) -> list[int]:
-        return self._group.pids()
-
-    def kill(self) -> None:
-        self._group.kill()
-
-    def remove(self) -> None:
-        self._group.remove()
-
-    def send_home(self, homes: Mapping[int, str]) -> None:
-        self._group.send_home(homes)
-
-
-def open_group(reference: str) -> HoldGroup | None:
-    """The cgroup of a journal, by its path or its name; None if it is gone."""
-    with contextlib.suppress(FileNotFoundError):
-        if reference:
-            return CgroupHold(Cgroup.at(reference) if reference.startswith("/") else Cgroup.open(reference))
-    return None

@@ -39,13 +39,14 @@ class Peer:
         self._heard = heard
         self._broken = broken
         self._listener: asyncio.Task[None] | None = None
+        self._lost_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
 
     async def send(self, message: m.AnyMessage) -> None:
         """Raises TransportError."""
         await self.link.send(m.encode(message))
 
-    async def send_in_turn(self, message: m.AnyMessage) -> float:
+    async def send_within_cap(self, message: m.AnyMessage) -> float:
         """As send(), once the cap of the link lets it; the seconds that it waited for that."""
         data = m.encode(message)
         waited = await self.link.acquire_bandwidth(len(data))
@@ -70,14 +71,15 @@ class Peer:
             if link is self.link:
                 self._broken(error)
 
-    async def reach(self, until: float, waiting: Callable[[BaseException], None]) -> BaseException | None:
-        """Drop the link and make a new one, trying until `until` (time.monotonic()). None once it stands and is
-        listened to; else the last error. `waiting` is told of each attempt that failed."""
+    async def reach(self, seconds: float, waiting: Callable[[BaseException], None]) -> BaseException | None:
+        """Drop the link and make a new one, trying for some seconds from the first call on. None once it stands and
+        is listened to; else the last error. `waiting` is told of each attempt that failed."""
+        self._lost_at = self._lost_at or time.monotonic()
         closing = asyncio.create_task(self.link.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         pause, last = 0.1, None
-        while time.monotonic() < until and self._reconnect is not None:
+        while time.monotonic() < self._lost_at + seconds and self._reconnect is not None:
             try:
                 link = await self._reconnect()
                 await link.send(m.encode(self._hello))

@@ -1,24 +1,22 @@
 """Can this workload live there? A pure comparison of facts, and what collects them.
 
 Each reason names an object, what is wrong with it and what to do. What would differ silently after the move
-blocks; what is only worth knowing is a warning. The destination compares, because the files are there.
+blocks; what is only worth knowing is a warning. The destination compares, because the files are there
+(`migrator.session.file_facts`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from migrator.engine.base import Capability, FileFact
-from migrator.filesync.paths import below
-from migrator.linux import elf
+from migrator.linux import confinement
 from migrator.protocol.messages import HostFacts, Propose, Reason, text
+from migrator.text import size
 
 # Flags of /proc/cpuinfo that tell what user space may execute (arch/x86/include/asm/cpufeatures.h). The
 # others are about the kernel's own workings, or mitigations, and differ between equal processors.
@@ -32,7 +30,6 @@ _INSTRUCTIONS = frozenset(
     avx512_fp16 amx_tile amx_int8 waitpkg rdtscp
     """.split()  # noqa: SIM905 (a list of 70 strings is no easier to read)
 )
-_DIGEST_LIMIT = 16 << 20
 _MOST_NOTES = 50
 _MEMORY_SLACK = 64 << 20  # bytes that a host needs besides the workload
 
@@ -117,9 +114,16 @@ def _hosts(proposal: Propose, here: HostFacts) -> list[Reason]:
     for name, available in sorted(here.abilities.items()):
         if not available:
             reasons.append(Reason(f"kernel of {who}", f"cannot {name}", "see `migrator check` there", False))
+    if here.cap_bounding and (withheld := proposal.survey.cap_bounding & ~here.cap_bounding):
+        problem = f"may not give its copies {', '.join(confinement.names(withheld))}, which the workload may have"
+        remedy = "take CapabilityBoundingSet= out of its unit, or run the workload with as few"
+        reasons.append(Reason(f"the agent of {who}", problem, remedy))
+    if here.confined:
+        problem = f"is under {here.confined}, and so would be the copy"
+        reasons.append(Reason(f"the agent of {who}", problem, "take that off the agent"))
     need = proposal.survey.rss_bytes + _MEMORY_SLACK
     if here.memory_available and here.memory_available < need:
-        problem = f"has {here.memory_available >> 20} MiB available, {need >> 20} MiB are needed"
+        problem = f"has {size(here.memory_available)} available, {size(need)} are needed"
         reasons.append(Reason(f"memory of {who}", problem, "free some first"))
     top = max(proposal.survey.wanted_pids, default=0)
     if here.pid_max and top >= here.pid_max:
@@ -142,49 +146,11 @@ def file_problem(there: FileFact, here: FileFact | None) -> str:
         return "is older than the one that the workload writes to" if stale else ""
     if there.size != here.size:
         return f"has {here.size} bytes, not {there.size}"
-    if there.digest and here.digest and there.digest != here.digest:
-        return "has other contents"
+    if there.digest and there.digest != here.digest:
+        return "has other contents" if here.digest else "cannot be read"
     if bool(there.build_id) != bool(here.build_id):
         return "is another file"
     return ""
-
-
-def collect_files(facts: Iterable[FileFact], root: str = "") -> dict[str, FileFact | None]:
-    """What this host has under the paths of `facts`, below `root`. Symbolic links are followed."""
-    found: dict[str, FileFact | None] = {}
-    for fact in facts:
-        path = below(root, fact.path)
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            found[fact.path] = None
-            continue
-        regular = stat.S_ISREG(status.st_mode)
-        build_id = elf.build_id(path) if regular and not fact.writable else ""
-        digest = file_digest(path) if fact.digest and regular else ""
-        size, mtime = status.st_size, status.st_mtime_ns
-        found[fact.path] = FileFact(fact.path, size, status.st_mode, mtime, build_id, fact.writable, digest)
-    return found
-
-
-def with_digests(facts: Iterable[FileFact], root: str = "") -> list[FileFact]:
-    """`facts` with a digest where nothing else identifies the contents: files that are no ELF files, that
-    the workload does not write to, and that are not so large that preflight would take long."""
-    return [
-        replace(fact, digest=file_digest(below(root, fact.path)))
-        if not fact.build_id and not fact.writable and fact.size <= _DIGEST_LIMIT
-        else fact
-        for fact in facts
-    ]
-
-
-def file_digest(path: str) -> str:
-    """sha256 in hex; "" if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def taken(pids: Iterable[int]) -> list[int]:

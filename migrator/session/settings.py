@@ -1,16 +1,53 @@
-"""What a host brings along that takes workloads in; see `migrator.session.destination`."""
+"""What is asked of a source, and what a host brings along that takes workloads in."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from migrator.container.spec import ContainerSpec
 from migrator.protocol import messages as m
+from migrator.protocol.trees import SyncTree
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import journal_directory
-from migrator.recovery.settle import Tools
 from migrator.session.interfaces import DestinationFactory, NetworkArrival
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """One migration, as its source was asked for it.
+
+    migration:     its id, new
+    peer:          how to reach the destination again, as given on the command line
+    max_downtime:  seconds; None for the best that can be had
+    thaw_overrun:  if the stop gets longer than `max_downtime` by more than the tolerance (prediction.latest), abort
+    timeout:       seconds until it must have been decided to freeze
+    freeze_limit:  seconds that the workload may stay frozen before it is given up, until COMMIT
+    ask_for:       seconds to try to reach the destination after COMMIT before an operator is told
+    bandwidth:     bytes/s of pre-copy, 0.0 for no cap; lifted for the last round
+    cold:          no pre-copy: freeze at once, as every tool without it must
+    copy_files:    carry open and mapped files along that differ there
+    trees:         what is carried along as a whole, with `copy_files`
+    fleet, token:  of the controller that wants it, for the destination to check
+    """
+
+    migration: str
+    peer: str
+    container: str = ""
+    container_spec: str = ""
+    max_downtime: float | None = None
+    thaw_overrun: bool = False
+    timeout: float = 600.0
+    freeze_limit: float = 30.0
+    ask_for: float = 60.0
+    bandwidth: float = 0.0
+    dry_run: bool = False
+    cold: bool = False
+    copy_files: bool = False
+    trees: tuple[SyncTree, ...] = ()
+    fleet: str = ""
+    token: int = 0
+    journal: Path = field(default_factory=journal_directory)
 
 
 @dataclass(frozen=True)
@@ -19,19 +56,14 @@ class Prepared:
 
     factory:  makes the engine's destination from the descriptor of the stream
     cgroup:   path or name of the cgroup that will hold the copy, known before it is built
-    arrival:  gives the network of the container, once the copy is built; None without one
-    cleanup:  called on the engine's thread when the copy was discarded
+    network:  gives the network of the container, once the copy is built; None without one
+    runs:     called at the end of the session with the pid of the copy, if it was decided that it runs
     """
 
     factory: DestinationFactory
     cgroup: str
-    arrival: Callable[[], NetworkArrival | None] = lambda: None
-    cleanup: Callable[[], None] = lambda: None
-
-
-def _root_of(proposal: m.Propose) -> str:
-    """The root directory of a container; plain subtrees have the host's."""
-    return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+    network: Callable[[], NetworkArrival | None] = lambda: None
+    runs: Callable[[int], None] = lambda pid: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +74,11 @@ class DestinationSettings:
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
     limit:    seconds from BEGIN until the copy must have been told to run or to go
-    query:    answers `Query` messages with JSON
     """
 
     host: m.HostFacts
     prepare: Callable[[m.Propose], Prepared]
-    root_of: Callable[[m.Propose], str] = _root_of
+    root_of: Callable[[m.Propose], str] = lambda proposal: ""
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
-    query: Callable[[m.Query], Awaitable[str]] | None = None

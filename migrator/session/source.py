@@ -12,48 +12,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-
 from migrator import model
-from migrator.errors import (
-    Fate,
-    MigrationAborted,
-    MigratorError,
-    Refused,
-    TransportError,
-    Undecided,
-)
-from migrator.filesync.sync import FileSync
-from migrator.model import OnEvent, Outcome, Phase, Where
-from migrator.protocol import facts, trees
+from migrator.errors import Fate, MigrationAborted, MigratorError, Overrun, TransportError, Undecided
+from migrator.model import OnEvent, Outcome, Where
 from migrator.protocol import messages as m
+from migrator.protocol import trees
+from migrator.protocol.machine import Machine
 from migrator.protocol.states import Recorded, SourceAction, SourceEvent, SourceState, source_step
-from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 from migrator.recovery.settle import undecided
 from migrator.runtime.fault_points import fault
-from migrator.session import convergence, downtime_model, preflight
+from migrator.session.clock import PeerClock
+from migrator.session.deadlines import Deadlines
+from migrator.session.departure import Departure
+from migrator.session.driver import Driver, finish
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
+from migrator.session.journals import SourceJournal
 from migrator.session.peer import Peer, Reconnect
-from migrator.session.report import MigrationSummary, SourceSettings, how_it_ended, round_done
-from migrator.session.workload import WorkloadThread, conditions
+from migrator.session.phases import PhaseLog
+from migrator.session.precopy import Precopy
+from migrator.session.preflight import PreflightReport
+from migrator.session.proposal import Proposal
+from migrator.session.report import MigrationSummary, failure
+from migrator.session.settings import SourceSettings
+from migrator.session.workload import WorkloadThread
 
 log = logging.getLogger("migrator.session")
 
-_CLOCK_SAMPLES = 5
-_CLOCK_LIMIT = 0.5
-_ROUND_GRACE = 5.0
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
-_ANSWER_SECONDS = 5.0  # after COMMIT, until the destination is asked over a new link
 
 
 class SourceSession:
-    """One migration, seen from its source. `state` is the state of the tables."""
+    """One migration, seen from its source."""
 
     def __init__(
         self,
@@ -67,43 +61,34 @@ class SourceSession:
         on_event: OnEvent = model.nobody,
     ) -> None:
         self.settings = settings
-        self.state = SourceState.START
-        self.report: preflight.PreflightReport | None = None
-        self._host = host
-        self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
-        self._tell = on_event
-        self._copying = WorkloadThread(factory, link, network)
-        self._files: FileSync | None = None
-        self._events: asyncio.Queue[tuple[SourceEvent, BaseException | None]] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._work: asyncio.Task[None] | None = None
-        self._reconnecting: asyncio.Task[None] | None = None
-        self._journal: Journal | None = None
-        self._facts = JournalHeader(
-            migration=settings.migration,
-            role=Role.SOURCE,
-            peer=settings.peer,
-            container=settings.container,
-            boot_id=boot_id(),
-            started_at=time.time(),
+        self._tell = model.harmless(on_event)
+        self._driver = Driver(
+            Machine(source_step, SourceState.START),
+            settings.migration,
+            act=self._act,
+            failed=self._failed,
+            tolerated=_TOLERATED,
         )
+        self._post = self._driver.post
+        self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
+        self._clock = PeerClock(self._peer.send)
+        self._workload = WorkloadThread(factory, link, network)
+        self._deadlines = Deadlines(settings, self._driver, self._workload.stood)
+        self._proposal = Proposal(settings, host, self._workload, self._peer)
+        self._precopy = Precopy(settings, self._proposal, self._workload, self._peer, self._clock)
+        self._log = PhaseLog(settings.migration, self._tell)
+        self._departure = Departure(self._workload, self._log)
+        self._journal = SourceJournal(settings, self._workload)
+        self._reconnecting: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._undecided: Undecided | None = None
-        self._survey_pids: list[int] = []
-        self._tasks_there = 1
-        self._compared = self._rss = 0  # files, bytes
         self._file_bytes = 0  # sent
-        self._factor = 1.0
-        self._decision: convergence.Decision | None = None
-        self._clock = model.ClockOffset()
-        self._phases: list[Phase] = []
-        self._arrived = asyncio.Event()
-        self._clock_answered = asyncio.Event()
-        self._forwarding: asyncio.Task[None] | None = None
         self._running: m.Running | None = None
-        self._destination_report: asyncio.Future[m.DestinationReport] | None = None
+        self._told: m.DestinationReport | None = None
+        self._was_told = asyncio.Event()
         self._began = 0
-        self._lost_at = 0.0
+        self._acts = self._actions()
+        self._handlers = self._messages()
 
     # For the caller
 
@@ -114,354 +99,194 @@ class SourceSession:
         Raises Refused, MigrationAborted, or another MigratorError whose fate is SOURCE: then it runs here as
         if nothing had been asked. Raises Undecided: it is frozen here, and the message says what to decide.
         """
-        whole = asyncio.create_task(self._main(), name=f"source {self.settings.migration}")
-        cancelled = False
-        while not whole.done():
-            try:
-                await asyncio.wait([whole])
-            except asyncio.CancelledError:
-                cancelled = True
-                self.cancel()
+        whole, cancelled = await finish(self._main(), f"source {self.settings.migration}", self.cancel)
         if cancelled and whole.exception() is not None and not isinstance(whole.exception(), Undecided):
             raise asyncio.CancelledError from whole.exception()
         return whole.result()
 
+    @property
+    def state(self) -> SourceState:
+        """The state of the tables."""
+        return self._driver.machine.state
+
+    @property
+    def report(self) -> PreflightReport | None:
+        """Of the preflight; None before the verdict."""
+        return self._proposal.report
+
     def cancel(self, reason: str = "cancelled") -> None:
         """Abort, if COMMIT was not sent yet; else tell that the outcome is waited for."""
         if self.state in (SourceState.COMMITTED, SourceState.AWAY):
-            self._tell(
-                model.Waiting(
-                    self.settings.migration,
-                    "too late to abort: the destination was told to run it; waiting for its answer",
-                )
-            )
+            why = "too late to abort: the destination was told to run it; waiting for its answer"
+            self._tell(model.Waiting(self.settings.migration, why))
+        self._proposal.stop()
         self._post(SourceEvent.CANCEL, MigrationAborted(reason))
 
     # The loop
 
-    def _post(self, event: SourceEvent, why: BaseException | None = None) -> None:
-        self._events.put_nowait((event, why))
-
     async def _main(self) -> model.MigrationResult:
         self._began = time.monotonic_ns()
-        self._destination_report = asyncio.get_running_loop().create_future()
         self._tell(model.Started(self.settings.migration, self.settings.peer, self._began))
         self._peer.listen()
         self._post(SourceEvent.BEGIN)
         try:
             while self.state not in (SourceState.HERE, SourceState.AWAY) and self._undecided is None:
-                event, why = await self._events.get()
-                await self._step(event, why)
+                event, why = await self._driver.next()
+                if self._deadlines.overrun_by(event):
+                    event, why = SourceEvent.CANCEL, self._deadlines.too_long()
+                if self._driver.machine.look(event).state is SourceState.HERE:
+                    self._error = self._error or why
+                    self._proposal.stop()
+                    await self._driver.stop_work(self._workload.stop)
+                await self._driver.take(event)
             result = await self._result()
             self._tell(model.Ended(self.settings.migration, Where.SOURCE, result))
             if result.outcome in (Outcome.MIGRATED, Outcome.DRY_RUN):
                 return result
-            raise self._failure()
+            raise failure(self._undecided or self._error, Fate(result.fate))
         finally:
             await self._close()
 
-    async def _step(self, event: SourceEvent, why: BaseException | None) -> None:
-        step = source_step(self.state, event)
-        log.debug("%s: %s, %s -> %s", self.settings.migration, self.state.value, event.value, step.state.value)
-        if why is not None and self._error is None and step.state is SourceState.HERE:
-            self._error = why
-        if step.state is SourceState.HERE:
-            await self._stop_work()
-        self.state = step.state
-        for action in step.actions:
-            try:
-                await self._act(action)
-            except Exception as error:
-                if action in _TOLERATED:
-                    # The outcome is decided without it; a restart would come to the same.
-                    log.warning("%s: %s: %s", self.settings.migration, action.value, error)
-                    continue
-                if not isinstance(error, MigratorError | OSError):
-                    log.exception("%s: %s", self.settings.migration, action.value)
-                lost = isinstance(error, TransportError)
-                self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
-                return
+    def _failed(self, error: BaseException) -> None:
+        if not isinstance(error, MigratorError | OSError):
+            log.error("%s: unexpected", self.settings.migration, exc_info=error)
+        lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
+        self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
 
-    async def _stop_work(self) -> None:
-        work, self._work = self._work, None
-        if work is not None and not work.done():
-            work.cancel()
-            await self._copying.stop()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+    def _begin(self, work: Callable[[], Awaitable[None]], done: SourceEvent) -> None:
+        """Begin a long action that ends with an event."""
 
-    def _start_work(self, work: Coroutine[Any, Any, None], done: SourceEvent) -> None:
         async def guarded() -> None:
             try:
-                await work
-            except (MigratorError, OSError) as error:
-                lost = isinstance(error, TransportError)
-                self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
+                await work()
             except Exception as error:
-                log.exception("%s: unexpected", self.settings.migration)
-                self._post(SourceEvent.FAILED, error)
+                self._failed(error)
             else:
                 self._post(done)
 
-        self._work = asyncio.create_task(guarded(), name=done.value)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        self._driver.begin(guarded(), done.value)
 
     # Actions
 
+    def _actions(self) -> dict[SourceAction, Callable[[], Awaitable[None]]]:
+        a, migration = SourceAction, self.settings.migration
+        return {
+            a.SEND_HELLO: self._propose,
+            a.JOURNAL_OPEN: self._journal.open,
+            a.SEND_BEGIN: self._send_begin,
+            a.COPY: self._begin_copy,
+            a.SAVE: self._begin_save,
+            a.SEND_COMMIT: self._send_commit,
+            a.SEND_ASK: lambda: self._send_and_wait(m.Ask(migration)),
+            a.SEND_DONE: self._send_done,
+            a.SEND_ABORT: self._send_abort,
+            a.JOURNAL_HERE: self._record_here,
+            a.JOURNAL_AWAY: self._journal.record_away,
+            a.JOURNAL_CLOSE: lambda: self._journal.record(Recorded.CLOSED),
+            a.THAW: self._workload.thaw,
+            a.RELEASE: self._release,
+            a.RECONNECT: self._reconnect,
+            a.TELL_OPERATOR: self._tell_operator,
+        }
+
     async def _act(self, action: SourceAction) -> None:
-        migration, a = self.settings.migration, SourceAction
-        if action is a.SEND_HELLO:
-            await self._peer.greet()
-            await self._propose()
-        elif action is a.JOURNAL_OPEN:
-            # With the cgroup of a container: should we die once its network is shut, that tells whose.
-            self._facts = await self._copying.thread.run(self._copying.facts, self._facts)
-            self._journal = await self._copying.journal_thread.run(Journal.create, self.settings.journal, self._facts)
-        elif action is a.SEND_BEGIN:
-            await self._send(m.Begin(migration, self._files.single if self._files is not None else []))
-            fault("source.begun")
-        elif action is a.COPY:
-            self._start_work(self._copy(), SourceEvent.CONVERGED)
-        elif action is a.SAVE:
-            self._start_work(self._save(), SourceEvent.SAVED)
-            self._after(self.settings.freeze_limit, self._too_long_frozen)
-        elif action is a.SEND_COMMIT:
-            fault("source.ready")
-            if self._copying.orphans:
-                stay = [m.OrphanedConnection(c.local, c.local_port, c.peer, c.peer_port) for c in self._copying.orphans]
-                await self._send(m.Orphans(migration, stay))
-            await self._send(m.Commit(migration))
-            fault("source.committed")
-            self._forwarding = self._spawn(self._forward())
-            self._after(_ANSWER_SECONDS, self._no_answer)
-        elif action is a.SEND_ASK:
-            await self._send(m.Ask(migration))
-            self._after(_ANSWER_SECONDS, self._no_answer)
-        elif action is a.SEND_DONE:
-            await self._send(self._done())
-            fault("source.done")
-        elif action is a.SEND_ABORT:
-            reason = m.text(self._error or "aborted")
-            async with asyncio.timeout(_TELL_SECONDS):
-                await self._send(m.Abort(migration, reason))
-        elif action in (a.JOURNAL_HERE, a.JOURNAL_AWAY, a.JOURNAL_CLOSE):
-            await self._record(action)
-        elif action is a.THAW:
-            await self._copying.thaw()
-        elif action is a.RELEASE:
-            await self._release()
-        elif action is a.RECONNECT:
-            if self._reconnecting is None or self._reconnecting.done():
-                self._reconnecting = self._spawn(self._ask_again())
-        elif action is a.TELL_OPERATOR:
-            self._undecided = undecided(self._facts, self._error or "no answer")
-
-    async def _send(self, message: m.AnyMessage) -> None:
-        await self._peer.send(message)
-
-    async def _record(self, action: SourceAction) -> None:
-        if self._journal is None:
-            return
-        record = self._journal.record
-        run = self._copying.journal_thread.run
-        if action is SourceAction.JOURNAL_HERE:
-            await run(record, Recorded.HERE, reason=m.text(self._error or "discarded by the destination"))
-        elif action is SourceAction.JOURNAL_AWAY:
-            fault("source.running")
-            await run(record, Recorded.AWAY)
-            fault("source.away")
-        else:
-            await run(record, Recorded.CLOSED)
+        await self._acts[action]()
 
     async def _propose(self) -> None:
-        began = time.monotonic_ns()
-        survey = await self._copying.survey()
-        self._survey_pids = survey.pids
-        self._tasks_there = survey.threads
-        self._compared, self._rss = len(survey.files), survey.rss_bytes
-        self._factor = downtime_model.load(self.settings.journal)
-        # The root of the workload, which need not be ours.
-        root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
-        files = await asyncio.to_thread(preflight.with_digests, survey.files, root)
-        if self.settings.copy_files:
-            self._files = FileSync(
-                files,
-                self.settings.trees,
-                root,
-                send=self._peer.send_in_turn,
-                tell=self._sent_files,
-                pids=self._copying.pids,
-            )
-        proposal = m.Propose(
-            self.settings.migration,
-            self._host,
-            facts.Survey.of(dataclasses.replace(survey, files=files)),
-            self.settings.container,
-            self.settings.container_spec,
-            self.settings.copy_files,
-            self.settings.dry_run,
-            self._files.proposed() if self._files is not None else [],
-        )
-        self._phases.append(Phase("survey", began, time.monotonic_ns(), where=Where.SOURCE))
-        await self._send(proposal)
+        await self._peer.greet()
+        with self._log.phase("survey"):
+            proposal = await self._proposal.make(self._sent_files)
+        await self._peer.send(proposal)
         fault("source.proposed")
-        self._after(self.settings.timeout, self._timed_out)
+        self._deadlines.proposed()
+
+    async def _send_begin(self) -> None:
+        files = self._proposal.files
+        await self._peer.send(m.Begin(self.settings.migration, files.single if files is not None else []))
+        fault("source.begun")
+
+    async def _begin_copy(self) -> None:
+        self._begin(self._copy, SourceEvent.CONVERGED)
 
     async def _copy(self) -> None:
-        settings, copying = self.settings, self._copying
-        if settings.bandwidth:
-            self._peer.link.set_cap(settings.bandwidth)
-        if self._files is not None:
-            with self._phase("files"):
-                await self._files.send()
-        copying.start_pump(lambda error: self._post(SourceEvent.LINK_LOST, error))
-        with self._phase("instrument"):
-            await copying.instrument()
-        while not settings.cold:
-            await self._ask_clock()
-            if self._files is not None:
-                await self._files.step()
-            made = await copying.round()
-            elapsed = (time.monotonic_ns() - self._began) / 1e9
-            weighed = conditions(
-                self._peer.link,
-                copying.rounds,
-                budget=settings.max_downtime,
-                elapsed=elapsed,
-                timeout=settings.timeout,
-                tasks=self._tasks_there,
-                factor=self._factor,
-                files=self._files.seconds if self._files is not None else 0.0,
-            )
-            decision = convergence.decide(copying.rounds, weighed)
-            self._decision = decision
-            self._phases.append(Phase(f"round {made.number}", made.start, made.end, made.bytes, made.pages))
-            told = m.Progress(
-                facts.Round.of(made),
-                min(decision.predicted_downtime, 1e9),
-                weighed.throughput,
-                decision.verdict.value,
-                decision.reason,
-            )
-            self._tell(round_done(settings.migration, told))
-            await self._send(told)
-            if decision.verdict is convergence.NextStep.GIVE_UP:
-                raise MigrationAborted(
-                    decision.reason, hint="the workload runs on; give it a larger --max-downtime or --timeout"
-                )
-            if decision.verdict is convergence.NextStep.FREEZE:
-                break
-        if settings.cold:
-            await self._ask_clock()
+        def lost(error: BaseException) -> None:
+            self._post(SourceEvent.LINK_LOST, error)
+
+        await self._precopy.run(self._log, self._tell, self._began, lost)
         # Slow things now, so that nothing is left for the time in which the workload stands still.
-        self._facts = await copying.thread.run(copying.facts, self._facts)
+        await self._journal.refresh()
+
+    async def _begin_save(self) -> None:
+        self._begin(self._save, SourceEvent.SAVED)
+        self._deadlines.freezing()
 
     async def _save(self) -> None:
-        assert self._journal is not None
+        assert self._journal.journal is not None
         self._tell(model.PhaseStarted(self.settings.migration, "freeze", time.monotonic_ns()))
-        late = self._files.step if self._files is not None and self._files.goes else None
-        await self._copying.save(self._journal, self._facts, late)
+        files = self._proposal.files
+        late = files.step if files is not None and files.goes else None
+        await self._workload.save(self._journal.journal, self._journal.header, late)
 
-    def _sent_files(self, count: int) -> None:
-        self._file_bytes += count
-        phase = "files" if self.state is SourceState.PRECOPY else "changed files"
-        self._tell(model.Transferred(self.settings.migration, phase, self._file_bytes, 0))
+    async def _send_commit(self) -> None:
+        fault("source.ready")
+        migration, orphans = self.settings.migration, self._workload.orphans
+        if orphans:
+            stay = [m.OrphanedConnection(c.local, c.local_port, c.peer, c.peer_port) for c in orphans]
+            await self._peer.send(m.Orphans(migration, stay))
+        await self._peer.send(m.Commit(migration))
+        fault("source.committed")
+        self._departure.forwarding = self._driver.spawn(self._departure.forward(self._peer.link))
+        self._deadlines.asked()
 
-    async def _forward(self) -> None:
-        with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
-            await self._copying.forward(self._peer.link, self._arrived)
+    async def _send_and_wait(self, message: m.AnyMessage) -> None:
+        await self._peer.send(message)
+        self._deadlines.asked()
+
+    async def _send_done(self) -> None:
+        await self._peer.send(self._summary().done())
+        fault("source.done")
+
+    async def _send_abort(self) -> None:
+        async with asyncio.timeout(_TELL_SECONDS):
+            await self._peer.send(m.Abort(self.settings.migration, m.text(self._error or "aborted")))
+
+    async def _record_here(self) -> None:
+        await self._journal.record(Recorded.HERE, m.text(self._error or "discarded by the destination"))
 
     async def _release(self) -> None:
-        self._arrived.set()
-        self._copying.relax()
-        if (ahead := self._copying.ahead) is not None and self._decision is not None:  # it was no time to tell
-            known = self._decision.predicted_downtime, self._peer.link.stream_throughput
-            self._tell(model.RoundDone(self.settings.migration, ahead, *known, "continue", ""))
-        if self._forwarding is not None:
-            await self._forwarding
-        with self._phase("release"):
-            await self._copying.release()
-        fault("source.released")
-        if self._copying.orphans:
-            with self._phase("closed connections"), contextlib.suppress(MigratorError, OSError):
-                await self._copying.serve_orphans(self._peer.link)
-        # Both hosts are quiet now: the best time to compare their clocks.
-        with contextlib.suppress(TimeoutError, MigratorError, OSError):
-            async with asyncio.timeout(_CLOCK_LIMIT):
-                for _ in range(_CLOCK_SAMPLES):
-                    self._clock_answered.clear()
-                    await self._ask_clock()
-                    await self._clock_answered.wait()
+        await self._departure.release(self._peer.link)
+        self._precopy.told_late(self._tell)
+        await self._clock.sample()  # both hosts are quiet now
 
-    async def _ask_again(self) -> None:
-        """Reach the destination again and post LINK_BACK, or UNREACHABLE."""
-        self._lost_at = self._lost_at or time.monotonic()
+    async def _reconnect(self) -> None:
+        if self._reconnecting is None or self._reconnecting.done():
+            self._reconnecting = self._driver.spawn(self._reach_again())
+
+    async def _reach_again(self) -> None:
+        """Post LINK_BACK once the destination is reached, or UNREACHABLE."""
 
         def waiting(error: BaseException) -> None:
             self._tell(model.Waiting(self.settings.migration, f"asking {self.settings.peer} again: {error}"))
 
-        failed = await self._peer.reach(self._lost_at + self.settings.ask_for, waiting)
+        failed = await self._peer.reach(self.settings.ask_for, waiting)
         if failed is None:
             self._post(SourceEvent.LINK_BACK)
         else:
             self._error = failed
             self._post(SourceEvent.UNREACHABLE, failed)
 
-    # Time
+    async def _tell_operator(self) -> None:
+        self._undecided = undecided(self._journal.header, self._error or "no answer")
 
-    def _after(self, seconds: float, call: Callable[[], None]) -> None:
-        async def later() -> None:
-            await asyncio.sleep(seconds)
-            call()
-
-        self._spawn(later())
-
-    def _timed_out(self) -> None:
-        limit = self.settings.timeout
-        if self.state is SourceState.PREFLIGHT:
-            self._post(SourceEvent.CANCEL, MigrationAborted(f"no verdict within {limit:g} s, the timeout"))
-        elif self.state is SourceState.PRECOPY:
-            # At its end a round knows the timeout by itself, and whether to freeze or to give up.
-            self._after(_ROUND_GRACE, self._round_too_long)
-
-    def _round_too_long(self) -> None:
-        if self.state is SourceState.PRECOPY:
-            why = f"{self.settings.timeout:g} s, the timeout, have passed in the middle of a round"
-            hint = "the link or the other host is slow for this workload: give it a longer --timeout"
-            self._post(SourceEvent.CANCEL, MigrationAborted(why, hint=hint))
-
-    def _too_long_frozen(self) -> None:
-        if self.state in (SourceState.SAVING, SourceState.SAVING_READY, SourceState.SAVED):
-            why = f"the destination was not ready within {self.settings.freeze_limit:g} s of the freeze"
-            self._post(SourceEvent.CANCEL, MigrationAborted(why))
-
-    def _no_answer(self) -> None:
-        if self.state is SourceState.COMMITTED:
-            why = TransportError(f"no answer from {self.settings.peer} within {_ANSWER_SECONDS:g} s")
-            self._post(SourceEvent.LINK_LOST, why)
-
-    async def _ask_clock(self) -> None:
-        await self._send(m.Clock(time.monotonic_ns()))
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Any:
-        start = time.monotonic_ns()
-        self._tell(model.PhaseStarted(self.settings.migration, name, start))
-        try:
-            yield
-        finally:
-            phase = Phase(name, start, time.monotonic_ns(), where=Where.SOURCE)
-            self._phases.append(phase)
-            self._tell(model.PhaseEnded(self.settings.migration, phase))
+    def _sent_files(self, count: int) -> None:
+        self._file_bytes += count
+        phase = "files" if self.state is SourceState.PRECOPY else "changed files"
+        self._tell(model.Transferred(self.settings.migration, phase, self._file_bytes, 0))
 
     # Messages
 
     def _broken(self, error: BaseException) -> None:
+        self._departure.resumed.set()  # nothing more will be heard of it
         wrong = isinstance(error, m.MessageError)
         self._post(SourceEvent.PROTOCOL_ERROR if wrong else SourceEvent.LINK_LOST, error)
 
@@ -469,143 +294,97 @@ class SourceSession:
         about = getattr(message, "migration", self.settings.migration)
         if about != self.settings.migration:
             raise m.MessageError(f"a {type(message).__name__} about another migration, {about}")
-        if isinstance(message, m.Ready):
-            self._post(SourceEvent.READY)
-        elif isinstance(message, m.Running):
-            self._running = self._running or message
-            self._post(SourceEvent.RUNNING)
-        elif isinstance(message, m.Discarded):
-            self._post(SourceEvent.DISCARDED, MigrationAborted(f"{self._peer.link.peer}: {message.reason}"))
-        elif isinstance(message, m.Verdict):
-            self._judge(message)
-        elif isinstance(message, m.Standing):
-            self._copying.stands(message.round)
-        elif isinstance(message, m.Clock):
-            self._clock.sample(message.asked, message.answered, time.monotonic_ns())
-            self._clock_answered.set()
-        elif isinstance(message, m.DestinationReport):
-            if self._destination_report is not None and not self._destination_report.done():
-                self._destination_report.set_result(message)
-        elif isinstance(message, m.FilesSync | trees.TreeAnswer) and self._files is not None:
-            self._files.heard(message)
-        elif isinstance(message, m.Failure):
-            error = MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=message.hint)
-            self._post(SourceEvent.FAILED, error)
-        elif isinstance(message, m.Hello):
-            m.common_version(message.versions)
-        else:
+        handler = self._handlers.get(type(message))
+        if handler is None:
             raise m.MessageError(f"a {type(message).__name__} is not for a source")
+        handler(message)
 
-    def _judge(self, verdict: m.Verdict) -> None:
-        if self.state is not SourceState.PREFLIGHT or self.report is not None:
+    def _messages(self) -> dict[type[m.AnyMessage], Callable[[Any], object]]:
+        return {
+            m.Hello: lambda message: m.common_version(message.versions),
+            m.Verdict: self._heard_verdict,
+            trees.TreeAnswer: self._heard_files,
+            m.FilesSync: self._heard_files,
+            m.Standing: lambda message: self._workload.standing(message.round),
+            m.Ready: lambda message: self._post(SourceEvent.READY),
+            m.Running: self._heard_running,
+            m.Discarded: lambda message: self._post(SourceEvent.DISCARDED, self._said(message)),
+            m.Clock: self._clock.heard,
+            m.DestinationReport: self._heard_report,
+            m.Failure: lambda message: self._post(SourceEvent.FAILED, self._said(message)),
+        }
+
+    def _said(self, message: m.Discarded | m.Failure) -> MigrationAborted:
+        hint = message.hint if isinstance(message, m.Failure) else ""
+        return MigrationAborted(f"{self._peer.link.peer}: {message.reason}", hint=hint)
+
+    def _heard_verdict(self, verdict: m.Verdict) -> None:
+        if self.state is not SourceState.PREFLIGHT:
             raise m.MessageError("a verdict that was not asked for")
-        if self._files is not None:
-            self._files.check_wanted(verdict.wanted)
-        elif verdict.wanted:
-            raise m.MessageError("files are wanted that were not offered")
-        weighed = conditions(
-            self._peer.link, [], budget=None, elapsed=0, timeout=0, tasks=self._tasks_there, factor=self._factor
-        )
-        self.report = preflight.PreflightReport(
-            self.settings.migration,
-            self._host,
-            verdict.destination,
-            verdict.reasons,
-            self._compared,
-            self._rss,
-            weighed.freeze + weighed.restore + convergence.ROUND_TRIPS * weighed.rtt,
-        )
-        if not self.report.ok:
-            reasons = [str(reason) for reason in verdict.reasons if reason.blocking]
-            self._post(SourceEvent.FAILED, Refused(reasons, fate=Fate.SOURCE))
-        else:
-            self._work = self._spawn(self._weigh(verdict))
-
-    async def _weigh(self, verdict: m.Verdict) -> None:
-        """Compare what is carried along, and go on."""
         try:
-            if self._files is not None:
-                assert self.report is not None
-                notes = (await self._files.compare(verdict.wanted)).reasons(verdict.destination.host)
-                self.report = msgspec.structs.replace(self.report, reasons=[*self.report.reasons, *notes])
-                for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
-                    self._tell(model.Noted(self.settings.migration, str(note)))
-        except (MigratorError, OSError) as error:
-            lost = isinstance(error, TransportError) and not isinstance(error, m.MessageError)
-            self._post(SourceEvent.LINK_LOST if lost else SourceEvent.FAILED, error)
+            self._proposal.judge(verdict)
+        except m.MessageError:
+            raise
+        except MigratorError as error:
+            self._post(SourceEvent.FAILED, error)
         else:
-            self._post(SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED)
+            done = SourceEvent.CANCEL if self.settings.dry_run else SourceEvent.ACCEPTED
+            self._begin(lambda: self._compare(verdict), done)
+
+    async def _compare(self, verdict: m.Verdict) -> None:
+        notes = await self._proposal.compare(verdict)
+        for note in notes if not self.settings.dry_run else []:  # a dry run ends with them
+            self._tell(model.Noted(self.settings.migration, note))
+
+    def _heard_files(self, message: m.FilesSync | trees.TreeAnswer) -> None:
+        if self._proposal.files is None:
+            raise m.MessageError(f"a {type(message).__name__}, and no files were offered")
+        self._proposal.files.heard(message)
+
+    def _heard_running(self, message: m.Running) -> None:
+        if self._running is None or self._running.waits:
+            self._running = message
+        if not message.waits:
+            self._departure.resumed.set()
+        self._post(SourceEvent.RUNNING)
+
+    def _heard_report(self, message: m.DestinationReport) -> None:
+        self._told = self._told or message
+        self._was_told.set()
 
     # The end
 
-    def _summary(self, told: m.DestinationReport | None) -> MigrationSummary:
+    def _summary(self) -> MigrationSummary:
         return MigrationSummary(
             settings=self.settings,
-            host=self._host,
-            report=self.report,
-            copying=self._copying,
+            proposal=self._proposal,
+            workload=self._workload,
             link=self._peer.link,
             began=self._began,
-            phases=self._phases,
-            clock=self._clock,
+            phases=self._log.phases,
+            clock=self._clock.offset,
             running=self._running,
-            told=told,
-            decision=self._decision,
-            pids=self._survey_pids,
-        )
-
-    def _done(self) -> m.Done:
-        summary = self._summary(None)
-        return m.Done(
-            self.settings.migration,
-            summary.timeline().downtime,
-            summary.stream_bytes,
-            summary.wire_bytes,
-            summary.compression_ratio,
+            told=self._told,
+            decision=self._precopy.decision,
         )
 
     async def _result(self) -> model.MigrationResult:
-        told: m.DestinationReport | None = None
-        if self.state is SourceState.AWAY and self._destination_report is not None:
+        away = self.state is SourceState.AWAY
+        if away:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_TELL_SECONDS):
-                    told = await asyncio.shield(self._destination_report)
-        why = str(self._undecided or self._error or "")
-        result = self._summary(told).result(*self._ended(), why)
-        downtime_model.learn(self.settings.journal, self._tasks_there, result)
+                    await self._was_told.wait()
+        result = self._summary().result(self._undecided or self._error, away=away)
+        self._precopy.learn(result, self._workload.stood() if isinstance(self._error, Overrun) else 0.0)
         return result
 
-    def _ended(self) -> tuple[Outcome, Fate]:
-        away = self.state is SourceState.AWAY
-        return how_it_ended(self._undecided or self._error, away=away, dry_run=self.settings.dry_run)
-
-    def _failure(self) -> BaseException:
-        error = self._undecided or self._error or MigrationAborted("discarded by the destination")
-        if isinstance(error, MigratorError):
-            _, error.fate = self._ended()
-            return error
-        return MigrationAborted(f"{type(error).__name__}: {error}")
-
     async def _close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                await task
-        if self._files is not None:
-            await self._files.close()
-        await self._copying.close()
-        if self._journal is not None:
-            self._journal.close()
+        await self._driver.close()
+        await self._proposal.close()
+        await self._workload.close()
+        self._journal.close()
         await self._peer.close()
 
 
-_TOLERATED = frozenset(
-    {
-        SourceAction.JOURNAL_HERE,
-        SourceAction.JOURNAL_AWAY,
-        SourceAction.JOURNAL_CLOSE,
-        SourceAction.SEND_ABORT,
-        SourceAction.SEND_DONE,
-    }
-)
-__all__ = ["SourceSession", "SourceSettings"]
+_a = SourceAction
+_TOLERATED = frozenset({_a.JOURNAL_HERE, _a.JOURNAL_AWAY, _a.JOURNAL_CLOSE, _a.SEND_ABORT, _a.SEND_DONE})

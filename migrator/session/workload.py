@@ -13,21 +13,21 @@ import fcntl
 import os
 import termios
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from migrator.engine.base import Phase, Round, Source, Survey
+from migrator.engine.base import Round, Source, Survey
 from migrator.errors import MigrationAborted, MigratorError
 from migrator.linux import procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, JournalHeader
 from migrator.runtime.fault_points import fault
-from migrator.runtime.latency import LatencyGuard, prepare, yield_processor
+from migrator.runtime.latency import LatencyGuard, yield_processor
 from migrator.runtime.pump import Pump
 from migrator.runtime.thread import OwnThread
-from migrator.session import convergence, downtime_model
 from migrator.session.interfaces import Connection, Link, NetworkLock, SourceFactory
+from migrator.session.phases import PhaseLog
 
 FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are passed on
 _FORWARD_EVERY = 0.002
@@ -58,12 +58,13 @@ class WorkloadThread:
         self.pump: Pump | None = None
         self._read_fd, self._write_fd = -1, -1
         self.rounds: list[Round] = []
-        self.phases: list[Phase] = []  # our own, beside those of the engine
-        self.frozen_at = 0
-        self._standing = 0  # the last round that the destination has in place
-        self._stood = asyncio.Event()
+        self.log = PhaseLog()  # our own phases, beside those of the engine
+        self.frozen_at = self.thawed_at = 0  # ns of CLOCK_MONOTONIC
+        self._released = False
+        self._in_place = 0  # the last round that the destination has in place
+        self._placed = asyncio.Event()
         self.ahead: Round | None = None  # a last one, of which no word was awaited
-        self._calm = LatencyGuard()
+        self._guard = LatencyGuard()
         self.orphans: list[Connection] = []  # that stay behind
         self.orphans_lost = 0  # of them, those that had not ended when they were given up
 
@@ -71,7 +72,7 @@ class WorkloadThread:
 
     async def survey(self) -> Survey:
         """Make the engine's object and let it look. Raises Refused; the workload runs on."""
-        prepare()
+        self._guard.prepare()
         self._read_fd, self._write_fd = os.pipe()
         os.set_inheritable(self._write_fd, False)
         self.source = await self.thread.run(self._factory, self._write_fd)
@@ -97,7 +98,7 @@ class WorkloadThread:
         """One round, ended when the destination has all of it in place: what is on its way would have to be
         waited for when frozen, so it belongs to the round."""
         made = await self.thread.run(self._source.round)
-        with self._phase("drain"):
+        with self.log.phase("drain"):
             await self._drain(made.number)
         made = dataclasses.replace(made, end=time.monotonic_ns())
         self.rounds.append(made)
@@ -109,18 +110,18 @@ class WorkloadThread:
         """With the one just before the freeze, whose end is only that of its writing."""
         return [*self.rounds, self.ahead] if self.ahead is not None else self.rounds
 
-    def stands(self, number: int) -> None:
+    def standing(self, number: int) -> None:
         """The destination has said that it has all up to this round in place."""
-        self._standing = max(self._standing, number)
-        self._stood.set()
+        self._in_place = max(self._in_place, number)
+        self._placed.set()
 
     async def _drain(self, number: int) -> None:
         least, since = float("inf"), time.monotonic()
-        while self._standing < number and self.pump is not None and not self.pump.done:
-            self._stood.clear()
+        while self._in_place < number and self.pump is not None and not self.pump.done:
+            self._placed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_EVERY):
-                    await self._stood.wait()
+                    await self._placed.wait()
             left = self._unread() + self._link.in_flight
             if left < least:
                 least, since = left, time.monotonic()
@@ -145,30 +146,34 @@ class WorkloadThread:
     def pids(self) -> list[int]:
         return self._source.pids
 
-    def facts(self, facts: JournalHeader) -> JournalHeader:
-        """`facts` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
+    def stood(self) -> float:
+        """Seconds since the workload was stopped, until it was thawed; 0.0 while it was not stopped."""
+        return ((self.thawed_at or time.monotonic_ns()) - self.frozen_at) / 1e9 if self.frozen_at else 0.0
+
+    def header(self, header: JournalHeader) -> JournalHeader:
+        """`header` with the tasks and their cgroup as they are now. Slow: to be called before the freeze."""
         pids = []
         for pid in self._source.pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pids.append((pid, procfs.start_time(pid)))
-        return msgspec.structs.replace(facts, pids=pids, cgroup=self._source.cgroup, homes=self._source.homes)
+        return msgspec.structs.replace(header, pids=pids, cgroup=self._source.cgroup, origins=self._source.origins)
 
     # From the freeze to the thaw
 
     async def save(
-        self, journal: Journal, facts: JournalHeader, late_files: Callable[[], Awaitable[None]] | None
+        self, journal: Journal, header: JournalHeader, late_files: Callable[[], Awaitable[None]] | None
     ) -> None:
         """Freeze, save and hold. On return the image is written to its trailer, the tasks are frozen by their
         cgroup, and COMMITTING is durable. On failure they are stopped or run: `thaw()` puts it right."""
         loop = asyncio.get_running_loop()
         self._link.uncap()
-        self._calm.enter()
-        await self.thread.run(self._save, journal, facts, late_files, loop)
+        self._guard.enter()
+        await self.thread.run(self._save, journal, header, late_files, loop)
 
     def _save(
         self,
         journal: Journal,
-        facts: JournalHeader,
+        header: JournalHeader,
         late_files: Callable[[], Awaitable[None]] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -182,16 +187,16 @@ class WorkloadThread:
         self._source.freeze()
         fault("source.frozen")
         # The disk works while we do; hold() must find the record durable, nothing earlier needs it.
-        committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, facts=facts)
+        committing = self.journal_thread.submit(journal.record, Recorded.COMMITTING, header=header)
         if late_files is not None:
-            with self._phase("changed files"):
+            with self.log.phase("changed files"):
                 asyncio.run_coroutine_threadsafe(_awaited(late_files), loop).result()
         self._source.final(self._shut_network)
         self.close_stream()
         yield_processor()  # the last of the image is to be sent
         if self.network is not None:
             self.orphans = list(self.network.orphans())
-        with self._phase("journal"):
+        with self.log.phase("journal"):
             committing.result()
         fault("source.committing")
         self._source.hold()
@@ -202,7 +207,7 @@ class WorkloadThread:
         no descriptor names cannot be saved. The workload runs."""
         if self.network is None:
             return
-        with self._phase("quiesce"):
+        with self.log.phase("quiesce"):
             self.network.hold()
             begun = time.monotonic()
             while self.network.handshakes() and time.monotonic() - begun < _HANDSHAKE_SECONDS:
@@ -211,14 +216,8 @@ class WorkloadThread:
 
     def _shut_network(self) -> None:
         if self.network is not None:
-            with self._phase("network lock"):
+            with self.log.phase("network lock"):
                 self.network.lock()
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic_ns()
-        yield
-        self.phases.append(Phase(name, start, time.monotonic_ns()))
 
     def close_stream(self) -> None:
         """No more will be written."""
@@ -240,6 +239,7 @@ class WorkloadThread:
         await self.stop()
         if self.source is not None:
             await self.thread.run(self.source.thaw)
+            self.thawed_at = time.monotonic_ns()
         if self.network is not None:
             await self.thread.run(self.network.unlock)
 
@@ -295,19 +295,24 @@ class WorkloadThread:
             while True:
                 await self.thread.run(self.network.deliver, await link.receive_packets())
 
-    def relax(self) -> None:
-        """It is decided: nothing is urgent any more."""
-        self._calm.leave()
+    def end_switchover(self) -> None:
+        """The copy runs: nothing is urgent any more."""
+        self._guard.leave()
 
     async def release(self) -> None:
-        """Kill the source copy: the destination's runs. Its network stays for what is left of it."""
-        await self.thread.run(self._source.release)
+        """Kill the source copy: it was decided that the destination's runs. May be called twice."""
+        if not self._released:
+            await self.thread.run(self._source.release)
+            self._released = True
+
+    async def release_network(self) -> None:
+        """After release(): the network of the source copy stays for what is left of it, or goes."""
         if self.network is not None:
             await self.thread.run(self.network.set_aside if self.orphans else self.network.release)
 
     async def close(self) -> None:
         """Close what is open. Leaves the workload as it is."""
-        self._calm.leave()
+        self._guard.leave()
         if self.pump is not None and not self.pump.done:
             await self.pump.stop()
         await self.thread.close()
@@ -323,31 +328,6 @@ class WorkloadThread:
     def _source(self) -> Source:
         assert self.source is not None
         return self.source
-
-
-def conditions(
-    link: Link,
-    rounds: list[Round],
-    *,
-    budget: float | None,
-    elapsed: float,
-    timeout: float,
-    tasks: int,
-    factor: float,
-    files: float = 0.0,
-) -> convergence.Conditions:
-    """What the stop rule needs to know, as it is now; `factor` is that of `calibration.load()`, `files` the
-    seconds that changed files will take in the freeze."""
-    freeze, restore = downtime_model.modelled(tasks)
-    return convergence.Conditions(
-        throughput=convergence.measured_throughput(rounds) or link.stream_throughput,
-        rtt=link.rtt,
-        freeze=freeze * factor + files,
-        restore=restore * factor,
-        budget=budget,
-        elapsed=elapsed,
-        timeout=timeout,
-    )
 
 
 async def _awaited(call: Callable[[], Awaitable[None]]) -> None:

@@ -32,6 +32,7 @@ from migrator.engine.base import (
     Destination,
     DestinationOptions,
     FileFact,
+    LateLock,
     Move,
     Phase,
     RestartFlags,
@@ -42,7 +43,8 @@ from migrator.engine.base import (
     Survey,
 )
 from migrator.errors import ImageError, RestartFailed
-from migrator.session.interfaces import HoldGroup
+from migrator.recovery.hooks import HoldGroup, NoHooks
+from migrator.recovery.journal import JournalHeader
 
 TRAILER = b"the trailer of a fake image"
 TASK = 1  # any task that outlives the agents
@@ -68,12 +70,14 @@ class FakeWorld:
 
     def set(self, side: str, state: str) -> None:
         # Noted before it runs and after it has stopped, so that the log shows the worst case.
-        if state == "run":
+        path = self.directory / side
+        stops = state != "run" and path.exists() and path.read_text() == "run"
+        if not stops:
             self._log(side, state)
         fresh = self.directory / f".{side}.{os.getpid()}"
         fresh.write_text(state)
         os.replace(fresh, self.directory / side)
-        if state != "run":
+        if stops:
             self._log(side, state)
 
     def _log(self, side: str, state: str) -> None:
@@ -95,6 +99,15 @@ class FakeWorld:
         assert states != ("none", "none"), "no copy is left:\n" + "\n".join(self.log)
         return states
 
+    def take_locks(self, locks: list[LateLock], seconds: float) -> list[LateLock]:
+        """`Engine.take_locks()`: the source copy has them for as long as there is one."""
+        end = time.monotonic() + seconds
+        while locks and self.state("source") != "none":
+            if time.monotonic() > end:
+                return locks
+            time.sleep(0.001)
+        return []
+
     def groups(self, side: str) -> Callable[[str], HoldGroup | None]:
         """Cgroups of one host: `fake` holds its copy."""
 
@@ -102,6 +115,16 @@ class FakeWorld:
             return FakeGroup(self, side) if reference == "fake" and self.state(side) != "none" else None
 
         return find
+
+
+@dataclass
+class FakeLocks(NoHooks):
+    """The hooks of a copy that has locks on files which both hosts share."""
+
+    world: FakeWorld
+
+    def take_locks(self, header: JournalHeader, seconds: float) -> list[str]:
+        return [str(LateLock(*lock)) for lock in self.world.take_locks([LateLock(*x) for x in header.locks], seconds)]
 
 
 @dataclass
@@ -122,7 +145,7 @@ class FakeGroup:
     def remove(self) -> None:
         pass
 
-    def send_home(self, homes: Mapping[int, str]) -> None:
+    def move_back(self, origins: Mapping[int, str]) -> None:
         pass
 
 
@@ -135,6 +158,7 @@ class Script:
     slow: dict[str, float] = field(default_factory=dict)  # seconds that a call takes longer
     files: list[FileFact] = field(default_factory=list)
     wanted_pids: list[int] = field(default_factory=list)
+    late_locks: list[LateLock] = field(default_factory=list)  # that the source copy has while it is there
 
     def play(self, name: str) -> None:
         time.sleep(self.slow.get(name, 0))
@@ -176,7 +200,7 @@ class FakeSource(_Phases):
         return "fake"
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         return []
 
     def __enter__(self) -> Self:
@@ -257,6 +281,7 @@ class FakeDestination(_Phases):
         self._world, self._fd, self._script = world, fd, script
         self.cgroup = "fake"
         self.moves: list[Move] = []
+        self.late_locks: list[LateLock] = list(script.late_locks)
         self.root_pid = 0
         self.bytes = 0
         self.on_round: Callable[[int], None] = lambda _number: None
@@ -354,6 +379,10 @@ class FakeEngine:
 
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         self._script.play("finish_moves")
+
+    def take_locks(self, cgroup: str, locks: list[LateLock], seconds: float) -> list[LateLock]:
+        self._script.play("take_locks")
+        return self._world.take_locks(locks, seconds)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from pyroute2 import IPRoute, netns
 
@@ -56,6 +56,7 @@ class Host:
             "MIGRATOR_STATE_DIR": str(self.state_dir),
             "MIGRATOR_JOURNAL_DIR": str(folder / "journal"),
             "MIGRATOR_LOG_DIR": str(log_dir),  # shared: a path must mean the same file on both hosts
+            "MIGRATOR_FENCE_DIR": str(folder / "fences"),
             "MIGRATOR_HOST": label,
         }
         self._children: list[subprocess.Popen[Any]] = []
@@ -121,16 +122,19 @@ class Host:
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream is not None:
                     stream.close()
+        self.end_containers()
+
+    def end_containers(self) -> None:
         if any((self.state_dir / "containers").glob("*.json")):
             self.python(_END_CONTAINERS, check=False)
 
 
-class TwoHosts:
-    """Context manager: hosts `a` and `b`, and `client`. Everything is removed on leaving.
+class Lan:
+    """Context manager: hosts with these labels, and one called "client". Everything is removed on leaving.
 
     `delay` is what a frame takes on the client's cable, in seconds: half a round trip."""
 
-    def __init__(self, *, tag: str = "mv", delay: float = 0.0) -> None:
+    def __init__(self, labels: Sequence[str], *, tag: str = "mv", delay: float = 0.0) -> None:
         self._delay = delay
         self._cable: subprocess.Popen[str] | None = None
         self.tag = f"{tag}-{os.getpid()}-{next(_serial)}"
@@ -142,13 +146,14 @@ class TwoHosts:
         def host(label: str, last: int) -> Host:
             return Host(label, f"{self.tag}-{label}", f"{NETWORK}.{last}", self.folder / label, log_dir)
 
-        self.a, self.b, self.client = host("a", 1), host("b", 2), host("client", 100)
+        self.members = tuple(host(label, number) for number, label in enumerate(labels, 1))
+        self.client = host("client", 100)
 
     @property
-    def hosts(self) -> tuple[Host, Host, Host]:
-        return self.a, self.b, self.client
+    def hosts(self) -> tuple[Host, ...]:
+        return *self.members, self.client
 
-    def __enter__(self) -> TwoHosts:
+    def __enter__(self) -> Self:
         try:
             netns.create(self.lan)
             _build_switch(self.lan)
@@ -177,6 +182,14 @@ class TwoHosts:
             if os.path.exists(f"/run/netns/{namespace}"):
                 netns.remove(namespace)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class TwoHosts(Lan):
+    """Hosts `a` and `b`, and `client`."""
+
+    def __init__(self, *, tag: str = "mv", delay: float = 0.0) -> None:
+        super().__init__("ab", tag=tag, delay=delay)
+        self.a, self.b = self.members
 
 
 def _bridge(ip: IPRoute, name: str) -> int:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,18 +99,7 @@ class Stage:
             self.await_agent(host)
 
     def await_agent(self, host: Host, *, seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        agent = self._running[host.label]
-        while True:
-            with host.inside():
-                try:
-                    socket.create_connection((host.address, AGENT_PORT), timeout=1).close()
-                    return
-                except OSError:
-                    pass
-            if agent.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"agent of {host.label}: {self.agent_log(host)}")
-            time.sleep(0.05)
+        await_listener(host, self._running[host.label], lambda: self.agent_log(host), seconds=seconds)
 
     def agent_log(self, host: Host) -> str:
         return (host.folder / "agent.log").read_text(errors="replace")[-4000:]
@@ -166,6 +156,21 @@ class Stage:
             raise MigrateFailed(done.returncode, f"{done.stderr or ''}{done.stdout}\n{self.agent_log(destination)}")
         result: dict[str, Any] = json.loads(done.stdout)
         return result
+
+
+def await_listener(host: Host, agent: subprocess.Popen[Any], log: Callable[[], str], *, seconds: float = 20.0) -> None:
+    """Wait until the agent of a host answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with host.inside():
+            try:
+                socket.create_connection((host.address, AGENT_PORT), timeout=1).close()
+                return
+            except OSError:
+                pass
+        if agent.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"agent of {host.label}: {log()}")
+        time.sleep(0.05)
 
 
 def require_root() -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ class Orphan(Workload):
 
 
 @contextlib.contextmanager
-def counter(folder: Path, interval_ms: int = 5) -> Iterator[Orphan]:
-    with Orphan("counter", folder, interval_ms) as running:
+def counter(folder: Path, interval_ms: int = 5, *, within: Sequence[str] = ()) -> Iterator[Orphan]:
+    """`within`: a command that runs its arguments."""
+    with Orphan("counter", folder, interval_ms, prefix=within) as running:
         try:
             yield running
         finally:
@@ -72,8 +73,9 @@ def counter(folder: Path, interval_ms: int = 5) -> Iterator[Orphan]:
 def sweep(pid: int) -> None:
     """The cgroup of a tree that was restarted with --detach is nobody's when it has ended."""
     for parent in ("/sys/fs/cgroup/unified/migrator", "/sys/fs/cgroup/migrator", "/sys/fs/cgroup/freezer/migrator"):
-        with contextlib.suppress(OSError):
-            os.rmdir(f"{parent}/restart-{pid}")
+        for left in Path(parent).glob(f"restart-{pid}-*"):
+            with contextlib.suppress(OSError):
+                left.rmdir()
 
 
 def state(pid: int) -> str:

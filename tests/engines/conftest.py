@@ -11,6 +11,6 @@ from migrator.engine.base import DestinationOptions
 
 @pytest.fixture(autouse=True)
 def second_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    sandbox, root, cgroup_name, _ = DestinationOptions.__init__.__defaults__ or ()
-    monkeypatch.setattr(DestinationOptions.__init__, "__defaults__", (sandbox, root, cgroup_name, True))
+    *others, _ = DestinationOptions.__init__.__defaults__ or ()  # `verify` is the last
+    monkeypatch.setattr(DestinationOptions.__init__, "__defaults__", (*others, True))
     yield

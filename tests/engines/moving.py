@@ -39,6 +39,7 @@ class Surroundings:
     """The context of a restore on this host, with memfds made by hand."""
 
     netns: str | None = None
+    live = False
 
     def __init__(self) -> None:
         self.root_fd = os.open("/", os.O_PATH)
@@ -48,8 +49,8 @@ class Surroundings:
     def pid_of(self, vpid: int) -> int:
         return self.pids.get(vpid, 0)
 
-    def shm_fd(self, objref: int) -> int:
-        return self.shm[objref]
+    def open_shm(self, objref: int, flags: int) -> int:
+        return os.open(f"/proc/self/fd/{self.shm[objref]}", flags)
 
 
 class Moved:
@@ -81,6 +82,7 @@ class Moved:
             restore.install(copy, self.tables[child.pid])
         restore.finish(self.copies)
         self.moves = restore.moves
+        self.late_locks = restore.late_locks
         built()
         if dies:
             monkey = self.stack.enter_context(pytest.MonkeyPatch.context())

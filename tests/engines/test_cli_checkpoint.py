@@ -88,7 +88,7 @@ def test_a_stream_that_was_cut_short_never_restarts_and_leaves_nothing_behind(tm
             done = migrator("restart", input=whole[:length].decode("latin1"), code=6, stdin=None, encoding="latin1")
             assert "without a trailer" in done.stderr
             assert program.is_gone()
-        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}"))
+        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}-*"))
         assert program.ticks() == ticks
 
 
@@ -147,7 +147,7 @@ def test_restart_in_the_foreground_passes_signals_on_and_ends_as_the_program_doe
             assert waiting.wait(20) == 128 + 9
         finally:
             end(waiting)
-        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}"))
+        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}-*"))
 
 
 def test_an_interrupted_restart_leaves_nothing(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_an_interrupted_restart_leaves_nothing(tmp_path: Path) -> None:
             end(building)
             os.close(write)
         program.await_end()
-        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}"))
+        assert not list(Path("/sys/fs/cgroup").glob(f"**/migrator/restart-{program.pid}-*"))
 
 
 def test_a_reader_that_goes_away_costs_the_program_nothing(tmp_path: Path) -> None:
@@ -275,8 +275,11 @@ def test_a_program_may_save_and_end_itself(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_waits_for_its_end_reports_its_exit_status(tmp_path: Path) -> None:
-    image, go = tmp_path / "image", tmp_path / "go"
-    code = f"import os, time\nopen({str(go)!r}, 'w').write(str(os.getpid()))\ntime.sleep(4)\nraise SystemExit(7)"
+    image, go, end = tmp_path / "image", tmp_path / "go", tmp_path / "end"
+    code = (
+        f"import os, time\nopen({str(go)!r}, 'w').write(str(os.getpid()))\n"
+        f"while not os.path.exists({str(end)!r}): time.sleep(0.02)\nraise SystemExit(7)"
+    )
     subprocess.run(
         ["setsid", "--fork", os.path.realpath(sys.executable), "-c", code],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
@@ -287,4 +290,5 @@ def test_a_copy_that_waits_for_its_end_reports_its_exit_status(tmp_path: Path) -
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    end.touch()
     migrator("restart", "-i", image, code=7)

@@ -14,6 +14,7 @@ import pytest
 from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
+from migrator.engine.base import LockKind
 from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, survey
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.codec import Record
@@ -204,6 +205,23 @@ def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) ->
         child.end()
         (copy,) = moved.restore([child])
         assert "FLOCK  ADVISORY  WRITE" in copy.ask("open('/proc/self/fdinfo/0').read()")
+
+
+def test_a_lock_that_a_live_source_has_is_put_off_if_it_is_the_very_file(child: Child, tmp_path: Path) -> None:
+    path = tmp_path / "locked"
+    path.write_text("content")
+    child.run(f"import struct; f = os.open({str(path)!r}, os.O_RDWR); fcntl.flock(f, fcntl.LOCK_EX)")
+    child.run("fcntl.lockf(f, fcntl.LOCK_EX, 10, 5)")
+    context = Surroundings()
+    context.live = True
+    with Moved(child, context=context) as moved:
+        (copy,) = moved.restore([child])
+        found = {(lock.pid, lock.fd, lock.kind, lock.mode, lock.start, lock.length) for lock in moved.late_locks}
+        assert found == {(copy.pid, 0, LockKind.FLOCK, 2, 0, 0), (copy.pid, 0, LockKind.PROCESS, 2, 5, 10)}
+        assert "lock:" not in copy.ask("open('/proc/self/fdinfo/0').read()")
+        os.utime(path, ns=(0, 0))  # it is another file, as far as can be told
+        with pytest.raises(RestartFailed, match="locked by somebody else"):
+            moved.restore([child])
 
 
 def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from pidhosts import HostedWorkload, PidHost, migrate, restore_from_file, save_to_file
 
 from migrator.engine.user.dump.header import clock_offsets
+from migrator.linux import procfs, sys
 
 pytestmark = pytest.mark.root
 
@@ -57,3 +60,31 @@ def test_from_a_file_the_clocks_go_on_from_the_checkpoint(hosts: tuple[PidHost, 
         assert -lag - 10**8 < monotonic < -(10**9) + 10**8
         moving.check_alive_and_progressing()
         moving.finish()
+
+
+def test_an_agent_in_a_time_namespace_of_its_own_tells_the_time_of_the_tasks(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    """Inside of one, the host's clocks and the agent's differ: both sides must mean the same."""
+    with HostedWorkload(hosts[0], "threads", tmp_path) as moving:
+        before = time.monotonic_ns()
+        save_to_file(moving, hosts[0], tmp_path / "image")
+        hosts[1].call("run", enter_older_time)
+        restore_from_file(moving, hosts[1], tmp_path / "image")
+        monotonic, _ = clock_offsets(moving.pid)
+        assert -(10**10) < time.monotonic_ns() + monotonic - before < 10**10
+        moving.check_alive_and_progressing()
+        moving.finish()
+
+
+def enter_older_time() -> None:
+    """Move this process to a time namespace whose clocks are AHEAD seconds older: by a child that holds it."""
+    with subprocess.Popen([*OLDER_HOST, "sleep", "30"]) as child:
+        try:
+            while procfs.status(child.pid)["Name"] != "sleep":
+                time.sleep(0.01)
+            fd = os.open(f"/proc/{child.pid}/ns/time", os.O_RDONLY)
+            sys.libc("setns", fd, 0x80)
+            os.close(fd)
+        finally:
+            child.kill()

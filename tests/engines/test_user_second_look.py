@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def restart(path: Path, *, verify: bool) -> int:
 def forgets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = TaskRestore.finish
 
-    def careless(self: TaskRestore, stub: Stub) -> None:
-        self.tasks[stub.vpid].task.blocked ^= 1 << (signal.SIGUSR2 - 1)
-        finish(self, stub)
-        self.tasks[stub.vpid].task.blocked ^= 1 << (signal.SIGUSR2 - 1)
+    def careless(self: TaskRestore, stubs: Sequence[Stub]) -> None:
+        self.tasks[stubs[0].vpid].task.blocked ^= 1 << (signal.SIGUSR2 - 1)
+        finish(self, stubs)
+        self.tasks[stubs[0].vpid].task.blocked ^= 1 << (signal.SIGUSR2 - 1)
 
     monkeypatch.setattr(TaskRestore, "finish", careless)
 
@@ -45,10 +46,10 @@ def forgets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def spoils_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = TaskRestore.finish
 
-    def careless(self: TaskRestore, stub: Stub) -> None:
-        finish(self, stub)
-        data = next(vma for vma in procfs.maps(stub.pid) if vma.write and not vma.path)
-        stub.mem.write(data.start, b"spoilt")
+    def careless(self: TaskRestore, stubs: Sequence[Stub]) -> None:
+        finish(self, stubs)
+        data = next(vma for vma in procfs.maps(stubs[0].pid) if vma.write and not vma.path)
+        stubs[0].mem.write(data.start, b"spoilt")
 
     monkeypatch.setattr(TaskRestore, "finish", careless)
 

@@ -43,12 +43,12 @@ WAITS = r"""
 #include <linux/futex.h>
 #include "workload.h"
 
-#define LIMIT 1000000000LL
+#define LIMIT 3000000000LL
 
 static int wait_in(int kind)
 {
-	struct timespec limit = { 1, 0 }, left;
-	struct timeval limit_us = { 1, 0 };
+	struct timespec limit = { 3, 0 }, left;
+	struct timeval limit_us = { 3, 0 };
 	int quiet[2], epoll = epoll_create1(0), word = 7;
 	struct pollfd pfd = { .events = POLLIN };
 	struct epoll_event event;
@@ -66,13 +66,13 @@ static int wait_in(int kind)
 	case 2: return -clock_nanosleep(CLOCK_MONOTONIC, 0, &limit, NULL);
 	case 3:
 		clock_gettime(CLOCK_MONOTONIC, &limit);
-		limit.tv_sec++;
+		limit.tv_sec += 3;
 		return -clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &limit, NULL);
-	case 4: return poll(&pfd, 1, 1000);
+	case 4: return poll(&pfd, 1, 3000);
 	case 5: return ppoll(&pfd, 1, &limit, NULL);
 	case 6: return select(quiet[0] + 1, &set, NULL, NULL, &limit_us);
 	case 7: return pselect(quiet[0] + 1, &set, NULL, NULL, &limit, NULL);
-	case 8: return epoll_wait(epoll, &event, 1, 1000);
+	case 8: return epoll_wait(epoll, &event, 1, 3000);
 	case 9: return syscall(SYS_futex, &word, FUTEX_WAIT, 7, &limit) < 0 && errno == ETIMEDOUT ? 0 : -1;
 	}
 	return -2;

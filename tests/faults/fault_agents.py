@@ -17,16 +17,18 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from migrator.engine.base import LateLock
 from migrator.errors import Fate, MigratorError, TransportError
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, JournalHeader, Role
-from migrator.recovery.settle import Settlement, Tools, settle_all
+from migrator.recovery.settle import Settlement, settle_all
 from migrator.runtime import fault_points
 from migrator.session.serve import ask_over, serve
-from migrator.session.settings import DestinationSettings, Prepared
-from migrator.session.source import SourceSession, SourceSettings
-from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
+from migrator.session.settings import DestinationSettings, Prepared, SourceSettings
+from migrator.session.source import SourceSession
+from migrator.testing.fakeengine import FakeDestination, FakeLocks, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_socket
 
@@ -40,25 +42,28 @@ def host(name: str) -> m.HostFacts:
 class Agents:
     """The agents of both hosts. What outlives them is in `path`: journals and the workload."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, locked: bool = False) -> None:
+        """`locked`: the workload has locks on files that both hosts share."""
         self.path = path
+        self.locked = locked
         (path / "world").mkdir(exist_ok=True)
         self.world = FakeWorld(path / "world")
 
     def tools(self, side: str) -> Tools:
-        return Tools(self.world.groups(side))
+        return Tools(self.world.groups(side), FakeLocks(self.world))
 
     def taking(self) -> DestinationSettings:
+        script = Script(late_locks=[LateLock(1, 3, 0, 2, 0, 0, "/srv/db")] if self.locked else [])
         return DestinationSettings(
             host=host("b"),
-            prepare=lambda proposal: Prepared(lambda fd: FakeDestination(self.world, fd, Script()), "fake"),
+            prepare=lambda proposal: Prepared(lambda fd: FakeDestination(self.world, fd, script), "fake"),
             journal=self.path / "b",
             tools=self.tools("destination"),
         )
 
     def migrate(self, *, source_fault: str = "", destination_fault: str = "") -> tuple[int, int]:
         """Migrate with both agents in processes of their own; their exit codes. A fault is `point:action`."""
-        request = json.dumps([str(self.path), source_fault, destination_fault])
+        request = json.dumps([str(self.path), self.locked, source_fault, destination_fault])
         program = nursery()
         assert program.stdin is not None and program.stdout is not None
         program.stdin.write(request + "\n")
@@ -93,15 +98,17 @@ class Agents:
     async def restart_source(self) -> list[Settlement]:
         """A new agent on the source, which can reach the destination."""
 
+        servers = []
+
         async def ask(facts: JournalHeader) -> Recorded:
             ours, theirs = socket.socketpair()
-            server = asyncio.create_task(self._destination(theirs))
+            servers.append(asyncio.create_task(self._destination(theirs)))
             async with await link_socket(ours, "b") as link:
-                answer = await ask_over(link, facts.migration)
-            await server
-            return answer
+                return await ask_over(link, facts.migration)
 
-        return await settle_all(self.path / "a", self.tools("source"), ask)
+        settled = await settle_all(self.path / "a", self.tools("source"), ask)
+        await asyncio.gather(*servers)
+        return settled
 
     async def restart_source_alone(self) -> list[Settlement]:
         """A new agent on the source, which cannot reach the destination."""
@@ -151,8 +158,9 @@ def nursery() -> subprocess.Popen[str]:
 
 def main() -> None:
     for line in sys.stdin:
-        path, source_fault, destination_fault = json.loads(line)
-        print(json.dumps(Agents(Path(path)).run_both(source_fault, destination_fault)), flush=True)
+        path, locked, source_fault, destination_fault = json.loads(line)
+        agents = Agents(Path(path), locked=locked)
+        print(json.dumps(agents.run_both(source_fault, destination_fault)), flush=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def agent(pid: int, journals: Path, number: int, told: int) -> None:
             pids=[(p, procfs.start_time(p)) for p in source.pids],
             cgroup=source.cgroup,
             boot_id=boot_id(),
-            homes=source.homes,
+            origins=source.origins,
         )
         Journal.create(journals, facts)
         source.instrument()

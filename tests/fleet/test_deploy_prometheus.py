@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from migrator.fleet.controller_metrics import ControllerMetrics
 from migrator.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ OTHERS = {"up", "node_filesystem_avail_bytes", "node_filesystem_size_bytes"}
 def exported() -> set[str]:
     """The names of all time series that our programs export."""
     names = set()
-    for family in Metrics().registry.collect():
+    for family in (*Metrics().registry.collect(), *ControllerMetrics().registry.collect()):
         names.add(family.name)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ())
         names.update(family.name + suffix for suffix in suffixes)
@@ -36,7 +37,7 @@ def named(expression: str) -> set[str]:
     plain = re.sub(r"\b(by|without|ignoring|on|group_left|group_right)\s*\(([^)]*)\)", " ", plain)
     plain = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", plain)
     words = re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*(?!\s*\()\b", plain)
-    known = {"or", "and", "unless", "offset", "m", "h", "s", "group_left", "group_right", "bool"}
+    known = {"or", "and", "unless", "offset", "m", "h", "s", "group_left", "group_right", "bool", "vector", "on"}
     return {word for word in words if word not in known and not re.search(rf"\b{re.escape(word)}\s*\(", plain)}
 
 
@@ -77,12 +78,13 @@ def test_prometheus_understands_every_panel(tmp_path: Path) -> None:
 def test_every_metric_that_is_exported_is_on_the_dashboard() -> None:
     shown = set().union(*(named(expression) for _, expression in dashboard_queries()))
     stems = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in shown}
-    assert {family.name for family in Metrics().registry.collect()} <= stems
+    families = (*Metrics().registry.collect(), *ControllerMetrics().registry.collect())
+    assert {family.name for family in families} <= stems
 
 
 def test_the_rules_are_about_metrics_that_exist() -> None:
     queries = ["".join(found) for found in rule_queries()]
-    assert len(queries) == 8
+    assert len(queries) == 11
     for query in queries:
         names = named(query)
         assert names and names <= exported() | OTHERS, query

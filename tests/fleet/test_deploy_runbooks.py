@@ -16,7 +16,7 @@ from migrator.cli.app import make
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
-SITUATIONS = {"aborted.md", "undecided.md", "lost-host.md", "full-disk.md"}
+SITUATIONS = {"aborted.md", "undecided.md", "lost-host.md", "full-disk.md", "no-leader.md"}
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

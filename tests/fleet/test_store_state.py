@@ -15,6 +15,9 @@ from migrator.errors import UsageError
 from migrator.fleet import records as r
 from migrator.fleet.state import FleetState
 from migrator.fleet.store import Conflict, Lock, NotHeld, Store, StoreCorrupt
+from policies import balance, drain_record, plan, windows
+from policies.cost import Cost
+from policies.model import Cluster
 
 Opener = Callable[[], Awaitable[Store]]
 
@@ -41,26 +44,38 @@ async def leader(store: Store, name: str = "leader") -> Lock:
 async def test_every_record_comes_back_as_it_was_put(store: Store) -> None:
     state = await FleetState.open(store)
     lock = await leader(store)
-    planned = r.PlannedMove(workload="w", source="a", destination="b", reason="hot", gain=0.25, bytes=5, risk=0.5)
-    drain = r.Drain(
-        started_at=1.0, deadline=2.0, at_deadline=r.AtDeadline.SAVE, moved=(r.MovedAway(workload="w", destination="b"),)
+    planned = plan.Move(
+        workload="w",
+        source="a",
+        target="b",
+        cause=plan.Cause.BALANCE,
+        reason="hot",
+        gain=0.25,
+        cost=Cost(5.0, 1.0, 0.1, 0.5),
     )
+    made = plan.make(Cluster(time=1.0), [planned], imbalance=0.5, predicted=0.25, notes=["so it is"])
+    begun = drain_record.Record(
+        host="a", began_at=1.0, deadline=2.0, at_deadline=drain_record.AtDeadline.SAVE, moved={"w": "b"},
+        started={"v": drain_record.Started("b", 1.0, 2.0)}, failed={"u": drain_record.Attempt(1, 1.5, "no room")},
+    )  # fmt: skip
+    drain = r.Drain(record=begun, stays={"u": "no room"}, updated_at=2.0)
     finished = r.FinishedMove(move=move_of("w", lock), outcome=r.Outcome.MIGRATED, ended_at=3.0, downtime=0.02)
     for table, record in (
         (state.hosts, HOST),
         (state.alive, r.Alive(host="a", boot_id="x", at=1.5, load=r.Load(cpu=0.5, memory=3, io_pressure=0.25))),
         (state.cordons, r.Cordon(host="a", mode=r.HostMode.DRAINING, since=1.0, drain=drain)),
-        (state.plans, r.Plan(id="p1", made_at=1.0, state=r.PlanState.PROPOSED, seen=7, moves=(planned,))),
+        (state.plans, r.Plan(id=made.id, state=r.PlanState.DONE, plan=made, failed={"w": "refused"}, achieved=0.3)),
         (state.moves, move_of("w", lock)),
         (state.history, finished),
-        (state.schedules, r.SnapshotSchedule(workload="w", every=60.0, directory="/backup", full_every=10)),
-        (state.snapshots, r.Snapshot(id="s1", workload="w", host="a", at=1.0, path="/backup/s1", bytes=9)),
+        (state.schedules, r.SnapshotSchedule(workload="w", every=60.0, keep=3, restart_when_lost=True)),
+        (state.rules, r.Rule(workload="w", affinity=("web",), downtime_budget=0.1, pinned=True)),
     ):
         await table.put("x", record)  # type: ignore[arg-type]
         found = await table.get("x")
         assert found is not None and found.record == record
         assert list(await table.all()) == ["x"]
-    settings = r.Settings(mode=r.Mode.AUTOMATIC, windows=(r.Window(days=frozenset({5, 6}), start=0, end=1440),))
+    weekend = windows.Window(days=frozenset({5, 6}), end=3600.0)
+    settings = r.Settings(mode=r.Mode.AUTOMATIC, balance=balance.Settings(hold=2, windows=(weekend,)))
     assert await state.settings() == r.Settings()
     await state.set_settings(settings)
     assert await state.settings() == settings

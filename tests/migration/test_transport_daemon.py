@@ -33,6 +33,7 @@ class Host:
     daemon: Daemon
     slots: ConnectionSlots
     seen: list[tuple[str, frozenset[str]]] = field(default_factory=list)
+    proved: list[str] = field(default_factory=list)
 
     @property
     def authorized_keys(self) -> Path:
@@ -72,9 +73,11 @@ async def echo(link: Link) -> None:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[Host]:
     seen: list[tuple[str, frozenset[str]]] = []
+    proved: list[str] = []
 
     async def handler(link: Link, peer: str, rights: frozenset[str]) -> None:
         seen.append((peer, rights))
+        proved.append(link.key)
         await echo(link)
 
     ensure_key(tmp_path / "id")
@@ -87,7 +90,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
         handler=handler,
         slots=slots,
     ) as daemon:
-        it = Host(tmp_path, daemon, slots, seen)
+        it = Host(tmp_path, daemon, slots, seen, proved)
         shutil.copy(tmp_path / "id.pub", it.authorized_keys)
         pin(it.known_hosts, "127.0.0.1", daemon.port, ensure_key(tmp_path / "host_key"))
         yield it
@@ -189,6 +192,17 @@ async def test_the_handler_learns_the_rights_of_the_key(host: Host) -> None:
     host.authorized_keys.write_text(f'migrator-rights="observe" {line}')
     await (await host.connect()).close()
     assert host.seen == [("somebody@127.0.0.1", frozenset({"observe"}))]
+
+
+async def test_the_handler_learns_which_key_was_proved(host: Host) -> None:
+    other = ensure_key(host.directory / "other")
+    with host.authorized_keys.open("a") as file:
+        file.write(public_line(other) + "\n")
+    for name in ("id", "other"):
+        async with await host.connect(identity=host.directory / name) as link:
+            await link.send(b"hello")
+            await link.receive(10)
+    assert host.proved == [fingerprint(ensure_key(host.directory / "id")), fingerprint(other)]
 
 
 async def test_a_right_that_does_not_exist_lets_nobody_in(host: Host) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from migrator.errors import UsageError
 from migrator.linux import ptrace
-from migrator.linux.cgroup import PARENT, Cgroup, hierarchies, hierarchy, path_in
+from migrator.linux.cgroup import PARENT, Cgroup, hierarchies, hierarchy, path_in, unique_name
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -267,20 +267,20 @@ def test_a_hold_cgroup_can_stand_below_the_one_a_process_is_in(group: Cgroup, co
 def test_processes_go_back_to_where_they_came_from(group: Cgroup, counter: Counter, tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     second = Counter(tmp_path / "second")
-    homes = [group.path / name for name in ("a", "b")]
-    for home in homes:
-        home.mkdir()
+    origins = [group.path / name for name in ("a", "b")]
+    for origin in origins:
+        origin.mkdir()
     held = Cgroup.create("held", version=group.hierarchy.version, under=group.path)
     try:
         for pid in (counter.pid, second.pid):
             held.attach(pid)
-        held.send_home({counter.pid: str(homes[0]), 1 << 22: str(homes[1])})
+        held.move_back({counter.pid: str(origins[0]), 1 << 22: str(origins[1])})
         assert not held.path.exists()
         for pid in (counter.pid, second.pid):  # the other was born in it, as it were
-            assert str(pid) in (homes[0] / "cgroup.procs").read_text().split()
+            assert str(pid) in (origins[0] / "cgroup.procs").read_text().split()
         held = Cgroup.create("held", version=group.hierarchy.version, under=group.path)
         held.attach(second.pid)
-        held.send_home({second.pid: str(group.path / "gone")})
+        held.move_back({second.pid: str(group.path / "gone")})
         assert held.pids() == [second.pid] and second.runs()
     finally:
         second.close()
@@ -291,3 +291,7 @@ def test_processes_go_back_to_where_they_came_from(group: Cgroup, counter: Count
 def test_the_hierarchy_is_found_by_trying() -> None:
     chosen = hierarchy()
     assert (chosen.mountpoint / PARENT / chosen.state_file).exists()
+
+
+def test_two_trees_of_the_same_pid_do_not_share_a_cgroup() -> None:
+    assert unique_name("migrate", 500) != unique_name("migrate", 500)

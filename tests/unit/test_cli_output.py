@@ -269,6 +269,25 @@ def test_nothing_else_of_the_command_line_writes_to_a_stream() -> None:
             assert called not in forbidden, f"{path.name}:{node.lineno} calls {called}()"  # type: ignore[attr-defined]
 
 
+def test_no_package_prints_by_itself() -> None:
+    root = Path(output.__file__).parents[2]
+    for path in sorted(p for name in ("migrator", "transport", "policies") for p in (root / name).rglob("*.py")):
+        if path.name == "output.py" or "testing" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path}:{node.lineno} prints"
+            if isinstance(node, ast.Attribute) and node.attr == "write" and isinstance(node.value, ast.Attribute):
+                assert node.value.attr not in ("stdout", "stderr"), f"{path}:{node.lineno} writes to a standard stream"
+
+
+def test_libraries_do_not_log_each_message_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    output.log_to_stderr(logging.DEBUG)
+    for library in ("asyncssh", "pyroute2.netlink.nlsocket"):
+        assert not logging.getLogger(library).isEnabledFor(logging.INFO)
+
+
 def test_sizes_and_durations() -> None:
     assert [size(n) for n in (0, 1023, 1024, 1536, 300 << 20, 5 << 40)] == [
         "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "300 MiB", "5.0 TiB",
@@ -284,7 +303,7 @@ def test_of_many_rounds_the_first_are_shown_then_a_few_and_the_last() -> None:
     for number in range(1, 500):
         verdict = "continue" if number < 499 else "give up"
         made = Round(number=number, pages=0, zero_pages=0, bytes=72, start=0, end=10**6, dirty_rate=0.0)
-        display(model.RoundDone("m", made, 0.1, 1.0, verdict, "over the budget"))
+        display(model.RoundDone("m", made, 0.1, 1.0, verdict, "over the max downtime"))
     shown = [int(line.split()[1]) for line in screen.text.splitlines()]
     assert shown[:10] == list(range(1, 11))
     assert shown[-1] == 499

@@ -21,7 +21,7 @@ from migrator.engine.base import (
 from migrator.engine.select import CANDIDATES, Choice, select
 from migrator.errors import CheckpointFailed, Refused, RestartFailed, UsageError
 from migrator.model import MigrationResult, Outcome
-from migrator.recovery.settle import Tools
+from migrator.recovery.hooks import Tools
 from migrator.session.serve import serve
 from migrator.session.settings import DestinationSettings, Prepared
 from migrator.session.source import SourceSession, SourceSettings

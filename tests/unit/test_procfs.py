@@ -32,6 +32,16 @@ def test_mappings_seen_twice_while_they_moved_are_taken_once() -> None:
     assert [(v.start, v.end) for v in procfs.parse_maps(text)] == [(0x1000, 0x5000), (0x9000, 0xA000)]
 
 
+def test_lines_seen_before_are_the_same_values_and_those_gone_are_forgotten() -> None:
+    lines: dict[str, procfs.Vma] = {}
+    first, second, third = procfs.parse_maps(MAPS, lines)
+    other = MAPS.replace("7f0000010000", "7f0000020000")
+    again = procfs.parse_maps(other, lines)
+    assert again[0] is first and again[2] is third
+    assert again[1] != second and again[1].end == 0x7F0000020000
+    assert list(lines.values()) == again == procfs.parse_maps(other)
+
+
 def test_our_own_mappings_hold_this_program() -> None:
     paths = {v.path for v in procfs.maps(os.getpid())}
     assert os.path.realpath(f"/proc/{os.getpid()}/exe") in paths

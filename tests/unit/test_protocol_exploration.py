@@ -4,6 +4,9 @@ The network is a set of messages that were ever sent: each can be delivered at a
 likes, in any order, or never. That covers loss, repetition and lateness, also across connections. Either
 agent can crash between any two actions and start again; tasks that a dead agent had stopped by ptrace run
 on (source) or are gone (destination), tasks held by a cgroup stay frozen.
+
+All of it twice: with a workload that has locks on files which both hosts share (`locked`). Its copy must have
+them before it runs, and can get them once the source copy is dead.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ WORK = {
     SA.COPY: ("converged",),
     SA.SAVE: ("freeze", "committing", "image", "hold", "saved"),
     DA.BUILD: ("build", "built", "hold"),
+    DA.TAKE_LOCKS: ("lock",),
 }
 SENDS = {
     SA.SEND_HELLO: DE.HELLO,
@@ -72,6 +76,7 @@ class Destination:
     journal: Recorded | None = None  # progress
     decision: Recorded | None = None  # the first record of RUNNING or DISCARDED
     copy: str = "none"  # none, stop, held, run
+    locks: bool = False  # the copy has its locks
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class World:
     source: Source = Source()
     destination: Destination = Destination()
     net: frozenset[object] = frozenset()
+    locked: bool = False
 
 
 class Violation(AssertionError):
@@ -154,7 +160,8 @@ def destination_event(world: World, event: DestinationEvent) -> World:
     me = world.destination
     assert me.state is not None and not me.todo
     state, actions = destination_step(me.state, event)
-    goes_on = not actions or event in (DE.BUILT, DE.COMMIT)  # held while READY is answered
+    # Held while READY is answered; locks are taken whatever else is said.
+    goes_on = not actions or event in (DE.BUILT, DE.COMMIT) or state is DS.LOCKING
     return replace(world, destination=replace(me, state=state, todo=actions, work=me.work if goes_on else ()))
 
 
@@ -169,6 +176,8 @@ def destination_act(world: World) -> World:
         if action is DA.SEND_RUNNING and me.decision is not Recorded.RUNNING:
             raise Violation("said RUNNING before it was recorded")
         world = replace(world, net=world.net | {SENDS[action]})
+    elif action is DA.TAKE_LOCKS and me.state is DS.RUNNING:  # settling: without a driver beside it
+        me = replace(me, locks=world.locked)
     elif action in WORK:
         me = replace(me, work=WORK[action])
     elif action is DA.JOURNAL_OPEN:
@@ -178,16 +187,19 @@ def destination_act(world: World) -> World:
     elif action in (DA.DECIDE_RUNNING, DA.DECIDE_DISCARDED):
         mine = Recorded.RUNNING if action is DA.DECIDE_RUNNING else Recorded.DISCARDED
         me = replace(me, decision=me.decision or mine, journal=me.journal or Recorded.OPEN)
-        won = DE.DECIDED_RUNNING if me.decision is Recorded.RUNNING else DE.DECIDED_DISCARDED
+        won = DE.DECIDED_LOCKING if world.locked else DE.DECIDED_RUNNING
+        won = won if me.decision is Recorded.RUNNING else DE.DECIDED_DISCARDED
         me = replace(me, todo=(won, *me.todo))
     elif action is DA.RESUME:
         if me.copy not in ("held", "run"):
             raise Violation(f"resuming a copy that is {me.copy}")
+        if world.locked and not me.locks:
+            raise Violation("resuming a copy that has not got its locks")
         me = replace(me, copy="run")
     elif action is DA.DISCARD:
         if me.copy == "run":
             raise Violation("discarding a copy that runs")
-        me = replace(me, copy="none")
+        me = replace(me, copy="none", locks=False)
     elif action is DA.JOURNAL_RESUMED:
         me = replace(me, journal=Recorded.RESUMED)
     elif action is DA.JOURNAL_CLOSE:
@@ -204,6 +216,8 @@ def destination_work(world: World) -> World:
         me = replace(me, copy="held")
     elif piece == "built":
         return destination_event(replace(world, destination=me), DE.BUILT)
+    elif piece == "lock":
+        return destination_event(replace(world, destination=replace(me, locks=True)), DE.LOCKED)
     return replace(world, destination=me)
 
 
@@ -224,6 +238,14 @@ def destination_crash(me: Destination) -> Destination:
 
 def waits_for_hold(me: Destination) -> bool:
     return bool(me.work) and me.todo[:1] == (DA.DECIDE_RUNNING,) and DRIVER["DECIDE_RUNNING waits for the hold"]
+
+
+def waits_for_locks(world: World) -> bool:
+    """Whether the next thing that the destination does is to take locks, and the source copy has them."""
+    me = world.destination
+    settling = me.todo[:1] == (DA.TAKE_LOCKS,) and me.state is DS.RUNNING
+    locking = not me.todo and me.work == ("lock",)
+    return (settling or locking) and world.locked and world.source.copy != "dead"
 
 
 DRIVER = {"DECIDE_RUNNING waits for the hold": True}
@@ -255,12 +277,15 @@ def successors(world: World) -> Iterator[World]:
         yield replace(world, destination=destination_start(other))
     else:
         yield replace(world, destination=destination_crash(other))
-        if other.work and (other.work[0] != "build" or IMAGE in world.net):
+        waits = waits_for_locks(world)
+        ready = not waits and (other.work[:1] != ("lock",) or not other.todo)
+        if other.work and ready and (other.work[0] != "build" or IMAGE in world.net):
             yield destination_work(world)
         if waits_for_hold(other):  # which may fail
             yield replace(world, destination=replace(other, todo=(DA.DECIDE_DISCARDED, *other.todo[1:]), work=()))
         elif other.todo:
-            yield destination_act(world)
+            if not waits:
+                yield destination_act(world)
         else:
             heard = [e for e in world.net if isinstance(e, DestinationEvent)]
             for event in (*heard, *DESTINATION_SPONTANEOUS):
@@ -281,6 +306,8 @@ def check(world: World) -> None:
     here, there = world.source.copy, world.destination.copy
     if there == "run" and here not in ("held", "dead"):
         raise Violation(f"two copies: the source is {here}")
+    if there == "run" and world.locked and here != "dead":
+        raise Violation(f"the copy runs while the locks are the source's, which is {here}")
     if here == "dead" and there not in ("held", "run"):
         raise Violation("no copy is left")
     if here == "dead" and world.destination.decision is not Recorded.RUNNING:
@@ -288,9 +315,9 @@ def check(world: World) -> None:
 
 
 @cache
-def explore() -> dict[World, World | None]:
+def explore(locked: bool) -> dict[World, World | None]:
     """All reachable worlds, each with the one it was first reached from."""
-    first = World()
+    first = World(locked=locked)
     seen: dict[World, World | None] = {first: None}
     queue = deque([first])
     while queue:
@@ -322,9 +349,22 @@ def finish_source(world: World) -> World:
 
 
 def finish_destination(world: World) -> World:
-    while world.destination.todo:
-        world = destination_work(world) if waits_for_hold(world.destination) else destination_act(world)
+    while not waits_for_locks(world):
+        me = world.destination
+        if waits_for_hold(me) or (not me.todo and me.work == ("lock",)):
+            world = destination_work(world)
+        elif me.todo:
+            world = destination_act(world)
+        else:
+            break
     return world
+
+
+def destination_hears(world: World, event: DestinationEvent) -> World:
+    if world.destination.todo:  # it is being settled and waits for locks; another answers from the journal
+        assert world.destination.decision is Recorded.RUNNING
+        return replace(world, net=world.net | ({SE.RUNNING} if event is DE.ASK else frozenset()))
+    return finish_destination(destination_event(world, event))
 
 
 def quiet(world: World, *, destination_first: bool) -> World:
@@ -341,35 +381,42 @@ def quiet(world: World, *, destination_first: bool) -> World:
                 world = finish_source(source_event(world, SE.LINK_BACK))
                 assert DE.ASK in world.net
         else:
-            world = finish_destination(destination_event(world, DE.LINK_LOST))
+            world = destination_hears(world, DE.LINK_LOST)
     if DE.ASK in world.net:
-        world = finish_destination(destination_event(replace(world, net=frozenset()), DE.ASK))
+        world = destination_hears(replace(world, net=frozenset()), DE.ASK)
         (answer,) = world.net
         assert isinstance(answer, SourceEvent)
-        world = finish_source(source_event(world, answer))
+        world = finish_destination(finish_source(source_event(world, answer)))
     check(world)
     return world
 
 
-def test_at_no_instant_can_two_copies_run_and_none_is_ever_lost() -> None:
-    worlds = explore()
+both = pytest.mark.parametrize("locked", [False, True])
+
+
+@both
+def test_at_no_instant_can_two_copies_run_and_none_is_ever_lost(locked: bool) -> None:
+    worlds = explore(locked)
     assert len(worlds) > 1000
     outcomes = {(w.source.copy, w.destination.copy) for w in worlds}
-    assert ("dead", "run") in outcomes and ("held", "run") in outcomes and ("held", "held") in outcomes
+    assert ("dead", "run") in outcomes and ("held", "held") in outcomes
+    assert (("held", "run") in outcomes) is not locked
     assert ("run", "run") not in outcomes
 
 
+@both
 @pytest.mark.parametrize("destination_first", [True, False])
-def test_from_every_state_exactly_one_copy_runs_once_the_link_is_back(destination_first: bool) -> None:
-    for world in explore():
+def test_from_every_state_exactly_one_copy_runs_once_the_link_is_back(destination_first: bool, locked: bool) -> None:
+    for world in explore(locked):
         end = quiet(world, destination_first=destination_first)
         copies = (end.source.copy, end.destination.copy)
-        assert copies in (("run", "none"), ("dead", "run")), story(explore(), world)
+        assert copies in (("run", "none"), ("dead", "run")), story(explore(locked), world)
 
 
-def test_a_source_whose_peer_is_gone_for_ever_runs_or_is_frozen_with_a_message() -> None:
+@both
+def test_a_source_whose_peer_is_gone_for_ever_runs_or_is_frozen_with_a_message(locked: bool) -> None:
     frozen = 0
-    for world in explore():
+    for world in explore(locked):
         if world.source.state is None:
             world = replace(world, source=source_start(world.source))
         world = finish_source(world)
@@ -382,17 +429,23 @@ def test_a_source_whose_peer_is_gone_for_ever_runs_or_is_frozen_with_a_message()
     assert frozen
 
 
-def test_a_destination_whose_peer_is_gone_for_ever_keeps_nothing_frozen() -> None:
-    for world in explore():
+@both
+def test_a_destination_whose_peer_is_gone_for_ever_keeps_nothing_frozen_but_what_waits_for_locks(locked: bool) -> None:
+    for world in explore(locked):
         if world.destination.state is None:
             world = replace(world, destination=destination_start(world.destination))
         world = finish_destination(world)
-        world = finish_destination(destination_event(world, DE.LINK_LOST))
+        world = destination_hears(world, DE.LINK_LOST)
+        waits = waits_for_locks(world) and world.destination.decision is Recorded.RUNNING
+        assert world.destination.copy == "held" if waits else world.destination.copy in ("none", "run")
+        # Once the source's host is gone, or has said that its copy is, the locks are free.
+        world = finish_destination(replace(world, source=replace(world.source, copy="dead")))
         assert world.destination.copy in ("none", "run")
 
 
-def test_a_copy_that_has_run_is_never_thawed_again_by_a_restart() -> None:
-    for world in explore():
+@both
+def test_a_copy_that_has_run_is_never_thawed_again_by_a_restart(locked: bool) -> None:
+    for world in explore(locked):
         me = world.destination
         if me.state is None and me.journal in (Recorded.RESUMED, Recorded.CLOSED):
             assert DA.RESUME not in destination_start(me).todo
@@ -430,6 +483,21 @@ MISTAKES = {
         SA.SAVE,
         ("freeze", "committing", "image", "saved", "hold"),
     ),
+    "a copy runs before it has its locks": (
+        "DESTINATION",
+        (DS.DECIDING, DE.DECIDED_LOCKING),
+        (DS.RUNNING, (DA.RESUME, DA.SEND_RUNNING, DA.JOURNAL_RESUMED)),
+    ),
+    "a copy that waits for its locks is discarded when the link is lost": (
+        "DESTINATION",
+        (DS.LOCKING, DE.LINK_LOST),
+        (DS.DISCARDED, (DA.DISCARD,)),
+    ),
+    "a copy that is settled runs without its locks": (
+        "DESTINATION_RECOVERY",
+        Recorded.RUNNING,
+        (DS.RUNNING, (DA.RESUME, DA.JOURNAL_RESUMED)),
+    ),
     "RUNNING is recorded before the copy is held": (
         "DRIVER",
         "DECIDE_RUNNING waits for the hold",
@@ -444,5 +512,6 @@ def test_the_exploration_finds_a_mistake(mistake: str, monkeypatch: pytest.Monke
     home = states if table in ("SOURCE", "DESTINATION") else sys.modules[__name__]
     monkeypatch.setitem(getattr(home, table), key, wrong)
     with pytest.raises(AssertionError):
-        for world in explore.__wrapped__():
-            quiet(world, destination_first=True)
+        for locked in (False, True):
+            for world in explore.__wrapped__(locked):
+                assert quiet(world, destination_first=True).destination.copy in ("none", "run")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrator.engine.base import FileFact, Phase, Round, Survey
-from migrator.protocol import facts, trees
+from migrator.protocol import facts, fleet, trees
 from migrator.protocol import messages as m
 from migrator.protocol.wire import FILE_CHUNK
 
@@ -61,8 +61,22 @@ EVERY: list[m.AnyMessage] = [
     m.Progress(facts.Round.of(Round(1, 2, 3, 4, 5, 6, 7.0, 8)), 0.01, 1e9, "freeze", "it fits"),
     m.Clock(1, 2),
     m.Failure("cannot", "try again"),
-    m.Query("containers"),
-    m.Result("[]"),
+    fleet.Observe("f1", 7, "shop", 0.5),
+    fleet.Observed(
+        fleet.HostReport(name="a", boot_id="b", at=1.5, kernel="6.1", engine="user", cpus=2.0, memory=1 << 30),
+        [fleet.WorkloadReport(name="shop", state="running", cpu=0.5, dirty_rate=None)],
+        True,
+    ),
+    fleet.Depart(ID, "shop", "root@10.0.0.2:7022", "f1", 7, max_downtime=0.02),
+    fleet.WatchDeparture(ID),
+    fleet.Departing(ID, "precopy", 5, 0.01),
+    fleet.Departed(ID, "migrated", "running on the destination", downtime=0.01),
+    fleet.Save("shop", "f1", 7, True, 3),
+    fleet.Saved("shop", "shop-1.image", 5),
+    fleet.Images("shop"),
+    fleet.ImageList([fleet.ImageReport(workload="shop", image="shop-1.image", at=1.0)]),
+    fleet.Revive("shop-1.image", "f1", 7),
+    fleet.Revived("shop-1.image", 5),
 ]
 
 

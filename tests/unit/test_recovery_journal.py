@@ -24,9 +24,9 @@ from migrator.recovery.journal import (
     attended,
     decode_lines,
     encode_line,
-    forget_old,
     unattended,
 )
+from migrator.recovery.retention import forget_old
 
 FACTS = JournalHeader(
     migration="web-0001",
@@ -47,15 +47,15 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def test_what_was_recorded_is_there_after_a_restart(journal: Journal) -> None:
     journal.record(Recorded.COMMITTING, reason="final dump under way")
     with Journal.open(journal.path) as again:
-        assert again.facts == FACTS
+        assert again.header == FACTS
         assert again.state is Recorded.COMMITTING
         assert again.reason == "final dump under way"
         assert not again.settled
 
 
 def test_later_facts_replace_earlier_ones(journal: Journal) -> None:
-    journal.record(Recorded.COMMITTING, facts=JournalHeader(migration="web-0001", role=Role.SOURCE, pids=[(8, 9)]))
-    assert Journal.open(journal.path).facts.pids == [(8, 9)]
+    journal.record(Recorded.COMMITTING, header=JournalHeader(migration="web-0001", role=Role.SOURCE, pids=[(8, 9)]))
+    assert Journal.open(journal.path).header.pids == [(8, 9)]
 
 
 def test_the_first_decision_wins_across_two_agents(journal: Journal) -> None:
@@ -89,7 +89,7 @@ def test_a_migration_known_here_cannot_be_begun_again(journal: Journal, tmp_path
 
 
 WHOLE = b"".join(
-    b"\n" + encode_line(JournalRecord(state=state, at=1.0, facts=FACTS if state is Recorded.OPEN else None))
+    b"\n" + encode_line(JournalRecord(state=state, at=1.0, header=FACTS if state is Recorded.OPEN else None))
     for state in (Recorded.OPEN, Recorded.RUNNING, Recorded.CLOSED)
 )
 
@@ -135,7 +135,7 @@ def test_only_journals_without_a_living_owner_are_unattended(tmp_path: Path) -> 
         owner.kill()
     (found,) = unattended(tmp_path)
     with found:
-        assert found.facts.migration == "web-0001"
+        assert found.header.migration == "web-0001"
 
 
 def test_settled_journals_are_left_alone_and_forgotten_after_a_week(journal: Journal, tmp_path: Path) -> None:
@@ -180,3 +180,14 @@ def test_what_a_living_process_attends_to_is_told_from_what_is_open(tmp_path: Pa
     with Journal.create(tmp_path, JournalHeader(migration="m-87654321", role=Role.SOURCE)):
         pass
     assert attended(tmp_path) == []
+
+
+def test_a_journal_is_for_root_alone_whatever_the_umask_is(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Journal.create(tmp_path / "made", FACTS).close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+    (path,) = (tmp_path / "made").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600

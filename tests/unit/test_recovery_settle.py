@@ -12,8 +12,9 @@ from migrator.errors import Fate, TransportError, UsageError
 from migrator.linux import procfs
 from migrator.protocol.messages import Discarded, Running
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
-from migrator.recovery.settle import Settlement, Tools, answer, override, settle_all
+from migrator.recovery.settle import Settlement, answer, override, settle_all
 from migrator.testing.fakeengine import FakeGroup, FakeWorld
 
 ID = "settle-0001"
@@ -33,6 +34,9 @@ class Host:
         self.answer: Recorded | None = None
         self.tools = Tools(self.world.groups(role.value), self)
 
+    def take_locks(self, facts: JournalHeader, seconds: float) -> list[str]:
+        return []
+
     def reopen(self, facts: JournalHeader) -> None:
         self.reopened.append(facts.container)
 
@@ -44,7 +48,7 @@ class Host:
         *states: Recorded,
         boot: str = "",
         pids: list[tuple[int, int]] | None = None,
-        homes: list[tuple[int, str]] | None = None,
+        origins: list[tuple[int, str]] | None = None,
     ) -> None:
         facts = JournalHeader(
             migration=ID,
@@ -54,7 +58,7 @@ class Host:
             container="web",
             boot_id=boot or boot_id(),
             pids=pids or [],
-            homes=homes or [],
+            origins=origins or [],
         )
         with Journal.create(self.path / "journal", facts) as journal:
             for state in states:
@@ -106,8 +110,8 @@ async def test_a_source_that_may_have_committed_asks(source: Host, answer: Recor
 
 async def test_a_subtree_goes_back_to_the_cgroups_it_came_from(source: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, Mapping[int, str]]] = []
-    monkeypatch.setattr(FakeGroup, "send_home", lambda self, homes: sent.append((source.copy, homes)))
-    source.journal(homes=[(7, "/sys/fs/cgroup/a"), (8, "/sys/fs/cgroup/b")])
+    monkeypatch.setattr(FakeGroup, "move_back", lambda self, origins: sent.append((source.copy, origins)))
+    source.journal(origins=[(7, "/sys/fs/cgroup/a"), (8, "/sys/fs/cgroup/b")])
     await source.settle()
     assert sent == [("run", {7: "/sys/fs/cgroup/a", 8: "/sys/fs/cgroup/b"})]
 
@@ -116,7 +120,7 @@ async def test_a_subtree_that_never_came_to_its_cgroup_is_not_missed(
     source: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     source.world.set("source", "none")  # of the cgroup
-    source.journal(pids=[(os.getpid(), procfs.start_time(os.getpid()))], homes=[(os.getpid(), "/sys/fs/cgroup")])
+    source.journal(pids=[(os.getpid(), procfs.start_time(os.getpid()))], origins=[(os.getpid(), "/sys/fs/cgroup")])
     (one,) = await source.settle()
     assert one.fate is Fate.SOURCE
     assert "gone" not in caplog.text

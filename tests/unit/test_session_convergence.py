@@ -1,4 +1,4 @@
-"""The stop rule: within the budget, no longer than it helps, never past the timeout."""
+"""The stop rule: within the max downtime, no longer than it helps, never past the timeout."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_an_engine_that_knows_what_is_left_is_believed() -> None:
 
 
 def test_the_prediction_is_the_sum_of_its_parts() -> None:
-    conditions = Conditions(throughput=4096e3, rtt=0.01, freeze=0.003, restore=0.005)
+    conditions = Conditions(throughput=4096e3, rtt=0.01, standing=0.008)
     assert predicted_downtime(rounds((10, 1), remaining=100), conditions) == pytest.approx(0.003 + 0.1 + 0.005 + 0.015)
 
 
-def test_it_freezes_as_soon_as_it_fits_the_budget() -> None:
-    conditions = Conditions(throughput=400e6, rtt=0.0002, budget=0.020)
+def test_it_freezes_as_soon_as_it_fits_the_max_downtime() -> None:
+    conditions = Conditions(throughput=400e6, rtt=0.0002, max_downtime=0.020)
     history = steady(rate=12_000, throughput=100_000, total=262_144, count=12)
     verdicts = [decide(history[:n], conditions).verdict for n in range(1, 12)]
     first = verdicts.index(NextStep.FREEZE)
@@ -71,7 +71,7 @@ def test_it_freezes_as_soon_as_it_fits_the_budget() -> None:
     assert decide(history[: first + 1], conditions).predicted_downtime <= 0.020
 
 
-def test_without_a_budget_it_goes_on_as_long_as_that_helps() -> None:
+def test_without_a_max_downtime_it_goes_on_as_long_as_that_helps() -> None:
     history = steady(rate=12_000, throughput=100_000, total=262_144, count=20)
     for n in range(1, 20):
         decision = decide(history[:n], LINK)
@@ -88,18 +88,18 @@ def test_a_workload_that_dirties_faster_than_the_link_is_frozen_when_rounds_no_l
     assert "would not leave less" in decide(history[:first], LINK).reason
 
 
-def test_with_a_budget_such_a_workload_is_given_up_at_the_timeout_with_the_reason() -> None:
+def test_with_a_max_downtime_such_a_workload_is_given_up_at_the_timeout_with_the_reason() -> None:
     history = steady(rate=500_000, throughput=100_000, total=262_144, count=6)
-    within = Conditions(throughput=400e6, rtt=0.0, budget=0.01, elapsed=59, timeout=60)
+    within = Conditions(throughput=400e6, rtt=0.0, max_downtime=0.01, elapsed=59, timeout=60)
     assert decide(history, within).verdict is NextStep.CONTINUE
-    late = Conditions(throughput=400e6, rtt=0.0, budget=0.01, elapsed=60, timeout=60)
+    late = Conditions(throughput=400e6, rtt=0.0, max_downtime=0.01, elapsed=60, timeout=60)
     decision = decide(history, late)
     assert decision.verdict is NextStep.GIVE_UP
     assert "2048 MB/s" in decision.reason and "400 MB/s" in decision.reason
 
 
-def test_a_budget_that_no_rounds_can_meet_says_so() -> None:
-    late = Conditions(throughput=400e6, rtt=0.1, budget=0.05, elapsed=60, timeout=60)
+def test_a_max_downtime_that_no_rounds_can_meet_says_so() -> None:
+    late = Conditions(throughput=400e6, rtt=0.1, max_downtime=0.05, elapsed=60, timeout=60)
     assert "round trips alone" in decide(rounds((10, 1), (1, 1)), late).reason
 
 
@@ -116,19 +116,19 @@ def test_the_throughput_is_measured_on_rounds_long_enough_to_tell() -> None:
     sizes=st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e5)), min_size=1, max_size=40),
     throughput=st.floats(0, 1e10),
     rtt=st.floats(0, 2),
-    budget=st.none() | st.floats(0, 10),
+    max_downtime=st.none() | st.floats(0, 10),
     elapsed=st.floats(0, 1000),
 )
-def test_it_always_ends_by_the_timeout_and_keeps_to_the_budget(
-    sizes: list[tuple[int, float]], throughput: float, rtt: float, budget: float | None, elapsed: float
+def test_it_always_ends_by_the_timeout_and_keeps_to_the_max_downtime(
+    sizes: list[tuple[int, float]], throughput: float, rtt: float, max_downtime: float | None, elapsed: float
 ) -> None:
-    conditions = Conditions(throughput=throughput, rtt=rtt, budget=budget, elapsed=elapsed, timeout=500)
+    conditions = Conditions(throughput=throughput, rtt=rtt, max_downtime=max_downtime, elapsed=elapsed, timeout=500)
     decision = decide(rounds(*sizes), conditions)
     assert decision.reason and not math.isnan(decision.predicted_downtime)
     if decision.verdict is NextStep.CONTINUE:
         assert elapsed < 500
-        assert budget is not None or len(sizes) < MAX_ROUNDS
-    if decision.verdict is NextStep.FREEZE and budget is not None:
-        assert decision.predicted_downtime <= budget
+        assert max_downtime is not None or len(sizes) < MAX_ROUNDS
+    if decision.verdict is NextStep.FREEZE and max_downtime is not None:
+        assert decision.predicted_downtime <= max_downtime
     if decision.verdict is NextStep.GIVE_UP:
-        assert budget is not None and elapsed >= 500
+        assert max_downtime is not None and elapsed >= 500

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from migrator import model
-from migrator.engine.base import FileFact
+from migrator.engine.base import FileFact, Work
 from migrator.errors import (
     CheckpointFailed,
     Fate,
     MigrationAborted,
     MigratorError,
+    Overrun,
     Refused,
     RestartFailed,
     TransportError,
@@ -29,14 +30,14 @@ from migrator.model import Outcome
 from migrator.protocol import messages as m
 from migrator.protocol import trees
 from migrator.protocol.states import Recorded
+from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import Journal, Role
-from migrator.recovery.settle import Tools
-from migrator.session import source, workload
+from migrator.session import deadlines, prediction, workload
 from migrator.session.arrival import Arrival
 from migrator.session.destination import DestinationSession
 from migrator.session.serve import serve
-from migrator.session.settings import DestinationSettings, Prepared
-from migrator.session.source import SourceSession, SourceSettings
+from migrator.session.settings import DestinationSettings, Prepared, SourceSettings
+from migrator.session.source import SourceSession
 from migrator.testing.fakeengine import FakeDestination, FakeSource, FakeWorld, Script
 from transport.link import Link
 from transport.wire import link_pair
@@ -205,7 +206,7 @@ async def test_what_another_agent_needs_to_resume_the_copy_is_durable_before_it_
     def resume(self: FakeDestination) -> None:
         journal = hosts.journal(Role.DESTINATION)
         assert journal is not None and journal.state is Recorded.RUNNING
-        found.append((journal.facts.moves, journal.facts.cgroup))
+        found.append((journal.header.moves, journal.header.cgroup))
         self._world.set("destination", "run")
 
     monkeypatch.setattr(FakeDestination, "moves", property(lambda _: moves, lambda *_: None), raising=False)
@@ -336,9 +337,38 @@ async def test_a_destination_that_is_not_ready_in_time_is_given_up(hosts: Hosts)
     assert hosts.world.check() == ("run", "none")
 
 
-async def test_a_budget_that_cannot_be_met_ends_with_the_reason_at_the_timeout(hosts: Hosts) -> None:
+async def test_a_stop_that_gets_too_long_for_the_max_downtime_ends_before_commit(hosts: Hosts) -> None:
+    hosts.destination.slow = {"build": 0.5}
+    with pytest.raises(Overrun, match="over the max downtime of"):
+        await hosts.migrate(max_downtime=0.05, thaw_overrun=True)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+    assert "destination resume" not in " ".join(hosts.world.log)
+    later = prediction.load(hosts.path / "a", "b")
+    assert later.seconds(Work(1, 1)) > prediction.Costs().seconds(Work(1, 1))  # the next time it knows better
+
+
+async def test_what_comes_ready_too_late_is_not_told_to_run(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts.destination.slow = {"build": 0.1}
+    monkeypatch.setattr("migrator.session.deadlines.Deadlines._watch", lambda *_: None)
+    with pytest.raises(Overrun):
+        await hosts.migrate(max_downtime=0.05, thaw_overrun=True)
+    await hosts.quiet()
+    assert hosts.world.check() == ("run", "none")
+
+
+async def test_a_stop_over_the_max_downtime_that_goes_on_says_so(hosts: Hosts) -> None:
+    hosts.destination.slow = {"build": 0.2}
+    result = await hosts.migrate(max_downtime=0.05)
+    await hosts.quiet()
+    assert result.outcome is Outcome.MIGRATED
+    assert any("is over the max downtime of 50.0 ms" in warning for warning in result.warnings)
+    assert result.prediction_error == result.downtime - result.predicted_downtime > 0.1
+
+
+async def test_a_max_downtime_that_cannot_be_met_ends_with_the_reason_at_the_timeout(hosts: Hosts) -> None:
     hosts.source.rounds = [2000]
-    with pytest.raises(MigrationAborted, match="budget"):
+    with pytest.raises(MigrationAborted, match="max downtime"):
         await hosts.migrate(max_downtime=0.0001, timeout=0.3)
     await hosts.quiet()
     assert hosts.world.check() == ("run", "none")
@@ -480,7 +510,7 @@ async def test_a_cold_migration_makes_no_rounds(hosts: Hosts) -> None:
 async def test_a_round_that_never_ends_is_given_up_after_the_timeout(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_ROUND_GRACE", 0.1)
+    monkeypatch.setattr(deadlines, "ROUND_GRACE", 0.1)
     hosts.source.slow = {"round": 1.0}
     with pytest.raises(MigrationAborted, match="in the middle of a round"):
         await hosts.migrate(timeout=0.1)
@@ -494,7 +524,7 @@ async def test_a_destination_that_takes_nothing_is_given_up_before_anything_is_f
     monkeypatch.setattr(workload, "_STALLED", 0.2)
     monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(Link, "in_flight", 4096)
-    monkeypatch.setattr(workload.WorkloadThread, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload.WorkloadThread, "standing", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has taken nothing for"):
         await hosts.migrate()
     await hosts.quiet()
@@ -506,7 +536,7 @@ async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_befor
 ) -> None:
     monkeypatch.setattr(workload, "_STANDING_SECONDS", 0.2)
     monkeypatch.setattr(workload, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(workload.WorkloadThread, "stands", lambda self, number: None)
+    monkeypatch.setattr(workload.WorkloadThread, "standing", lambda self, number: None)
     with pytest.raises(MigrationAborted, match="has not built up round 1"):
         await hosts.migrate()
     await hosts.quiet()
@@ -517,7 +547,7 @@ async def test_a_destination_that_takes_all_and_builds_nothing_is_given_up_befor
 async def test_a_destination_that_is_silent_after_commit_is_asked_over_a_new_link(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(deadlines, "ANSWER_SECONDS", 0.05)
     hosts.destination.slow = {"resume": 0.4}
     assert (await hosts.migrate()).outcome is Outcome.MIGRATED
     await hosts.quiet()

@@ -15,13 +15,12 @@ import pytest
 from migrator.engine.base import Capability, FileFact, Survey
 from migrator.protocol import facts
 from migrator.protocol import messages as m
+from migrator.session.file_facts import collect_files, with_digests
 from migrator.session.preflight import (
-    collect_files,
     collect_host,
     compare,
     file_problem,
     taken,
-    with_digests,
 )
 
 A = m.HostFacts("a", "6.18", "x86_64", "Intel", "Xeon", frozenset({"avx2", "avx512f"}), 2696, "user")
@@ -59,6 +58,15 @@ def test_a_processor_that_lacks_instructions_is_named_with_them() -> None:
 
 def test_another_size_of_the_extended_state_blocks() -> None:
     assert "2696" in only(judge(msgspec.structs.replace(B, xstate_size=832))).problem
+
+
+def test_an_agent_that_would_confine_the_copy_blocks() -> None:
+    every = (1 << 41) - 1
+    assert judge(msgspec.structs.replace(B, cap_bounding=every), cap_bounding=every) == []
+    reason = only(judge(msgspec.structs.replace(B, cap_bounding=every & ~(1 << 16)), cap_bounding=every))
+    assert reason.blocking and "cap_sys_module" in reason.problem
+    reason = only(judge(msgspec.structs.replace(B, confined="no_new_privs")))
+    assert reason.blocking and "no_new_privs" in reason.problem
 
 
 def test_another_architecture_is_all_that_needs_to_be_said() -> None:

@@ -27,6 +27,7 @@ from transport.frame import (
 )
 from transport.inbox import INBOX
 from transport.link import Link
+from transport.stream_sender import BLOCK_SECONDS, LARGEST, SMALLEST
 from transport.wire import link_pair, link_pipes, link_socket
 
 Pair = tuple[Link, Link]
@@ -521,3 +522,34 @@ async def test_stdio_on_something_else_than_pipes_is_explained() -> None:
     _, errors = await child.communicate()
     assert b"are no pipes" in errors
     assert child.returncode == 1
+
+
+async def test_a_stream_is_cut_into_large_blocks_once_the_link_is_known_to_be_fast() -> None:
+    here, there = await link_pair(level=0)
+    sent = os.urandom(16 << 20)
+    reader = Reader()
+    await asyncio.gather(here.pump_in(Writer(sent).read_end), there.pump_out(reader.write_end))
+    assert await reader.all() == sent
+    sender = here._sender
+    assert sender.block_size == max(SMALLEST, min(LARGEST, int(sender.window.estimate * BLOCK_SECONDS)))
+    sender.set_cap(1e6)
+    assert sender.block_size == SMALLEST
+    await here.close()
+    await there.close()
+
+
+async def test_both_counters_are_of_the_stream_and_of_the_wire() -> None:
+    here, there = await link_pair(level=3)
+    sent = b"text " * (1 << 20)
+    reader = Reader()
+    await asyncio.gather(here.pump_in(Writer(sent).read_end), there.pump_out(reader.write_end))
+    await reader.all()
+    assert here.counters.stream_sent == there.counters.stream_received == len(sent)
+    assert here.counters.stream_received == there.counters.stream_sent == 0
+    assert len(sent) / here.compression_ratio <= here.counters.wire_sent < len(sent) / 10
+    assert here.stream_throughput == here.wire_throughput * here.compression_ratio
+    await here.send(b"last")
+    assert await there.receive(20) == b"last"
+    assert 0 <= here.counters.wire_sent - there.counters.wire_received < 100
+    await here.close()
+    await there.close()

@@ -2,13 +2,14 @@
 /*
  * many OUTFILE KIND N: much of one kind of state, and little of anything else.
  *
- * KIND: threads, processes, files, pipes or connections (over loopback, both ends of each held). A part of it is
- * looked at in every turn. Each time in which the program did not run for 2 ms or more is told as "gap FROM TO", in
+ * KIND: threads, processes, files, pipes, connections (over loopback, both ends of each held) or mappings (of one
+ * page each, none that merges with its neighbours). A part of it is looked at in every turn. Each time in which the program did not run for 2 ms or more is told as "gap FROM TO", in
  * ns of CLOCK_MONOTONIC.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -100,6 +101,19 @@ static void connections_build(void)
 	}
 }
 
+static long *pages; /* mappings: 4096 bytes each, every second one can only be read */
+
+static void mappings_build(void)
+{
+	pages = mmap(NULL, n * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK((void *)pages != MAP_FAILED, "%s", strerror(errno));
+	for (long i = 0; i < n; i++) {
+		pages[512 * i] = i + 1;
+		if (i % 2)
+			TRY(mprotect(pages + 512 * i, 4096, PROT_READ));
+	}
+}
+
 static void one_check(const char *kind, long i)
 {
 	unsigned char seen[WAIT];
@@ -109,6 +123,11 @@ static void one_check(const char *kind, long i)
 	case 'p' + 'r':
 		TRY(kill(fds[i], 0));
 		CHECK(waitpid(fds[i], NULL, WNOHANG) == 0, "process %ld has ended", i);
+		break;
+	case 'm' + 'a':
+		CHECK(pages[512 * i] == i + 1, "mapping %ld", i);
+		if (!(i % 2))
+			pages[512 * i + 1]++;
 		break;
 	case 'f' + 'i':
 		TRY(fstat(fds[i], &status));
@@ -131,7 +150,8 @@ int main(int argc, char **argv)
 		      { "processes", processes_build },
 		      { "files", files_build },
 		      { "pipes", pipes_build },
-		      { "connections", connections_build } };
+		      { "connections", connections_build },
+		      { "mappings", mappings_build } };
 	struct rlimit files;
 	const char *kind = argc > 2 ? argv[2] : "threads";
 	int64_t last, last_tick = 0;

@@ -15,6 +15,7 @@ from migrator.engine.base import (
     CheckpointFlags,
     CheckpointHooks,
     DestinationOptions,
+    LateLock,
     Move,
     RestartFlags,
     RestartHooks,
@@ -25,10 +26,11 @@ from migrator.engine.user.descriptors import finish_moves
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.own_tree import OwnTreeSource, holds_us
 from migrator.engine.user.dump.source import UserSource
-from migrator.engine.user.restore import spawn
+from migrator.engine.user.restore import late_locks, spawn
 from migrator.engine.user.restore.destination import UserDestination
 from migrator.linux import cgroup, ptrace, sys
 from migrator.linux import x86_64 as arch
+from migrator.linux.cgroup import Cgroup
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
@@ -72,6 +74,10 @@ class UserEngine:
 
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         finish_moves(root, moves)
+
+    def take_locks(self, cgroup: str, locks: list[LateLock], seconds: float) -> list[LateLock]:
+        with Cgroup.at(cgroup) if cgroup.startswith("/") else Cgroup.open(cgroup) as group:
+            return late_locks.take(group, locks, seconds)
 
     def xstate_size(self) -> int:
         return header.xstate_facts()[1]

@@ -31,6 +31,8 @@ _F_DUPFD = 0
 class Stub(Protocol):
     """A process that is being built, stopped: what is needed of it here."""
 
+    pid: int
+
     @property
     def vpid(self) -> int: ...
     def install_fds(self, items: list[tuple[int, int, bool]]) -> None: ...

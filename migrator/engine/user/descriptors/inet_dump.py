@@ -104,7 +104,7 @@ class InetDump:
             path="",
             device=sockopts.text(sock, sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE),
             congestion=sockopts.text(sock, sockopts.SOL_TCP, sockopts.TCP_CONGESTION) if stream else "",
-            options=self._defaults.changed(sock, connected=state == SocketState.CONNECTED),
+            options=self._defaults.changed(sock, connected=state in (SocketState.CONNECTED, SocketState.PEER_GONE)),
         )
 
     def _tcp_socket(self, item: Description, sock: socket.socket, state: int) -> Socket:

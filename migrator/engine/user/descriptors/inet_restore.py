@@ -58,6 +58,8 @@ class InetRestore:
         self._buffers: list[SocketBuffer] = []
         self._bytes = 0
         self._injector: packet.Injector | None = None
+        self._all_made = False
+        self._shared: dict[tuple[int, bytes], set[int]] = {}  # by protocol and port: flags that sharing it takes
         self._taken: set[int] = set()
 
     def add(self, rec: Socket) -> None:
@@ -69,9 +71,32 @@ class InetRestore:
         self._records[rec.objref] = rec
         if rec.state in (SocketState.CONNECTED, SocketState.CONNECTING) and addresses.is_any(rec.peer):
             raise ImageError(f"socket {rec.objref}: connected to nobody")
-        if rec.type == socket.SOCK_STREAM and rec.state in (SocketState.CONNECTED, SocketState.PEER_GONE):
-            return  # made by tcp(), or settle()
+
+    def _make_all(self) -> None:
+        """Make what is no connection, once all Sockets came: who shares an address with whom is known then."""
+        if self._all_made:
+            return
+        self._all_made = True
+        for rec in self._records.values():
+            for which in (sockopts.SO_REUSEADDR, sockopts.SO_REUSEPORT):
+                if _option(rec, sockopts.SOL_SOCKET, which):
+                    self._shared.setdefault((rec.protocol, rec.local[2:4]), set()).add(which)
+        for rec in self._records.values():
+            if rec.type != socket.SOCK_STREAM or rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE):
+                self._make(rec)
+        for rec in self._records.values():  # while others came, each had what sharing takes
+            for which in self._flags_shared(rec) if rec.objref in self._made else ():
+                option = _option(rec, sockopts.SOL_SOCKET, which)
+                self._made[rec.objref].setsockopt(sockopts.SOL_SOCKET, which, option)
+
+    def _flags_shared(self, rec: Socket) -> set[int]:
+        """The flags that any socket with the port of `rec` has: all had them when they were bound."""
+        return set() if addresses.is_any(rec.local) else self._shared.get((rec.protocol, rec.local[2:4]), set())
+
+    def _make(self, rec: Socket) -> None:
         sock = self._open(rec)
+        for which in self._flags_shared(rec):
+            sock.setsockopt(sockopts.SOL_SOCKET, which, 1)
         with self._named(rec, sock):
             self._bind(rec, sock)
             if rec.type == socket.SOCK_DGRAM and rec.state == SocketState.CONNECTED:
@@ -87,6 +112,7 @@ class InetRestore:
 
     def tcp(self, rec: SocketTcp) -> None:
         """Make a connection of TCP, in repair mode."""
+        self._make_all()
         tcp.check(rec)
         owner = self._records[rec.socket_objref]
         if rec.socket_objref in self._made or owner.state != SocketState.CONNECTED:
@@ -115,6 +141,7 @@ class InetRestore:
         """What needs all sockets to stand: contents, what is still to be sent, and connections to be made.
 
         What is sent here leaves when the network opens, or is sent again by the kernel."""
+        self._make_all()
         ended: dict[int, bytes] = {}
         for rec in self._buffers:
             owner = self._records[rec.socket_objref]

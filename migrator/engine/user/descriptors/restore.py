@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
+from migrator.engine.base import LateLock, LockKind
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks
 from migrator.engine.user.descriptors.epolls import Stub
 from migrator.engine.user.descriptors.pipes import PipeRestore
@@ -35,7 +37,9 @@ class Context(Protocol):
     @property
     def netns(self) -> str | None: ...  # file of the network namespace, None: ours
     def pid_of(self, vpid: int) -> int: ...  # as we see it; 0 if there is none
-    def shm_fd(self, objref: int) -> int: ...  # ours, of a memfd made from a Shm
+    @property
+    def live(self) -> bool: ...  # whether the saved tasks are still there, and go only when the copy is to run
+    def open_shm(self, objref: int, flags: int) -> int: ...  # a memfd or a mapped file, opened anew
 
 
 class DescriptorRestore:
@@ -61,6 +65,7 @@ class DescriptorRestore:
         self._started: list[tuple[int, r.TimerFd]] = []
         self._epolls: list[r.EpollItems] = []
         self._locks: list[r.FileLock] = []
+        self._late_locks: list[LateLock] = []
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
         self._sockets = SocketRestore(context)
         descriptors.allow_many_files()
@@ -123,22 +128,20 @@ class DescriptorRestore:
                 raise ImageError(f"pid {stub.vpid} has no table of descriptors")
         for pipe in self._pipes.values():
             pipe.close()
+        for deleted in self._deleted.values():
+            deleted.settle()
         for rec in self._epolls:
             self._epoll(rec)
         self._owners()
-        for lock in self._locks:
-            if not lock.pid:
-                fd = self._known(self._files, lock.file_objref, "file")
-                locks.take_for_file(fd, lock, self._records[lock.file_objref].path)
-                continue
-            entry = self._installed.get(lock.pid)
-            installed = self.tables[entry[1]].descriptors if entry is not None else []
-            if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
-                raise ImageError(f"a lock of pid {lock.pid} on fd {lock.fd}, which it does not have")
-            locks.take(entry[0], lock, self._records[lock.file_objref].path)
+        self._take_locks()
         self._sockets.settle()
         for fd, timer in self._started:
             anonymous.start_timerfd(fd, timer)
+
+    @property
+    def late_locks(self) -> list[LateLock]:
+        """Locks that the stopped source still has: to be taken once it is gone, ahead of activate()."""
+        return self._late_locks
 
     @property
     def moves(self) -> list[Move]:
@@ -236,10 +239,10 @@ class DescriptorRestore:
             return files.open_path(rec, self._context.root_fd)
         if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
             return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
-        if kind == r.FileKind.DELETED:
+        if kind == r.FileKind.DELETED and inode in self._deleted:
             return self._known(self._deleted, inode, "deleted file").open(rec)
-        if kind == r.FileKind.MEMFD:
-            return descriptors.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
+        if kind in (r.FileKind.MEMFD, r.FileKind.DELETED):
+            return self._context.open_shm(inode, files.lasting(rec.flags))
         if kind == r.FileKind.SOCKET:
             return self._sockets.take(inode)
         if kind == r.FileKind.EPOLL:
@@ -254,7 +257,6 @@ class DescriptorRestore:
         kind = rec.kind
         if kind in (r.FileKind.DELETED, r.FileKind.MEMFD):
             os.lseek(fd, rec.pos, os.SEEK_SET)
-            files.take_lock(fd, rec.lock, f"a file without a name, once {rec.path}")
         elif kind in (r.FileKind.PIPE, r.FileKind.FIFO) or (kind not in BY_PATH and rec.flags & _SETTABLE):
             fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & _SETTABLE)
         if kind == r.FileKind.TIMERFD:
@@ -302,6 +304,45 @@ class DescriptorRestore:
         if number < 0:
             raise ImageError(f"pid {rec.pid} does not have epoll instance {rec.epoll_objref}")
         epolls.restore(stub, number, rec, installed)
+
+    def _take_locks(self) -> None:
+        """Lock what was locked. What a live source still has is put off, if it is that very file."""
+        holders: dict[int, tuple[int, int]] = {}  # objref of a File -> pid and number of one who has it
+        for stub, table in self._installed.values():
+            for item in self.tables[table].descriptors:
+                holders.setdefault(item.file_objref, (stub.pid, item.fd))
+        for objref, (pid, number) in holders.items():
+            rec = self._records[objref]
+            if rec.lock:
+                where = rec.path if rec.kind in BY_PATH else f"a file without a name, once {rec.path}"
+                fd = self._files[objref]
+                with self._or_later(rec, LateLock(pid, number, LockKind.FLOCK, rec.lock, 0, 0, where)):
+                    locks.take_flock(fd, rec.lock, where)
+        for lock in self._locks:
+            rec = self._records[lock.file_objref]
+            span = lock.start, lock.length
+            if not lock.pid:
+                fd = self._known(self._files, lock.file_objref, "file")
+                pid, number = holders.get(lock.file_objref, (0, 0))
+                with self._or_later(rec, LateLock(pid, number, LockKind.DESCRIPTION, lock.kind, *span, rec.path)):
+                    locks.take_for_file(fd, lock, rec.path)
+                continue
+            entry = self._installed.get(lock.pid)
+            installed = self.tables[entry[1]].descriptors if entry is not None else []
+            if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
+                raise ImageError(f"a lock of pid {lock.pid} on fd {lock.fd}, which it does not have")
+            stub = entry[0]
+            with self._or_later(rec, LateLock(stub.pid, lock.fd, LockKind.PROCESS, lock.kind, *span, rec.path)):
+                locks.take(stub, lock, rec.path)
+
+    @contextlib.contextmanager
+    def _or_later(self, rec: r.File, late: LateLock) -> Iterator[None]:
+        try:
+            yield
+        except locks.Locked:
+            if not self._context.live or not late.pid or not locks.is_very_file(self._files[rec.objref], rec):
+                raise
+            self._late_locks.append(late)
 
     def _owners(self) -> None:
         wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}

@@ -107,7 +107,8 @@ class UnixRestore:
 
     def _peer(self, rec: Socket) -> Socket:
         peer = self._records.get(rec.peer_objref)
-        if peer is None or peer.type != rec.type or peer is rec:
+        itself = peer is rec and not (rec.type == socket.SOCK_DGRAM and rec.local)
+        if peer is None or peer.type != rec.type or itself:
             raise ImageError(f"socket {rec.objref}: its peer {rec.peer_objref} is no socket of its type")
         return peer
 

@@ -15,8 +15,10 @@ What the kernel does that one must know:
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from migrator.engine.user.ranges import Span, coarse, intersect, merge, subtract, windows
 from migrator.linux import x86_64 as arch
@@ -42,6 +44,7 @@ _LONG = 256 << 10  # bytes of a written stretch that is looked at before it is r
 _SPANS = 256  # populated spans of a big mapping beyond which they are not worth their scans
 _GAP = 64 << 10  # bytes between two of them that are not worth it either
 _WINDOW = 128 << 20  # bytes of a big mapping that are swept at a time
+_start, _end = attrgetter("start"), attrgetter("end")
 
 
 def is_special(vma: Vma) -> bool:
@@ -258,8 +261,10 @@ class WpAsyncTracker:
 
         Registers up to the neighbours. A mapping that has grown since it was listed would otherwise be cut
         in two, which the program would notice: mremap(2) refuses to work on two mappings."""
-        start = max([v.end for v in vmas if v.end <= vma.start], default=vma.start)
-        end = min([v.start for v in vmas if v.start >= vma.end], default=vma.end)
+        before = bisect_right(vmas, vma.start, key=_end) - 1
+        behind = bisect_left(vmas, vma.end, key=_start)
+        start = vmas[before].end if before >= 0 else vma.start
+        end = vmas[behind].start if behind < len(vmas) else vma.end
         end = min(end, arch.USER_END)  # above the last mapping there may be only [vsyscall], which is the kernel's
         try:
             self._protection.register(start, end)

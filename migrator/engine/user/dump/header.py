@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ from migrator.linux import x86_64 as arch
 def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
     uname = os.uname()
     numbers = [int(n) for n in re.findall(r"\d+", uname.release)[:3]] + [0, 0, 0]
-    monotonic, boottime = clock_offsets(pid)
+    theirs, ours = clock_offsets(pid), clock_offsets(os.getpid())
     writer.write(
         Header(
             magic=MAGIC,
@@ -29,8 +30,8 @@ def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
             page_shift=12,
             uflags=1 if options.subtree else 0,
             time=time.time_ns(),
-            monotonic=time.monotonic_ns() + monotonic,
-            boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + boottime,
+            monotonic=time.monotonic_ns() + theirs[0] - ours[0],
+            boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + theirs[1] - ours[1],
             sysname=uname.sysname,
             nodename=uname.nodename,
             release=uname.release,
@@ -46,9 +47,9 @@ def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
 
 
 def clock_offsets(pid: int) -> tuple[int, int]:
-    """(monotonic, boottime): ns that the time namespace of a task adds to the host's clocks."""
+    """(monotonic, boottime): ns that the time namespace of a task adds to the clocks of the initial one."""
     offsets = {"monotonic": 0, "boottime": 0}
-    if os.readlink(f"/proc/{pid}/ns/time") != os.readlink("/proc/self/ns/time"):
+    with contextlib.suppress(FileNotFoundError):  # a kernel without time namespaces
         for line in procfs.read_text(f"/proc/{pid}/timens_offsets").split("\n"):
             fields = line.split()
             if len(fields) == 3 and fields[0] in offsets:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.dump.shm import SharedMemory, is_shm, shm_obstacle
 from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.linux import elf, procfs
 from migrator.linux.procfs import Vma
@@ -35,6 +38,7 @@ _FLAGS = {
     "dp": VmaFlag.DROPPABLE,
 }
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
+_Key = tuple[int, int, str]  # start, end, path
 _UNCARRIED = {
     "io": "device memory",
     "pf": "raw page frames",
@@ -51,21 +55,19 @@ class Objrefs(Protocol):
     def get(self, key: object) -> tuple[int, bool]: ...
 
 
-def obstacle(vma: Vma, flags: frozenset[str]) -> str:
-    """Why a mapping cannot be carried, or ""."""
+def obstacle(pid: int, vma: Vma, flags: frozenset[str], devices: Collection[int] = ()) -> str:
+    """Why a mapping cannot be carried, or "". `devices`: of tmpfs mounts of the container's own."""
     if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & _UNCARRIED.keys()):
         return ""
     for flag, reason in _UNCARRIED.items():
         if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
             return reason
-    if vma.path.startswith("[anon:") or is_shm(vma) or vma.path in _KINDS:
+    if vma.path.startswith("[anon:") or vma.path in _KINDS:
         return ""
-    if vma.path.startswith("/SYSV"):
-        return "System V shared memory"
+    if is_shm(vma, devices):
+        return shm_obstacle(pid, vma, devices)
     if not vma.path.startswith("/"):
         return f"a mapping of {vma.path}"
-    if vma.path.endswith(" (deleted)"):
-        return f"a mapping of the deleted file {vma.path.removesuffix(' (deleted)')}"
     if vma.path.startswith("/dev/") and not vma.path.startswith("/dev/shm/"):
         return f"a mapping of the device {vma.path}"
     return ""
@@ -80,8 +82,9 @@ class LayoutDump:
         self._shared = shared
         self._mms: dict[int, Mm] = {}
         self._vmas: dict[int, list[Vma]] = {}
-        self._flags: dict[int, dict[tuple[int, int, str], int]] = {}
+        self._flags: dict[int, dict[_Key, int]] = {}
         self._items: dict[int, list[VmaItem]] = {}
+        self._made: dict[int, dict[int, tuple[Vma, int, VmaItem]]] = {}  # by start: what an item was made from
         self._files: dict[str, int] = {}
 
     def brk_of(self, objref: int) -> int:
@@ -91,6 +94,10 @@ class LayoutDump:
 
     def knows(self, objref: int) -> bool:
         return objref in self._flags
+
+    def written(self, objref: int) -> bool:
+        """Whether an address space and its mappings are in the stream."""
+        return objref in self._items
 
     def write(
         self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
@@ -110,11 +117,18 @@ class LayoutDump:
         else:
             mm = self._mm(pid, vpid, objref, brk or brk_from_maps(vmas))
         flags = self._flags_of(pid, objref, vmas, refresh_flags)
-        items = []
+        made = self._made.get(objref, {})
+        now: dict[int, tuple[Vma, int, VmaItem]] = {}
         for vma in vmas:
             if vma.path == "[vsyscall]":
                 continue
-            items.append(self._item(pid, vma, flags.get((vma.start, vma.end, vma.path), 0)))
+            bits = flags.get((vma.start, vma.end, vma.path), 0)
+            item = made.get(vma.start)
+            if item is None or item[0] is not vma or item[1] != bits or is_shm(vma):
+                item = vma, bits, self._item(pid, vma, bits)
+            now[vma.start] = item
+        self._made[objref] = now
+        items = [item for _, _, item in now.values()]
         self._vmas[objref] = vmas
         if mm != known:
             self._mms[objref] = mm
@@ -132,19 +146,15 @@ class LayoutDump:
         self._vmas.pop(objref, None)
         self._flags.pop(objref, None)
         self._items.pop(objref, None)
+        self._made.pop(objref, None)
 
-    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[tuple[int, int, str], int]:
+    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[_Key, int]:
         before = self._flags.get(objref)
         if before is not None and not refresh:
-            for vma in vmas:  # a grown, split or merged mapping keeps the flags of what it was
-                key = (vma.start, vma.end, vma.path)
-                if key not in before:
-                    near = [f for (s, e, p), f in before.items() if p == vma.path and s < vma.end and vma.start < e]
-                    if not near:
-                        break
-                    before[key] = near[0]
-            else:
-                return before
+            fresh = _inherited(before, vmas)
+            if fresh is not None:
+                self._flags[objref] = fresh
+                return fresh
         raw = procfs.vm_flags(pid)
         fresh = {}
         for vma in vmas:
@@ -167,11 +177,11 @@ class LayoutDump:
         offset = 0
         if kind == VmaKind.STACK:
             flags |= VmaFlag.GROWSDOWN
-        if is_shm(vma):
+        if self._shared.is_shm(vma):
             kind = VmaKind.SHM
-            objref, _ = self._objrefs.get(("shm", *device_key(vma)))
-            self._shared.describe(self._shared.of_mapping(pid, vma, objref), self._writer)
-            offset = vma.offset
+            item = self._shared.of_mapping(pid, vma)
+            self._shared.describe(item, self._writer)
+            objref, offset = item.objref, vma.offset
         elif vma.path.startswith("/"):
             kind = VmaKind.FILE
             objref = self.mapped_file(pid, vma.path, f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
@@ -194,9 +204,16 @@ class LayoutDump:
             self._writer.write(MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id))
         return known
 
+    def _program(self, pid: int) -> int:
+        path = os.readlink(f"/proc/{pid}/exe")
+        shared = self._shared.of_program(pid, path)
+        if shared is None:
+            return self.mapped_file(pid, path, f"/proc/{pid}/exe")
+        self._shared.describe(shared, self._writer)
+        return shared.objref
+
     def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:
         stat = procfs.stat(pid)
-        path = os.readlink(f"/proc/{pid}/exe")
         with open(f"/proc/{pid}/auxv", "rb") as file:
             auxv = file.read()
         return Mm(
@@ -213,7 +230,7 @@ class LayoutDump:
             arg_end=int(stat[49]),
             env_start=int(stat[50]),
             env_end=int(stat[51]),
-            exe_objref=self.mapped_file(pid, path, f"/proc/{pid}/exe"),
+            exe_objref=self._program(pid),
             pid=vpid,
             auxv=auxv,
         )
@@ -228,6 +245,8 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
             continue
         while i < len(old) and old[i].end <= item.start:
             i += 1
+        if i < len(old) and old[i] is item:
+            continue
         j = i
         while j < len(old) and old[j].start < item.end:
             if _backing(old[j]) != _backing(item):
@@ -240,6 +259,30 @@ def _backing(item: VmaItem) -> tuple[int, ...]:
     # must not call equal what migrator.engine.user.restore.mappings takes for different
     kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
     return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & ~_PROT
+
+
+def _inherited(before: dict[_Key, int], vmas: list[Vma]) -> dict[_Key, int] | None:
+    """The flags of `vmas`: a grown, split or merged mapping keeps those of what it was. None if one is of no other."""
+    fresh = {}
+    old: list[tuple[_Key, int]] = []
+    ends: list[int] = []
+    for vma in vmas:
+        key = (vma.start, vma.end, vma.path)
+        flags = before.get(key)
+        if flags is None:
+            if not old:
+                old = sorted(before.items())
+                ends = [end for (_, end, _), _ in old]
+            for (start, _, path), known in islice(old, bisect_right(ends, vma.start), None):
+                if start >= vma.end:
+                    return None
+                if path == vma.path:
+                    flags = known
+                    break
+            else:
+                return None
+        fresh[key] = flags
+    return fresh
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

@@ -52,10 +52,10 @@ class OwnTreeSource(UserSource):
         super()._adopt()
         # We stay where we were: whoever freezes or ends the tree by its cgroup must not mean us.
         for pid in procfs.descendants(os.getpid()):
-            home = self._came_from.get(pid)
-            if home:
+            origin = self._came_from.get(pid)
+            if origin:
                 try:
-                    with open(f"{home}/cgroup.procs", "w") as procs:
+                    with open(f"{origin}/cgroup.procs", "w") as procs:
                         procs.write(str(pid))
                 except OSError:
                     if pid == os.getpid():

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from migrator.image.records import PosixTimer
-from migrator.linux import memory, ptrace
+from migrator.linux import memory
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Remote, pack_calls, way_of_return
+from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, way_of_return
+from migrator.linux.threads import Run, run_all, set_all
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
 
@@ -32,11 +34,10 @@ _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _RLIMITS = 16
-_SIGURG = int(signal.SIGURG)  # ends a batch
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
-_THREAD_CALLS = 5
-_SLACK = 3  # which of them returns the timer slack
+_THREAD_CALLS = 6
+_SLACK, _SECUREBITS = 3, 5  # which of them return the timer slack and the secure bits
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -69,6 +70,7 @@ class ThreadReply:
     pdeathsig: int
     timerslack: int
     comm: str
+    securebits: int
 
 
 @dataclass(slots=True)
@@ -84,7 +86,6 @@ class ProcessReply:
     limits: bytes
     itimers: list[tuple[int, int]]
     brk: int
-    securebits: int
     dumpable: int
     thp_disabled: int
     subreaper: int
@@ -96,7 +97,7 @@ class Parasite:
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._calls = 0  # of the process's table
-        self._prepared = False
+        self._prepared = self._running = False
 
     def prepare(self) -> None:
         """Write the tables. The process may run."""
@@ -108,7 +109,6 @@ class Parasite:
             *((_NR["prlimit64"], 0, which, 0, out + _LIMITS + 16 * which) for which in range(_RLIMITS)),
             (_NR["prctl"], _PR_GET_CHILD_SUBREAPER, out + _SUBREAPER, 0, 0, 0),
             (_NR["brk"], 0),
-            (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
         ]
@@ -124,19 +124,39 @@ class Parasite:
         """Ask through the leader, which is stopped with `regs` and `mask`; it is as before afterwards.
 
         Also reads value, interval and overrun of `timers` into them."""
+        with self.begun(regs, mask, xstate):
+            return self.reply(timers)
+
+    @contextmanager
+    def begun(self, regs: arch.Regs, mask: int, xstate: bytes = b"") -> Iterator[None]:
+        """process() in two halves: inside the block reply() is to be called; other processes can begin meanwhile."""
         if not self._prepared:
             self.prepare()
+        with self._remote.borrowed(regs=regs, mask=mask, xstate=xstate):
+            self._remote.start(self._calls)
+            self._running = True
+            try:
+                yield
+            finally:
+                if self._running:  # another failed: nothing can be put back before it has stopped
+                    with suppress(OSError):
+                        self._finish()
+
+    def _finish(self) -> None:
+        self._running = False
+        self._remote.finish()
+
+    def reply(self, timers: Sequence[PosixTimer] = ()) -> ProcessReply:
+        """What a process said; see process()."""
         remote = self._remote
-        with remote.borrowed(regs=regs, mask=mask, xstate=xstate):
-            remote.start(self._calls)
-            remote.finish()
-            size = remote.data - remote.table + _PROCESS_OUT
-            raw = memory.read(remote.pid, remote.table, size)
-            if timers:
-                self._timers(timers)
+        self._finish()
+        size = remote.data - remote.table + _PROCESS_OUT
+        raw = memory.read(remote.pid, remote.table, size)
+        if timers:
+            self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
-        brk, securebits, dumpable, thp = results[-4:]
+        brk, dumpable, thp = results[-3:]
         (subreaper,) = struct.unpack_from("<i", raw, at + _SUBREAPER)
         itimers = []
         for which in range(3):
@@ -147,12 +167,11 @@ class Parasite:
             hole = (n - 1) * SIGACTION_SIZE
             actions = actions[:hole] + bytes(SIGACTION_SIZE) + actions[hole:]
         return ProcessReply(
-            _thread_reply(raw, at, results[_SLACK]),
+            _thread_reply(raw, at, results[_SLACK], results[_SECUREBITS]),
             actions,
             raw[at + _LIMITS : at + _SUBREAPER],
             itimers,
             brk,
-            securebits,
             dumpable,
             thp,
             subreaper,
@@ -198,25 +217,21 @@ class Parasite:
             blob += bytes(-len(blob) & 63)
         memory.write(pid, first, bytes(blob))
         per_thread = _THREAD_CALLS * arch.BATCH_ENTRY
-        for i, thread in enumerate(group):
-            assert thread.regs is not None
-            # registers first: they lead back by themselves, whenever we die
-            table = out + _TABLES + i * per_thread
-            arch.start_batch(thread.tid, thread.regs, remote.scratch, table, _THREAD_CALLS, _SIGURG, contexts[i])
-            ptrace.set_sigmask(thread.tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
-            ptrace.cont(thread.tid)
-        for thread in group:
-            while ptrace.stop_event(ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                ptrace.cont(thread.tid)
+        tables = range(out + _TABLES, out + _TABLES + len(group) * per_thread, per_thread)
+        regs = [thread.regs for thread in group if thread.regs is not None]
+        runs = [
+            Run(thread.tid, own, remote.scratch, table, _THREAD_CALLS, context)
+            for thread, own, table, context in zip(group, regs, tables, contexts, strict=True)
+        ]
+        for tid, status in run_all(runs, ending=free_signal([thread.tid for thread in group])).items():
+            raise RemoteError(3, f"stopped with {status:#x} while it was asked", f"tid {tid}")
         raw = memory.read(pid, out + _THREADS, _TABLES - _THREADS + len(group) * per_thread)
         replies = []
-        for i, thread in enumerate(group):
-            assert thread.regs is not None
-            ptrace.set_sigmask(thread.tid, thread.mask)
-            arch.set_regs(thread.tid, thread.regs)
-            slack_at = _TABLES - _THREADS + i * per_thread + _SLACK * arch.BATCH_ENTRY + 56
-            (slack,) = struct.unpack_from("<q", raw, slack_at)
-            replies.append(_thread_reply(raw, i * _THREAD_OUT, slack))
+        set_all([thread.tid for thread in group], regs, [thread.mask for thread in group])
+        for i in range(len(group)):
+            at = _TABLES - _THREADS + i * per_thread
+            results = struct.unpack_from(f"<{8 * _THREAD_CALLS}q", raw, at)[7::8]
+            replies.append(_thread_reply(raw, i * _THREAD_OUT, results[_SLACK], results[_SECUREBITS]))
         return replies
 
 
@@ -227,10 +242,11 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_GET_PDEATHSIG, out + 32, 0, 0, 0),
         (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
         (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
     ]
 
 
-def _thread_reply(raw: bytes, at: int, slack: int) -> ThreadReply:
+def _thread_reply(raw: bytes, at: int, slack: int, securebits: int) -> ThreadReply:
     sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
     comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm)
+    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm, securebits)

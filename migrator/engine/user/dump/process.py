@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from migrator.engine.user.dump.parasite import Parasite
+from migrator.engine.user.dump.parasite import Parasite, ProcessReply
+from migrator.image.records import PosixTimer
 from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
+
+_AT_ONCE = 32  # processes that are asked at the same time: more than processors, and few to wait for if one fails
 
 
 @dataclass(slots=True)
@@ -46,6 +51,7 @@ class Process:
     mm_objref: int = 0
     executed: int = 0  # how often it was seen to have become another program
     maps: str = ""  # as read last
+    lines: dict[str, procfs.Vma] = field(default_factory=dict)  # of it
     vmas: list[procfs.Vma] = field(default_factory=list)
 
     @property
@@ -60,6 +66,22 @@ class Process:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def ask_all(processes: Sequence[Process], timers: Mapping[int, Sequence[PosixTimer]]) -> dict[int, ProcessReply]:
+    """What the parasites of stopped processes say, by pid: all of a group work at the same time."""
+    replies = {}
+    for first in range(0, len(processes), _AT_ONCE):
+        group = processes[first : first + _AT_ONCE]
+        with ExitStack() as stack:
+            for process in group:
+                leader, parasite = process.leader, process.parasite
+                assert parasite is not None and leader.regs is not None
+                stack.enter_context(parasite.begun(leader.regs, leader.mask, leader.xstate))
+            for process in group:
+                assert process.parasite is not None
+                replies[process.pid] = process.parasite.reply(timers[process.pid])
+    return replies
 
 
 def vtid_of(process: Process, tid: int) -> int:

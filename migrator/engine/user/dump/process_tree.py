@@ -16,6 +16,7 @@ from migrator.engine.user.dump.tracing import PATIENCE, bring_to_stop, go_on, in
 from migrator.errors import CheckpointFailed
 from migrator.linux import procfs, ptrace
 from migrator.linux import x86_64 as arch
+from migrator.linux.threads import detach_all, get_all
 
 LEADERLESS = "such a process is not carried yet"
 _STUCK = 0.002  # seconds after which the others run again for one that may wait for them
@@ -126,16 +127,16 @@ class ProcessTree:
                 raise CheckpointFailed(
                     f"the main thread of pid {process.pid} has ended while others run", hint=LEADERLESS
                 )
-            for thread in process.threads.values():
-                thread.rseq = ptrace.rseq_configuration(thread.tid)
-                regs = arch.get_regs(thread.tid)
-                thread.adjusted = without_spurious_eintr(regs)
-                thread.adjusted |= out_of_critical_section(process.pid, thread.rseq.pointer, regs)
-                thread.regs = regs
-                thread.xstate = arch.get_xstate(thread.tid)
-                thread.mask = ptrace.get_sigmask(thread.tid)
+        self._read_threads()
         self._forget_reaped()
         self.check_root()
+
+    def _read_threads(self) -> None:
+        stopped = [(process.pid, thread) for process in self.living for thread in process.threads.values()]
+        for (pid, thread), state in zip(stopped, get_all([thread.tid for _, thread in stopped]), strict=True):
+            thread.regs, thread.xstate, thread.mask, thread.rseq = state
+            thread.adjusted = without_spurious_eintr(thread.regs)
+            thread.adjusted |= out_of_critical_section(pid, thread.rseq.pointer, thread.regs)
 
     def _forget_reaped(self) -> None:
         """Of the zombies only those stay whose parent is here, and stopped: nobody reaps them any more."""
@@ -194,17 +195,18 @@ class ProcessTree:
 
     def detach(self) -> None:
         """Let every task go on exactly where it was."""
+        threads = [thread for process in self.living for thread in process.threads.values()]
+        for thread in threads:
+            try:
+                if thread.regs is None:  # seized, and not stopped for good
+                    bring_to_stop(thread.tid)
+                    ptrace.detach(thread.tid)  # at once: it runs
+                elif thread.adjusted:
+                    arch.set_regs(thread.tid, thread.regs)
+            except OSError:
+                pass  # it was killed meanwhile: nothing to let go
+        detach_all([thread.tid for thread in threads if thread.regs is not None])  # or was killed
         for process in self.living:
-            for thread in list(process.threads.values()):
-                try:
-                    if thread.regs is None:  # seized, and not stopped for good
-                        bring_to_stop(thread.tid)
-                    elif thread.adjusted:
-                        arch.set_regs(thread.tid, thread.regs)
-                    ptrace.detach(thread.tid)
-                except OSError:
-                    pass  # it was killed meanwhile: nothing to let go
-                thread.regs = None
             process.threads.clear()
         self.stopped = False
 

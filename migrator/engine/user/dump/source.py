@@ -19,17 +19,20 @@ from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Tra
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.memory import MemoryDump
-from migrator.engine.user.dump.process import Process
+from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
+from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
 from migrator.linux import procfs
-from migrator.linux.cgroup import Cgroup, directory_of, remove_empty
+from migrator.linux.cgroup import Cgroup, directory_of, remove_empty, unique_name
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
@@ -43,17 +46,26 @@ class UserSource:
     def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
         self.pid = pid
         self.options = options
-        self._writer = RecordWriter(fd)
+        self._writer = RecordWriter(fd, checksums=options.checksums)
         self._objhash = ObjHash()
         self._cgroup: Cgroup | None = None
         self._came_from: dict[int, str] = {}
         self._own_cgroup = True
+        self._name = options.cgroup_name or unique_name("migrate", pid)
         if options.container_cgroup:
             self._cgroup = Cgroup.at(options.container_cgroup)
             self._own_cgroup = False
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
-        self._memory = MemoryDump(self._writer, self._objhash, self._restart_blocks, lambda: self.tree.processes)
+        self._sysv = SysvDump(pid) if options.container else None
+        self._memory = MemoryDump(
+            self._writer,
+            self._objhash,
+            self._restart_blocks,
+            lambda: self.tree.processes,
+            OwnTmpfs(pid, options.tmpfs),
+            self._sysv,
+        )
         self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
         self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
@@ -77,22 +89,18 @@ class UserSource:
     @property
     def cgroup(self) -> str:
         """Its path; before instrument() has made it, its name."""
-        return str(self._cgroup.path) if self._cgroup is not None else self._cgroup_name
+        return str(self._cgroup.path) if self._cgroup is not None else self._name
 
     @property
-    def homes(self) -> list[tuple[int, str]]:
+    def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
         if not self._own_cgroup or self._cgroup is not None:
             return list(self._came_from.items())
-        homes = []
+        origins = []
         for pid in self.tree.processes:
             with contextlib.suppress(OSError, LookupError):
-                homes.append((pid, directory_of(pid)))
-        return homes
-
-    @property
-    def _cgroup_name(self) -> str:
-        return self.options.cgroup_name or f"migrate-{self.pid}"
+                origins.append((pid, directory_of(pid)))
+        return origins
 
     def __enter__(self) -> Self:
         return self
@@ -111,13 +119,13 @@ class UserSource:
     def survey(self) -> Survey:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
-        survey, reasons = survey_tree(self.tree, self.options)
+        survey, reasons = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
         for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
             if not reasons:
                 break
             time.sleep(0.015)
             self.tree.refresh()
-            survey, again = survey_tree(self.tree, self.options)
+            survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
             reasons = [reason for reason in reasons if reason in again]
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
@@ -178,6 +186,7 @@ class UserSource:
             start,
             end,
             rate,
+            work=count_work(self.tree.living),
         )
         self._rounds.append(made)
         return made
@@ -251,12 +260,12 @@ class UserSource:
             for process in living:
                 self._memory.send(process, final=True)
         with self._phase("parasite"):
-            replies, others, timers = {}, {}, {}
+            others = {}
+            timers = {process.pid: list_timers(process) for process in living}
+            replies = ask_all(living, timers)
             for process in living:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
-                assert parasite is not None and leader.regs is not None
-                timers[pid] = list_timers(process)
-                replies[pid] = parasite.process(leader.regs, leader.mask, timers[pid], leader.xstate)
+                assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
@@ -264,13 +273,16 @@ class UserSource:
             silence()
         with self._phase("descriptors"):
             self._descriptors = DescriptorDump(
-                self._owners(), self._objhash, self._writer, still=self._still, predumped=self._predumped
+                self._owners(),
+                self._objhash,
+                self._writer,
+                still=self._still,
+                predumped=self._predumped,
+                shared=self._memory.shared.objects,
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
-                key = (memfd.dev, memfd.ino)
-                objref, _ = self._objhash.get(("shm", *key))
-                self._memory.shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+                self._memory.shared.of_descriptor((memfd.dev, memfd.ino), memfd.fd, memfd.name, memfd.seals)
             self._memory.shared.send(self._writer, self._memory.sender, final=True)
             tables = self._descriptors.write()
         with self._phase("tasks"):
@@ -345,7 +357,7 @@ class UserSource:
                 self.tree.detach()
         self._memory.instruments.remove_running(self.tree.living)
         self._close()
-        self._send_home()
+        self._move_back()
 
     # ------------------------------------------------------------------ inside
 
@@ -363,7 +375,7 @@ class UserSource:
 
     def _adopt(self) -> None:
         """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
-        self._cgroup = Cgroup.create(self._cgroup_name)
+        self._cgroup = Cgroup.create(self._name)
         while True:
             new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
             if not new:
@@ -380,9 +392,9 @@ class UserSource:
                         ) from error
                     self._came_from.setdefault(pid, "")
 
-    def _send_home(self) -> None:
+    def _move_back(self) -> None:
         if self._own_cgroup and self._cgroup is not None:
-            self._cgroup.send_home(self._came_from)
+            self._cgroup.move_back(self._came_from)
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
@@ -409,8 +421,8 @@ class UserSource:
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
         new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
-        if not new or parasite is None:
-            return
+        if not new or parasite is None or not self._memory.layout.written(process.mm_objref):
+            return  # what was mapped when it was looked at was not any more: the next round has it
         table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
         with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None
@@ -455,7 +467,9 @@ class UserSource:
 def _await_end(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         if pidfd >= 0:
-            select.select([pidfd], [], [], 5.0)
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(5000)
 
 
 @contextmanager

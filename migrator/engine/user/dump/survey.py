@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator, Mapping
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header
-from migrator.engine.user.dump.mappings import obstacle
+from migrator.engine.user.dump import header, survey_tasks, work
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
+from migrator.engine.user.dump.sysv import SYSV, SysvDump, parts_obstacle
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.image.records import TaskFlag, TaskPids, Tree
-from migrator.linux import elf, procfs, sys
-
-_NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time")
-_SHARED_KINDS = {
-    sys.KCMP_VM: "its address space (vfork in progress?)",
-    sys.KCMP_FS: "its working directory (CLONE_FS)",
-    sys.KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)",
-}
-
-_SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
+from migrator.linux import elf, procfs
 
 
 def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
@@ -63,20 +56,28 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
         return []
 
 
-def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]]:
+def survey(
+    tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs, sysv: SysvDump | None
+) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
-    reasons: list[str] = []
+    reasons = list(survey_tasks.of_tree(tree, container=bool(options.container)))
+    reasons += tmpfs.obstacles()
+    if sysv is not None:
+        reasons += sysv.obstacles(p.pid for p in tree.living)
+    segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
     files: dict[str, FileFact] = {}
-    threads = rss = 0
+    threads = rss = cap_bounding = 0
     for process in tree.living:
         try:
             state = procfs.status(process.pid)
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
-            name = state["Name"]
-            reasons += _obstacles(tree, process, state, name)
-            _mapped_files(process, files)
-            _open_files(process, files)
+            cap_bounding |= int(state["CapBnd"], 16)
+            reasons += survey_tasks.of_process(tree, process, state, tmpfs.devices)
+            who = f"pid {process.pid} ({state['Name']})"
+            reasons += [f"{who}: {text}" for text in _ipc_obstacles(process.pid, segments)]
+            _mapped_files(process, files, tmpfs.devices)
+            _open_files(process, files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
@@ -95,64 +96,40 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
         tcp_connections=0,
         wanted_pids=wanted,
         notes=list(descriptors.notes(owners)),
+        cap_bounding=cap_bounding,
+        work=work.count(tree.living),
     )
     return found, reasons
 
 
-def _obstacles(tree: ProcessTree, process: Process, state: dict[str, str], name: str) -> list[str]:
-    pid = process.pid
-    who = f"pid {pid} ({name})"
-    out = []
-    if state["State"][0] == "Z":
-        if int(state["Threads"]) > 1:
-            return [f"{who}: its main thread has ended while others run, which is not carried yet"]
-        return []
-    if state.get("TracerPid", "0") != "0":
-        out.append(f"{who} is traced by pid {state['TracerPid']}: detach the debugger first")
-    if state.get("Seccomp", "0") != "0":
-        out.append(f"{who} runs under seccomp, whose filters cannot be carried")
-    for kind in _NAMESPACES:
-        link = f"/proc/{pid}/ns/{kind}"
-        if os.readlink(link) != os.readlink(f"/proc/{tree.root}/ns/{kind}"):
-            out.append(f"{who} is in another {kind} namespace than the root task {tree.root}")
-    with open(f"/proc/{pid}/exe", "rb") as file:
-        if file.read(5)[4:5] != b"\x02":
-            out.append(f"{who} is a 32-bit program, which is not carried yet")
-    parent = tree.processes.get(int(state["PPid"]))
-    if parent is not None and not parent.zombie:
-        for resource, what in _SHARED_KINDS.items():
-            if sys.same(pid, parent.pid, resource):
-                out.append(f"{who} shares {what} with its parent {parent.pid}")
-    for tid in procfs.tids(pid)[1:]:
-        for resource, what in _SHARED_BY_THREADS.items():
-            if not sys.same(pid, tid, resource):
-                out.append(f"{who}: its thread {tid} has {what} of its own (unshare(2)), which is not carried")
-    flags = procfs.vm_flags(pid)
-    for vma in procfs.maps(pid):
-        reason = obstacle(vma, flags.get(vma.start, frozenset()))
-        if reason:
-            out.append(f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried")
-        if vma.start < 0x400000 and vma.path != "[vsyscall]":
-            out.append(f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)")
-    return out
+def _ipc_obstacles(pid: int, segments: Mapping[int, int]) -> Iterator[str]:
+    text = procfs.read_text(f"/proc/{pid}/maps")
+    if SYSV not in text:
+        return
+    vmas = procfs.parse_maps(text)
+    for vma in vmas:
+        if vma.path.startswith(SYSV) and vma.inode not in segments:
+            yield f"mapping {vma.start:#x} is System V shared memory of the host, which cannot be carried"
+    if reason := parts_obstacle(vmas, segments):
+        yield f"{reason}, which cannot be carried"
 
 
-def _mapped_files(process: Process, files: dict[str, FileFact]) -> None:
+def _mapped_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for vma in procfs.maps(process.pid):
-        if vma.path.startswith("/") and not is_shm(vma) and not vma.path.endswith(" (deleted)"):
+        if vma.path.startswith("/") and not is_shm(vma, devices):
             writable = vma.shared and vma.write
             link = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
             _note(files, vma.path, link, writable)
 
 
-def _open_files(process: Process, files: dict[str, FileFact]) -> None:
+def _open_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for fd in os.listdir(f"/proc/{process.pid}/fd"):
         link = f"/proc/{process.pid}/fd/{fd}"
         try:
             path = os.readlink(link)
             if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:")):
                 continue
-            if path.endswith(" (deleted)"):
+            if path.endswith(" (deleted)") or os.stat(link).st_dev in devices:
                 continue
             flags = int(procfs.read_text(f"/proc/{process.pid}/fdinfo/{fd}").split("flags:")[1].split()[0], 8)
             _note(files, path, link, bool(flags & 3))

@@ -56,6 +56,7 @@ class Static:
     affinity: bytes
     personality: int
     cred: Credentials | None  # None for a leader, whose status is read when it is stopped
+    no_new_privs: bool
 
 
 @dataclass(slots=True)
@@ -66,8 +67,6 @@ class Shared:
     fs: int
     sighand: int
     signal: int
-    cred: int  # of the leader
-    securebits: int
     bits: int
 
 
@@ -106,7 +105,7 @@ class TaskDump:
         """Write what is known of tasks that run on: `threads` with the reply of each."""
         shared = self._shared(process, state, reply, [], files_objref)
         for thread, thread_reply in threads:
-            self._task(process, thread, thread_reply, shared)
+            self._task(process, state, thread, thread_reply, shared)
 
     def write(
         self,
@@ -120,7 +119,7 @@ class TaskDump:
         """Write a stopped process with all its threads; `threads` in the order of Process.threads."""
         shared = self._shared(process, state, reply, timers, files_objref)
         for thread, thread_reply in zip(process.threads.values(), threads, strict=True):
-            self._task(process, thread, thread_reply, shared)
+            self._task(process, state, thread, thread_reply, shared)
             self._stopped(process, thread)
         pending = ptrace.peek_siginfo(process.pid, shared=True)
         if pending:
@@ -156,13 +155,11 @@ class TaskDump:
             itimers = [Itimer(value, interval) for value, interval in reply.itimers]
             self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
         bits = (
-            (TaskBits.NO_NEW_PRIVS if state.get("NoNewPrivs") == "1" else 0)
-            | (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
+            (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
             | (TaskBits.THP_DISABLED if reply.thp_disabled == 1 else 0)
             | (TaskBits.NOT_DUMPABLE if reply.dumpable != 1 else 0)
         )
-        cred, fs = self._cred(_credentials(state), reply.securebits), self._fs(process, state)
-        return Shared(files_objref, fs, sighand, signal, cred, reply.securebits, int(bits))
+        return Shared(files_objref, self._fs(process, state), sighand, signal, int(bits))
 
     def _cred(self, credentials: Credentials, securebits: int) -> int:
         objref, first = self._objrefs.get(("cred", credentials, securebits))
@@ -192,10 +189,14 @@ class TaskDump:
         self._put(("fs", objref), Fs(objref, int(state.get("Umask", "0022"), 8), cwd, root))
         return objref
 
-    def _task(self, process: Process, thread: Thread, reply: ThreadReply, shared: Shared) -> None:
+    def _task(
+        self, process: Process, state: dict[str, str], thread: Thread, reply: ThreadReply, shared: Shared
+    ) -> None:
         tid = thread.tid
         static = self._static.get(tid) or _read_static(process.pid, tid)
-        cred = shared.cred if static.cred is None else self._cred(static.cred, shared.securebits)
+        # of a leader the status was read when it was stopped
+        cred = self._cred(_credentials(state) if static.cred is None else static.cred, reply.securebits)
+        no_new_privs = _no_new_privs(state) if static.cred is None else static.no_new_privs
         rseq = thread.rseq or ptrace.NO_RSEQ
         robust, robust_len = sys.get_robust_list(tid)
         self._put(
@@ -220,7 +221,7 @@ class TaskDump:
                 rseq_len=rseq.length if rseq.pointer else 0,
                 rseq_sig=rseq.signature if rseq.pointer else 0,
                 altstack_flags=reply.altstack[1],
-                flags=shared.bits,
+                flags=shared.bits | (TaskBits.NO_NEW_PRIVS if no_new_privs else 0),
                 clear_child_tid=reply.tid_address,
                 robust_list=robust,
                 robust_len=robust_len,
@@ -250,6 +251,7 @@ def _read_static(pid: int, tid: int) -> Static:
     fields = procfs.stat(pid, tid)
     cpus = os.sched_getaffinity(tid)
     mask = sum(1 << cpu for cpu in cpus)
+    state = procfs.status(pid, tid) if tid != pid else None
     return Static(
         policy=os.sched_getscheduler(tid),
         priority=os.sched_getparam(tid).sched_priority,
@@ -257,12 +259,17 @@ def _read_static(pid: int, tid: int) -> Static:
         ioprio=sys.ioprio_get(tid),
         affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
         personality=int(procfs.read_text(f"/proc/{pid}/task/{tid}/personality"), 16),
-        cred=_credentials(procfs.status(pid, tid)) if tid != pid else None,
+        cred=_credentials(state) if state is not None else None,
+        no_new_privs=state is not None and _no_new_privs(state),
     )
 
 
 def _credentials(state: dict[str, str]) -> Credentials:
     return tuple(state[key] for key in _CREDENTIALS)
+
+
+def _no_new_privs(state: dict[str, str]) -> bool:
+    return state.get("NoNewPrivs") == "1"
 
 
 def list_timers(process: Process) -> list[PosixTimer]:

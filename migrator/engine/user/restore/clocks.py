@@ -7,6 +7,8 @@ make up for it (time_namespaces(7)). The offsets must be there before the first 
 - From a file, the clocks go on from where they stood when the tasks were stopped.
 - From a pipe or a socket the tasks may still run on the source, so the clocks are those of the source now:
   by the wall clocks of both hosts, which have to agree as well as these clocks are wanted to.
+
+No clock ever goes back: what is behind when the tasks are complete is waited for, or the restart is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from migrator.image.codec import HEADER
 from migrator.image.records import Header, RoundMark
 from migrator.linux.namespaces import CLONE_NEWTIME, unshare
 
-TOLERANCE = 50_000_000  # ns by which the clocks may differ without a namespace
+AHEAD = 50_000_000  # ns by which the clocks may be ahead without a namespace
+BEHIND = 1_000_000  # likewise, behind: less than the tasks are stopped for, or waited for
+MOST_WAIT = 100_000_000  # ns
 
 T = TypeVar("T")
 
@@ -44,11 +48,11 @@ def offsets(header: Header, reader: RecordReader) -> Offsets | None:
     if not header.monotonic:
         return None
     stopped = time_of_stop(reader)
-    passed = (stopped or time.time_ns()) - header.time
+    passed = max(0, (stopped or time.time_ns()) - header.time)
     ours = clock_offsets(os.getpid())
     monotonic = header.monotonic + passed - time.monotonic_ns()
     boottime = header.boottime + passed - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    if abs(monotonic) <= TOLERANCE and abs(boottime) <= TOLERANCE:
+    if -AHEAD <= monotonic <= BEHIND and -AHEAD <= boottime <= BEHIND:
         return None
     return Offsets(monotonic + ours[0], boottime + ours[1])
 
@@ -56,13 +60,26 @@ def offsets(header: Header, reader: RecordReader) -> Offsets | None:
 def since_stop(header: Header, stopped: int, given: Offsets | None) -> int:
     """ns that passed on the tree's own clock since it was stopped at `stopped` of the source's wall clock.
 
-    `given`: its offsets here. A wait that ends at a time of that clock ends that much sooner."""
+    `given`: its offsets here. A wait that ends at a time of that clock ends that much sooner. Less than 0 where
+    the clock is behind."""
     if not header.monotonic or not stopped:
         return 0
     now = time.monotonic_ns()
     if given is not None:
         now += given.monotonic - clock_offsets(os.getpid())[0]
-    return max(0, now - (header.monotonic + stopped - header.time))
+    return now - (header.monotonic + stopped - header.time)
+
+
+def catch_up(header: Header, stopped: int, given: Offsets | None) -> None:
+    """Return when the tree's clock is not behind of where it was stopped. Raises RestartFailed if it is far behind."""
+    behind = -since_stop(header, stopped, given)
+    if behind > MOST_WAIT:
+        raise RestartFailed(
+            f"the clock of the tasks would go back by {behind / 1e9:.3f} s: the wall clocks of the hosts differ",
+            hint="synchronise them (NTP) and try again",
+        )
+    if behind > 0:
+        time.sleep(behind / 1e9)
 
 
 def time_of_stop(reader: RecordReader) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
-from migrator.engine.base import DestinationOptions, Move, Phase, Sandbox
+from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
@@ -39,21 +40,25 @@ from migrator.image.records import (
     Pages,
     RoundFlag,
     RoundMark,
-    Shm,
     TaskState,
     Trailer,
     Tree,
     VmaFlag,
     Vmas,
 )
-from migrator.linux import ptrace, urgency
+from migrator.linux import urgency
 from migrator.linux import x86_64 as arch
-from migrator.linux.cgroup import Cgroup
+from migrator.linux.batch import raise_first
+from migrator.linux.cgroup import Cgroup, unique_name
+from migrator.linux.threads import detach_all
+
+log = logging.getLogger("migrator.engine")
 
 _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
+_LOCKED = int(VmaFlag.LOCKED)
 _SHOWN_DIFFERENCES = 12
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
@@ -79,7 +84,8 @@ class UserDestination:
         self._shared = SharedObjects()
         self._backing = Backing(self._shared)
         self._clocks: clocks.Offsets | None = None
-        self._stopped_at = 0  # ns of the source's wall clock, where the tasks' own clocks have run on since
+        self._marked_at = 0  # ns of the source's wall clock: when the tasks were stopped
+        self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._phases: list[Phase] = []
@@ -103,6 +109,10 @@ class UserDestination:
         return self._descriptors.moves if self._descriptors is not None else []
 
     @property
+    def late_locks(self) -> list[LateLock]:
+        return self._descriptors.late_locks if self._descriptors is not None else []
+
+    @property
     def root_pid(self) -> int:
         return self._stub_tree.root.pid if self._stub_tree is not None and self._stub_tree.root is not None else 0
 
@@ -116,8 +126,14 @@ class UserDestination:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._held and not self._done:
+        if self._held or self._done:
+            return
+        try:
             self.discard()
+        except Exception as error:
+            if value is None:
+                raise
+            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     # ------------------------------------------------------------------ life
 
@@ -139,25 +155,32 @@ class UserDestination:
                 self._take(rec)
             self._complete()
         except OSError as error:
-            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
+            raise _failed(error) from error
         return self.root_pid
 
     def hold(self) -> None:
         """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
-        are if this program dies."""
+        are if this program dies. Raises RestartFailed, and the copy can only be discarded then."""
+        try:
+            self._hold()
+        except OSError as error:
+            raise _failed(error) from error
+
+    def _hold(self) -> None:
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
-            self._tasks.passed = clocks.since_stop(self._header, self._stopped_at, self._clocks)
-            for stub in self._stub_tree.stubs.values():
-                self._tasks.finish(stub)
+            clocks.catch_up(self._header, self._marked_at, self._clocks)
+            passed = clocks.since_stop(self._header, self._marked_at, self._clocks) if self._live else 0
+            self._tasks.passed = max(0, passed)
+            stubs = list(self._stub_tree.stubs.values())
+            self._tasks.finish(stubs)
         if self._saved is not None:
             with self._phase("second look"):
                 self._verify(self._saved)
         with self._phase("hold"):
             self._cgroup.freeze(wait=False)
-            for stub in self._stub_tree.stubs.values():
-                for thread in stub.threads.values():
-                    ptrace.detach(thread.tid)
+            tids = [thread.tid for stub in stubs for thread in stub.threads.values()]
+            raise_first(detach_all(tids), "ptrace detach", [f"tid {tid}" for tid in tids])
             for pid in self._stopped_groups():
                 os.kill(pid, signal.SIGSTOP)  # waits in the frozen, and with it none runs when thawed, by whomever
             self._held = True
@@ -166,7 +189,9 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied = look_again(
+            self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts, contained=self._container is not None
+        )
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
@@ -206,17 +231,18 @@ class UserDestination:
         if self._done:
             return
         self._done = True
-        if self._descriptors is not None:
-            self._descriptors.close()
-        if self._stub_tree is not None:
-            if self._cgroup is not None and self._held:
-                self._cgroup.kill()
-            self._stub_tree.kill()
-        if self._sandbox is not None:
-            self._sandbox.remove()
-        elif self._cgroup is not None:
-            self._cgroup.remove()
-        self._close()
+        with ExitStack() as stack:  # each of these, whatever becomes of the others; the last one first
+            stack.callback(self._close)
+            if self._sandbox is not None:
+                stack.callback(self._sandbox.remove)
+            elif self._cgroup is not None:
+                stack.callback(self._cgroup.remove)
+            if self._stub_tree is not None:
+                stack.callback(self._stub_tree.kill)
+                if self._cgroup is not None and self._held:
+                    stack.callback(self._cgroup.kill)
+            if self._descriptors is not None:
+                stack.callback(self._descriptors.close)
 
     # ------------------------------------------------------------------ records
 
@@ -234,8 +260,6 @@ class UserDestination:
                 self._take_mm(rec)
             case Tree():
                 self._take_tree(rec)
-            case Shm():
-                self._shared.take(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
             case Name():
@@ -252,20 +276,19 @@ class UserDestination:
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
-                if not self._tasks.record(rec):
+                if not self._shared.record(rec) and not self._tasks.record(rec):
                     assert self._descriptors is not None
                     self._descriptors.record(rec)
 
     def _mark(self, mark: RoundMark) -> None:
         assert self._descriptors is not None
-        self._descriptors.final = mark.flags == RoundFlag.LAST
+        self._descriptors.final = self._shared.sysv.final = mark.flags == RoundFlag.LAST
         if mark.flags == RoundFlag.END:
             self._prepare()
             self.on_round(mark.number)
         elif mark.flags == RoundFlag.LAST:  # the tasks are stopped: every millisecond from here on is felt
             gc.disable()
-            if not stat.S_ISREG(os.fstat(self._reader.fd).st_mode):
-                self._stopped_at = mark.time
+            self._marked_at = mark.time
             assert self._stub_tree is not None
             for stub in self._stub_tree.stubs.values():
                 urgency.raise_tasks(t.tid for t in stub.threads.values())
@@ -279,6 +302,7 @@ class UserDestination:
             if state is not None and self._descriptors is not None:
                 self._descriptors.install_early(stub, state.task.files_objref)
             self._tasks.prepare(stub)
+            stub.remote.find_instruction()
 
     @staticmethod
     def _check_processor(saved: HeaderX86) -> None:
@@ -320,7 +344,7 @@ class UserDestination:
                 self._cgroup = self._sandbox.cgroup
                 root.checked([(_UNSHARE, spawn.CLONE_NEWCGROUP)], "unshare of the cgroup namespace")
             else:
-                self._cgroup = Cgroup.create(self.options.cgroup_name or f"restart-{root.pid}")
+                self._cgroup = Cgroup.create(self.options.cgroup_name or unique_name("restart", root.pid))
                 self._cgroup.attach(root.pid)
             if self._arch is not None and header.vdso_digest(root.pid) != self._arch.vdso_digest:
                 raise RestartFailed(
@@ -330,6 +354,8 @@ class UserDestination:
             self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
+            self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
+            self._shared.sysv.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -344,8 +370,9 @@ class UserDestination:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
-            self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+            self._spaces[mm.objref] = AddressSpace(stub, self._backing, self._names.__getitem__)
+            if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -357,6 +384,8 @@ class UserDestination:
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
+        with self._phase("shared memory"):
+            self._shared.settle()
         with self._phase("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
             for stub in stubs:
@@ -366,18 +395,20 @@ class UserDestination:
         with self._phase("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
-                self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
                 self._lock_memory(stub, mm)
-                self._tasks.apply(stub)
-                self._tasks.pending(stub)
+            self._tasks.apply(stubs)
+            for stub in stubs:
                 self._tasks.timers(stub)
-                self._tasks.check(stub)
+            self._tasks.check(stubs)
+            for stub in stubs:
+                self._tasks.pending(stub)
 
     def _lock_memory(self, stub: Stub, mm: Mm) -> None:
         calls = [
             (arch.NR["mlock"], item.start, item.end - item.start)
             for item in self._spaces[mm.objref].items
-            if item.flags & VmaFlag.LOCKED
+            if item.flags & _LOCKED
         ]
         stub.checked(calls, "locking memory")
 
@@ -409,6 +440,10 @@ class UserDestination:
             self._phases.append(Phase(name, start, time.monotonic_ns()))
 
 
+def _failed(error: OSError) -> RestartFailed:
+    return RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})")
+
+
 class _Context:
     """What the restoring of descriptors needs of us."""
 
@@ -426,5 +461,9 @@ class _Context:
         stub = stub_tree.stubs.get(vpid)
         return stub.pid if stub is not None else 0
 
-    def shm_fd(self, objref: int) -> int:
-        return self._owner._shared.fd(objref)
+    @property
+    def live(self) -> bool:
+        return self._owner.options.live
+
+    def open_shm(self, objref: int, flags: int) -> int:
+        return self._owner._shared.reopen(objref, flags)

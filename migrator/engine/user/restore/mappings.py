@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from migrator.engine.user.ranges import merge
 from migrator.engine.user.restore.stub import Stub
@@ -30,6 +32,7 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
+_SHM_REMAP = 0o40000
 _ADVICE = {
     VmaFlag.DONTFORK: 10,
     VmaFlag.DONTDUMP: 16,
@@ -44,7 +47,18 @@ _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: 
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE
 
-OpenBacking = Callable[[VmaItem], int]  # a descriptor of ours for the file or shared memory behind a mapping
+
+class Behind(Protocol):
+    """What there is behind mappings."""
+
+    def open_backing(self, item: VmaItem) -> int: ...  # a descriptor of ours for the file or shared memory
+    def segment_of(self, item: VmaItem) -> int: ...  # the number of the System V segment that it is, or -1
+
+
+def _access(item: VmaItem) -> tuple[int, int]:
+    """What decides how the file behind a mapping is opened."""
+    shared = item.flags & VmaFlag.SHARED
+    return item.objref, shared | (item.flags & VmaFlag.WRITE if shared else 0)
 
 
 @dataclass(slots=True)
@@ -66,10 +80,10 @@ class Piece:
 class AddressSpace:
     """The memory of one stub."""
 
-    def __init__(self, stub: Stub, open_backing: OpenBacking, name_of: Callable[[int], str]) -> None:
+    def __init__(self, stub: Stub, behind: Behind, name_of: Callable[[int], str]) -> None:
         self.stub = stub
         self.mm: Mm | None = None
-        self._open = open_backing
+        self._behind = behind
         self._name_of = name_of
         self._pieces: list[Piece] = []
         self._items: list[VmaItem] = []
@@ -88,9 +102,8 @@ class AddressSpace:
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
         holes: list[tuple[int, int, VmaItem]] = []
-        pieces: list[Piece] = []
+        keep: list[tuple[int, int]] = []
         same = {(p.start, p.end): p for p in self._pieces}
-        old = []  # what is there and not exactly what is wanted
         changed = []
         for item in wanted:
             piece = same.get((item.start, item.end))
@@ -98,11 +111,14 @@ class AddressSpace:
                 del same[item.start, item.end]
             else:
                 changed.append(item)
-        old = sorted(same.values(), key=lambda p: p.start)
+        old = sorted(same.values(), key=lambda p: p.start)  # what is there and not exactly what is wanted
+        ends = [piece.end for piece in old]
         for item in changed:
             new = Piece(item.start, item.end, item)
             at = item.start
-            for piece in _overlapping(old, item.start, item.end):
+            for piece in itertools.islice(old, bisect.bisect_right(ends, item.start), None):
+                if piece.start >= item.end:
+                    break
                 if piece.backing() != new.backing():
                     continue
                 start, end = max(piece.start, item.start), min(piece.end, item.end)
@@ -110,11 +126,11 @@ class AddressSpace:
                     holes.append((at, start, item))
                 if piece.item.flags & _PROT != item.flags & _PROT:
                     calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
+                keep.append((start, end))
                 at = end
             if at < item.end:
                 holes.append((at, item.end, item))
-            pieces.append(new)
-        calls = self._unmaps(old, pieces, holes) + calls
+        calls = self._unmaps(old, keep) + calls
         self.stub.checked(calls, "changing the address space")
         if holes:
             self._map(holes)
@@ -129,18 +145,9 @@ class AddressSpace:
         self._pieces, self._items, self._writable = [], [], []
 
     @staticmethod
-    def _unmaps(old: list[Piece], new: list[Piece], holes: list[tuple[int, int, VmaItem]]) -> list[Call]:
+    def _unmaps(old: list[Piece], keep: list[tuple[int, int]]) -> list[Call]:
+        """What of `old` is not in `keep`; both sorted."""
         calls: list[Call] = []
-        keep = []
-        for piece in new:
-            at = piece.start
-            for start, end, item in holes:
-                if item is piece.item:
-                    if start > at:
-                        keep.append((at, start))
-                    at = end
-            if at < piece.end:
-                keep.append((at, piece.end))
         i = 0
         for piece in old:
             at = piece.start
@@ -158,13 +165,13 @@ class AddressSpace:
 
     def _map(self, holes: Sequence[tuple[int, int, VmaItem]]) -> None:
         fds: list[int] = []
-        numbers: dict[tuple[int, bool], int] = {}
+        numbers: dict[tuple[int, int], int] = {}
         try:
             for _, _, item in holes:
-                key = (item.objref, bool(item.flags & VmaFlag.SHARED and item.flags & VmaFlag.WRITE))
-                if item.objref and key not in numbers:
+                key = _access(item)
+                if item.objref and key not in numbers and self._behind.segment_of(item) < 0:
                     numbers[key] = len(fds)
-                    fds.append(self._open(item))
+                    fds.append(self._behind.open_backing(item))
             inside = self.stub.receive(fds) if fds else []
         finally:
             for fd in fds:
@@ -182,8 +189,12 @@ class AddressSpace:
             if item.flags & VmaFlag.DROPPABLE:
                 flags = flags & ~_MAP_PRIVATE | _MAP_DROPPABLE
             prot = item.flags & _PROT
-            if item.objref:
-                key = (item.objref, bool(item.flags & VmaFlag.SHARED and item.flags & VmaFlag.WRITE))
+            if item.objref and (segment := self._behind.segment_of(item)) >= 0:
+                if start == item.start - item.offset:  # which brings the rest of it as well
+                    calls.append((NR["shmat"], segment, start, _SHM_REMAP))
+                calls.append((NR["mprotect"], start, end - start, prot))
+            elif item.objref:
+                key = _access(item)
                 offset = item.offset + start - item.start
                 calls.append((NR["mmap"], start, end - start, prot, flags, inside[numbers[key]], offset))
             else:
@@ -228,10 +239,12 @@ class AddressSpace:
     def _flush_zeros(self) -> None:
         if self._zeros:
             spans, self._zeros = self._zeros, []
-            file_backed = [(v.start, v.end) for v in self._items if v.kind == VmaKind.FILE]
+            file_backed = [(v.start, v.end) for v in self._items if v.kind in (VmaKind.FILE, VmaKind.SHM)]
+            ends = [end for _, end in file_backed]
             plain = []
             for start, end in spans:
-                if any(a < end and start < b for a, b in file_backed):
+                at = bisect.bisect_right(ends, start)
+                if at < len(ends) and file_backed[at][0] < end:
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
                         self.stub.mem.write(at, bytes(PAGE_SIZE))
                 else:
@@ -307,7 +320,3 @@ class AddressSpace:
             out.append((start, stop, writable))
             start = stop
         return out
-
-
-def _overlapping(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
-    return [p for p in pieces if p.start < end and start < p.end]

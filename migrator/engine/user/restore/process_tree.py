@@ -53,6 +53,7 @@ class StubTree:
             await_birth(pid)
         except BaseException:
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, ptrace.WALL)
             os.close(pidfd)
             raise
         self.root = Stub(pid, first.pid, pidfd)

@@ -18,8 +18,6 @@ from migrator.linux import x86_64 as arch
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
 _SLEEPS = (NR["nanosleep"], NR["clock_nanosleep"])
-# A breakpoint or a single step under a mask that blocks SIGTRAP would undo the program's action for it.
-ALL_BUT_TRAP = ~(1 << 4) & arch.MINUS_ONE
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
 
 
@@ -75,7 +73,7 @@ def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, reg
         call.r10 = at
     else:
         return False
-    ptrace.set_sigmask(thread.tid, ALL_BUT_TRAP)
+    ptrace.set_sigmask(thread.tid, arch.MINUS_ONE)
     arch.set_regs(thread.tid, call)
     # Stopped at the entry, then asked to stop again: the call finds that waiting for it before it sleeps.
     ptrace.until_syscall(thread.tid)

@@ -10,31 +10,30 @@ after all others, as a change of credentials may clear what it sets for the whol
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from signal import SIGKILL, SIGSTOP, SIGURG
+from signal import SIGKILL, SIGSTOP
 
-from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub, StubThread
+from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
-from migrator.linux import memory, ptrace
+from migrator.linux import confinement, memory, procfs
 from migrator.linux import x86_64 as arch
-from migrator.linux.procfs import read_text
 from migrator.linux.remote import Call, name_of, pack_calls
+from migrator.linux.threads import Run, run_all
 
 NR = arch.NR
 _NSIG = 64
 _ACTION_SIZE = 32
 _UNBLOCKABLE = (SIGKILL, SIGSTOP)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
-_PR_SET_CHILD_SUBREAPER, _PR_SET_KEEPCAPS = 36, 8
+_PR_SET_CHILD_SUBREAPER, _NO_SETUID_FIXUP = 36, 4
 _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
 _SS_ONSTACK = 1
 _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
 _DEFAULT_ACTION = bytes(_ACTION_SIZE)
-_LAST_CAP = int(read_text("/proc/sys/kernel/cap_last_cap"))
-_SIGURG = int(SIGURG)  # ends a batch
+_LAST_CAP = int(procfs.read_text("/proc/sys/kernel/cap_last_cap"))
 GROUP = 64  # threads whose tables are in the stub at the same time
 
 
@@ -79,21 +78,26 @@ class SetupBatch:
 
 
 class TaskSetup:
-    """The tables of one group of threads of a stub, written into it. `threads[0]` is the leader, in the first one."""
+    """The tables of one group of threads of a stub. `threads[0]` is the leader, in the first one."""
 
     def __init__(
         self, stub: Stub, process: ProcessPart | None, threads: Sequence[ThreadPart], creds: dict[int, Cred]
     ) -> None:
-        self._stub = stub
+        self.stub = stub
+        self.process = process
         self.parts = (process, *threads)
         self.tables: list[SetupBatch] = []
         blob, calls_of = b"", []
+        status = procfs.status(stub.pid)
+        for part in threads:
+            _check_confinement(status, part, creds[part.cred])
+        permitted = int(status["CapPrm"], 16)
         for index, part in enumerate(threads):
             calls: list[Call] = []
             if process is not None and index == 0:
                 data, calls = _process_calls(process, PREPARED + len(blob))
                 blob += _padded(data)
-            data, more = _thread_calls(part, creds[part.cred], PREPARED + len(blob))
+            data, more = _thread_calls(part, creds[part.cred], PREPARED + len(blob), permitted)
             blob += _padded(data)
             calls += more
             if process is not None and index == 0:
@@ -108,35 +112,41 @@ class TaskSetup:
         self._size = len(packed)
         if self._begin + self._size > PREPARED + PREPARED_SIZE:
             raise RestartFailed(f"pid {stub.vpid}: its credentials do not fit: {len(blob)} bytes")
-        memory.write(stub.pid, PREPARED, blob.ljust(self._begin - PREPARED, b"\0") + packed)
+        self._raw = blob.ljust(self._begin - PREPARED, b"\0") + packed
 
-    def apply(self) -> list[tuple[int, Call, int]]:
-        """Run the tables, the leader's last. Returns what failed: (vtid, call, errno)."""
-        process = self.parts[0] is not None
-        self._run(self.tables[1:] if process else self.tables)
-        if process:
-            self._run(self.tables[:1])
-        raw = memory.read(self._stub.pid, self._begin, self._size)
+    def put(self) -> None:
+        """Write the tables into the stub, where there is room for those of one group."""
+        memory.write(self.stub.pid, PREPARED, self._raw)
+
+    @property
+    def leader(self) -> list[SetupBatch]:
+        """The table that is to run after all others of the stub; none in a group without the leader."""
+        return self.tables[:1] if self.process is not None else []
+
+    @property
+    def others(self) -> list[SetupBatch]:
+        return self.tables[1:] if self.process is not None else self.tables
+
+    def failures(self) -> list[tuple[int, Call, int]]:
+        """What of the tables failed, once all were run: (vtid, call, errno)."""
+        raw = memory.read(self.stub.pid, self._begin, self._size)
         results = struct.unpack(f"<{len(raw) // 8}q", raw)[7::8]
         if min(results) >= 0:
             return []
         every = [(table.vtid, call) for table in self.tables for call in table.calls]
         return [(vtid, call, -r) for (vtid, call), r in zip(every, results, strict=True) if -4096 < r < 0]
 
-    def _run(self, tables: Sequence[SetupBatch]) -> None:
-        stub = self._stub
-        code = stub.remote.scratch
-        for table in tables:
-            tid = stub.threads[table.vtid].tid
-            ptrace.set_sigmask(tid, ~(1 << (_SIGURG - 1)) & arch.MINUS_ONE)
-            arch.start_batch(tid, stub.segments, code, table.address, len(table.calls), _SIGURG, 0)
-            ptrace.cont(tid)
-        for table in tables:
-            thread: StubThread = stub.threads[table.vtid]
-            while ptrace.stop_event(status := ptrace.wait(thread.tid)) == ptrace.EVENT_STOP:
-                ptrace.cont(thread.tid)
-            if not ptrace.is_stop(status) or ptrace.stop_signal(status) != _SIGURG:
-                raise RestartFailed(f"tid {thread.vtid} stopped with {status:#x} while it was set up")
+    def runs(self, tables: Sequence[SetupBatch]) -> list[Run]:
+        stub = self.stub
+        return [
+            Run(stub.threads[t.vtid].tid, stub.segments, stub.remote.scratch, t.address, len(t.calls)) for t in tables
+        ]
+
+
+def run(runs: Sequence[Run]) -> None:
+    """Run tables of any number of stubs, all at the same time."""
+    for tid, status in run_all(runs).items():
+        raise RestartFailed(f"tid {tid} stopped with {status:#x} while it was set up")
 
 
 def process_part(
@@ -178,9 +188,9 @@ def limit_of(call: Call) -> int:
     return call[2] if call[0] == NR["prlimit64"] else -1
 
 
-def about(call: Call, part: ProcessPart) -> str:
+def about(call: Call, part: ProcessPart | None) -> str:
     """What to say of a call that failed."""
-    path = f"{part.cwd}: " if call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
+    path = f"{part.cwd}: " if part is not None and call[0] in (NR["chdir"], NR["fchdir"], NR["chroot"]) else ""
     return f"{path}{name_of(call[0])}{tuple(call[1:])}"
 
 
@@ -204,7 +214,7 @@ def _process_calls(part: ProcessPart, at: int) -> tuple[bytes, list[Call]]:
     return part.actions + limits + part.directory, calls
 
 
-def _thread_calls(part: ThreadPart, cred: Cred, at: int) -> tuple[bytes, list[Call]]:
+def _thread_calls(part: ThreadPart, cred: Cred, at: int, permitted: int) -> tuple[bytes, list[Call]]:
     # a thread that is on its alternate stack cannot say so to the kernel: its stack pointer does
     sp, flags, size = part.altstack
     blob = struct.pack("<QixxxxQ", sp, flags & ~_SS_ONSTACK, size)
@@ -224,7 +234,7 @@ def _thread_calls(part: ThreadPart, cred: Cred, at: int) -> tuple[bytes, list[Ca
         calls.append((NR["personality"], part.personality))
     if part.ioprio:
         calls.append((NR["ioprio_set"], 1, 0, part.ioprio))
-    more, extra = _cred_calls(cred, at + len(blob))
+    more, extra = _cred_calls(cred, at + len(blob), permitted)
     blob += more
     calls += extra
     if part.flags & TaskBits.NO_NEW_PRIVS:
@@ -234,42 +244,60 @@ def _thread_calls(part: ThreadPart, cred: Cred, at: int) -> tuple[bytes, list[Ca
     return blob, calls
 
 
-def _cred_calls(cred: Cred, at: int) -> tuple[bytes, list[Call]]:
-    """System calls that give the calling thread its credentials, beginning as root with all it can have."""
-    inside: list[Call] = []
-    for cap in range(_LAST_CAP + 1):
-        if not cred.cap_bounding >> cap & 1:
-            inside.append((NR["prctl"], _PR_CAPBSET_DROP, cap, 0, 0, 0))
+def _cred_calls(cred: Cred, at: int, permitted: int) -> tuple[bytes, list[Call]]:
+    """System calls that give the calling thread its credentials, beginning as root with the capabilities `permitted`.
+
+    What takes a capability is done while all are there: a change of user takes none away meanwhile (capabilities(7),
+    securebits), and the last call gives up what is not to be kept."""
     groups = struct.pack(f"<{len(cred.groups)}I", *[g.gid for g in cred.groups])
     groups = groups.ljust(-(-len(groups) // 8) * 8, b"\0")
     header = struct.pack("<Ii", _CAP_VERSION_3, 0)
-    sets = (cred.cap_effective, cred.cap_permitted, cred.cap_inheritable)
-    low = struct.pack("<3I", *[s & 0xFFFFFFFF for s in sets])
-    high = struct.pack("<3I", *[s >> 32 & 0xFFFFFFFF for s in sets])
-    blob = groups + header + low + high
-    capabilities = at + len(groups)
-    plain_root = (cred.uid, cred.euid, cred.suid, cred.fsuid, cred.gid, cred.egid, cred.sgid, cred.fsgid) == (0,) * 8
-    calls: list[Call] = [(NR["setgroups"], len(cred.groups), at)]
-    calls += inside
-    if not plain_root:
-        calls += [
-            (NR["prctl"], _PR_SET_KEEPCAPS, 1, 0, 0, 0),
-            (NR["setresgid"], cred.gid, cred.egid, cred.sgid),
-            (NR["setresuid"], cred.uid, cred.euid, cred.suid),
-        ]
-        if cred.fsgid != cred.egid:
-            calls.append((NR["setfsgid"], cred.fsgid))
-        if cred.fsuid != cred.euid:
-            calls.append((NR["setfsuid"], cred.fsuid))
-    calls.append((NR["capset"], capabilities, capabilities + 8))
-    if not plain_root:
-        calls.append((NR["prctl"], _PR_SET_KEEPCAPS, 0, 0, 0, 0))
+    first = _cap_data(permitted, permitted, cred.cap_inheritable)
+    final = _cap_data(cred.cap_effective, cred.cap_permitted, cred.cap_inheritable)
+    header_at = at + len(groups)
+    first_at, final_at = header_at + len(header), header_at + len(header) + len(first)
+    calls: list[Call] = [
+        (NR["setgroups"], len(cred.groups), at),
+        (NR["prctl"], _PR_SET_SECUREBITS, _NO_SETUID_FIXUP, 0, 0, 0),
+        (NR["capset"], header_at, first_at),  # ahead of the bounding set, which bounds what is inheritable
+    ]
+    for cap in range(_LAST_CAP + 1):
+        if not cred.cap_bounding >> cap & 1:
+            calls.append((NR["prctl"], _PR_CAPBSET_DROP, cap, 0, 0, 0))
+    calls += [(NR["setresgid"], cred.gid, cred.egid, cred.sgid), (NR["setresuid"], cred.uid, cred.euid, cred.suid)]
+    if cred.fsgid != cred.egid:
+        calls.append((NR["setfsgid"], cred.fsgid))
+    if cred.fsuid != cred.euid:
+        calls.append((NR["setfsuid"], cred.fsuid))
     for cap in range(_LAST_CAP + 1):
         if cred.cap_ambient >> cap & 1:
             calls.append((NR["prctl"], _PR_CAP_AMBIENT, 2, cap, 0, 0))
-    if cred.securebits:
-        calls.append((NR["prctl"], _PR_SET_SECUREBITS, cred.securebits, 0, 0, 0))
-    return blob, calls
+    calls += [(NR["prctl"], _PR_SET_SECUREBITS, cred.securebits, 0, 0, 0), (NR["capset"], header_at, final_at)]
+    return groups + header + first + final, calls
+
+
+def _cap_data(effective: int, permitted: int, inheritable: int) -> bytes:
+    sets = (effective, permitted, inheritable)
+    return struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 & 0xFFFFFFFF for s in sets])
+
+
+def _check_confinement(status: Mapping[str, str], part: ThreadPart, cred: Cred) -> None:
+    """What a stub has inherited and cannot take off, its task must have had. Raises RestartFailed."""
+    lacking = confinement.names(cred.cap_bounding & (2 << _LAST_CAP) - 1 & ~confinement.bounding(status))
+    inherited = confinement.inherited(status)
+    if part.flags & TaskBits.NO_NEW_PRIVS:
+        inherited = [text for text in inherited if not text.startswith("no_new_privs")]
+    if lacking:
+        raise RestartFailed(
+            f"pid {part.vtid}: its capability bounding set has {', '.join(lacking)}, which nothing can have that is"
+            " restarted here",
+            hint="take CapabilityBoundingSet= out of the agent's unit, or whatever else bounds it",
+        )
+    if inherited:
+        raise RestartFailed(
+            f"pid {part.vtid}: it would be under {' and '.join(inherited)} here, as the agent is",
+            hint="take that off the agent",
+        )
 
 
 def _padded(data: bytes) -> bytes:

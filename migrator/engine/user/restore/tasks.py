@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from signal import SIGURG
+from signal import SIGKILL, SIGSTOP, SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
+from migrator.engine.user.restore.backing import Program
 from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -32,12 +34,15 @@ from migrator.image.records import (
 from migrator.image.records import TaskState as SavedState
 from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.remote import Call
+from migrator.linux.remote import Call, waiting_signals
+from migrator.linux.threads import set_all, set_all_xstates
 
 NR = arch.NR
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _ITIMER_REAL = 0
+DELETED = " (deleted)"  # behind what /proc shows of a path that is gone
 _DEFAULT_SLACK = 50_000
+_ENDINGS = (int(SIGURG), *(n for n in range(64, 0, -1) if n not in (SIGKILL, SIGSTOP)))  # of a batch
 
 
 @dataclass(slots=True)
@@ -60,7 +65,9 @@ class TaskRestore:
         self._own_root = own_root
         self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
         self._shaped: dict[int, tuple[Mm, str]] = {}
-        self._setups: dict[int, task_setup.TaskSetup] = {}
+        self._setups: dict[tuple[int, int], task_setup.TaskSetup] = {}  # by vpid and first vtid
+        self._made_from: dict[tuple[int, int], list[object]] = {}  # the records of each
+        self._in_place: dict[int, task_setup.TaskSetup] = {}  # by vpid: the one whose tables are in the stub
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
         self._fs: dict[int, Fs] = {}
@@ -99,14 +106,15 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
-    def shape(self, stub: Stub, mm: Mm, exe: str) -> None:
+    def shape(self, stub: Stub, mm: Mm, program: Program) -> None:
         """What /proc shows of a program: its file, arguments, environment. Can come again."""
         before = self._shaped.get(stub.vpid)
+        exe = program.path
         self._shaped[stub.vpid] = mm, exe
         calls: list[Call] = []
         fd = -1
         if before is None or before[1] != exe:
-            ours = self._open_path(exe, os.O_RDONLY)
+            ours = program.open()
             try:
                 (fd,) = stub.receive([ours])
             finally:
@@ -134,34 +142,55 @@ class TaskRestore:
     def prepare(self, stub: Stub) -> None:
         """Work out ahead what is to be set inside, as far as is known yet. Can come again."""
         state = self.tasks.get(stub.vpid)
-        if state is None or not all(v in self.tasks for v in list(stub.threads)[: task_setup.GROUP]):
+        if state is None:
             return
         fs = self._fs.get(state.task.fs_objref)
-        if fs is not None and self._is_plain(fs):
-            self._setup(stub, self._process_part(stub, fs, stub.channel), list(stub.threads)[: task_setup.GROUP])
+        if fs is None or not self._is_plain(fs):
+            return
+        for group in _groups(stub):
+            if all(vtid in self.tasks for vtid in group):
+                made = self._setup(stub, fs, group)
+                if stub.vpid in group and self._in_place.get(stub.vpid) is not made:
+                    self._put(stub, made)
 
-    def apply(self, stub: Stub) -> None:
-        """Set everything of the tasks of a stub that is set from inside. No descriptors can be passed after it."""
-        fs = self._fs[self.tasks[stub.vpid].task.fs_objref]
-        part: task_setup.ProcessPart | None = self._process_part(stub, fs, stub.channel)
-        stub.channel_closed()
-        vtids = list(stub.threads)
-        # the leader is in the first group, which runs last
-        groups = [vtids[first : first + task_setup.GROUP] for first in range(0, len(vtids), task_setup.GROUP)]
-        for group in reversed(groups):
-            made = self._setup(stub, part if group is groups[0] else None, group)
-            for vtid, call, error in made.apply():
-                which = task_setup.limit_of(call)
-                assert part is not None
-                if which < 0:
-                    raise RestartFailed(f"tid {vtid}: {task_setup.about(call, part)}: {os.strerror(error)}")
-                if not self._limit_is(stub, which, part.limits[which]):
-                    soft, hard = part.limits[which]
-                    why = os.strerror(error)
-                    raise RestartFailed(
-                        f"pid {stub.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
-                        hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
-                    )
+    def apply(self, stubs: Sequence[Stub]) -> None:
+        """Set everything of the tasks of stubs that is set from inside. No descriptors can be passed after it.
+
+        All stubs work at the same time, each at one of its groups of threads; the leader's comes last."""
+        waiting = {stub.vpid: _groups(stub) for stub in stubs}
+        while waiting:
+            now: list[tuple[Stub, task_setup.TaskSetup]] = []
+            for stub in stubs:
+                if groups := waiting.get(stub.vpid):
+                    made = self._setup(stub, self._fs[self.tasks[stub.vpid].task.fs_objref], groups.pop())
+                    if self._in_place.get(stub.vpid) is not made:
+                        self._put(stub, made)
+                    now.append((stub, made))
+                    if not groups:
+                        stub.channel_closed()
+                        del waiting[stub.vpid]
+            task_setup.run([run for _, made in now for run in made.runs(made.others)])
+            task_setup.run([run for _, made in now for run in made.runs(made.leader)])
+            for stub, made in now:
+                self._judge(stub, made)
+
+    def _put(self, stub: Stub, made: task_setup.TaskSetup) -> None:
+        self._in_place[stub.vpid] = made
+        made.put()
+
+    def _judge(self, stub: Stub, made: task_setup.TaskSetup) -> None:
+        part = made.process
+        for vtid, call, error in made.failures():
+            which = task_setup.limit_of(call)
+            if which < 0 or part is None:
+                raise RestartFailed(f"tid {vtid}: {task_setup.about(call, part)}: {os.strerror(error)}")
+            if not self._limit_is(stub, which, part.limits[which]):
+                soft, hard = part.limits[which]
+                why = os.strerror(error)
+                raise RestartFailed(
+                    f"pid {stub.vpid}: resource limit {which} cannot be set to {soft}/{hard}: {why}",
+                    hint="raise the agent's own hard limit on this host (it lacks CAP_SYS_RESOURCE)",
+                )
 
     def _process_part(self, stub: Stub, fs: Fs, channel: list[Call]) -> task_setup.ProcessPart:
         task = self.tasks[stub.vpid].task
@@ -169,12 +198,22 @@ class TaskRestore:
         place = self._file_system(stub, fs)
         return task_setup.process_part(task, sighand, signal, fs, place, channel)
 
-    def _setup(self, stub: Stub, process: task_setup.ProcessPart | None, vtids: Sequence[int]) -> task_setup.TaskSetup:
+    def _setup(self, stub: Stub, fs: Fs, vtids: Sequence[int]) -> task_setup.TaskSetup:
         """The setup batch of a group of threads: the one made last, if it is the same."""
-        parts = [task_setup.thread_part(self.tasks[vtid].task) for vtid in vtids]
-        known = self._setups.get(stub.vpid)
-        if known is None or known.parts != (process, *parts):
-            known = self._setups[stub.vpid] = task_setup.TaskSetup(stub, process, parts, self._creds)
+        tasks = [self.tasks[vtid].task for vtid in vtids]
+        records: list[object] = [stub, *tasks]
+        if leader := vtids[0] == stub.vpid:
+            first = tasks[0]
+            records += (fs, self._signals[first.signal_objref], self._sighands[first.sighand_objref], stub.channel)
+        key = stub.vpid, vtids[0]
+        known = self._setups.get(key)
+        if known is not None and self._made_from[key] == records and self._is_plain(fs):
+            return known
+        part = self._process_part(stub, fs, stub.channel) if leader else None
+        parts = [task_setup.thread_part(task) for task in tasks]
+        if known is None or known.stub is not stub or known.parts != (part, *parts):
+            known = self._setups[key] = task_setup.TaskSetup(stub, part, parts, self._creds)
+        self._made_from[key] = records
         return known
 
     @staticmethod
@@ -184,16 +223,47 @@ class TaskRestore:
         return struct.unpack("<QQ", stub.remote.get(16)) == wanted
 
     def _is_plain(self, fs: Fs) -> bool:
-        return fs.root == "/" and self._own_root
+        return fs.root == "/" and self._own_root and not fs.cwd.endswith(DELETED)
+
+    def _open_directory(self, path: str) -> int:
+        """A working directory. One that was deleted is made where it was, or near, and deleted again."""
+        flags = os.O_PATH | os.O_DIRECTORY
+        try:
+            return self._open_path(path, flags)
+        except RestartFailed:
+            if not path.endswith(DELETED):
+                raise
+        folder, name = os.path.split(path.removesuffix(DELETED))
+        while True:
+            try:
+                place = self._open_path(folder or "/", flags)
+                break
+            except RestartFailed:
+                if folder in ("", "/"):
+                    raise
+                folder = os.path.dirname(folder)
+        try:
+            try:
+                os.mkdir(name, 0o700, dir_fd=place)
+            except FileExistsError:
+                name = os.path.basename(tempfile.mkdtemp(prefix=".migrator-", dir=f"/proc/self/fd/{place}"))
+            made = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            os.rmdir(name, dir_fd=place)
+            return made
+        except OSError as error:
+            raise RestartFailed(f"{path}, a working directory, cannot be made again: {error}") from error
+        finally:
+            os.close(place)
 
     def _file_system(self, stub: Stub, fs: Fs) -> tuple[bytes, list[Call]]:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
         if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
-        fds = [self._open_path(fs.cwd, os.O_PATH | os.O_DIRECTORY)]
-        if fs.root != "/":
-            fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+        fds: list[int] = []
         try:
+            if fs.root != "/":
+                fds.append(self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+            fds.append(self._open_directory(fs.cwd))
             numbers = stub.receive(fds)
         finally:
             for fd in fds:
@@ -218,7 +288,7 @@ class TaskRestore:
             if task.timerslack not in (0, _DEFAULT_SLACK):  # which a change of policy sets back
                 with open(f"/proc/{tid}/timerslack_ns", "w") as file:
                     file.write(str(task.timerslack))
-        except PermissionError as error:
+        except OSError as error:
             raise RestartFailed(f"tid {task.pid}: scheduling parameters: {error}") from error
 
     # ------------------------------------------------------------------ the last steps
@@ -265,10 +335,20 @@ class TaskRestore:
                 stub.checked([(NR["timer_settime"], made, 0, base + 64, 0)], "POSIX timer")
 
     def pending(self, stub: Stub) -> None:
-        """Queue the signals that waited. They stay blocked until the registers are set."""
-        for thread in stub.threads.values():
-            for rec in self.tasks[thread.vtid].pending:
+        """Queue the signals that waited. They stay blocked until the registers are set, and no batch follows: its end
+        is a signal too."""
+        records = [(t, rec) for t in stub.threads.values() for rec in self.tasks[t.vtid].pending]
+        waiting = {signo for _, rec in records for signo in waiting_signals(rec.infos)}
+        ending = next((n for n in _ENDINGS if n not in waiting), 0)
+        if waiting and not ending:
+            raise RestartFailed(f"pid {stub.vpid}: every signal there is waits for it")
+        for thread, rec in records:
+            stub.remote.tid = thread.tid
+            stub.remote.end_batches_by(ending)
+            try:
                 self._queue(stub, thread, rec)
+            finally:
+                stub.remote.tid = stub.pid
 
     @staticmethod
     def _queue(stub: Stub, thread: StubThread, rec: SigPending) -> None:
@@ -281,28 +361,25 @@ class TaskRestore:
                 call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
             else:
                 call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
-            if signo == SIGURG:  # the one that ends a batch: queued from outside instead
-                os.kill(stub.pid, signo)
-                continue
-            stub.remote.tid = thread.tid
-            try:
-                stub.checked([call], f"pending signal {signo}")
-            finally:
-                stub.remote.tid = stub.pid
+            stub.checked([call], f"pending signal {signo}")
 
-    def check(self, stub: Stub) -> None:
+    def check(self, stubs: Sequence[Stub]) -> None:
         """Set what of the processor's state might be refused: the extended state of every thread."""
-        for thread in stub.threads.values():
-            state = self.tasks[thread.vtid]
-            if state.cpu is None or len(state.cpu.regs) != arch.REGS_SIZE:
+        threads = [thread for stub in stubs for thread in stub.threads.values()]
+        states = []
+        for thread in threads:
+            cpu = self.tasks[thread.vtid].cpu
+            if cpu is None or len(cpu.regs) != arch.REGS_SIZE:
                 raise RestartFailed(f"tid {thread.vtid}: no registers in the image")
-            try:
-                arch.set_xstate(thread.tid, state.cpu.xstate)
-            except OSError as error:
+            states.append(cpu.xstate)
+        for thread, state, result in zip(
+            threads, states, set_all_xstates([t.tid for t in threads], states), strict=True
+        ):
+            if result < 0:
                 raise RestartFailed(
-                    f"tid {thread.vtid}: extended state of {len(state.cpu.xstate)} bytes: {error}",
+                    f"tid {thread.vtid}: extended state of {len(state)} bytes: {os.strerror(-result)}",
                     hint="the processors differ: `migrator check` compares them before anything is stopped",
-                ) from error
+                )
 
     def registers(self, stub: Stub) -> dict[int, arch.Regs]:
         """The registers that each thread is to resume with, by tid."""
@@ -314,18 +391,29 @@ class TaskRestore:
             out[thread.tid] = restart_blocks.resumed(stub, thread, state.restart_block, regs, self.passed)
         return out
 
-    def finish(self, stub: Stub) -> None:
-        """Take the scratch area away and put every thread where it was. Nothing runs yet."""
-        final = self.registers(stub)
-        remote = stub.remote
-        ptrace.set_sigmask(stub.pid, restart_blocks.ALL_BUT_TRAP)
-        with remote.borrowed():
-            remote.unmap_scratch()
-        for thread in stub.threads.values():
-            task = self.tasks[thread.vtid].task
-            arch.set_regs(thread.tid, final[thread.tid])
-            ptrace.set_sigmask(thread.tid, task.blocked)
+    def finish(self, stubs: Sequence[Stub]) -> None:
+        """Take the scratch areas away and put every thread where it was. Nothing runs yet."""
+        final: dict[int, arch.Regs] = {}
+        for stub in stubs:
+            final |= self.registers(stub)
+        for stub in stubs:
+            ptrace.set_sigmask(stub.pid, arch.MINUS_ONE)
+            with stub.remote.borrowed():
+                stub.remote.begin_unmap()
+        for stub in stubs:
+            stub.remote.end_unmap()
+        threads = [thread for stub in stubs for thread in stub.threads.values()]
+        tids = [thread.tid for thread in threads]
+        tasks = [self.tasks[thread.vtid].task for thread in threads]
+        set_all(tids, [final[tid] for tid in tids], [task.blocked for task in tasks])
+        for thread, task in zip(threads, tasks, strict=True):
             self._from_outside(thread, task)
+
+
+def _groups(stub: Stub) -> list[list[int]]:
+    """The threads of a stub, as many at a time as it has room for; the leader is in the first group."""
+    vtids = list(stub.threads)
+    return [vtids[first : first + task_setup.GROUP] for first in range(0, len(vtids), task_setup.GROUP)]
 
 
 @functools.cache

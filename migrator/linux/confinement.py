@@ -1,0 +1,75 @@
+"""What this process may not do, and what a process that it makes will therefore never do either.
+
+Three restrictions pass from parent to child and cannot be taken off again: a capability that is not in the
+bounding set (capabilities(7)), no_new_privs, and filters of system calls (seccomp(2)). A copy that is made under
+one of them has it as well, whether or not its original had: so an agent must know what confines it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+
+from migrator.linux import procfs, sys
+
+_CAPSET = 126
+_VERSION_3 = 0x20080522
+
+# capabilities(7), by number
+NAMES = tuple(
+    """
+    chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap linux_immutable net_bind_service
+    net_broadcast net_admin net_raw ipc_lock ipc_owner sys_module sys_rawio sys_chroot sys_ptrace sys_pacct sys_admin
+    sys_boot sys_nice sys_resource sys_time sys_tty_config mknod lease audit_write audit_control setfcap mac_override
+    mac_admin syslog wake_alarm block_suspend audit_read perfmon bpf checkpoint_restore
+    """.split()  # noqa: SIM905 (as they are read)
+)
+
+# What the agent itself does nothing with. Its copies may have them all the same: the stub that a copy is made of is
+# executed as root, which gives it whatever is in the bounding set.
+UNUSED = frozenset(
+    """
+    audit_control audit_read audit_write mac_admin mac_override net_broadcast perfmon sys_boot sys_module sys_pacct
+    sys_rawio sys_tty_config syslog
+    """.split()  # noqa: SIM905
+)
+
+
+def names(capabilities: int) -> list[str]:
+    """The names of a set, as `cap_sys_admin`; of those that have none yet, the number."""
+    known = dict(enumerate(NAMES))
+    return [f"cap_{known.get(n, n)}" for n in range(capabilities.bit_length()) if capabilities >> n & 1]
+
+
+def own_status() -> dict[str, str]:
+    """/proc/PID/status of this thread."""
+    return procfs.status(os.getpid(), threading.get_native_id())
+
+
+def bounding(status: Mapping[str, str]) -> int:
+    """The capability bounding set in a /proc/PID/status."""
+    return int(status["CapBnd"], 16)
+
+
+def inherited(status: Mapping[str, str]) -> list[str]:
+    """The restrictions that whoever has this /proc/PID/status passes on, besides the bounding set: for people."""
+    reasons = []
+    if status.get("NoNewPrivs", "0") != "0":
+        reasons.append("no_new_privs (of a unit with NoNewPrivileges= or a setting that implies it)")
+    if status.get("Seccomp", "0") != "0":
+        reasons.append("a filter of system calls (of a unit with SystemCallFilter= or Restrict…=, or of a container)")
+    return reasons
+
+
+def give_up(unused: Iterable[str] = UNUSED) -> None:
+    """Take capabilities from this thread, and from those it starts, but not from what it executes as root."""
+    drop = sum(1 << NAMES.index(name) for name in unused)
+    status = own_status()
+    effective, permitted, inheritable = (int(status[key], 16) & ~drop for key in ("CapEff", "CapPrm", "CapInh"))
+    header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
+    sets = (effective, permitted, inheritable)
+    data = ctypes.create_string_buffer(struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 for s in sets]))
+    sys.call(_CAPSET, ctypes.addressof(header), ctypes.addressof(data), name="capset")

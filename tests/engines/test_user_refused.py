@@ -1,0 +1,147 @@
+"""Every reason of the survey of tasks: reached by a program that has the state, before anything is stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pidhosts import PidHost, Program
+
+from migrator.engine.base import SourceOptions
+from migrator.engine.user.dump.source import UserSource
+from migrator.errors import Refused
+from migrator.linux import procfs
+
+pytestmark = pytest.mark.root
+
+BEGIN = r"""
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include "workload.h"
+__attribute__((unused)) static void rest(void)
+{
+	for (;;)
+		pause();
+}
+__attribute__((unused)) static long clone_(unsigned long flags)
+{
+	return TRY(syscall(SYS_clone, flags, NULL, NULL, NULL, NULL));
+}
+static volatile int built;
+"""
+MAIN = r"""
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+"""
+THREAD = r"""
+	pthread_t thread;
+
+	TRY(pthread_create(&thread, NULL, run, NULL));
+	while (!built)
+		usleep(1000);
+"""
+END = r"""
+	(void)built;
+	wl_ready();
+	rest();
+}
+"""
+
+
+def in_thread(code: str) -> str:
+    return (
+        f"static void *run(void *unused)\n{{\n\t(void)unused;\n{code}\n\tbuilt = 1;\n\trest();\n\treturn NULL;\n}}"
+        + MAIN
+        + THREAD
+    )
+
+
+STATES = {
+    "is in mnt namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWNS));",
+    "is in uts, cgroup namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUTS | CLONE_NEWCGROUP));",
+    "is in user namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUSER));",
+    "is in another net namespace than the root task": MAIN
+    + "if (!fork()) { TRY(unshare(CLONE_NEWNET)); rest(); } usleep(30000);",
+    "is in another ipc namespace than its process": in_thread("TRY(unshare(CLONE_NEWIPC));"),
+    "its children will be in another time namespace": MAIN + "TRY(unshare(0x80));",
+    "its children will be in another pid namespace": MAIN + "TRY(unshare(CLONE_NEWPID));",
+    "shares its address space": MAIN + "if (!vfork()) { wl_ready(); rest(); }",
+    "shares its table of descriptors": MAIN + "if (!clone_(CLONE_FILES | SIGCHLD)) rest();",
+    "shares its working directory": MAIN + "if (!clone_(CLONE_FS | SIGCHLD)) rest();",
+    "shares its I/O context": MAIN
+    + "TRY(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 3)); if (!clone_(CLONE_IO | SIGCHLD)) rest();",
+    "by signal 10 and not SIGCHLD": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
+    "its main thread has ended while others run": in_thread("") + "wl_ready(); syscall(SYS_exit, 0);",
+    "is traced by": MAIN + "if (!fork()) { TRY(ptrace(PTRACE_TRACEME, 0, 0, 0)); rest(); } usleep(30000);",
+    "runs under seccomp": in_thread(
+        "struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);"
+        "struct sock_fprog program = { 1, &allow };"
+        "TRY(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));"
+        "TRY(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));"
+    ),
+    "all of SIGWINCH, SIGURG, SIGCHLD wait": MAIN
+    + "int all[] = { SIGURG, SIGWINCH, SIGCHLD }; sigset_t set; sigemptyset(&set);"
+    + "for (int i = 0; i < 3; i++) sigaddset(&set, all[i]); sigprocmask(SIG_BLOCK, &set, NULL);"
+    + "for (int i = 0; i < 3; i++) kill(getpid(), all[i]);",
+    "a working directory of its own": in_thread("TRY(unshare(CLONE_FS));"),
+    "a table of descriptors of its own": in_thread("TRY(unshare(CLONE_FILES));"),
+    "System V shared memory": "#include <sys/shm.h>\n"
+    + MAIN
+    + "int id = TRY(shmget(IPC_PRIVATE, 4096, 0600)); TRY(shmat(id, NULL, 0)); TRY(shmctl(id, IPC_RMID, NULL));",
+    "sealed by mseal": MAIN
+    + "void *p = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); TRY(syscall(462, p, 4096, 0));",
+    "below 4 MiB": MAIN
+    + "TRY(mmap((void *)0x200000, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0));",
+    "guard regions": MAIN
+    + "char *p = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
+    + "TRY(madvise(p, 4096, 102));",
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PidHost]:
+    with PidHost("a") as host:
+        yield host
+
+
+def reasons_for(pid: int) -> list[str]:
+    try:
+        with UserSource(pid, -1, SourceOptions()) as source:
+            source.survey()
+    except Refused as refused:
+        return refused.reasons
+    return []
+
+
+@pytest.mark.parametrize("reason", STATES)
+def test_it_is_refused_with_its_reason(reason: str, host: PidHost, tmp_path: Path) -> None:
+    with Program(host, BEGIN + STATES[reason] + END, tmp_path) as program:
+        found = host.call("run", reasons_for, host.inner(program.pid))
+        assert any(reason in text for text in found), found
+        assert all("pid " in text for text in found)
+
+
+def test_a_process_stopped_by_another_signal_than_sigstop(tmp_path: Path) -> None:
+    code = "import os, signal; os.setpgid(0, 0); os.kill(os.getpid(), signal.SIGTTOU)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL) as child:
+        try:
+            while procfs.stat(child.pid)[3] != "T":
+                time.sleep(0.01)
+            assert any("is stopped by SIGTTOU" in reason for reason in reasons_for(child.pid))
+        finally:
+            child.kill()

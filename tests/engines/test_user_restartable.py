@@ -1,0 +1,475 @@
+"""States that were accepted and saved, and of which no restart came: an image that is whole restarts.
+
+Each program builds its state, goes through a file onto another host, and checks what it can see of itself there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pidhosts import PidHost, Program, restore_from_file, save_to_file
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[PidHost, PidHost]]:
+    with PidHost("a") as a, PidHost("b") as b:
+        yield a, b
+
+
+def restarted(source: str, hosts: tuple[PidHost, PidHost], folder: Path, *, rounds: int = 2) -> None:
+    """Save and kill, restart elsewhere, and back: the program must run on and end by saying that all was well."""
+    a, b = hosts
+    with Program(a, source, folder) as moving:
+        for here, there in ((a, b), (b, a)):
+            save_to_file(moving, here, folder / "image", rounds=rounds)
+            here.wait_until_empty()
+            restore_from_file(moving, there, folder / "image")
+            moving.check_alive_and_progressing(ticks=1)
+        moving.finish()
+
+
+TICKING = r"""
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		check();
+		wl_line("tick %ld", n);
+		wl_sleep_us(20000);
+	}
+	wl_ok();
+}
+"""
+
+
+DELETED_NOFOLLOW = r"""
+#include "workload.h"
+static int fd, plain;
+static void check(void)
+{
+	char text[8] = "";
+
+	CHECK(pread(fd, text, 8, 0) == 4 && !strcmp(text, "abc"), "%s", text);
+	CHECK(fcntl(fd, F_GETFL) & O_NOFOLLOW, "flags %o", fcntl(fd, F_GETFL));
+	TRY(pwrite(plain, "a", 1, 0));
+	CHECK(lseek(fd, 0, SEEK_CUR) == 4, "offset");
+}
+int main(int argc, char **argv)
+{
+	char *name;
+
+	wl_start(argc, argv);
+	TRY(asprintf(&name, "%s.gone", argv[1]));
+	fd = TRY(open(name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0640)); /* as Python's tempfile does */
+	plain = TRY(open(name, O_RDWR));
+	TRY(unlink(name));
+	TRY(write(fd, "abc", 4));
+"""
+
+
+DELETED_DIRECTORY = r"""
+#include <sys/stat.h>
+#include "workload.h"
+static void check(void)
+{
+	char name[4096];
+
+	CHECK(!getcwd(name, sizeof(name)) && errno == ENOENT, "the directory has a name");
+	CHECK(open("new", O_CREAT | O_WRONLY, 0600) < 0 && errno == ENOENT, "something can be made in it");
+}
+int main(int argc, char **argv)
+{
+	char *name;
+
+	wl_start(argc, argv);
+	TRY(asprintf(&name, "%s.folder", argv[1]));
+	TRY(mkdir(name, 0700));
+	TRY(chdir(name));
+	TRY(rmdir(name));
+"""
+
+
+ZOMBIES = r"""
+#include <sys/wait.h>
+#include "workload.h"
+static pid_t killed, ended;
+static void check(void)
+{
+	siginfo_t info = { 0 };
+
+	TRY(waitid(P_PID, killed, &info, WEXITED | WNOWAIT));
+	CHECK(info.si_code == CLD_KILLED && info.si_status == SIGTERM, "%d %d", info.si_code, info.si_status);
+	CHECK(getpgid(killed) == killed && getsid(killed) == killed, "group %d", getpgid(killed));
+	TRY(waitid(P_PID, ended, &info, WEXITED | WNOWAIT));
+	CHECK(info.si_code == CLD_EXITED && info.si_status == 7, "%d %d", info.si_code, info.si_status);
+	CHECK(getpgid(ended) == ended && getsid(ended) == getsid(0), "group %d", getpgid(ended));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	killed = fork();
+	if (!killed) {
+		TRY(setsid());
+		signal(SIGTERM, SIG_DFL);
+		raise(SIGTERM);
+	}
+	ended = fork();
+	if (!ended) {
+		TRY(setpgid(0, 0));
+		_exit(7);
+	}
+	wl_sleep_us(30000);
+"""
+
+
+CAPABILITIES = r"""
+#include <grp.h>
+#include <pthread.h>
+#include <sys/prctl.h>
+#include <sys/fsuid.h>
+#include <sys/syscall.h>
+#include <linux/capability.h>
+#include <linux/securebits.h>
+#include "workload.h"
+#define BIT(n) (1U << (n))
+static volatile int built;
+static void caps(unsigned *effective, unsigned *permitted, unsigned *inheritable)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2] = { 0 };
+
+	TRY(syscall(SYS_capget, &header, data));
+	*effective = data[0].effective, *permitted = data[0].permitted, *inheritable = data[0].inheritable;
+}
+static void seen(void)
+{
+	unsigned e, p, i, bind = BIT(CAP_NET_BIND_SERVICE);
+
+	caps(&e, &p, &i);
+	CHECK(e == bind && p == (bind | BIT(CAP_CHOWN)) && i == bind, "capabilities %x %x %x", e, p, i);
+	CHECK(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, CAP_NET_BIND_SERVICE, 0, 0) == 1, "ambient");
+	CHECK(prctl(PR_GET_SECUREBITS) == (SECBIT_NO_SETUID_FIXUP | SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_NOROOT),
+		"securebits %x", prctl(PR_GET_SECUREBITS));
+	CHECK(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1, "no new privileges");
+	CHECK(prctl(PR_CAPBSET_READ, CAP_SYS_BOOT) == 0, "bounding set");
+}
+static void drop(void) /* of this thread only: past the C library, which would do it for all */
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	unsigned bind = BIT(CAP_NET_BIND_SERVICE);
+	struct __user_cap_data_struct data[2] = {
+		{ bind, bind | BIT(CAP_CHOWN), bind }, { 0, 0, 0 },
+	};
+
+	TRY(prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP | SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_NOROOT));
+	TRY(prctl(PR_CAPBSET_DROP, CAP_SYS_BOOT));
+	TRY(syscall(SYS_setresgid, 1234, 1234, 1234));
+	TRY(syscall(SYS_setresuid, 1234, 1234, 1234));
+	TRY(syscall(SYS_capset, &header, data));
+	TRY(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_NET_BIND_SERVICE, 0, 0));
+	TRY(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+}
+static void *run(void *unused)
+{
+	(void)unused;
+	drop();
+	built = 1;
+	while (!wl_stopping) {
+		seen();
+		wl_sleep_us(5000);
+	}
+	return NULL;
+}
+static void check(void)
+{
+	CHECK(getuid() == 0 && !prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), "the main thread");
+	CHECK(!prctl(PR_GET_SECUREBITS) && prctl(PR_CAPBSET_READ, CAP_SYS_BOOT) == 1, "the main thread");
+	CHECK(setfsuid(-1) == 77 && setfsgid(-1) == 78, "fsuid %d fsgid %d", setfsuid(-1), setfsgid(-1));
+}
+int main(int argc, char **argv)
+{
+	pthread_t thread;
+
+	wl_start(argc, argv);
+	pthread_create(&thread, NULL, run, NULL);
+	while (!built)
+		usleep(1000);
+	setfsgid(78);
+	setfsuid(77);
+"""
+
+
+ENDED_CONNECTION = r"""
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include "workload.h"
+static int a, b;
+static void check(void)
+{
+	struct pollfd poll_fd = { a, POLLIN | POLLRDHUP, 0 };
+	char text[8] = "";
+
+	CHECK(poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & POLLRDHUP, "events %x", poll_fd.revents);
+	CHECK(recv(a, text, 8, MSG_PEEK) == 4 && !strcmp(text, "abc"), "%s", text);
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int listener;
+
+	wl_start(argc, argv);
+	listener = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(bind(listener, (void *)&address, length));
+	TRY(listen(listener, 1));
+	TRY(getsockname(listener, (void *)&address, &length));
+	a = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(connect(a, (void *)&address, length));
+	b = TRY(accept(listener, NULL, NULL));
+	TRY(write(b, "abc", 4));
+	TRY(shutdown(b, SHUT_WR));
+	wl_sleep_us(10000);
+	TRY(shutdown(a, SHUT_WR));
+	close(b);
+	close(listener);
+	wl_sleep_us(30000);
+"""
+
+
+REUSEPORT = r"""
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include "workload.h"
+static int listener[2], datagrams[2];
+static int flag(int fd, int name)
+{
+	int value = -1;
+	socklen_t length = sizeof(value);
+
+	TRY(getsockopt(fd, SOL_SOCKET, name, &value, &length));
+	return value;
+}
+static void check(void)
+{
+	CHECK(!flag(listener[0], SO_REUSEPORT) && flag(listener[1], SO_REUSEPORT), "listeners");
+	CHECK(flag(datagrams[0], SO_REUSEADDR) && !flag(datagrams[1], SO_REUSEADDR), "datagram sockets");
+}
+static void both(int fds[2], int kind, int name)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int one = 1;
+
+	for (int i = 0; i < 2; i++) {
+		fds[i] = TRY(socket(AF_INET, kind, 0));
+		TRY(setsockopt(fds[i], SOL_SOCKET, name, &one, sizeof(one)));
+		TRY(bind(fds[i], (void *)&address, length));
+		TRY(getsockname(fds[i], (void *)&address, &length));
+		if (kind == SOCK_STREAM)
+			TRY(listen(fds[i], 3));
+	}
+}
+int main(int argc, char **argv)
+{
+	int zero = 0;
+
+	wl_start(argc, argv);
+	both(listener, SOCK_STREAM, SO_REUSEPORT);
+	both(datagrams, SOCK_DGRAM, SO_REUSEADDR);
+	TRY(setsockopt(listener[0], SOL_SOCKET, SO_REUSEPORT, &zero, sizeof(zero)));
+	TRY(setsockopt(datagrams[1], SOL_SOCKET, SO_REUSEADDR, &zero, sizeof(zero)));
+"""
+
+
+SELF_CONNECTED = r"""
+#include <sys/socket.h>
+#include <sys/un.h>
+#include "workload.h"
+static int fd;
+static void check(void)
+{
+	char text[8] = "";
+
+	CHECK(recv(fd, text, 8, 0) == 4 && !strcmp(text, "abc"), "%s", text);
+	CHECK(send(fd, "abc", 4, 0) == 4, "%s", strerror(errno));
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int length;
+
+	wl_start(argc, argv);
+	length = snprintf(address.sun_path + 1, 90, "self-%d", getpid()) + 3;
+	fd = TRY(socket(AF_UNIX, SOCK_DGRAM, 0));
+	TRY(bind(fd, (void *)&address, length));
+	TRY(connect(fd, (void *)&address, length));
+	TRY(send(fd, "abc", 4, 0));
+"""
+
+
+PENDING = r"""
+#include <pthread.h>
+#include <sys/syscall.h>
+#include "workload.h"
+static const int signals[] = { SIGTRAP, SIGURG, SIGWINCH, SIGFPE, SIGUSR1, SIGSYS, SIGSEGV, 0, 0 };
+static sigset_t all;
+static volatile int built;
+static pid_t tid;
+static int number(int i)
+{
+	return signals[i] ? signals[i] : SIGRTMIN + 3;
+}
+static void queue(void)
+{
+	for (int i = 0; i < 9; i++) {
+		union sigval value = { .sival_int = 100 + i };
+
+		TRY(i & 1 || i > 6 ? sigqueue(getpid(), number(i), value) : kill(getpid(), number(i)));
+	}
+}
+static void seen(pid_t sender, int code)
+{
+	struct timespec none = { 0, 0 };
+	siginfo_t info;
+
+	for (int i = 0; i < 9; i++) { /* not by the C library, which folds SI_TKILL */
+		sigset_t one;
+
+		sigemptyset(&one);
+		sigaddset(&one, number(i));
+		CHECK(syscall(SYS_rt_sigtimedwait, &one, &info, &none, 8) == number(i), "signal %d does not wait", number(i));
+		CHECK(info.si_pid == sender && info.si_uid == getuid(), "of %d", info.si_pid);
+		if (code)
+			CHECK(info.si_code == code, "code %d of signal %d", info.si_code, info.si_signo);
+		else if (i & 1 || i > 6)
+			CHECK(info.si_code == SI_QUEUE && info.si_value.sival_int == 100 + i, "value");
+		else
+			CHECK(info.si_code == SI_USER, "code %d", info.si_code);
+	}
+}
+static void own(void)
+{
+	for (int i = 0; i < 9; i++)
+		TRY(syscall(SYS_tgkill, getpid(), tid, number(i)));
+}
+static void *run(void *unused)
+{
+	(void)unused;
+	tid = syscall(SYS_gettid);
+	own();
+	built = 1;
+	while (!wl_stopping)
+		wl_sleep_us(5000);
+	seen(getpid(), SI_TKILL);
+	return NULL;
+}
+int main(int argc, char **argv)
+{
+	pthread_t thread;
+
+	wl_start(argc, argv);
+	sigfillset(&all);
+	sigdelset(&all, SIGTERM);
+	sigdelset(&all, SIGALRM);
+	pthread_sigmask(SIG_BLOCK, &all, NULL);
+	pthread_create(&thread, NULL, run, NULL);
+	while (!built)
+		usleep(1000);
+	queue();
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		wl_line("tick %ld", n);
+		usleep(20000);
+	}
+	pthread_join(thread, NULL);
+	seen(getpid(), 0);
+	wl_ok();
+}
+"""
+
+
+STATES = {
+    "a deleted file opened with O_NOFOLLOW": DELETED_NOFOLLOW,
+    "a working directory that was deleted": DELETED_DIRECTORY,
+    "zombies that lead groups and were killed": ZOMBIES,
+    "a thread that kept some capabilities": CAPABILITIES,
+    "a connection that has ended": ENDED_CONNECTION,
+    "flags that were cleared after bind": REUSEPORT,
+    "a datagram socket connected to itself": SELF_CONNECTED,
+    "signals that wait": PENDING,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    restarted(STATES[state] + TICKING * ("wl_ok" not in STATES[state]), hosts, tmp_path)
+
+
+CHAIN = r"""
+#include "workload.h"
+static void check(void) { }
+static void link_of(char *self, char *out, int depth, char *report)
+{
+	char text[16], *args[] = { self, out, text, report, NULL };
+
+	if (!depth)
+		TRY(write(atoi(report), "x", 1));
+	else if (!fork()) { /* a program of its own each, as with shells that start shells */
+		snprintf(text, sizeof(text), "%d", depth - 1);
+		execv(self, args);
+		_exit(1);
+	}
+	for (;;)
+		pause();
+}
+int main(int argc, char **argv)
+{
+	char byte, report[16];
+	int ready[2];
+
+	if (argc > 2)
+		link_of(argv[0], argv[1], atoi(argv[2]), argv[3]);
+	wl_start(argc, argv);
+	TRY(pipe(ready));
+	snprintf(report, sizeof(report), "%d", ready[1]);
+	if (!fork())
+		link_of(argv[0], argv[1], 1100, report);
+	TRY(read(ready[0], &byte, 1));
+"""
+
+
+def test_a_long_chain_of_processes(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    restarted(CHAIN + TICKING, hosts, tmp_path, rounds=1)
+
+
+MAPPINGS = r"""
+#include <sys/mman.h>
+#include "workload.h"
+#define COUNT 30000
+static char *base;
+static void check(void)
+{
+	static int at;
+
+	for (int i = 0; i < COUNT; i++)
+		CHECK(*(int *)(base + 8192L * i) == i, "mapping %d: %d", i, *(int *)(base + 8192L * i));
+	at = (at + 7) % COUNT; /* a border goes, and comes back */
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ));
+	TRY(mprotect(base + 8192L * at, 4096, PROT_READ | PROT_WRITE));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	base = mmap(NULL, 8192L * COUNT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (int i = 0; i < COUNT; i++) {
+		*(int *)(base + 8192L * i) = i;
+		TRY(mprotect(base + 8192L * i + 4096, 4096, i & 1 ? PROT_NONE : PROT_READ));
+	}
+"""
+
+
+def test_tens_of_thousands_of_mappings(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    restarted(MAPPINGS + TICKING, hosts, tmp_path, rounds=1)

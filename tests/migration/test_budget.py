@@ -1,0 +1,53 @@
+"""--max-downtime with workloads that have much of one thing: kept, or it is said that it was not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import migrator
+from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
+from migrator.testing.workloads import build
+
+pytestmark = pytest.mark.root
+
+NAME = "budget"
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with Stage(tag="bu") as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["connections", "files", "threads", "processes"])
+@pytest.mark.parametrize("limit", [0.03, 0.3])
+def test_it_is_kept_or_the_report_says_so_or_the_workload_stays(
+    stage: Stage, tmp_path: Path, kind: str, limit: float
+) -> None:
+    out = tmp_path / "out"
+    stage.start_container(NAME, [str(build("many")), str(out), kind, "150"], address="10.77.0.67")
+    login = migrator.Login(stage.a.folder / "client_key", Path(stage.a.env["MIGRATOR_KNOWN_HOSTS"]))
+    peer = f"root@{stage.b.address}:{AGENT_PORT}"
+    settings = migrator.MigrateSettings(max_downtime=limit, timeout=3.0)
+    try:
+        with stage.a.inside():
+            try:
+                result = asyncio.run(migrator.migrate(NAME, peer, settings=settings, login=login))
+            except migrator.MigrationAborted as error:
+                assert "over the max downtime" in str(error)
+                assert error.fate is migrator.Fate.SOURCE
+                assert stage.a.run([*MIGRATOR, "ps"]).stdout.count(NAME) == 1
+                return
+        assert result.outcome is migrator.Outcome.MIGRATED
+        assert 0 < result.predicted_downtime <= limit  # else it had not begun
+        over = [warning for warning in result.warnings if "is over the max downtime" in warning]
+        assert bool(over) == (result.downtime > limit)
+        assert result.prediction_error == pytest.approx(result.downtime - result.predicted_downtime)
+    finally:
+        for host in (stage.a, stage.b):
+            host.run([*MIGRATOR, "stop", NAME], check=False)
+    assert "FAIL" not in out.read_text()
