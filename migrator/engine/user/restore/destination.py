@@ -40,7 +40,6 @@ from migrator.image.records import (
     Pages,
     RoundFlag,
     RoundMark,
-    Shm,
     TaskState,
     Trailer,
     Tree,
@@ -190,7 +189,9 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied = look_again(
+            self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts, contained=self._container is not None
+        )
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
@@ -259,8 +260,6 @@ class UserDestination:
                 self._take_mm(rec)
             case Tree():
                 self._take_tree(rec)
-            case Shm():
-                self._shared.take(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
             case Name():
@@ -277,13 +276,13 @@ class UserDestination:
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
-                if not self._tasks.record(rec):
+                if not self._shared.record(rec) and not self._tasks.record(rec):
                     assert self._descriptors is not None
                     self._descriptors.record(rec)
 
     def _mark(self, mark: RoundMark) -> None:
         assert self._descriptors is not None
-        self._descriptors.final = mark.flags == RoundFlag.LAST
+        self._descriptors.final = self._shared.sysv.final = mark.flags == RoundFlag.LAST
         if mark.flags == RoundFlag.END:
             self._prepare()
             self.on_round(mark.number)
@@ -355,6 +354,8 @@ class UserDestination:
             self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
+            self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
+            self._shared.sysv.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -369,8 +370,9 @@ class UserDestination:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
-            self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+            self._spaces[mm.objref] = AddressSpace(stub, self._backing, self._names.__getitem__)
+            if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -382,6 +384,8 @@ class UserDestination:
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
+        with self._phase("shared memory"):
+            self._shared.settle()
         with self._phase("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
             for stub in stubs:
@@ -391,7 +395,7 @@ class UserDestination:
         with self._phase("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
-                self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
                 self._lock_memory(stub, mm)
             self._tasks.apply(stubs)
             for stub in stubs:
@@ -461,5 +465,5 @@ class _Context:
     def live(self) -> bool:
         return self._owner.options.live
 
-    def shm_fd(self, objref: int) -> int:
-        return self._owner._shared.fd(objref)
+    def open_shm(self, objref: int, flags: int) -> int:
+        return self._owner._shared.reopen(objref, flags)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGSTOP, SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
+from migrator.engine.user.restore.backing import Program
 from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -105,14 +106,15 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
-    def shape(self, stub: Stub, mm: Mm, exe: str) -> None:
+    def shape(self, stub: Stub, mm: Mm, program: Program) -> None:
         """What /proc shows of a program: its file, arguments, environment. Can come again."""
         before = self._shaped.get(stub.vpid)
+        exe = program.path
         self._shaped[stub.vpid] = mm, exe
         calls: list[Call] = []
         fd = -1
         if before is None or before[1] != exe:
-            ours = self._open_path(exe, os.O_RDONLY)
+            ours = program.open()
             try:
                 (fd,) = stub.receive([ours])
             finally:
