@@ -138,8 +138,8 @@ def table(found: Comparison) -> str:
     lines += [
         "",
         f"{ours.rule}: predicted {ours.predicted_bytes / 2**30:.1f} GiB and {ours.predicted_downtime:.2f} s of "
-        f"downtime for the moves that came about; "
-        f"at most {ours.most} migrations at once, {ours.most_of_host} of one host",
+        f"downtime for the moves that came about; at most {ours.most} migrations at once, "
+        f"{ours.most_of_host} of one host",
     ]
     return "\n".join(lines)
 
