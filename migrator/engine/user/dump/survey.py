@@ -103,7 +103,10 @@ def survey(
 
 
 def _ipc_obstacles(pid: int, segments: Mapping[int, int]) -> Iterator[str]:
-    vmas = procfs.maps(pid)
+    text = procfs.read_text(f"/proc/{pid}/maps")
+    if SYSV not in text:
+        return
+    vmas = procfs.parse_maps(text)
     for vma in vmas:
         if vma.path.startswith(SYSV) and vma.inode not in segments:
             yield f"mapping {vma.start:#x} is System V shared memory of the host, which cannot be carried"
