@@ -5,6 +5,7 @@ network, no session, no encryption. Each workload is moved there and back severa
 
     total    seconds of a move from its survey to its end, three rounds among it
     gap      the longest time in which the program itself did not run, from freeze to resume (its own clock)
+    predict  the same by the model of migrator.session.prediction, learnt from the moves before each
     slope    ms for each further one, by least squares over the three sizes; base: the rest
     phases   ms of each phase of the largest size, source and destination, medians
 """
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "engines"
 
 from pidhosts import HostedWorkload, PidHost, migrate
 
+from migrator.session.prediction import Costs
 from migrator.testing.stage import require_root
 
 ROWS = {
@@ -49,6 +51,7 @@ class Size:
     kind: str
     count: int
     gaps: list[float] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)  # seconds
     phases: dict[str, list[float]] = field(default_factory=dict)
 
@@ -61,7 +64,7 @@ class Size:
         return statistics.median(self.gaps)
 
 
-def measure(kind: str, count: int, repeat: int) -> Size:
+def measure(kind: str, count: int, repeat: int, costs: Costs) -> tuple[Size, Costs]:
     size = Size(kind, count)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -78,12 +81,16 @@ def measure(kind: str, count: int, repeat: int) -> Size:
             time.sleep(0.15)
             lines = [line.split() for line in workload.lines() if line.startswith("gap ")]
             size.gaps.append(max((int(e) - int(s) for _, s, e in lines if int(e) > before), default=0) / 1e6)
+            work = moved.rounds[-1].work
+            if work is not None and size.gaps[-1]:
+                size.predicted.append(costs.seconds(work) * 1000)
+                costs = costs.corrected(work, size.gaps[-1] / 1000)
             for where, phases in (("source", moved.source), ("destination", moved.destination)):
                 for name, ms in phases.items():
                     size.phases.setdefault(f"{where} {name}", []).append(ms)
             here, there = there, here
         workload.check_alive_and_progressing(ticks=1)
-    return size
+    return size, costs
 
 
 def fit(sizes: list[Size]) -> tuple[float, float]:
@@ -98,7 +105,7 @@ def fit(sizes: list[Size]) -> tuple[float, float]:
 
 def show(console: Console, rows: dict[str, list[Size]]) -> None:
     table = Table(title="the engine alone: downtime in ms, medians", header_style="dim", title_justify="left")
-    for title in ("workload", "sizes", "total s", "gap", "slope", "base", "target", "largest at target"):
+    for title in ("workload", "sizes", "total s", "gap", "predict", "slope", "base", "target", "largest at target"):
         table.add_column(title, justify="left" if title == "workload" else "right")
     for kind, sizes in rows.items():
         slope, base = fit(sizes)
@@ -108,6 +115,7 @@ def show(console: Console, rows: dict[str, list[Size]]) -> None:
             " / ".join(str(s.count) for s in sizes),
             " / ".join(f"{s.total:.2f}" for s in sizes),
             " / ".join(f"{s.gap:.1f}" for s in sizes),
+            " / ".join(f"{statistics.median(s.predicted or [0.0]):.1f}" for s in sizes),
             f"{slope:.4f}",
             f"{base:.1f}",
             f"{target}",
@@ -129,11 +137,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args()
     require_root()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
     rows: dict[str, list[Size]] = {}
+    costs = Costs()
     for kind in options.only.split(",") if options.only else ROWS:
         for count in ROWS[kind][-1:] if options.largest else ROWS[kind]:
-            rows.setdefault(kind, []).append(measure(kind, count, options.repeat))
+            size, costs = measure(kind, count, options.repeat, costs)
+            rows.setdefault(kind, []).append(size)
             console.print(f"[dim]{count} {kind}: {rows[kind][-1].gap:.1f} ms[/]")
     show(console, rows)
     if options.json:

@@ -100,8 +100,15 @@ class DescriptorRestore:
     def settle(self, tables: Iterable[int]) -> None:
         """Once all records are there, and ahead of install(): complete the pre-dumped files that `tables` name."""
         named = {d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors}
-        for objref in self._early & named:
-            self._make_good(self._records[objref])
+        early = list(self._early & named)
+        opened = [(self._files[objref], self._records[objref]) for objref in early if objref in self._files]
+        kept = {
+            rec.objref
+            for (_, rec), same in zip(opened, files.still_there(opened, self._context.root_fd), strict=True)
+            if same
+        }
+        for objref in early:
+            self._make_good(self._records[objref], kept=objref in kept)
 
     def install(self, stub: Stub, files_objref: int) -> None:
         """Give a stopped stub the descriptors of a table, and no others."""
@@ -215,13 +222,14 @@ class DescriptorRestore:
         self._files[rec.objref] = fd = self._open(rec)
         self._configure(fd, rec)
 
-    def _make_good(self, rec: r.File) -> None:
+    def _make_good(self, rec: r.File, *, kept: bool) -> None:
         """A file that was opened early, as its last record has it; opened now if that is not the file any more."""
+        if kept and rec.objref not in self._changed:
+            return
         fd = self._files.pop(rec.objref, -1)
         try:
-            if fd >= 0 and files.still_there(fd, rec, self._context.root_fd):
-                if rec.objref in self._changed:
-                    files.adjust(fd, rec)
+            if kept:
+                files.adjust(fd, rec)
             else:
                 if fd >= 0:
                     os.close(fd)
