@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,12 +115,12 @@ class Mount:
 
 def mounts(pid: int | str = "self") -> list[Mount]:
     """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
-    with open(f"/proc/{pid}/mountinfo") as file:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         found = []
         for line in file:
             head, _, tail = line.partition(" - ")
             words, rest = head.split(), tail.split()
-            path = words[4].encode().decode("unicode_escape") if "\\" in words[4] else words[4]
+            path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), words[4])
             found.append(Mount(path, rest[0], rest[2], words[2]))
         return found
 
