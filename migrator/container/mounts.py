@@ -59,10 +59,12 @@ def pivot_root(root: str) -> None:
     os.chdir("/")
 
 
-def set_up(spec: ContainerSpec) -> None:
-    """Build the container's view. Runs inside its mount and pid namespaces. Raises OSError."""
+def set_up(spec: ContainerSpec) -> tuple[tuple[str, str], ...]:
+    """Build the container's view; (path, device) of what it has of the host. Runs inside its mount and pid namespaces.
+    Raises OSError."""
     # Before anything else: until then a mount made here would show up on the host.
     mount("", "/", flags=MS_REC | MS_PRIVATE)
+    inherited = below(spec.root)  # only now: until then what the host mounted came along
     if spec.root:
         mount(spec.root, spec.root, flags=MS_BIND | MS_REC)
         pivot_root(spec.root)
@@ -74,6 +76,7 @@ def set_up(spec: ContainerSpec) -> None:
             os.makedirs(fs.path, exist_ok=True)
             mount("tmpfs", fs.path, "tmpfs", MS_NOSUID | MS_NODEV, fs.options)
     _touch_log(spec.effective_log)
+    return inherited
 
 
 def _small_dev() -> None:
