@@ -58,6 +58,7 @@ class Container:
     ifindex:    of the host's end of its veth pair; 0 without a bridge
     created:    seconds since the epoch
     arriving:   it is being restored here and does not run yet
+    inherited:  (path, device) of the mounts that it had of this host when it was set up; None where that is not known
     """
 
     spec: ContainerSpec
@@ -67,6 +68,7 @@ class Container:
     ifindex: int
     created: float
     arriving: bool = False
+    inherited: tuple[tuple[str, str], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -165,7 +167,10 @@ def _parse(text: str, name: str) -> Container:
     try:
         value: dict[str, Any] = json.loads(text)
         spec = ContainerSpec.from_dict(value.pop("spec"))
-        return Container(spec=spec, **value)
+        inherited = value.pop("inherited", None)
+        if inherited is not None:
+            inherited = tuple((str(path), str(device)) for path, device in inherited)
+        return Container(spec=spec, inherited=inherited, **value)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"the state of container {name!r} is damaged: {error}",

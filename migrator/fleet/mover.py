@@ -22,6 +22,7 @@ from migrator.fleet.store import Conflict, Lock, NotHeld, StoreUnavailable
 from migrator.host import new_migration
 from migrator.protocol.fleet import Depart, Departed, Departing
 from policies import plan as policy_plan
+from policies.explain import move_text
 
 log = logging.getLogger("migrator.controller")
 
@@ -75,7 +76,7 @@ class Mover:
             raise
         except Conflict:
             return False
-        log.info("%s: %s to %s, because %s", move.workload, move.source, move.target, move.reason)
+        log.info("%s", move_text(move))
         target = self._observer.agents[move.target].host
         rule = self._observer.known.rules.get(move.workload)
         budget = rule.downtime_budget if rule is not None and not force else None
