@@ -120,7 +120,7 @@ class FleetStage:
 
     # ------------------------------------------------------------------ the controller's commands
 
-    def command(self, *argv: str, timeout: float = 120.0) -> str:
+    def command(self, *argv: str, timeout: float = 400.0) -> str:
         """A `migrator` command on the controller; its standard output. Raises CommandFailed."""
         done = self.client.run([*MIGRATOR, *argv], check=False, timeout=timeout)
         if done.returncode:

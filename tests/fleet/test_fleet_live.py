@@ -15,7 +15,7 @@ import pytest
 from migrator.testing.etcd import EtcdCluster
 from migrator.testing.fleet import CommandFailed, FleetStage, busy
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def fleet(agents: FleetStage) -> Iterator[FleetStage]:
     agents.clear()
 
 
-def until(holds: Any, what: str, *, seconds: float = 90.0) -> None:
+def until(holds: Any, what: str, *, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, what
@@ -185,7 +185,7 @@ asyncio.run(main(int(sys.argv[1]), *sys.argv[2:]))
 
 def order(fleet: FleetStage, token: int, workload: str, source: str, target: str) -> tuple[str, str]:
     """Have an agent told to move a workload, as a controller with that token would."""
-    done = fleet.client.python(_ORDER, str(token), workload, source, target)
+    done = fleet.client.python(_ORDER, str(token), workload, source, target, timeout=300)
     outcome, reason = json.loads(done.stdout)
     return outcome, reason
 
