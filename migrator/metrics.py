@@ -24,6 +24,8 @@ _TOTAL_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _SIZE_BUCKETS = tuple(float(1 << shift) for shift in range(20, 42, 2))
 
+_MOST_PHASES = 64
+
 # What an outcome's reason is filed under: the first that is found in it.
 _REASONS = (
     ("cancelled", r"^cancelled|being stopped"),
@@ -77,6 +79,7 @@ class Metrics:
             buckets=_TOTAL_BUCKETS,
             registry=own,
         )
+        self._phases: set[str] = set()  # names that are labels
         self._phase = Histogram(
             "migrator_downtime_phase_seconds",
             "Parts of the downtime; those of one migration add up to it.",
@@ -182,7 +185,13 @@ class Metrics:
             self._accuracy.observe(result.downtime / result.predicted_downtime)
         if result.timeline is not None:
             for (phase, where), seconds in phases_of(result.timeline).items():
-                self._phase.labels(phase, where).observe(seconds)
+                self._phase.labels(self._label(phase), where).observe(seconds)
+
+    def _label(self, phase: str) -> str:
+        """The other host names its phases as it likes: only the first names are labels of their own."""
+        if len(self._phases) < _MOST_PHASES:
+            self._phases.add(phase)
+        return phase if phase in self._phases else "other"
 
 
 def phases_of(timeline: model.Timeline) -> dict[tuple[str, str], float]:

@@ -137,8 +137,9 @@ def table(found: Comparison) -> str:
     ours = found.ours[0]
     lines += [
         "",
-        f"{ours.rule}: predicted {ours.predicted_bytes / 2**30:.1f} GiB and {ours.predicted_downtime:.2f} s of downtime "
-        f"for the moves that came about; at most {ours.most} migrations at once, {ours.most_of_host} of one host",
+        f"{ours.rule}: predicted {ours.predicted_bytes / 2**30:.1f} GiB and {ours.predicted_downtime:.2f} s of "
+        f"downtime for the moves that came about; at most {ours.most} migrations at once, "
+        f"{ours.most_of_host} of one host",
     ]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,10 +59,12 @@ def pivot_root(root: str) -> None:
     os.chdir("/")
 
 
-def set_up(spec: ContainerSpec) -> None:
-    """Build the container's view. Runs inside its mount and pid namespaces. Raises OSError."""
+def set_up(spec: ContainerSpec) -> tuple[tuple[str, str], ...]:
+    """Build the container's view; (path, device) of what it has of the host. Runs inside its mount and pid namespaces.
+    Raises OSError."""
     # Before anything else: until then a mount made here would show up on the host.
     mount("", "/", flags=MS_REC | MS_PRIVATE)
+    inherited = below(spec.root)  # only now: until then what the host mounted came along
     if spec.root:
         mount(spec.root, spec.root, flags=MS_BIND | MS_REC)
         pivot_root(spec.root)
@@ -73,6 +76,7 @@ def set_up(spec: ContainerSpec) -> None:
             os.makedirs(fs.path, exist_ok=True)
             mount("tmpfs", fs.path, "tmpfs", MS_NOSUID | MS_NODEV, fs.options)
     _touch_log(spec.effective_log)
+    return inherited
 
 
 def _small_dev() -> None:
@@ -111,12 +115,12 @@ class Mount:
 
 def mounts(pid: int | str = "self") -> list[Mount]:
     """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
-    with open(f"/proc/{pid}/mountinfo") as file:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         found = []
         for line in file:
             head, _, tail = line.partition(" - ")
             words, rest = head.split(), tail.split()
-            path = words[4].encode().decode("unicode_escape") if "\\" in words[4] else words[4]
+            path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), words[4])
             found.append(Mount(path, rest[0], rest[2], words[2]))
         return found
 

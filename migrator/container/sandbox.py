@@ -105,7 +105,6 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         ifindex=0,
         created=state.now(),
         arriving=True,
-        inherited=mounts.below(spec.root, init_pid),
     )
     try:
         container.save()  # before the first act: whoever finds it knows what to take down
@@ -114,7 +113,9 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         index = _step("network", spec.name, lambda: network.set_up(spec, init_pid))
         container = replace(container, ifindex=index)
         container.save()
-        _step("mounts", spec.name, lambda: run_in(init_pid, {"pid", "mnt"}, lambda: mounts.set_up(spec)))
+        inherited = _step("mounts", spec.name, lambda: run_in(init_pid, {"pid", "mnt"}, lambda: mounts.set_up(spec)))
+        container = replace(container, inherited=inherited)
+        container.save()
     except BaseException:
         cgroup.close()
         take_down(container)

@@ -60,6 +60,7 @@ def check_asker(journal: Journal, key: str) -> None:
     """Raises JournalError unless the peer with this key is the one that the migration belongs to."""
     if key and journal.header.key != key:
         raise JournalError(
-            f"migration {journal.header.migration} was not begun here with the key that asks",
+            f"migration {journal.header.migration} was not begun here with the key that asks: "
+            "`migrator settle --identity KEY` asks with another",
             hint="ask with that key; where it is gone: `migrator settle --here` or `--away` on the source",
         )

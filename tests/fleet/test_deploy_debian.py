@@ -31,7 +31,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deb")
     done = subprocess.run(
         [ROOT / "deploy/debian/build.sh", folder],
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COMPRESS": "none"},
         capture_output=True,
         text=True,
     )

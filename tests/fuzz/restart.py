@@ -51,7 +51,7 @@ def fuzz(seconds: float, seed: int) -> Counts:
             program = stack.enter_context(Workload(name, Path(folder) / name, *arguments))
             images.append(str(Path(folder) / f"{name}.image"))
             command = [sys.executable, "-m", "migrator", "checkpoint", str(program.pid), "-o", images[-1]]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         images.append(str(Path(folder) / "container.image"))
         stack.enter_context(_container(Path(folder), images[-1]))
         inside = [
@@ -69,7 +69,7 @@ def fuzz(seconds: float, seed: int) -> Counts:
         command = [sys.executable, "-m", __name__, str(seconds), str(seed), *images]
         environment = {**os.environ, "MIGRATOR_STATE_DIR": f"{folder}/inside"}
         done = subprocess.run(
-            [*inside, *command], env=environment, capture_output=True, text=True, timeout=seconds + 120
+            [*inside, *command], env=environment, capture_output=True, text=True, timeout=seconds + 600
         )
         if done.returncode:
             return Counts(found=[f"restart {seed}: the program has ended by {done.returncode}: {done.stderr[-3000:]}"])
@@ -84,7 +84,7 @@ def _container(folder: Path, image: str) -> Iterator[None]:
 
     def migrator(*words: str) -> None:
         command = [sys.executable, "-m", "migrator", *words]
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
 
     migrator("run", "-d", "--name", name, "--bridge", "", "--", *program)
     try:

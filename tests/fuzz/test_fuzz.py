@@ -13,6 +13,7 @@ SECONDS = float(os.environ.get("MIGRATOR_FUZZ_SECONDS", "8"))
 
 
 @pytest.mark.root
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # an action that is cancelled before it begins
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_found(kind: str) -> None:

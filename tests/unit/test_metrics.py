@@ -7,6 +7,7 @@ import socket
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -141,3 +142,19 @@ def test_an_agent_serves_what_its_sessions_tell() -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         text = answer.read().decode()
     assert 'migrator_migrations_total{outcome="migrated",reason="none",side="destination"} 1.0' in text
+
+
+def test_phases_that_the_other_host_makes_up_make_no_end_of_labels() -> None:
+    metrics = Metrics()
+    for number in range(500):
+        name = "".join(chr(ord("a") + int(digit)) for digit in str(number))
+        phase = Phase(f"made up {name}", 4 * MS, 6 * MS, where=Where.DESTINATION)
+        timeline = model.Timeline([phase], frozen_at=0, resumed_at=7 * MS)
+        play(metrics, model.Ended(ID, Where.SOURCE, msgspec.structs.replace(result(), timeline=timeline)))
+    phases = {
+        sample.labels["phase"]
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "migrator_downtime_phase_seconds_sum"
+    }
+    assert len(phases) <= 65 and "other" in phases
