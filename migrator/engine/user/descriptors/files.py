@@ -154,7 +154,8 @@ class DeletedRestore:
             view, offset = view[done:], offset + done
 
     def open(self, rec: File) -> int:
-        """A new description, at offset 0."""
+        """A new description, at offset 0. All contents have come: the file was changed last when it was."""
+        os.utime(self._fd, ns=(max(0, os.fstat(self._fd).st_atime_ns), rec.mtime))
         flags = rec.flags & ~_ONCE & ~os.O_DIRECTORY
         return self._open_by_name(flags) if flags & os.O_NOFOLLOW else descriptors.reopen(self._fd, flags)
 
