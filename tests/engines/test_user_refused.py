@@ -85,7 +85,7 @@ STATES = {
     "shares its working directory": MAIN + "if (!clone_(CLONE_FS | SIGCHLD)) rest();",
     "shares its I/O context": MAIN
     + "TRY(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 3)); if (!clone_(CLONE_IO | SIGCHLD)) rest();",
-    "by signal 10 and not SIGCHLD": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
+    "by signal 10 and not SIGCHLD (clone(2))": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
     "its main thread has ended while others run": in_thread("") + "wl_ready(); syscall(SYS_exit, 0);",
     "is traced by": MAIN + "if (!fork()) { TRY(ptrace(PTRACE_TRACEME, 0, 0, 0)); rest(); } usleep(30000);",
     "runs under seccomp": in_thread(
