@@ -3,6 +3,7 @@
 # make demo-web  a web server with short connections, there and back; ARGS="--delay 25" for a round trip of 50 ms
 # make test    all tests; non-zero on any failure
 # make bench   every workload beside its stop-copy-restart and its floor
+# make bench-fleet  planning time, distance from the exact placement, a day under our rule and the others'
 # make lint    ruff and mypy
 # make fuzz    hostile images and peers (ARGS="SECONDS SEED KIND", 60 for each kind if not told)
 # make coverage  which lines the last whole `make test` has not reached
@@ -21,7 +22,7 @@ STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
 
-.PHONY: demo demo-fleet demo-web test coverage bench fuzz lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
+.PHONY: demo demo-fleet demo-web test coverage bench bench-fleet fuzz lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +55,9 @@ bench: $(STAMP)
 
 fuzz: $(STAMP)
 	@cd $(ROOT) && $(PYTHON) -m tests.fuzz $(ARGS)
+
+bench-fleet: $(STAMP)
+	@cd $(ROOT) && $(PYTHON) tools/bench_fleet.py $(ARGS)
 
 # What a kernel build and the guests need beyond that.
 setup-kernel: $(STAMP)

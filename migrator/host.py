@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from migrator.recovery.journal import JournalHeader, journal_directory
 from migrator.recovery.settle import Settlement, settle_all
 from migrator.session.interfaces import NetworkArrival
 from migrator.session.preflight import collect_host
-from migrator.session.serve import ask_over
 from migrator.session.settings import DestinationSettings, Prepared
 from transport import ssh
 from transport.link import Link
@@ -231,17 +231,19 @@ def _refuse_container(spec: ContainerSpec, proposal: Propose, bridge: str) -> No
 
 
 def _has_link(name: str) -> bool:
-    """/sys shows the network namespace it was mounted in; this one may be another."""
-    from pyroute2 import IPRoute
-
-    with IPRoute() as ip:
-        return bool(ip.link_lookup(ifname=name))
+    """Of the network namespace of this thread; /sys shows that which it was mounted in."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
 
 
 async def settle(login: Login, journal: Path | None = None) -> list[Settlement]:
     """Finish or undo what agents of this host that died have left."""
 
     async def ask(header: JournalHeader) -> Recorded:
+        from migrator.session.serve import ask_over  # what serves is not for who only asks: mostly nobody is asked
+
         link = await login.connect(header.peer)
         try:
             return await ask_over(link, header.migration)

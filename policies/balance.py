@@ -200,19 +200,22 @@ class _Balance:
         )
 
     def _best_from(self, source: int) -> _Choice | None:
-        """The move off a host that gains most above its price."""
+        """The move off a host that gains most above its price.
+
+        Units are tried by what they could gain at best, so the first few of many decide it.
+        """
         ledger, score, settings = self.ledger, self.score, self.settings
         if not self.waves.open(ledger.hosts[source].name):
             return None
         best: _Choice | None = None
-        least = (1 + settings.margin) * settings.thrift * settings.prices.move
-        for unit in ledger.units_on[source]:
-            if not self._movable(unit):
-                continue
+        most = 0.0
+        for hope, _, unit in sorted(self._hopes(source), key=lambda entry: (-entry[0], entry[1])):
+            if hope <= most:
+                break
             top: tuple[float, int] | None = None
             for target in self.targets.candidates(unit, TARGETS, LOOKED_AT):
                 gain = score.gain(unit, source, target)
-                if gain <= least or (top is not None and gain <= top[0]):
+                if top is not None and gain <= top[0]:
                     continue
                 if self.waves.open(ledger.hosts[target].name) and (unit.name, target) not in self.refused:
                     top = gain, target
@@ -221,9 +224,23 @@ class _Balance:
             choice = self._choice(unit, top[1], top[0])
             if choice is None or choice.gain <= (1 + settings.margin) * choice.price:
                 continue
-            if best is None or choice.gain - choice.price > best.gain - best.price:
-                best = choice
+            if choice.gain - choice.price > most:
+                best, most = choice, choice.gain - choice.price
         return best
+
+    def _hopes(self, source: int) -> Iterator[tuple[float, str, Unit]]:
+        """What a host's units would gain above the least price if they went to a host that is the emptiest in all."""
+        settings = self.settings
+        low = self.targets.lowest(0), self.targets.lowest(1), 0.0
+        for unit in self.ledger.units_on[source]:
+            gain = self.score.hope(unit, source, low)
+            sent = sum(
+                workload.used.memory if workload.predicted_bytes is None else workload.predicted_bytes
+                for workload in unit.workloads
+            )
+            price = settings.thrift * (settings.prices.move * len(unit.workloads) + settings.prices.gib * sent / 2**30)
+            if gain > (1 + settings.margin) * price and self._movable(unit):
+                yield gain - price, unit.name, unit
 
     def _sources(self, uneven: bool) -> Iterator[int]:
         if not uneven:

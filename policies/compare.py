@@ -56,9 +56,14 @@ def compare(
     others: Sequence[str] = baselines.NAMES,
     done: Callable[[Run], None] = lambda _run: None,
 ) -> Comparison:
-    """Replay the day under each rule; `done` hears of each run. Raises `ClusterError` for a rule that is not known."""
+    """Replay the day under each rule; `done` hears of each run. Raises `ClusterError` for a rule that is not known.
+
+    Ours has the world's slots, whatever the settings say.
+    """
     if unknown := sorted(set(others) - set(baselines.NAMES)):
         raise ClusterError([f"rule {name} is not known; there are {', '.join(baselines.NAMES)}" for name in unknown])
+
+    settings = msgspec.structs.replace(settings, pace=world.pace)
 
     def replay(rule: Rule) -> Run:
         run = simulate(day, rule, world)
@@ -105,9 +110,8 @@ def pace_for(hosts: int) -> Pace:
 
 def invented(shape: Shape, world: World = WORLD, **more: object) -> Comparison:
     """`compare` on a day from a seed, with the slots that the fleet has for all rules."""
-    pace = pace_for(shape.hosts)
-    settings = balance.Settings(pace=pace)
-    return compare(Invented(shape), msgspec.structs.replace(world, pace=pace), settings, **more)  # type: ignore[arg-type]
+    world = msgspec.structs.replace(world, pace=pace_for(shape.hosts))
+    return compare(Invented(shape), world, **more)  # type: ignore[arg-type]
 
 
 def table(found: Comparison) -> str:
@@ -130,6 +134,13 @@ def table(found: Comparison) -> str:
             lines.append("  (none of ours sends as little)")
         else:
             lines.append("  " + _line(ours, 22))
+    ours = found.ours[0]
+    lines += [
+        "",
+        f"{ours.rule}: predicted {ours.predicted_bytes / 2**30:.1f} GiB and {ours.predicted_downtime:.2f} s of "
+        f"downtime for the moves that came about; "
+        f"at most {ours.most} migrations at once, {ours.most_of_host} of one host",
+    ]
     return "\n".join(lines)
 
 

@@ -123,15 +123,16 @@ class Invented:
         of_cpu = shape.cpu * total[0] / (sum(cpu) or 1.0)
         of_memory = shape.memory * total[1] / (sum(memory) or 1.0)
         room = [0.9 * host.capacity.memory - host.load.memory for host in hosts]
+        largest = 0.25 * min(host.capacity.memory for host in hosts)
         made = []
         for number in range(count):
-            size = min(memory[number] * of_memory, 0.25 * min(host.capacity.memory for host in hosts))
+            size = min(memory[number] * of_memory, largest)
             at = int(number / count * len(hosts))
             if chance.random() < 0.3 or room[at] < size:
-                at = next(
-                    (one for one in (chance.randrange(len(hosts)) for _ in range(50)) if room[one] >= size),
-                    max(range(len(hosts)), key=lambda one: room[one]),
-                )
+                tried = (chance.randrange(len(hosts)) for _ in range(50))
+                at = next((one for one in tried if room[one] >= size), -1)
+                if at < 0:
+                    at = max(range(len(hosts)), key=lambda one: room[one])
             room[at] -= size
             used = min(cpu[number] * of_cpu, 0.5 * hosts[at].capacity.cpu)
             # Kinds follow one another with the place: about 25 workloads are of one kind.

@@ -35,6 +35,7 @@ from .drain_record import (
     moves_of,
     over_budget,
 )
+from .drain_seen import begin, cancel, failed, seen
 from .give_back import give_back
 from .ledger import Ledger, Limits, Unit
 from .model import Cluster, HostState, Workload
@@ -66,54 +67,6 @@ __all__ = [
 ]
 
 
-def begin(
-    cluster: Cluster,
-    host: str,
-    *,
-    seconds: float | None = None,
-    at_deadline: AtDeadline = AtDeadline.STOP,
-    parallel: int = 2,
-    evacuate: bool = False,
-) -> Record:
-    """The record of a new drain, `seconds` being the time it has. Raises `DrainError`, `ClusterError`."""
-    validate(cluster)
-    found = host_named(cluster, host)
-    if found.state is HostState.LOST:
-        raise DrainError(f"host {host} is lost: nothing can be moved off it", hint="recover its workloads instead")
-    if evacuate and seconds is None:
-        raise DrainError("an evacuation needs the seconds that are left")
-    if parallel < 1 or (seconds is not None and not seconds > 0):
-        raise DrainError(f"{parallel} migrations at once, {seconds} seconds: both must be more than 0")
-    return Record(
-        host=host,
-        began_at=cluster.time,
-        deadline=None if seconds is None else cluster.time + seconds,
-        at_deadline=at_deadline,
-        parallel=parallel,
-        evacuate=evacuate,
-        wanted=tuple(workload.name for workload in cluster.workloads if workload.host == host),
-        changed_at=cluster.time,
-    )
-
-
-def failed(record: Record, workload: str, reason: str, time: float) -> Record:
-    """The record after a migration, or a checkpoint, that failed: the workload runs on the host as before."""
-    count = record.failed[workload].count + 1 if workload in record.failed else 1
-    return msgspec.structs.replace(
-        record,
-        failed={**record.failed, workload: Attempt(count, time, reason)},
-        started={name: started for name, started in record.started.items() if name != workload},
-        saving=tuple(name for name in record.saving if name != workload),
-    )
-
-
-def cancel(record: Record, time: float) -> Record:
-    """The record of a drain that is given up: what has moved stays where it is (`give_back` brings it home)."""
-    if record.state is not State.RUNNING:
-        return record
-    return msgspec.structs.replace(record, state=State.CANCELLED, ended_at=time)
-
-
 def step(cluster: Cluster, record: Record, settings: Settings = SETTINGS) -> Step:
     """What to do next. Raises `DrainError` if the drain's host is gone, `ClusterError` if the cluster makes no sense.
 
@@ -131,7 +84,7 @@ class _Step:
         self.now = cluster.time
         self.host = host_named(cluster, record.host)
         self.here = {workload.name: workload for workload in cluster.workloads if workload.host == record.host}
-        self.record = self._seen(record)
+        self.record = seen(cluster, record, settings.grace)
         # What was asked for takes room at its target, seen or not.
         self.cluster = with_started(cluster, {name: start.target for name, start in self.record.started.items()})
         self.here = {workload.name: workload for workload in self.cluster.workloads if workload.host == record.host}
@@ -149,48 +102,13 @@ class _Step:
         self.number = self.ledger.index[record.host]
         # What this host itself has in the ledger does not matter; that it is closed does.
         self.ledger.closed[self.number] = self.ledger.closed[self.number] or f"host {record.host} is being drained"
+        self.score = Score(self.ledger, settings.weights)
         self.share = 1 / record.parallel
         self.stays: dict[str, str] = {}
         self.actions: list[Action] = []
         self.mates: dict[str, set[int]] = {}
         self.bytes_left = 0.0
         self.seconds: dict[str, float] = {}
-
-    def _seen(self, record: Record) -> Record:
-        """The record with what the cluster shows: departures, ends, migrations that never began."""
-        at = {workload.name: workload.host for workload in self.cluster.workloads}
-        wanted = record.wanted + tuple(name for name in self.here if name not in record.wanted)
-        moved, ended, started = dict(record.moved), set(record.ended), dict(record.started)
-        changed, predicted = record.changed_at, record.predicted_seconds
-        for name in wanted:
-            if name in self.here:
-                if name in moved or name in ended:  # it came back
-                    moved.pop(name, None)
-                    ended.discard(name)
-                continue
-            if name not in moved and name not in ended:
-                changed = self.now
-            if name in at:
-                moved.setdefault(name, at[name])
-                ended.discard(name)
-            elif name not in moved:
-                ended.add(name)
-            if name in started:
-                predicted += started.pop(name).seconds
-        record = msgspec.structs.replace(
-            record,
-            wanted=wanted,
-            moved=moved,
-            ended=tuple(name for name in wanted if name in ended),
-            started=started,
-            saving=tuple(name for name in record.saving if name in self.here),
-            changed_at=changed,
-            predicted_seconds=predicted,
-        )
-        for name, start in started.items():
-            if self.here[name].moving_to is None and self.now - start.at > self.settings.grace:
-                record = failed(record, name, f"its migration to {start.target} was asked for and never seen", self.now)
-        return record
 
     def run(self) -> Step:
         record = self.record
@@ -266,9 +184,8 @@ class _Step:
     def _move(self) -> None:
         """Find a place for everything that is left, then begin as much of it as there are slots."""
         units = self._left()
-        score = Score(self.ledger, self.settings.weights)
-        targets = Targets(self.ledger, score)
-        placement = Places(self.ledger, score, targets, self._allowed).place(units)
+        score = self.score
+        placement = Places(self.ledger, score, Targets(self.ledger, score), self._allowed).place(units)
         hosts = {unit.name: placement.targets.get(unit.name) for unit in units}
         self._note_unplaced(units, placement)
         ready = [unit for unit in units if hosts[unit.name] is not None]
@@ -386,6 +303,7 @@ class _Step:
             return
         cause = Cause.EVACUATE if self.record.evacuate else Cause.DRAIN
         text = f"host {self.record.host} is being {'evacuated' if self.record.evacuate else 'drained'}"
+        text += f"; with all that comes there will be {self.score.text(self.ledger.index[target])}"
         started = dict(self.record.started)
         for move in moves_of(unit, target, cause, text, 0.0, costs, [0] * size):
             self.actions.append(Start(move, self.force))

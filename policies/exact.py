@@ -84,7 +84,9 @@ class _Program:
         self.ledger = score.ledger
         self.units = units
         highs.silent()
-        highs.setOptionValue("mip_rel_gap", GAP / 10)
+        # What is not placed makes the whole large, so the gap is not taken as a share of it.
+        highs.setOptionValue("mip_rel_gap", 0.0)
+        highs.setOptionValue("mip_abs_gap", GAP / 10)
         highs.setOptionValue("threads", 1)
         self.chosen: dict[tuple[int, int], Any] = {}
         self.on: dict[int, list[int]] = {}

@@ -82,6 +82,7 @@ def _by_bytes(found: Comparison, shown: Sequence[Run]) -> list[str]:
         x, y = at(run)
         colour = COLOURS[number % len(COLOURS)]
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        parts.append(_text(x + 8, y - 6, run.rule, fill=colour))
+        if run.bytes:  # the others lie on one point
+            parts.append(_text(x + 8, y - 6, run.rule, fill=colour))
     parts.append(_text(WIDTH - 205, top + 16, "- - - migrator, by thrift", fill=COLOURS[1]))
     return parts

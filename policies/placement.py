@@ -1,9 +1,10 @@
 """Finding places for several workloads at once: bin packing with constraints, by a fast heuristic.
 
-The largest are placed first, each where it adds least to the sum of squared utilisations. If something is left over,
-the tightest fit is tried instead, which keeps large holes; then what was placed makes way for what was not. Last,
-single moves and swaps are made as long as the sum falls. `exact.place` has the same interface and proves its answer;
-`tools/bench_fleet.py` prints how far apart the two are.
+The largest are placed first, each where it adds least to the sum of squared utilisations; then what was placed makes
+way for what was not. If something is still left over, other ways are tried, and what misses least is taken: the
+tightest fit, which keeps large holes, and the smallest first. Last, single moves and swaps are made as long as the sum
+falls. `exact.place` has the same interface and proves its answer; `tools/bench_fleet.py` prints how far apart the two
+are.
 """
 
 from __future__ import annotations
@@ -88,16 +89,22 @@ class Places:
     def place(self, units: list[Unit]) -> Placement:
         """Place what can be placed. A split bundle is none of it."""
         free = self._begin(units)
-        left = self._pass(free, tight=False)
-        if left:
+        # By what a unit is worth for its size: where not all fit, the many small ones before the few large.
+        dense = sorted(free, key=lambda unit: (-_worth([unit]) / max(self._size(unit), 1e-12), unit.name))
+        best: dict[int, int] = {}
+        missed = float("inf")
+        for order, tight in ((free, False), (free, True), (dense, False), (dense, True)):
             self._clear(free)
-            left_tight = self._make_way(self._pass(free, tight=True), free)
-            if _worth(left) < _worth(left_tight):
-                self._clear(free)
-                left = self._pass(free, tight=False)
-            else:
-                left = left_tight
-            left = self._make_way(left, free)
+            left = self._make_way(self._pass(order, tight=tight), order)
+            if _worth(left) < missed:
+                best, missed = {id(unit): unit.host for unit in free}, _worth(left)
+            if not left:
+                break
+        if missed:
+            self._clear(free)
+            for unit in free:
+                if best[id(unit)] != self._origin[id(unit)]:
+                    self._put(unit, best[id(unit)])
         self._improve([unit for unit in free if unit.host != self._origin[id(unit)]])
         return self._placement(units, free)
 
@@ -289,4 +296,5 @@ class Places:
 
 
 def _worth(units: list[Unit]) -> float:
-    return sum(workload.value for unit in units for workload in unit.workloads)
+    """Each counts, and what is worth more counts more."""
+    return sum(1.0 + workload.value for unit in units for workload in unit.workloads)

@@ -182,7 +182,10 @@ class Waves:
 
     def take_all(self, pairs: list[tuple[str, str]]) -> list[int] | None:
         """A slot for each, or none for any."""
-        before = list(self._all), {host: list(waves) for host, waves in self._of.items() if len(pairs) > 1}
+        if len(pairs) == 1:
+            wave = self.take(*pairs[0])
+            return None if wave is None else [wave]
+        before = list(self._all), {host: list(waves) for host, waves in self._of.items()}
         taken: list[int] = []
         for source, target in pairs:
             wave = self.take(source, target)

@@ -41,6 +41,8 @@ class Score:
         self.inverse = [
             (1 / cpu, 1 / memory, 1 / network if network else 0.0) for cpu, memory, network in ledger.capacity
         ]
+        # Of the largest hosts.
+        self._least = tuple(min((of_host[part] for of_host in self.inverse), default=0.0) for part in range(3))
         share = weights.pressure
         self._offset = [(share * host.pressure.cpu, share * host.pressure.memory, 0.0) for host in ledger.hosts]
         count = max(len(self.members), 1)
@@ -97,6 +99,16 @@ class Score:
         here, there = self.utilisation[source], self.utilisation[target]
         of_source, of_target = self.inverse[source], self.inverse[target]
         scale = self.scale
+        cpu, memory, network = unit.cpu, unit.memory, unit.network
+        gain = scale[0] * cpu * (2 * (here[0] - there[0]) - cpu * (of_source[0] + of_target[0]))
+        gain += scale[1] * memory * (2 * (here[1] - there[1]) - memory * (of_source[1] + of_target[1]))
+        if network:
+            gain += scale[2] * network * (2 * (here[2] - there[2]) - network * (of_source[2] + of_target[2]))
+        return gain
+
+    def hope(self, unit: Unit, source: int, there: tuple[float, float, float]) -> float:
+        """The most that `gain` can be for any target where no less is in use than `there`."""
+        here, of_source, of_target, scale = self.utilisation[source], self.inverse[source], self._least, self.scale
         cpu, memory, network = unit.cpu, unit.memory, unit.network
         gain = scale[0] * cpu * (2 * (here[0] - there[0]) - cpu * (of_source[0] + of_target[0]))
         gain += scale[1] * memory * (2 * (here[1] - there[1]) - memory * (of_source[1] + of_target[1]))

@@ -42,6 +42,10 @@ class Targets:
             del row[number][host]
         self._put(host)
 
+    def lowest(self, row: int) -> float:
+        """No open host is less utilised than this."""
+        return next((number * FULL / BINS for number, bin_ in enumerate(self._rows[row]) if bin_), 0.0)
+
     def ascending(self, row: int = 2) -> Iterator[int]:
         """All open hosts, the emptiest first; row 0 by cpu, 1 by memory, 2 by both."""
         for bin_ in self._rows[row]:

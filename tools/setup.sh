@@ -24,6 +24,8 @@ needs=(
 	pgrep:procps
 	rsvg-convert:librsvg2-bin
 	groff:groff-base
+	curl:curl
+	psql:postgresql
 	etcd:etcd-server
 	prometheus:prometheus
 	promtool:prometheus

@@ -44,6 +44,7 @@ class Workload:
             container=found.name,
             container_spec=container.describe(found).to_json(),
             container_cgroup=found.cgroup,
+            tmpfs=[fs.path for fs in container.mounts.own_tmpfs(found)],
         )
 
 
@@ -120,12 +121,12 @@ def _no_tree(workload: Workload, what: str, path: str, error: OSError) -> UsageE
 
 def _check_mount(workload: Workload, what: str, path: str) -> None:
     """What is no file system of files, or is the container's own, cannot be copied before the container is there."""
-    host = {mount.device for mount in container.mounts.mounts()}
+    own = {fs.path for fs in container.mounts.own_tmpfs(workload.container)} if workload.container else set()
     found = [m for m in container.mounts.mounts(workload.pid) if os.path.commonpath([path, m.path]) == m.path]
     last = max(found, key=lambda mount: len(mount.path), default=None)
     if last is None:
         return
-    if last.kind in _NO_FILES or (last.kind == "tmpfs" and last.device not in host):
+    if last.kind in _NO_FILES or (last.kind == "tmpfs" and last.path in own):
         raise UsageError(f"{what} lies on a {last.kind}, which is made anew on every host")
 
 

@@ -51,6 +51,9 @@ def balance(
     margin: Annotated[
         float | None, typer.Option(min=0.0, max=100.0, help="With --mode: by how much gain must exceed cost.")
     ] = None,
+    thrift: Annotated[
+        float | None, typer.Option(min=0.0, max=1000.0, help="With --mode: 2 moves about half as much, 0.5 more.")
+    ] = None,
     cooldown: Annotated[
         float | None, typer.Option(parser=seconds, metavar="DURATION", help="With --mode: a moved workload stays.")
     ] = None,
@@ -73,7 +76,7 @@ def balance(
         if sum(map(bool, (dry_run, now, apply, reject, mode))) > 1:
             raise UsageError("--dry-run, --now, --apply, --reject and --mode exclude one another")
         changes: dict[str, Any] = {
-            "hold": hold, "imbalance": imbalance, "margin": margin, "cooldown": cooldown,
+            "hold": hold, "imbalance": imbalance, "margin": margin, "thrift": thrift, "cooldown": cooldown,
             "pace": _pace(at_once) if at_once else None,
             "windows": tuple(map(window_of, window)) if window else None,
         }  # fmt: skip

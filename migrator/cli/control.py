@@ -12,11 +12,13 @@ from rich.table import Table
 
 from migrator.cli.output import Console, err, table_of
 from migrator.fleet import records as r
-from migrator.fleet.controller import Controller
+from migrator.fleet.controller import LEADER, Controller
 from migrator.fleet.membership import Fleet
+from migrator.fleet.store import Lease, Lock, StoreUnavailable
 from migrator.text import duration, size
 
 _LOOK_EVERY = 0.3  # seconds
+_STAND_IN = 120.0  # seconds that a short order may take
 
 
 @contextlib.asynccontextmanager
@@ -30,6 +32,28 @@ async def leading(fleet: Fleet) -> AsyncIterator[Controller]:
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def standing_in(fleet: Fleet) -> AsyncIterator[Lock]:
+    """A lock whose token agents take, for something short that is no move: the leader's own where none leads, else
+    one of its own, so that the leader goes on.
+
+    Tokens of both are revisions of one store, and the leader's is raised by none: an order of ours carries the
+    leader's token if there is one, and is refused like his if he is deposed meanwhile.
+    """
+    store = fleet.state.store
+    lock = await store.acquire(LEADER, f"{os.uname().nodename}:{os.getpid()}".encode(), ttl=_STAND_IN)
+    if lock is not None:
+        try:
+            yield lock
+        finally:
+            await store.release(lock)
+        return
+    holder = await store.holder(LEADER)
+    if holder is None:
+        raise StoreUnavailable("the lead changes just now", hint="try again")
+    yield Lock(LEADER, holder.revision, Lease(0, 0.0, 0.0))
 
 
 async def followed(

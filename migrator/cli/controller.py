@@ -30,6 +30,10 @@ def controller(
     web_token: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token with which one may act on the page.")
     ] = None,
+    prometheus: Annotated[
+        str,
+        typer.Option(metavar="URL", help="Its node exporters say how loaded hosts are; else the agents."),
+    ] = "",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
     store: StoreUrl = "",
 ) -> None:
@@ -46,6 +50,7 @@ def controller(
             ttl=ttl,
             metrics=metrics,
             web=web,
+            prometheus=prometheus,
             web_token=_token(web_token) if web_token is not None else "",
         )
         asyncio.run(run_controller(settings))

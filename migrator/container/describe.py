@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from migrator.container import mounts, network, state, tmpfs
+from migrator.container import mounts, network, state
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container, host_name, list_containers, now
 from migrator.errors import UsageError
@@ -33,7 +33,7 @@ def describe(container: Container | int) -> ContainerSpec:
 def _describe(container: Container) -> ContainerSpec:
     net = network.read(container.init_pid)
     # /dev/shm and the like that prepare() mounts by itself need not be told, unless their options differ.
-    own = tuple(fs for fs in mounts.own_tmpfs(container.init_pid) if fs != mounts.SHM)
+    own = tuple(fs for fs in mounts.own_tmpfs(container) if fs != mounts.SHM and fs.path != "/dev")
     spec = replace(
         container.spec,
         hostname=run_in(container.init_pid, {"uts"}, socket.gethostname),
@@ -64,37 +64,10 @@ def _obstacles(container: Container) -> list[str]:
     pid = container.init_pid
     net = network.read(pid)
     found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
-    known = {"/", "/proc", *(fs.path for fs in mounts.own_tmpfs(pid)), mounts.SHM.path}
-    below = ("/dev/", "/proc/", "/sys/")
-    host = {(m.path, m.device) for m in mounts.mounts()}
-    for m in mounts.mounts(pid):
-        own_dev = container.spec.root and m.path.startswith("/dev")
-        inherited = container.spec.root and m.path.startswith(below)
-        if m.path in known or own_dev or inherited or (m.path, m.device) in host:
-            continue
-        if container.spec.root and _from_host(m, container.spec.root, host):
-            continue
-        found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
-    for fs in (*mounts.own_tmpfs(pid), mounts.SHM):
-        for path, size in tmpfs.files(pid, fs.path)[:3]:
-            found.append(f"pid {pid}: {path} ({size} bytes) lies in a tmpfs, whose contents are not carried")
-    found += [f"pid {pid}: {item} is not carried" for item in run_in(pid, {"ipc"}, _ipc_objects)]
+    for m in mounts.own(container):
+        if m.kind != "tmpfs":
+            found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
     return found
-
-
-def _ipc_objects() -> list[str]:
-    """System V objects of the calling process's IPC namespace (proc(5), /proc/sysvipc)."""
-    kinds = {"shm": "shared memory segment", "sem": "semaphore set", "msg": "message queue"}
-    out = []
-    for name, what in kinds.items():
-        for line in procfs.read_text(f"/proc/sysvipc/{name}").strip().split("\n")[1:]:
-            out.append(f"System V {what} {line.split()[1]}")
-    return out
-
-
-def _from_host(m: mounts.Mount, root: str, host: set[tuple[str, str]]) -> bool:
-    """Mounts below a container's root directory were bound along with it."""
-    return (root + m.path, m.device) in host
 
 
 @dataclass(frozen=True, slots=True)

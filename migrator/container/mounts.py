@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from migrator.container.spec import ContainerSpec, Tmpfs
 from migrator.linux import sys
+
+if TYPE_CHECKING:
+    from migrator.container.state import Container
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -107,24 +112,45 @@ class Mount:
 
 def mounts(pid: int | str = "self") -> list[Mount]:
     """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
-    with open(f"/proc/{pid}/mountinfo") as file:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         found = []
         for line in file:
             head, _, tail = line.partition(" - ")
             words, rest = head.split(), tail.split()
-            path = words[4].encode().decode("unicode_escape") if "\\" in words[4] else words[4]
+            path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), words[4])
             found.append(Mount(path, rest[0], rest[2], words[2]))
         return found
 
 
-def own_tmpfs(pid: int, host_pid: int | str = "self") -> list[Tmpfs]:
-    """The tmpfs mounts that `pid` has and the host does not: they exist in the container only, so they
-    must be built again, and their contents carried, where it goes. /dev/shm is among them."""
-    with open(f"/proc/{host_pid}/mountinfo") as file:
-        host = {line.split()[2] for line in file}
+def below(root: str, pid: int | str = "self") -> tuple[tuple[str, str], ...]:
+    """(path, device) of the mounts that a process sees below the directory `root` ("" for all), by their path there."""
+    prefix = root.rstrip("/")
     found = []
     for m in mounts(pid):
-        if m.kind == "tmpfs" and m.device not in host and m.path != "/dev":
-            kept = [o for o in m.options.split(",") if o.split("=")[0] in ("size", "mode", "nr_inodes", "uid", "gid")]
-            found.append(Tmpfs(m.path, ",".join(kept) or "mode=1777"))
+        if m.path == prefix or m.path.startswith(prefix + "/"):
+            found.append((m.path[len(prefix) :] or "/", m.device))
+    return tuple(found)
+
+
+def own(container: Container) -> list[Mount]:
+    """The mounts that are a container's own: neither had of the host that set it up, nor made by set_up() in the same
+    way everywhere. A tmpfs is its own as well, in the order of mounting."""
+    root = container.spec.root
+    host = set(container.inherited if container.inherited is not None else below(root))
+    found = []
+    for m in mounts(container.init_pid):
+        made = m.path in ("/", "/proc") or (root and m.path in ("/dev", "/dev/pts"))
+        if (m.path, m.device) not in host and (m.kind == "tmpfs" or not made):
+            found.append(m)
     return found
+
+
+def own_tmpfs(container: Container) -> list[Tmpfs]:
+    """The tmpfs mounts of a container's own: they are built again, and their contents carried, where it goes. /dev/shm
+    is among them, and /dev of one with a root of its own."""
+    found = {}
+    for m in own(container):
+        if m.kind == "tmpfs":
+            kept = [o for o in m.options.split(",") if o.split("=")[0] in ("size", "mode", "nr_inodes", "uid", "gid")]
+            found[m.path] = Tmpfs(m.path, ",".join(kept) or "mode=1777")
+    return list(found.values())

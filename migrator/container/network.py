@@ -12,15 +12,16 @@ import errno
 import ipaddress
 import time
 from dataclasses import dataclass
-from typing import Any
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import TYPE_CHECKING, Any
 
 from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
+from migrator.container.rtnetlink import netlink_error, open_route
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
 from migrator.errors import MigratorError, UsageError
 from migrator.linux.namespaces import run_in
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
 IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80  # linux/if_addr.h
 NUD_STALE, NUD_KNOWN = 0x04, 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # linux/neighbour.h
@@ -72,7 +73,7 @@ def set_up(spec: ContainerSpec, init_pid: int) -> int:
     if not spec.bridge:
         run_in(init_pid, {"net"}, lambda: _set_up_inside(spec))
         return 0
-    with IPRoute() as ip:
+    with open_route() as ip:
         bridge = ensure_bridge(ip, spec.bridge)
         mtu = spec.mtu or int(ip.get_links(bridge)[0].get("mtu"))
         peer = {"ifname": "eth0", "net_ns_pid": init_pid, "address": spec.effective_mac, "mtu": mtu}
@@ -141,14 +142,14 @@ def settle(ip: IPRoute, index: int, *, timeout: float = 5.0) -> None:
 
 def remove(veth: str) -> None:
     """Remove a veth pair by its host's end, if it exists."""
-    with IPRoute() as ip, _tolerating(errno.ENODEV):
+    with open_route() as ip, _tolerating(errno.ENODEV):
         for index in ip.link_lookup(ifname=veth):
             ip.link("del", index=index)
 
 
 def rename(index: int, name: str) -> None:
     """Give link `index` another name. Nothing where the kernel does not rename what is up (before 6.2)."""
-    with IPRoute() as ip, contextlib.suppress(NetlinkError):
+    with open_route() as ip, contextlib.suppress(netlink_error()):
         ip.link("set", index=index, ifname=name)
 
 
@@ -179,13 +180,13 @@ def _host_default() -> str:
 
 def _bring_up_silently() -> None:
     _sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
-    with IPRoute() as ip:
+    with open_route() as ip:
         ip.link("set", index=ip.link_lookup(ifname="eth0")[0], state="up")
 
 
 def _set_up_inside(spec: ContainerSpec) -> None:
     """Runs in the container's network namespace, with the host's file systems."""
-    with IPRoute() as ip:
+    with open_route() as ip:
         lo = int(ip.link_lookup(ifname="lo")[0])
         ip.link("set", index=lo, state="up")
         for address in spec.loopback:
@@ -216,7 +217,7 @@ def _add_address(ip: IPRoute, index: int, address: str) -> None:
     try:
         with _tolerating(errno.EEXIST):
             ip.addr("add", **wanted)
-    except NetlinkError as error:
+    except netlink_error() as error:
         raise NetworkError(f"address {address}: {error}") from None
 
 
@@ -239,7 +240,7 @@ def _add_route(ip: IPRoute, index: int, route: Route) -> None:
     try:
         with _tolerating(errno.EEXIST):
             ip.route("add", **wanted)
-    except NetlinkError as error:
+    except netlink_error() as error:
         raise NetworkError(
             f"route {route.destination} via {route.gateway or 'eth0'}: {error}",
             hint="the gateway must be reachable through one of the container's addresses",
@@ -247,7 +248,7 @@ def _add_route(ip: IPRoute, index: int, route: Route) -> None:
 
 
 def _read_inside() -> NetworkState:
-    with IPRoute() as ip:
+    with open_route() as ip:
         links = {int(link["index"]): link for link in ip.get_links()}
         names = {index: link.get("ifname") for index, link in links.items()}
         eth = next((link for link in links.values() if link.get("ifname") == "eth0"), None)
@@ -313,6 +314,6 @@ _FALLBACK_DEVICES = frozenset(
 def _tolerating(*codes: int) -> Any:
     try:
         yield
-    except NetlinkError as error:
+    except netlink_error() as error:
         if error.code not in codes:
             raise

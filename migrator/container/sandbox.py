@@ -16,10 +16,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
-from pyroute2 import IPRoute
-
 from migrator.container import mounts, network, state
 from migrator.container.bridge_port import BR_STATE_FORWARDING
+from migrator.container.rtnetlink import open_route
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container
 from migrator.errors import MigratorError, UsageError
@@ -58,7 +57,7 @@ class Sandbox:
     def open_port(self) -> None:
         """Let frames pass. `NetworkLock.unlock()` does it faster, where it counts."""
         if self.container.ifindex:
-            with IPRoute() as ip:
+            with open_route() as ip:
                 network.set_port(ip, self.container.ifindex, BR_STATE_FORWARDING)
 
     def settled(self) -> Container:
@@ -106,6 +105,7 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         ifindex=0,
         created=state.now(),
         arriving=True,
+        inherited=mounts.below(spec.root, init_pid),
     )
     try:
         container.save()  # before the first act: whoever finds it knows what to take down

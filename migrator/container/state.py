@@ -1,4 +1,4 @@
-"""What this host knows about its containers: one JSON file each, in `$MIGRATOR_STATE_DIR/containers`.
+"""What this host knows about its containers: one JSON file each, in `$MIGRATOR_STATE_DIR/containers`, for root alone.
 
 The files say what was set up; whether it still lives is always asked of the kernel. A pid alone is no
 identity, so the start time of process 1 is kept with it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,14 @@ DEFAULT_STATE_DIR = "/run/migrator"
 
 def state_dir() -> Path:
     return Path(os.environ.get("MIGRATOR_STATE_DIR") or DEFAULT_STATE_DIR)
+
+
+def private_directory(path: Path) -> Path:
+    """Make it where there is none. Only root may look in: what is in there has the environment of programs."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def host_name() -> str:
@@ -49,6 +58,7 @@ class Container:
     ifindex:    of the host's end of its veth pair; 0 without a bridge
     created:    seconds since the epoch
     arriving:   it is being restored here and does not run yet
+    inherited:  (path, device) of the mounts that it had of this host when it was set up; None where that is not known
     """
 
     spec: ContainerSpec
@@ -58,6 +68,7 @@ class Container:
     ifindex: int
     created: float
     arriving: bool = False
+    inherited: tuple[tuple[str, str], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -71,11 +82,16 @@ class Container:
     def save(self) -> None:
         """Write the file, whole or not at all."""
         path = _path(self.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        folder = private_directory(path.parent)
         value = asdict(self) | {"spec": self.spec.to_dict()}
-        fresh.write_text(json.dumps(value, indent=1))
-        os.replace(fresh, path)
+        fd, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)  # of mode 0600
+        try:
+            with open(fd, "w") as file:
+                json.dump(value, file, indent=1)
+            os.replace(fresh, path)
+        except BaseException:
+            os.unlink(fresh)
+            raise
 
     def settled(self) -> Container:
         """Note that the container has arrived and runs here."""
@@ -151,7 +167,10 @@ def _parse(text: str, name: str) -> Container:
     try:
         value: dict[str, Any] = json.loads(text)
         spec = ContainerSpec.from_dict(value.pop("spec"))
-        return Container(spec=spec, **value)
+        inherited = value.pop("inherited", None)
+        if inherited is not None:
+            inherited = tuple((str(path), str(device)) for path, device in inherited)
+        return Container(spec=spec, inherited=inherited, **value)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"the state of container {name!r} is damaged: {error}",

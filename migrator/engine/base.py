@@ -30,7 +30,7 @@ The exceptions are named. Errors are those of `migrator.errors`; each says where
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -168,6 +168,7 @@ class SourceOptions:
     container: str = ""  # name of the container, "" for a plain subtree
     container_spec: str = ""  # JSON of its specification, carried in the image
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
+    tmpfs: Sequence[str] = ()  # where the container has tmpfs mounts of its own, whose contents go with it
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
     checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 

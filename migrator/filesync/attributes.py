@@ -51,9 +51,10 @@ def set_attributes(fd: int, entry: Entry) -> None:
     os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
-def set_attributes_at(folder: int, name: bytes, entry: Entry) -> None:
-    """The same for what cannot be opened: symbolic links and FIFOs."""
-    os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
+def set_attributes_at(fd: int, entry: Entry) -> None:
+    """The same for what is not opened but only named by `fd` (O_PATH): symbolic links and FIFOs."""
+    itself = f"/proc/self/fd/{fd}"
+    os.chown(itself, entry.uid, entry.gid)
     if stat.S_ISFIFO(entry.mode):
-        os.chmod(name, stat.S_IMODE(entry.mode), dir_fd=folder)
-    os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder, follow_symlinks=False)
+        os.chmod(itself, stat.S_IMODE(entry.mode))
+    os.utime(itself, ns=(entry.mtime_ns, entry.mtime_ns))

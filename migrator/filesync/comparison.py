@@ -30,7 +30,8 @@ class TreeComparison:
     def shared(self) -> bool:
         """Whether this seems to be the very directory that the source sees, as on shared storage."""
         try:
-            status = os.stat(self._top.path)
+            self._top.open()
+            status = os.fstat(self._top.fd)
         except OSError:
             return False
         tree = self._top.tree

@@ -47,7 +47,7 @@ class FileReceiver:
     def _add(self, trees: list[SyncTree]) -> None:
         for tree in trees:
             name = f"{self._name}.{len(self._trees)}"
-            self._trees.append(TreeReceiver(tree, top_of(tree, self._root), name))
+            self._trees.append(TreeReceiver(top_of(tree, self._root), name))
 
     def compare(self, listed: TreeList) -> list[TreeAnswer]:
         """See `TreeReceiver.compare`."""

@@ -31,7 +31,6 @@ from migrator.protocol.trees import (
     Open,
     Put,
     Remove,
-    SyncTree,
     Touch,
     TreeAnswer,
     TreeList,
@@ -44,15 +43,15 @@ _MOST_ASIDE = 1 << 20
 
 
 class TreeReceiver:
-    """One tree on the destination: `path` is where it is here, `name` is for the work directory.
+    """One tree on the destination; `name` is for the work directory.
 
     Nothing is written before the first operation. `bytes` of files were written.
     """
 
-    def __init__(self, tree: SyncTree, path: str, name: str) -> None:
-        self.tree = tree
+    def __init__(self, top: TreeTop, name: str) -> None:
+        self.tree = top.tree
         self.bytes = 0
-        self._top = TreeTop(tree, path)
+        self._top = top
         self._work = WorkDirectory(self._top, name)
         self._comparison = TreeComparison(self._top)
         self._aside: dict[int, bytes] = {}  # where what is moved aside was
@@ -98,7 +97,7 @@ class TreeReceiver:
         """The end: `kept` if the workload runs here now. Deletes what was removed, and puts back what was set aside
         if the migration came to nothing. Returns where something was set aside, or ""."""
         self._drop_file()
-        self._top.forget_parent()
+        self._top.forget_folder()
         for number, path in self._aside.items():
             self._work.move_back(b"old/%d" % number, path)
         left = self._work.remove(keep_aside=kept)
@@ -147,7 +146,11 @@ class TreeReceiver:
                 os.symlink(entry.target, place, dir_fd=self._work.fd)
             else:
                 os.mkfifo(place, 0o600, dir_fd=self._work.fd)
-            set_attributes_at(self._work.fd, place, entry)
+            fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._work.fd)
+            try:
+                set_attributes_at(fd, entry)
+            finally:
+                os.close(fd)
         self._clear(entry.path, None)
         self._work.move_out(place, entry.path)
 
@@ -166,17 +169,17 @@ class TreeReceiver:
 
     def _touch(self, entry: Entry) -> None:
         kind = stat.S_IFMT(entry.mode)
-        if kind == stat.S_IFLNK or kind == stat.S_IFIFO:
-            folder, name = self._top.place(entry.path)
-            if stat.S_IFMT(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode) != kind:
-                raise OSError(errno.ESTALE, "is another file by now")
-            return set_attributes_at(folder, name, entry)
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if kind == stat.S_IFDIR else 0)
+        closed = kind in (stat.S_IFLNK, stat.S_IFIFO)  # to be looked at only
+        how = os.O_PATH if closed else os.O_RDONLY | os.O_NONBLOCK
+        flags = how | os.O_NOFOLLOW | (os.O_DIRECTORY if kind == stat.S_IFDIR else 0)
         fd = open_beneath(self._top.fd, entry.path, flags)
         try:
             if stat.S_IFMT(os.fstat(fd).st_mode) != kind:
                 raise OSError(errno.ESTALE, "is another file by now")
-            set_attributes(fd, entry)
+            if closed:
+                set_attributes_at(fd, entry)
+            else:
+                set_attributes(fd, entry)
         finally:
             os.close(fd)
 
@@ -237,7 +240,7 @@ class TreeReceiver:
                 os.close(fd)
                 raise OSError(errno.ESTALE, "is another file by now")
             self._fd = fd
-            self._staged = StagedWrites(os.fsdecode(self._work.path(b"new")))
+            self._staged = StagedWrites(self._work.new_folder)
         else:
             self._fd, self._place = self._work.stage()
         self._file = op

@@ -8,24 +8,29 @@ aside/  what only this host had, kept
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import secrets
 import shutil
 import stat
 
-from migrator.filesync.paths import WORK
+from migrator.filesync.paths import DIRECTORY, WORK
 from migrator.filesync.top import TreeTop
+from migrator.linux.openat2 import open_beneath
 
 
 class WorkDirectory:
-    """That of one tree; `name` tells it from those of others. It does not exist before `make()`.
+    """That of one tree; `name` tells it from those of others, and no other user can guess all of it. It does not exist
+    before `make()`.
 
     Places in it are paths below it, such as b"new/n7"; paths are those of the tree.
     """
 
     def __init__(self, top: TreeTop, name: str) -> None:
         self._top = top
-        self._name = os.fsencode(name)
-        self._path = b""
+        self._name = WORK + os.fsencode(name) + b"-" + secrets.token_hex(8).encode()
+        self._folder = -1  # the directory that it is in
+        self._path = ""  # for people
         self._number = 0
         self.fd = -1
 
@@ -33,24 +38,31 @@ class WorkDirectory:
         """Make it and the top of the tree, if that was not done yet. Raises OSError."""
         if self.fd >= 0:
             return
-        self._top.open(make=True)
-        top = os.fsencode(self._top.path)
-        places = [os.path.join(top, WORK + self._name)]
-        head, tail = os.path.split(top)
-        if tail and not self._top.only:
-            places.insert(0, os.path.join(head, b"." + tail[:100] + WORK + self._name))
-        for place in places:
-            os.mkdir(place, 0o700)
-            if _mount_of(place) == _mount_of(top):
+        top = self._top
+        top.open(make=True)
+        places = [(top.fd, self._name, top.path)]
+        if top.parent >= 0 and not top.only:
+            places.insert(0, (top.parent, b"." + top.name[:100] + self._name, os.path.dirname(top.path)))
+        for folder, name, where in places:
+            os.mkdir(name, 0o700, dir_fd=folder)
+            fd = os.open(name, DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+            self._folder, self._name, self._path = folder, name, os.path.join(where, os.fsdecode(name))
+            if _mount_of(fd) == _mount_of(top.fd):
                 break
-            os.rmdir(place)  # nothing can be renamed from there
-        self._path = place
-        self.fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for name in ("new", "old", "aside"):
-            os.mkdir(name, 0o700, dir_fd=self.fd)
+            os.close(fd)
+            os.rmdir(name, dir_fd=folder)  # nothing can be renamed from there
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o700:
+            os.close(fd)
+            raise OSError(errno.ESTALE, "another user has put a directory in the place of ours")
+        self.fd = fd
+        for part in ("new", "old", "aside"):
+            os.mkdir(part, 0o700, dir_fd=self.fd)
 
-    def path(self, place: bytes) -> bytes:
-        return os.path.join(self._path, place)
+    @property
+    def new_folder(self) -> str:
+        """A path to new/ that nobody else can lead elsewhere. Good while this is open."""
+        return f"/proc/self/fd/{self.fd}/new"
 
     def next(self, folder: bytes = b"new") -> bytes:
         """A place that nothing has."""
@@ -80,58 +92,94 @@ class WorkDirectory:
         """Take it out of the tree. Raises OSError."""
         folder, name = self._top.place(path)
         os.rename(name, place, src_dir_fd=folder, dst_dir_fd=self.fd)
-        self._top.forget_parent()  # it may have been in there
+        self._top.forget_folder()  # it may have been in there
 
     def set_aside(self, path: bytes) -> None:
         """Take it out of the tree and keep it. Raises OSError."""
-        place = b"aside/" + path
-        os.makedirs(os.path.join(self._path, os.path.dirname(place)), mode=0o700, exist_ok=True)
-        self.move_in(path, place)
+        head, _, name = path.rpartition(b"/")
+        inside = self._made(b"aside/" + head if head else b"aside")
+        try:
+            folder, there = self._top.place(path)
+            os.rename(there, name, src_dir_fd=folder, dst_dir_fd=inside)
+        finally:
+            os.close(inside)
+        self._top.forget_folder()
+
+    def _made(self, place: bytes) -> int:
+        """A directory in it, opened; it is made where there is none. What is in there may be another user's."""
+        fd, at = os.dup(self.fd), b""
+        for part in place.split(b"/"):
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=fd)
+                at = at + b"/" + part if at else part
+                inner = open_beneath(self.fd, at, DIRECTORY)
+            finally:
+                os.close(fd)
+            fd = inner
+        return fd
 
     def move_back(self, place: bytes, path: bytes) -> bool:
         """Put it to `path`, unless there is something by now."""
+        head, _, name = place.rpartition(b"/")
         try:
-            folder, name = self._top.place(path)
+            inside = open_beneath(self.fd, head, DIRECTORY)
+        except OSError:
+            return False
+        try:
+            return self._back(inside, name, path)
+        finally:
+            os.close(inside)
+
+    def _back(self, inside: int, name: bytes, path: bytes) -> bool:
+        try:
+            folder, there = self._top.place(path)
             with contextlib.suppress(FileNotFoundError):
-                os.stat(name, dir_fd=folder, follow_symlinks=False)
+                os.stat(there, dir_fd=folder, follow_symlinks=False)
                 return False
-            self.move_out(place, path)
+            os.rename(name, there, src_dir_fd=inside, dst_dir_fd=folder)
         except OSError:
             return False
         return True
 
     def remove(self, *, keep_aside: bool) -> str:
         """Delete it; returns where it keeps what was set aside, or "". Without `keep_aside` that is put back first."""
+        if self.fd < 0:
+            return ""
         left = ""
         with contextlib.suppress(OSError):
-            if self.fd >= 0:
-                self._top.forget_parent()
-                if not keep_aside:
-                    self._put_back(b"aside", b"")
-                if keep_aside and os.listdir(self.path(b"aside")):
-                    for name in (b"new", b"old"):
-                        shutil.rmtree(self.path(name), ignore_errors=True)
-                    left = os.fsdecode(self.path(b"aside"))
-                else:
-                    shutil.rmtree(self._path, ignore_errors=True)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            self._top.forget_folder()
+            if not keep_aside:
+                self._put_back(b"aside", b"")
+            for name in ("new", "old"):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
+            aside = open_beneath(self.fd, b"aside", DIRECTORY)
+            try:
+                if keep_aside and os.listdir(aside):
+                    left = os.path.join(self._path, "aside")
+            finally:
+                os.close(aside)
+            if not left:
+                shutil.rmtree("aside", ignore_errors=True, dir_fd=self.fd)
+                os.rmdir(self._name, dir_fd=self._folder)
+        os.close(self.fd)
+        self.fd = -1
         return left
 
     def _put_back(self, place: bytes, path: bytes) -> None:
         """Move what was set aside to where it was."""
-        for item in os.listdir(self.path(place)):
-            name = os.fsencode(item)
-            inner, back = place + b"/" + name, path + b"/" + name if path else name
-            if not self.move_back(inner, back) and stat.S_ISDIR(self.lstat(inner).st_mode):
-                self._put_back(inner, back)
+        inside = open_beneath(self.fd, place, DIRECTORY)
+        try:
+            for item in os.listdir(inside):
+                name = os.fsencode(item)
+                back = path + b"/" + name if path else name
+                if not self._back(inside, name, back):
+                    with contextlib.suppress(OSError):  # no directory
+                        self._put_back(place + b"/" + name, back)
+        finally:
+            os.close(inside)
 
 
-def _mount_of(path: bytes) -> str:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with open(f"/proc/self/fdinfo/{fd}") as file:
-            return next(line for line in file if line.startswith("mnt_id"))
-    finally:
-        os.close(fd)
+def _mount_of(fd: int) -> str:
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        return next(line for line in file if line.startswith("mnt_id"))

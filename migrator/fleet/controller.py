@@ -23,6 +23,7 @@ from migrator.fleet.membership import Fleet
 from migrator.fleet.mover import Mover
 from migrator.fleet.observer import Observer
 from migrator.fleet.plans import Plans, imbalance_of, same_moves
+from migrator.fleet.snapshots import Snapshots
 from migrator.fleet.state import FleetState, Stored
 from migrator.fleet.store import Compacted, Lease, Lock, NotHeld, StoreUnavailable
 from migrator.runtime.service import notify
@@ -39,7 +40,7 @@ _BEAT_EVERY = 10.0
 _ALIVE_TTL = 40.0
 _RATE_EVERY = 300.0  # seconds between two measurements of dirty rates
 _RATE_SECONDS = 0.3
-_WAKES = ("cordons/", "plans/", "settings/", "hosts/", "rules/")
+_WAKES = ("cordons/", "plans/", "settings/", "hosts/", "rules/", "schedules/")
 
 # Told after each round: the controller, what was seen.
 OnRound = Callable[["Controller", Seen], None]
@@ -107,6 +108,7 @@ class Controller:
 
         mover = self.mover = Mover(self.state, self.observer, lock, finished)
         drains, plans = Drains(self.state, self.observer, mover, lock), Plans(self.state, mover, lock)
+        snapshots = Snapshots(self.state, self.observer, mover, lock)
         ends += [drains.finished, plans.finished, lambda _: self._wake.set()]
         waker = asyncio.create_task(self._wait_for_changes())
         try:
@@ -114,12 +116,14 @@ class Controller:
                 self._wake.clear()
                 began = time.monotonic()
                 busy = await self._round(lock, mover, drains, plans)
-                interval = _BUSY_EVERY if busy else (await self.state.settings()).interval
+                due = await snapshots.step(self.observer.seen.cluster)
+                interval = _BUSY_EVERY if busy else min((await self.state.settings()).interval, due)
                 await self._rest(began, interval)
         finally:
             waker.cancel()
             await asyncio.gather(waker, return_exceptions=True)
             await drains.close()
+            await snapshots.close()
             await mover.close()
 
     async def _rest(self, began: float, interval: float) -> None:

@@ -20,8 +20,13 @@ log = logging.getLogger("migrator.controller")
 
 @dataclass(frozen=True)
 class ControllerSettings:
-    """name: of this controller, for the others; store: a URL, "" for the default; ttl: seconds after its death until
-    another may lead; metrics, web: ADDRESS:PORT, "" for nowhere; web_token: who shows it may act on the page."""
+    """name:        of this controller, for the others
+    store:       a URL, "" for the default
+    ttl:         seconds after its death until another may lead
+    metrics:     ADDRESS:PORT for Prometheus, "" for nowhere; `web`: the same for the page
+    web_token:   who shows it may act on the page; "" for nobody
+    prometheus:  the URL of one that knows the hosts' load, "" for what agents say
+    """
 
     name: str
     login: Login
@@ -30,6 +35,7 @@ class ControllerSettings:
     metrics: str = ""
     web: str = ""
     web_token: str = ""
+    prometheus: str = ""
 
 
 async def run_controller(settings: ControllerSettings) -> None:
@@ -42,7 +48,7 @@ async def run_controller(settings: ControllerSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(watchdog())
-        fleet = await stack.enter_async_context(opened(settings.store, settings.login))
+        fleet = await stack.enter_async_context(opened(settings.store, settings.login, prometheus=settings.prometheus))
         metrics = ControllerMetrics()
         if settings.metrics:
             metrics.serve(settings.metrics)

@@ -83,7 +83,7 @@ class Drains:
 
     async def _act(self, host: str, action: drain.Action) -> None:
         if isinstance(action, drain.Start):
-            await self._mover.begin(action.move, drain_of=host)
+            await self._mover.begin(action.move, drain_of=host, force=action.force)
         elif isinstance(action, drain.Save) and action.workload not in self._saving:
             self._saving[action.workload] = asyncio.create_task(self._save(host, action.workload))
 

@@ -31,12 +31,12 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, login: Login) -> AsyncIterator[Fleet]:
-    """The fleet in the store at `url`, the default one if that is empty."""
+async def opened(url: str, login: Login, *, prometheus: str = "") -> AsyncIterator[Fleet]:
+    """The fleet in the store at `url`, the default one if that is empty. `prometheus` as for an Observer."""
     store = await open_store(url or DEFAULT_URL)
     try:
         state = await FleetState.open(store)
-        observer = Observer(state, login)
+        observer = Observer(state, login, prometheus=prometheus)
         try:
             yield Fleet(state, observer, login)
         finally:

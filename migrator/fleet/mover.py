@@ -22,6 +22,7 @@ from migrator.fleet.store import Conflict, Lock, NotHeld, StoreUnavailable
 from migrator.host import new_migration
 from migrator.protocol.fleet import Depart, Departed, Departing
 from policies import plan as policy_plan
+from policies.explain import move_text
 
 log = logging.getLogger("migrator.controller")
 
@@ -47,10 +48,10 @@ class Mover:
         """Workloads on their way."""
         return {name for name, task in self._tasks.items() if not task.done()}
 
-    async def begin(
-        self, move: policy_plan.Move, *, plan: str = "", drain_of: str = "", max_downtime: float | None = None
-    ) -> bool:
+    async def begin(self, move: policy_plan.Move, *, plan: str = "", drain_of: str = "", force: bool = False) -> bool:
         """Claim the workload and have it sent away. False, with nothing done, if it is being moved already.
+
+        Its downtime budget is the migration's limit, unless `force`.
 
         Raises NotHeld if another controller leads now.
         """
@@ -75,15 +76,17 @@ class Mover:
             raise
         except Conflict:
             return False
-        log.info("%s: %s to %s, because %s", move.workload, move.source, move.target, move.reason)
+        log.info("%s", move_text(move))
         target = self._observer.agents[move.target].host
+        rule = self._observer.known.rules.get(move.workload)
+        budget = rule.downtime_budget if rule is not None and not force else None
         order = Depart(
             claim.migration,
             claim.workload,
             peer_of(target),
             self._state.fleet.id,
             self._lock.token,
-            max_downtime,
+            budget,
             _TIMEOUT,
         )
         self._follow(Stored(claim, revision), order)

@@ -17,6 +17,7 @@ from migrator.errors import MigratorError
 from migrator.fleet import records as r
 from migrator.fleet.agents import Agent, Observation
 from migrator.fleet.cluster import LOST_AFTER, Known, Seen, build
+from migrator.fleet.signals import SignalsError
 from migrator.fleet.state import FleetState, R, Stored
 from migrator.host import Login
 
@@ -24,13 +25,21 @@ _AT_ONCE = 64  # hosts
 
 
 class Observer:
-    """`agents` by host, `observations` the last of each, `errors` of those that did not answer the last time."""
+    """`agents` by host, `observations` the last of each, `errors` of those that did not answer the last time.
 
-    def __init__(self, state: FleetState, login: Login, *, lost_after: float = LOST_AFTER) -> None:
+    prometheus: the URL of one that scrapes the hosts' node exporters; their load is what it says then, and what the
+                agents say only where it says nothing, which is noted
+    """
+
+    def __init__(
+        self, state: FleetState, login: Login, *, lost_after: float = LOST_AFTER, prometheus: str = ""
+    ) -> None:
         self._state = state
         self._login = login
         self._lost_after = lost_after
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._prometheus = prometheus
+        self._notes: list[str] = []
         self._rates: dict[str, float] = {}
         self._last_moved: dict[str, float] | None = None
         self.agents: dict[str, Agent] = {}
@@ -44,11 +53,14 @@ class Observer:
         counts as lost. Raises StoreUnavailable or StoreCorrupt."""
         await self._read()
         await asyncio.gather(*(self._ask(agent, token, rate) for agent in self.agents.values()))
+        if self._prometheus:
+            await self._ask_prometheus()
         return self.build()
 
     def build(self) -> Seen:
         """The cluster as it was seen last, at this moment."""
-        self.seen = build(time.time(), self.known, self.observations, lost_after=self._lost_after)
+        seen = build(time.time(), self.known, self.observations, lost_after=self._lost_after)
+        self.seen = replace(seen, notes=(*seen.notes, *self._notes))
         return self.seen
 
     def with_cordons(self, cordons: Mapping[str, r.Cordon]) -> Seen:
@@ -97,6 +109,27 @@ class Observer:
         self.errors.pop(name, None)
         self.observations[name] = self._with_rates(seen)
 
+    async def _ask_prometheus(self) -> None:
+        from migrator.fleet.prometheus import PrometheusSignals
+
+        names = {host.address: name for name, host in self.known.hosts.items()} | {name: name for name in self.agents}
+        signals = PrometheusSignals(self._prometheus, names)
+        try:
+            found = await signals.read()
+        except SignalsError as error:
+            self._notes = [f"loads are what the agents say: {error.message}"]
+            return
+        finally:
+            await signals.close()
+        self._notes = [
+            f"the load of {name} is what its agent says: {why}"
+            for name, why in found.missing.items()
+            if name in self.observations
+        ]
+        for name, load in found.loads.items():
+            if name in self.observations:
+                self.observations[name] = with_load(self.observations[name], load)
+
     def _with_rates(self, seen: Observation) -> Observation:
         """Dirty rates are measured seldom; the last one holds until the next."""
         workloads = []
@@ -110,6 +143,20 @@ class Observer:
 
     async def close(self) -> None:
         await asyncio.gather(*(agent.close() for agent in self.agents.values()), return_exceptions=True)
+
+
+def with_load(seen: Observation, load: r.Load) -> Observation:
+    """An observation with a host's load as somebody else has measured it."""
+    host = msgspec.structs.replace(
+        seen.host,
+        cpu_used=load.cpu,
+        memory_used=load.memory,
+        network_used=load.network,
+        cpu_pressure=load.cpu_pressure,
+        memory_pressure=load.memory_pressure,
+        io_pressure=load.io_pressure,
+    )
+    return Observation(host, seen.workloads, seen.heard_at, seen.heard)
 
 
 def records(stored: Mapping[str, Stored[R]]) -> dict[str, R]:

@@ -192,13 +192,15 @@ class Rule(Record, frozen=True, kw_only=True):
 class SnapshotSchedule(Record, frozen=True, kw_only=True):
     """Periodic checkpoints of a workload into the storage of its host.
 
-    restart_when_lost: if its host is lost, restart the newest one elsewhere
+    restart_when_lost: if its host is lost, whoever says that it is off has the newest one restarted elsewhere
+    host, last_at:     where and when the last one was taken
     """
 
     workload: Name
     every: Annotated[float, Meta(ge=1.0, le=31_536_000.0)]  # seconds
     keep: Annotated[int, Meta(ge=1, le=100_000)] = 10
     restart_when_lost: bool = False
+    host: MaybeName = ""
     last_at: Seconds = 0.0
     last_error: Text = ""
 

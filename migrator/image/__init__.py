@@ -5,3 +5,4 @@ Importing this package registers every record.
 
 from migrator.image import records as records
 from migrator.image import records_files as records_files
+from migrator.image import records_shared as records_shared

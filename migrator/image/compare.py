@@ -12,6 +12,7 @@ their pids. `SKIPPED` has what may differ between a tree and its copy, and why; 
 
 from __future__ import annotations
 
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 from migrator.image import records as r
 from migrator.image import records_files as f
+from migrator.image import records_shared as s
 from migrator.image.codec import Record, Struct
 
 SKIPPED = {
@@ -29,6 +31,8 @@ SKIPPED = {
     "Mm.oom_score_adj": "advice to the kernel, which it may refuse to take from a caller without CAP_SYS_RESOURCE",
     "DeletedFile.path": "where its name was: the copy has no name either, and /proc shows another text for that",
     "File.path of DELETED": "likewise",
+    "SharedFile.name of DELETED": "likewise",
+    "TmpfsEntry.mtime of directories": "sockets are named there when the copy runs",
     "File.flags of O_TMPFILE": "how a file without a name came to be",
     "MappedFile.mtime": "of a file of the host",
     "MappedFile.mode": "of a file of the host",
@@ -94,6 +98,7 @@ class Contents:
     vmas: dict[int, r.Vmas] = field(default_factory=dict)
     pages: dict[int, dict[int, int]] = field(default_factory=dict)
     parts: dict[int, list[Record]] = field(default_factory=dict)  # contents of objects, in order
+    named: dict[str, list[Record]] = field(default_factory=dict)  # what tasks find by a name or a number, not by a task
 
     def add(self, record: Record) -> None:
         match record:
@@ -121,10 +126,21 @@ class Contents:
                 self.parts.setdefault(record.epoll_objref, []).append(record)
             case f.FileLock():
                 self.parts.setdefault(record.file_objref, []).append(record)
+            case s.TmpfsEntry() | s.TmpfsXattr():
+                self._named(f"tmpfs {record.mount} {record.path}", record)
+            case s.SysvShm():
+                self.named[f"segment {record.shmid}"] = [record]
+            case s.SysvSem():
+                self._named(f"semaphores {record.semid}", record)
+            case s.SysvQueue() | s.SysvMessage():
+                self._named(f"queue {record.msqid}", record)
             case r.Header() | r.HeaderX86() | r.RoundMark() | r.Trailer() | r.Error():
                 pass
             case _:
                 self.objects[record.objref] = record  # type: ignore[attr-defined]
+
+    def _named(self, where: str, record: Record) -> None:
+        self.named.setdefault(where, []).append(record)
 
     def _tree(self, tree: r.Tree) -> None:
         self.tree = tree
@@ -197,6 +213,9 @@ class _Walk:
                     self.out[f"{where}.{name}"] = _OUTSIDE
         for pid in sorted(contents.tasks):
             self._task(pid)
+        for where, records in sorted(contents.named.items()):
+            for index, record in enumerate(records):
+                self._fields(f"{where} {index}", record)
 
     def _led_by_ended(self, task: r.TaskPids, name: str) -> bool:
         """Whether a group or session has lost its leader: its number is kept. The root's may be anybody's."""
@@ -247,6 +266,10 @@ class _Walk:
             if f"{kind}.{name}" in SKIPPED and (kind, name) not in _TIMES:
                 continue
             if name == "path" and isinstance(rec, f.File) and rec.kind == f.FileKind.DELETED:
+                continue
+            if name == "name" and isinstance(rec, s.SharedFile) and not rec.mount:
+                continue
+            if name == "mtime" and isinstance(rec, s.TmpfsEntry) and stat.S_ISDIR(rec.mode):
                 continue
             value = getattr(rec, name)
             way = f"{where}.{name}"
@@ -299,7 +322,7 @@ class _Walk:
         self._fields(way, rec)
         if isinstance(rec, r.Mm):
             self._memory(way, objref)
-        elif isinstance(rec, r.Shm):
+        elif isinstance(rec, (r.Shm, s.SharedFile)):
             self._shared(way, objref)
         self._parts(way, objref)
 

@@ -24,8 +24,13 @@ def _from_1(record: Record) -> Record:
     return record
 
 
+def _from_2(record: Record) -> Record:
+    """Revision 3 added records of shared files and System V objects."""
+    return record
+
+
 # What upgrades each record of a revision to the next one. A record keeps its place: their number stays.
-UPGRADES: dict[int, Callable[[Record], Record]] = {1: _from_1}
+UPGRADES: dict[int, Callable[[Record], Record]] = {1: _from_1, 2: _from_2}
 
 
 class Converter:

@@ -18,6 +18,7 @@ from typing import Any
 from migrator.errors import ImageError
 from migrator.image import records as r
 from migrator.image import records_files as f
+from migrator.image import records_shared as s
 from migrator.image.addresses import socket_text
 from migrator.image.codec import Record, Struct
 from migrator.image.order import Order
@@ -221,6 +222,11 @@ class ImageSummary:
             case r.Shm():
                 shm = self._of(record.objref, "shm")
                 shm.what = f"{_name(r.ShmKind, record.kind)} {record.name}".strip()
+                shm.size = record.size
+                self._named[record.objref] = shm.what
+            case s.SharedFile():
+                shm = self._of(record.objref, "shm")
+                shm.what = f"{_name(s.SharedFileKind, record.kind)} {record.name}".strip()
                 shm.size = record.size
                 self._named[record.objref] = shm.what
             case r.Vmas():

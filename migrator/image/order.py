@@ -23,6 +23,7 @@ from migrator.image import records as r
 from migrator.image.codec import Record
 from migrator.image.hierarchy import MAX_PID, check_tasks
 from migrator.image.order_files import FilesOrder
+from migrator.image.order_shared import SharedOrder
 from migrator.image.references import References
 
 TASK_SIZE = (1 << 47) - r.PAGE_SIZE  # x86-64, four levels of page tables
@@ -68,7 +69,7 @@ class Order:
         self._tasks: dict[int, r.Task] = {}
         self._cpus: set[int] = set()
         self._once: set[tuple[type[Record], int, int]] = set()
-        self._limits: dict[int, int] = {}  # objref of an Mm or a Shm: end of its pages, in bytes
+        self._limits: dict[int, int] = {}  # objref of an Mm, a Shm or a SharedFile: end of its pages, in bytes
         self._mapped: set[int] = set()  # Mms whose Vmas came
         self._owners: dict[int, int] = {}  # objref of an Mm of the present tree: pid
         self._spaces: dict[int, int] = {}  # and back
@@ -87,6 +88,7 @@ class Order:
             r.Signal: self._signal,
             r.Trailer: self._trailer,
             **FilesOrder(self._references, self._fail, self._in_tree).checks,
+            **SharedOrder(self._references, self._fail, self._limits).checks,
         }
 
     def check(self, record: Record) -> None:
@@ -303,8 +305,8 @@ class Order:
             if vma.offset + (end - vma.start) > MAX_SHM:
                 self._fail(f"mapping at {vma.start:#x}: impossible offset {vma.offset:#x}")
             if vma.kind in _SPECIAL_KINDS:
-                kind = "MappedFile" if vma.kind == r.VmaKind.FILE else "Shm"
-                self._references.use(vma.objref, kind, f"mapping at {vma.start:#x}")
+                kinds = ("MappedFile",) if vma.kind == r.VmaKind.FILE else ("Shm", "SharedFile")
+                self._references.use(vma.objref, kinds[0], f"mapping at {vma.start:#x}", *kinds[1:])
             elif vma.objref:
                 self._fail(f"mapping at {vma.start:#x}: memory of its own, yet objref {vma.objref}")
             if vma.name_objref:

@@ -31,6 +31,8 @@ _INODES = {
     _Kind.SOCKET: "Socket",
     _Kind.PIDFD: "PidFd",
 }
+# What it may be instead: a deleted file that is mapped as well.
+_OTHERS = {_Kind.DELETED: ("SharedFile",)}
 _RESENT = (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE)  # have no state but offset and flags
 _BY_PATH = (*_RESENT, _Kind.FIFO)
 
@@ -81,7 +83,7 @@ class FilesOrder:
         kind = _Kind(file.kind)
         wanted = _INODES.get(kind)
         if wanted is not None:
-            self._references.use(file.inode_objref, wanted, f"a file of kind {kind.name}")
+            self._references.use(file.inode_objref, wanted, f"a file of kind {kind.name}", *_OTHERS.get(kind, ()))
         elif file.inode_objref:
             self._fail(f"a file of kind {kind.name} has no object of its own")
         if kind in _BY_PATH and not file.path.startswith("/"):

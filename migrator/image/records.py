@@ -27,7 +27,7 @@ from migrator.image.codec import (
 
 MAGIC = 0x4D49475241544F52  # "MIGRATOR" read as a big-endian number
 TRAILER_MAGIC = 0x524F544152474944  # a different one, so that a header never passes for a trailer
-REV = 2
+REV = 3
 PAGE_SIZE = 4096
 
 
@@ -304,7 +304,7 @@ class Pages(Record):
 
     The last chunk of an object in a round has no ranges."""
 
-    objref: s32  # an Mm or a Shm
+    objref: s32  # an Mm, a Shm or a SharedFile
     crc: u32  # zlib.crc32 of `data`, or 0
     ranges: list[PageRange]
     data: bytes
@@ -314,7 +314,7 @@ class Pages(Record):
 class Shm(Record):
     """Memory shared by several mappings or descriptors.
 
-    Anonymous, memfd, System V or a deleted tmpfs file."""
+    Anonymous, memfd, or System V."""
 
     objref: s32
     kind: u32  # enum ShmKind

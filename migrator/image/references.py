@@ -15,23 +15,24 @@ from migrator.image.codec import Record
 MAX_OBJECTS = 1 << 20
 
 # Objects that come again in later rounds, because they change while the tasks still run.
-RESENT = frozenset({"Mm", "Shm", "Fs", "Sighand", "Signal", "File", "FileTable"})
+RESENT = frozenset({"Mm", "Shm", "SharedFile", "Fs", "Sighand", "Signal", "File", "FileTable"})
 
-# The kind of object that a field wants. A field that is not here takes any kind.
-WANTED = {
-    "mm_objref": "Mm",
-    "files_objref": "FileTable",
-    "fs_objref": "Fs",
-    "sighand_objref": "Sighand",
-    "signal_objref": "Signal",
-    "cred_objref": "Cred",
-    "exe_objref": "MappedFile",
-    "name_objref": "Name",
-    "file_objref": "File",
-    "epoll_objref": "File",
-    "pipe_objref": "Pipe",
-    "socket_objref": "Socket",
-    "peer_objref": "Socket",
+# The kinds of object that a field takes. A field that is not here takes any kind.
+WANTED: dict[str, tuple[str, ...]] = {
+    "mm_objref": ("Mm",),
+    "files_objref": ("FileTable",),
+    "fs_objref": ("Fs",),
+    "sighand_objref": ("Sighand",),
+    "signal_objref": ("Signal",),
+    "cred_objref": ("Cred",),
+    "exe_objref": ("MappedFile", "SharedFile", "Shm"),
+    "name_objref": ("Name",),
+    "file_objref": ("File",),
+    "epoll_objref": ("File",),
+    "pipe_objref": ("Pipe",),
+    "socket_objref": ("Socket",),
+    "peer_objref": ("Socket",),
+    "shared_objref": ("Shm", "SharedFile"),
 }
 
 # Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.
@@ -86,21 +87,21 @@ class References:
         if plan.defines:
             self._define(record.objref, cls.__name__)  # type: ignore[attr-defined]
 
-    def use(self, objref: int, kind: str, what: str) -> None:
-        """`what` refers to an object that must be there and of this kind."""
+    def use(self, objref: int, kind: str, what: str, *others: str) -> None:
+        """`what` refers to an object that must be there and of this kind, or of one of the others."""
         have = self._kinds.get(objref)
         if have is None:
             self._fail(f"{what}: objref {objref} is not defined")
-        if have != kind:
-            self._fail(f"{what}: objref {objref} is a {have}, not a {kind}")
+        if have != kind and have not in others:
+            self._fail(f"{what}: objref {objref} is a {have}, not a {' or a '.join((kind, *others))}")
 
     def finish(self) -> None:
         """At the trailer: what was referred to in advance must have come."""
         for objref, name in self._forward.items():
             if objref not in self._kinds:
                 self._fail(f"{name} {objref} never came")
-            if self._kinds[objref] != WANTED[name]:
-                self._fail(f"{name} {objref} is a {self._kinds[objref]}, not a {WANTED[name]}")
+            if self._kinds[objref] not in WANTED[name]:
+                self._fail(f"{name} {objref} is a {self._kinds[objref]}, not a {' or a '.join(WANTED[name])}")
 
     def _define(self, objref: int, kind: str) -> None:
         if objref <= 0:
@@ -127,5 +128,5 @@ class References:
                 return
             self._fail(f"{name} {objref} is not defined")
         wanted = WANTED.get(name)
-        if wanted is not None and have != wanted:
-            self._fail(f"{name} {objref} is a {have}, not a {wanted}")
+        if wanted is not None and have not in wanted:
+            self._fail(f"{name} {objref} is a {have}, not a {' or a '.join(wanted)}")

@@ -18,6 +18,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 
 from migrator.linux import x86_64 as arch
 
@@ -32,7 +33,7 @@ class Area:
 
     def __init__(self, size: int, count: int) -> None:
         self.stride = -(-size // 8) * 8
-        self._memory = ctypes.create_string_buffer(max(1, self.stride * count))
+        self._memory = ctypes.create_string_buffer(max(8, self.stride * count))
         self.view = memoryview(self._memory).cast("B")
         start = ctypes.addressof(self._memory)
         self.addresses = range(start, start + self.stride * count, self.stride or 1)
@@ -44,6 +45,15 @@ class Area:
     def put(self, index: int, data: bytes) -> None:
         at = index * self.stride
         self.view[at : at + len(data)] = data
+
+
+class Strings:
+    """Strings of C, at addresses that stay as long as this object."""
+
+    def __init__(self, values: Sequence[bytes]) -> None:
+        self._memory = ctypes.create_string_buffer(b"\0".join(values))
+        start = ctypes.addressof(self._memory)
+        self.addresses = list(accumulate([start, *[len(value) + 1 for value in values[:-1]]])) if values else []
 
 
 class Iovecs:
@@ -69,11 +79,18 @@ def each(count: int, *calls: Sequence[Column], blocking: bool = False) -> list[l
     table = array("Q", bytes(8 * stride * count))
     for place, call in enumerate(calls):
         for word, value in enumerate(call):
-            column = array("Q", [value & arch.MINUS_ONE]) * count if isinstance(value, int) else array("Q", value)
+            column = array("Q", [value & arch.MINUS_ONE]) * count if isinstance(value, int) else _column(value)
             table[place * _WORDS + word :: stride] = column
     walk(table.buffer_info()[0], count * len(calls), blocking=blocking)
     results = memoryview(table).cast("B").cast("q")
     return [results[place * _WORDS + _WORDS - 1 :: stride].tolist() for place in range(len(calls))]
+
+
+def _column(values: Sequence[int]) -> array[int]:
+    try:
+        return array("Q", values)
+    except OverflowError:  # a negative one: the result of a call that failed
+        return array("Q", [value & arch.MINUS_ONE for value in values])
 
 
 def walk(address: int, count: int, *, blocking: bool = False) -> None:

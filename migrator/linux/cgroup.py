@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrator.errors import MigratorError, UsageError
+from migrator.linux import procfs
 
 PARENT = "migrator"
 
@@ -95,7 +96,7 @@ def hierarchy(version: int | None = None) -> Hierarchy:
 
     `version` asks for one of them. Raises UsageError where there is none.
     """
-    for candidate in hierarchies(Path("/proc/self/mountinfo").read_text()):
+    for candidate in hierarchies(procfs.read_text("/proc/self/mountinfo")):
         if version in (None, candidate.version) and _can_freeze(candidate):
             return candidate
     kind = f"version {version}" if version else "version 2 or 1"
@@ -132,7 +133,7 @@ def directory_of(pid: int) -> str:
     chosen = hierarchy()
     if chosen.around_us:
         return _holding(pid, chosen)
-    inside = path_in(Path(f"/proc/{pid}/cgroup").read_text(), chosen.version)
+    inside = path_in(procfs.read_text(f"/proc/{pid}/cgroup"), chosen.version)
     below = os.path.relpath(inside, chosen.root)
     return "" if below.startswith("..") else str(chosen.mountpoint / below)
 
@@ -203,7 +204,7 @@ class Cgroup:
         chosen = hierarchy(version)
         if chosen.around_us and (folder := _holding(pid, chosen)):
             return cls(Path(folder), chosen)
-        inside = path_in(Path(f"/proc/{pid}/cgroup").read_text(), chosen.version)
+        inside = path_in(procfs.read_text(f"/proc/{pid}/cgroup"), chosen.version)
         below = os.path.relpath(inside, chosen.root)
         if below == "." or below.startswith(".."):
             raise UsageError(f"pid {pid} is in cgroup {inside}, which cannot be frozen from here")
@@ -324,7 +325,7 @@ class Cgroup:
         alive = []
         for pid in self.pids():
             try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                state = procfs.read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if state not in "ZX":

@@ -14,8 +14,9 @@ import struct
 from migrator.linux import sys
 
 _TIMERFD_CREATE, _TIMERFD_SETTIME, _TIMERFD_GETTIME, _SIGNALFD4, _TEE = 283, 286, 287, 289, 276
-_UNSHARE, _EPOLL_CREATE1, _GETSOCKOPT, _SO_GET_FILTER = 272, 291, 55, 26
+_UNSHARE, _EPOLL_CREATE1, _GETSOCKOPT, _SO_GET_FILTER, _FSTATFS = 272, 291, 55, 26, 138
 
+TMPFS_MAGIC = 0x01021994
 O_LARGEFILE = 0o100000
 O_TMPFILE_BIT = 0o20000000  # O_TMPFILE without O_DIRECTORY
 CLONE_FS = 0x200
@@ -33,6 +34,13 @@ def reopen(fd: int, flags: int) -> int:
 _slot = ctypes.create_string_buffer(12)  # struct kcmp_epoll_slot
 _SLOT, _SLOT_AT = struct.Struct("<III"), ctypes.addressof(_slot)
 _ORDER = (0, -1, 1, 1)
+
+
+def filesystem_type(fd: int) -> int:
+    """The magic number of the file system that a file is in (fstatfs(2))."""
+    answer = ctypes.create_string_buffer(256)  # struct statfs
+    sys.call(_FSTATFS, fd, ctypes.addressof(answer), name="fstatfs", about=f"fd {fd}")
+    return int.from_bytes(answer.raw[:4], "little")
 
 
 def order_files(a: int, b: int) -> int:

@@ -15,7 +15,8 @@ _quick = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the GIL: for calls 
 _quick.restype = ctypes.c_long
 _quick.argtypes = [ctypes.c_long] * 6
 
-KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO, KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 5, 7
+KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO = 0, 1, 2, 3, 4, 5
+KCMP_SYSVSEM, KCMP_EPOLL_TFD = 6, 7
 
 _NR = {
     "kcmp": 312,

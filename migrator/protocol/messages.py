@@ -138,7 +138,7 @@ class FilesSync(Message, tag="files-sync", frozen=True):
 
 
 class Standing(Message, tag="standing", frozen=True):
-    """destination: the shells stand, and all that came up to the end of pre-copy round `round` is in place."""
+    """destination: the stubs stand, and all that came up to the end of pre-copy round `round` is in place."""
 
     migration: Id
     round: Count

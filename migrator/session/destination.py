@@ -172,7 +172,7 @@ class DestinationSession:
         await self._link.send(m.encode(message))
 
     async def _begin_preflight(self) -> None:
-        self._driver.spawn(self._guarded(self._judge))
+        self._driver.spawn(self._driver.guarded(self._judge))
 
     async def _judge(self) -> None:
         proposal, host = self._proposal, self.settings.host
@@ -198,17 +198,10 @@ class DestinationSession:
 
     async def _begin_building(self) -> None:
         fault("destination.begun")
-        self._driver.begin(self._guarded(self._build), "build")
+        self._driver.begin(self._driver.guarded(self._build), "build")
 
     async def _build(self) -> None:
         await self._copy.build(self._standing, lambda: self._driver.post(DestinationEvent.BUILT))
-
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Work beside the loop: a failure becomes an event."""
-        try:
-            await work()
-        except Exception as error:
-            self._failed(error)
 
     def _standing(self, number: int) -> None:
         async def tell() -> None:
@@ -242,7 +235,7 @@ class DestinationSession:
         return decided
 
     async def _begin_locking(self) -> None:
-        self._driver.spawn(self._guarded(self._take_locks))
+        self._driver.spawn(self._driver.guarded(self._take_locks))
 
     async def _take_locks(self) -> None:
         await self._copy.take_locks(self._journal.header)

@@ -71,6 +71,13 @@ class Driver(Generic[State, Event, Action]):
         """Begin a long action; there is one at a time."""
         self._work = asyncio.create_task(work, name=name)
 
+    async def guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what goes on beside the events; if it fails, that is told as of an action."""
+        try:
+            await work()
+        except Exception as error:
+            self._failed(error)
+
     @property
     def working(self) -> bool:
         return self._work is not None and not self._work.done()

@@ -28,6 +28,7 @@ from migrator.recovery.settle import undecided
 from migrator.runtime.fault_points import fault
 from migrator.session.clock import PeerClock
 from migrator.session.deadlines import Deadlines
+from migrator.session.departure import Departure
 from migrator.session.driver import Driver, finish
 from migrator.session.interfaces import Link, NetworkLock, SourceFactory
 from migrator.session.journals import SourceJournal
@@ -42,7 +43,6 @@ from migrator.session.workload import WorkloadThread
 
 log = logging.getLogger("migrator.session")
 
-_RESUME_SECONDS = 5.0  # for a copy that has to get its locks first
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 
 
@@ -77,15 +77,13 @@ class SourceSession:
         self._proposal = Proposal(settings, host, self._workload, self._peer)
         self._precopy = Precopy(settings, self._proposal, self._workload, self._peer, self._clock)
         self._log = PhaseLog(settings.migration, self._tell)
+        self._departure = Departure(self._workload, self._log)
         self._journal = SourceJournal(settings, self._workload)
         self._reconnecting: asyncio.Task[None] | None = None
-        self._forwarding: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._undecided: Undecided | None = None
         self._file_bytes = 0  # sent
-        self._arrived = asyncio.Event()
         self._running: m.Running | None = None
-        self._resumed = asyncio.Event()
         self._told: m.DestinationReport | None = None
         self._was_told = asyncio.Event()
         self._began = 0
@@ -237,7 +235,7 @@ class SourceSession:
             await self._peer.send(m.Orphans(migration, stay))
         await self._peer.send(m.Commit(migration))
         fault("source.committed")
-        self._forwarding = self._driver.spawn(self._forward())
+        self._departure.forwarding = self._driver.spawn(self._departure.forward(self._peer.link))
         self._deadlines.asked()
 
     async def _send_and_wait(self, message: m.AnyMessage) -> None:
@@ -256,29 +254,9 @@ class SourceSession:
         await self._journal.record(Recorded.HERE, m.text(self._error or "discarded by the destination"))
 
     async def _release(self) -> None:
-        workload, link = self._workload, self._peer.link
-        if not self._resumed.is_set():  # it may wait for locks that our copy still has
-            await workload.release()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_RESUME_SECONDS):
-                    await self._resumed.wait()
-        self._arrived.set()
-        workload.end_switchover()
+        await self._departure.release(self._peer.link)
         self._precopy.told_late(self._tell)
-        if self._forwarding is not None:
-            await self._forwarding
-        with self._log.phase("release"):
-            await workload.release()
-            await workload.release_network()
-        fault("source.released")
-        if workload.orphans:
-            with self._log.phase("orphaned connections"), contextlib.suppress(MigratorError, OSError):
-                await workload.serve_orphans(link)
         await self._clock.sample()  # both hosts are quiet now
-
-    async def _forward(self) -> None:
-        with contextlib.suppress(MigratorError, OSError):  # frames may be lost, as on any network
-            await self._workload.forward(self._peer.link, self._arrived)
 
     async def _reconnect(self) -> None:
         if self._reconnecting is None or self._reconnecting.done():
@@ -308,7 +286,7 @@ class SourceSession:
     # Messages
 
     def _broken(self, error: BaseException) -> None:
-        self._resumed.set()  # nothing more will be heard of it
+        self._departure.resumed.set()  # nothing more will be heard of it
         wrong = isinstance(error, m.MessageError)
         self._post(SourceEvent.PROTOCOL_ERROR if wrong else SourceEvent.LINK_LOST, error)
 
@@ -367,7 +345,7 @@ class SourceSession:
         if self._running is None or self._running.waits:
             self._running = message
         if not message.waits:
-            self._resumed.set()
+            self._departure.resumed.set()
         self._post(SourceEvent.RUNNING)
 
     def _heard_report(self, message: m.DestinationReport) -> None:

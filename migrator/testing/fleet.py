@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from migrator.container import list_containers
 from migrator.testing.hosts import Host, Lan
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, await_listener
 from transport.keys import ensure_key, host_pattern, public_line
@@ -176,14 +177,12 @@ class FleetStage:
         return len(list((self.hosts[label].state_dir / "containers").glob("*.json")))
 
     def where(self) -> dict[str, list[str]]:
-        """The names of the containers on each host, as the hosts say without the fleet."""
-        return {
-            label: sorted(
-                row["name"] for row in json.loads(host.run([*MIGRATOR, "ps", "--json"]).stdout)
-                if row["state"] in ("running", "frozen")
-            )
-            for label, host in self.hosts.items()
-        }  # fmt: skip
+        """The names of the containers that live on each host, as the kernel says without the fleet."""
+        found = {}
+        for label, host in self.hosts.items():
+            with host.inside():
+                found[label] = sorted(one.name for one in list_containers() if one.alive and not one.arriving)
+        return found
 
 
 BUSY = [

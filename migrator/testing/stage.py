@@ -98,7 +98,7 @@ class Stage:
         if wait:
             self.await_agent(host)
 
-    def await_agent(self, host: Host, *, seconds: float = 20.0) -> None:
+    def await_agent(self, host: Host, *, seconds: float = 60.0) -> None:
         await_listener(host, self._running[host.label], lambda: self.agent_log(host), seconds=seconds)
 
     def agent_log(self, host: Host) -> str:
@@ -158,7 +158,7 @@ class Stage:
         return result
 
 
-def await_listener(host: Host, agent: subprocess.Popen[Any], log: Callable[[], str], *, seconds: float = 20.0) -> None:
+def await_listener(host: Host, agent: subprocess.Popen[Any], log: Callable[[], str], *, seconds: float = 60.0) -> None:
     """Wait until the agent of a host answers."""
     deadline = time.monotonic() + seconds
     while True:

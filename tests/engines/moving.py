@@ -49,8 +49,8 @@ class Surroundings:
     def pid_of(self, vpid: int) -> int:
         return self.pids.get(vpid, 0)
 
-    def shm_fd(self, objref: int) -> int:
-        return self.shm[objref]
+    def open_shm(self, objref: int, flags: int) -> int:
+        return os.open(f"/proc/self/fd/{self.shm[objref]}", flags)
 
 
 class Moved:

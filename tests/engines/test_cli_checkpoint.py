@@ -275,8 +275,11 @@ def test_a_program_may_save_and_end_itself(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_waits_for_its_end_reports_its_exit_status(tmp_path: Path) -> None:
-    image, go = tmp_path / "image", tmp_path / "go"
-    code = f"import os, time\nopen({str(go)!r}, 'w').write(str(os.getpid()))\ntime.sleep(4)\nraise SystemExit(7)"
+    image, go, end = tmp_path / "image", tmp_path / "go", tmp_path / "end"
+    code = (
+        f"import os, time\nopen({str(go)!r}, 'w').write(str(os.getpid()))\n"
+        f"while not os.path.exists({str(end)!r}): time.sleep(0.02)\nraise SystemExit(7)"
+    )
     subprocess.run(
         ["setsid", "--fork", os.path.realpath(sys.executable), "-c", code],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
@@ -287,4 +290,5 @@ def test_a_copy_that_waits_for_its_end_reports_its_exit_status(tmp_path: Path) -
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    end.touch()
     migrator("restart", "-i", image, code=7)

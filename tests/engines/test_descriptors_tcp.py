@@ -136,8 +136,8 @@ def test_a_connection_moves_with_unread_and_unacknowledged_bytes(net: Net, famil
         with Moved(server, context=net.context()) as moved:
             (state,) = moved.saved.of(SocketTcp)
             assert len(state.received) == 60001 and state.unsent > 0 and len(state.sent) > state.unsent
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             moved.dump.release()
             server.end()
             copy.run("l, c = adopt(0), adopt(1); c.settimeout(10)")
@@ -268,8 +268,8 @@ def test_options_of_a_connection_are_kept(net: Net) -> None:
         before = server.ask(read)
         net.cut()
         with Moved(server, context=net.context()) as moved:
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             copy.run("c = adopt(1)")
             assert copy.ask(read) == before
             assert copy.ask("c.getsockname(), c.getpeername()") == ((V4, 5000), client.getsockname())
@@ -284,8 +284,8 @@ def test_the_peers_end_was_closed_already(net: Net) -> None:
         time.sleep(0.05)
         net.cut()
         with Moved(server, context=net.context()) as moved:
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             copy.run("c = adopt(1)")
             assert copy.ask("c.recv(99), c.recv(99)") == (b"last words", b"")
             copy.run("c.sendall(b'reply'); c.close()")
@@ -300,8 +300,8 @@ def test_our_end_was_closed_and_acknowledged_already(net: Net) -> None:
         time.sleep(0.05)
         net.cut()
         with Moved(server, context=net.context()) as moved:
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             copy.run("c = adopt(1); c.settimeout(5)")
             client.sendall(b"still talking")
             assert copy.ask("c.recv(99)") == b"still talking"
@@ -315,8 +315,8 @@ def test_our_end_was_closed_and_the_peer_does_not_know_yet(net: Net) -> None:
         net.cut()
         server.run("c.send(b'bye'); c.shutdown(1)")
         with Moved(server, context=net.context()) as moved:
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             assert receive(client, 99) == b"bye"
             client.sendall(b"heard")
             copy.run("c = adopt(1); c.settimeout(5)")
@@ -363,8 +363,8 @@ def test_connections_that_have_ended_still_say_how(net: Net) -> None:
         time.sleep(0.05)
         net.cut()
         with Moved(server, context=net.context()) as moved:
-            net.switch()
             (copy,) = moved.restore([server])
+            net.switch()
             copy.run("c, d = adopt(1), adopt(2)")
             assert copy.ask("d.recv(9)") == b""
             with pytest.raises(AssertionError, match="ConnectionResetError"):

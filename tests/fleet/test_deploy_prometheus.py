@@ -78,7 +78,8 @@ def test_prometheus_understands_every_panel(tmp_path: Path) -> None:
 def test_every_metric_that_is_exported_is_on_the_dashboard() -> None:
     shown = set().union(*(named(expression) for _, expression in dashboard_queries()))
     stems = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in shown}
-    assert {family.name for family in Metrics().registry.collect()} <= stems
+    families = (*Metrics().registry.collect(), *ControllerMetrics().registry.collect())
+    assert {family.name for family in families} <= stems
 
 
 def test_the_rules_are_about_metrics_that_exist() -> None:

@@ -329,3 +329,57 @@ def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> No
     found = fleet.json("simulate", str(path))
     assert (found["hosts"], found["workloads"]) == (3, 2)
     assert {run["rule"] for run in found["others"]} and len(found["nothing"]["imbalance"]) == 3
+
+
+def test_what_was_saved_on_a_schedule_is_gone_back_to(fleet: FleetStage) -> None:
+    fleet.run("a", "diary", busy(20))
+    fleet.command("snapshot", "diary", "--every", "1s", "--keep", "2", "--restart-when-lost")
+    fleet.controller()
+    until(lambda: len(saved(fleet)) == 2, "nothing is saved")
+    listed = fleet.json("snapshots")
+    (schedule,) = listed["schedules"]
+    assert all(image["workload"] == "diary" and image["hosts"] == ["a", "b", "c"] for image in listed["images"])
+    oldest = saved(fleet)[-1]
+    until(lambda: oldest not in saved(fleet), "old ones stay")
+    assert len(saved(fleet)) == 2 and schedule["keep"] == 2
+    fleet.command("snapshot", "diary", "--stop")
+    with pytest.raises(CommandFailed, match="diary runs on a"):
+        fleet.command("revive", saved(fleet)[0])
+    fleet.hosts["a"].run(["migrator", "stop", "diary"])
+    fleet.command("revive", saved(fleet)[0], "--on", "c")
+    assert fleet.where() == {"a": [], "b": [], "c": ["diary"]}
+    clear_saved(fleet)
+
+
+def test_a_lost_host_is_recovered_only_when_somebody_says_that_it_is_off(fleet: FleetStage) -> None:
+    fleet.run("a", "wanted", busy(20))
+    fleet.run("a", "other", busy(20))
+    fleet.command("snapshot", "wanted", "--every", "1s", "--restart-when-lost")
+    controller = fleet.controller()
+    until(lambda: len(saved(fleet)) >= 1, "nothing is saved")
+    with pytest.raises(CommandFailed, match="a answers: it is not off"):
+        fleet.command("recover", "a", "--is-off")
+    controller.kill()
+    until(lambda: any(one["host"] for one in fleet.json("snapshots")["schedules"]), "its host is not known")
+    fleet.stop_agent("a", kill=True)
+    fleet.hosts["a"].end_containers()
+    with pytest.raises(CommandFailed, match="is a off"):
+        fleet.command("recover", "a")
+    with pytest.raises(CommandFailed, match="a do not answer, and wanted may run there"):
+        fleet.command("revive", saved(fleet)[0])
+    assert "wanted runs on" in fleet.command("recover", "a", "--is-off")
+    fleet.start_agent("a")
+    where = fleet.where()
+    assert names(where) == ["wanted"] and where["a"] == []
+    assert {host["name"]: host["state"] for host in fleet.json("hosts")}["a"] == "maintenance"
+    clear_saved(fleet)
+
+
+def saved(fleet: FleetStage) -> list[str]:
+    """The newest first."""
+    return sorted((image.name for image in (fleet.lan.folder / "saved").glob("*.image")), reverse=True)
+
+
+def clear_saved(fleet: FleetStage) -> None:
+    for image in (fleet.lan.folder / "saved").glob("*.image"):
+        image.unlink()

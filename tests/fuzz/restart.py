@@ -142,7 +142,7 @@ def _around() -> tuple[list[str], ...]:
     fds = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
     pids = sorted(name for name in os.listdir("/proc") if name.isdigit())
     groups = [str(path) for base in ("/sys/fs/cgroup", "/sys/fs/cgroup/*") for path in _groups(base)]
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/run/netns/" not in line]
     names = sorted(path.name for path in Path(os.environ["MIGRATOR_STATE_DIR"]).rglob("*") if path.is_file())
     return fds, pids, sorted(groups), mounts, names
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from migrator.image import records as r
 from migrator.image import records_files as f
+from migrator.image import records_shared as s
 from migrator.image.codec import Record
 
 PAGE = bytes(range(256)) * 16
@@ -344,6 +345,42 @@ def drafted() -> list[Record]:
     last = [record for at, record in enumerate(records) if at >= marks[1] and at not in state]
     end = r.RoundMark(number=1, flags=r.RoundFlag.END, time=1_700_000_000_000_000_002)
     return [*records[: marks[1]], *drafts, end, *last]
+
+
+def shared() -> list[Record]:
+    """What revision 3 added."""
+    owner: dict[str, int] = {"uid": 5, "gid": 6, "cuid": 7, "cgid": 8}
+    return [
+        r.Shm(objref=50, kind=r.ShmKind.SYSV, size=8192, seals=0, mode=0o600, name="/SYSV00000007"),
+        s.SharedFile(
+            objref=51, kind=s.SharedFileKind.DELETED, size=5000, mtime=-1, mode=0o755, uid=1, gid=2, reserved=0,
+            mount="", name="/usr/bin/daemon",
+        ),
+        s.SharedFile(
+            objref=52, kind=s.SharedFileKind.TMPFS, size=4096, mtime=1, mode=0o600, uid=1, gid=2, reserved=0,
+            mount="/dev/shm", name="/dev/shm/d/ring",
+        ),
+        pages(51, (0, 1, r.PageKind.DATA), (4096, 1, r.PageKind.ABSENT)),
+        s.TmpfsEntry(0, 0o41777, 0, 0, 0, 1, "/dev/shm", ".", ""),
+        s.TmpfsEntry(0, 0o40700, 1, 2, 0, 1, "/dev/shm", "d", ""),
+        s.TmpfsEntry(52, 0o100600, 1, 2, 0, 1, "/dev/shm", "d/ring", ""),
+        s.TmpfsEntry(52, 0o100600, 1, 2, 0, 1, "/dev/shm", "d/again", ""),
+        s.TmpfsEntry(0, 0o120777, 1, 2, 0, 1, "/dev/shm", "link", "../to"),
+        s.TmpfsEntry(0, 0o20666, 1, 2, 0x103, 1, "/dev/shm", "null", ""),
+        s.TmpfsXattr(0, 0, "/dev/shm", "d/ring", "user.note", b"\0note"),
+        s.SysvShm(shared_objref=50, shmid=3, key=7, mode=0o600, **owner),
+        s.SysvSem(semid=4, key=8, mode=0o600, **owner, reserved=0, values=b"\1\0\2\0"),
+        s.SysvQueue(msqid=5, key=9, mode=0o600, **owner, reserved=0, limit=16384),
+        s.SysvMessage(msqid=5, reserved=0, kind=1, text=b"first"),
+    ]  # fmt: skip
+
+
+def full() -> list[Record]:
+    """drafted(), and what revision 3 added."""
+    records = drafted()
+    records[0].rev = 3  # type: ignore[attr-defined]
+    at = next(at for at, record in enumerate(records) if isinstance(record, r.Cpu))
+    return [*records[:at], *shared(), *records[at:]]
 
 
 _ONLY_AT_LAST = (r.Pages, r.Cpu, r.RestartBlock, r.SigPending)

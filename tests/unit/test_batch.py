@@ -72,6 +72,19 @@ def test_negative_arguments_are_passed_as_they_are(fds: list[int]) -> None:
 
 def test_nothing_is_done_for_no_items() -> None:
     assert each(0, (NR["getpid"],), (NR["getpid"],)) == [[], []]
+    assert batch.Strings([]).addresses == []
+    assert Area(8, 0).view.cast("i").tolist()[0:0] == []
+
+
+def test_strings_lie_where_they_are_said_to(tmp_path: Path) -> None:
+    names = [str(tmp_path / name).encode() for name in ("a", "longer", "ä")]
+    for name in names[1:]:
+        os.close(os.open(name, os.O_CREAT))
+    strings = batch.Strings(names)
+    results, _ = each(3, (NR["openat"], -100, strings.addresses, os.O_RDONLY), (NR["getpid"],))
+    assert results[0] == -errno.ENOENT
+    assert [os.readlink(f"/proc/self/fd/{fd}").encode() for fd in results[1:]] == names[1:]
+    assert each(3, (NR["close"], results)) == [[-errno.EBADF, 0, 0]]
 
 
 def test_a_call_that_waits_lets_others_go_on() -> None:

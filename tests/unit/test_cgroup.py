@@ -295,3 +295,17 @@ def test_the_hierarchy_is_found_by_trying() -> None:
 
 def test_two_trees_of_the_same_pid_do_not_share_a_cgroup() -> None:
     assert unique_name("migrate", 500) != unique_name("migrate", 500)
+
+
+NAMELESS = "import ctypes; ctypes.CDLL(None).prctl(15, b'caf\\xe9'); print(flush=True); input()"
+
+
+@root
+def test_a_process_whose_name_is_no_utf_8_is_killed_like_any_other(group: Cgroup) -> None:
+    with subprocess.Popen([sys.executable, "-c", NAMELESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
+        assert named.stdout is not None and named.stdout.readline()
+        assert b"caf\xe9" in Path(f"/proc/{named.pid}/comm").read_bytes()
+        group.attach(named.pid)
+        group.freeze()
+        group.kill()
+        assert named.wait(10) == -signal.SIGKILL

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from migrator.cli.app import LOCAL, make
+from migrator.cli.app import make
 from migrator.cli.parameters import Address, address, seconds, size
 from migrator.container import ContainerSpec
 from migrator.container.state import Container
@@ -111,9 +111,24 @@ def test_a_shell_is_given_the_script_that_asks() -> None:
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
 
 
-def test_the_commands_of_one_host_are_there_without_the_others() -> None:
-    assert set(get_command(make(local=True)).commands) == set(LOCAL)  # type: ignore[attr-defined]
-    assert set(LOCAL) < {name.split("-")[1] for name in COMMANDS}
+@pytest.mark.parametrize("name", ["migrate", "ps", "image", "keygen"])
+def test_one_command_is_loaded_without_the_others_and_is_the_same(name: str) -> None:
+    alone = get_command(make([name]))
+    assert list(alone.commands) == [name]  # type: ignore[attr-defined]
+    assert commands(alone).keys() == {one for one in COMMANDS if one.split("-")[1] == name}
+    for one, command in commands(alone).items():
+        assert [p.opts for p in command.params] == [p.opts for p in COMMANDS[one].params]
+
+
+def test_what_is_no_command_is_looked_for_among_all() -> None:
+    assert list(get_command(make(["--help"])).commands) == list(get_command(make()).commands)  # type: ignore[attr-defined]
+
+
+def test_moving_a_process_loads_neither_pyroute2_nor_what_serves() -> None:
+    asked = "import sys; from migrator.cli.app import make; make(['migrate']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"pyroute2", "migrator.agent", "migrator.session.destination", "migrator.fleet.controller"}
 
 
 @pytest.mark.parametrize(

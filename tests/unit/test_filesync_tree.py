@@ -17,6 +17,7 @@ import pytest
 from migrator.filesync.changes import Mapped
 from migrator.filesync.paths import FileError
 from migrator.filesync.receiver import FileReceiver
+from migrator.filesync.top import TreeTop
 from migrator.filesync.tree_pass import TreePass
 from migrator.filesync.tree_receiver import TreeReceiver
 from migrator.filesync.tree_sender import TreeSender
@@ -41,7 +42,7 @@ class Sides:
         fd = os.open(self.here, os.O_RDONLY | os.O_DIRECTORY)
         self.source = TreeSender(0, self.tree, fd, watched=self.watched)
         assert self.source.watching == self.watched
-        self.target = TreeReceiver(self.tree, str(self.there), "m-test")
+        self.target = TreeReceiver(TreeTop(self.tree, str(self.there)), "m-test")
         for listed in self.source.lists():
             for answer in self.target.compare(m.decode(m.encode(listed))):  # type: ignore[arg-type]
                 self.source.answered(m.decode(m.encode(answer)))  # type: ignore[arg-type]
@@ -503,7 +504,7 @@ HOSTILE: dict[str, list[trees.TreeOp]] = {
 def test_what_was_not_agreed_upon_is_refused_and_leaves_nothing(tmp_path: Path, ops: list[trees.TreeOp]) -> None:
     (tmp_path / "secret").write_text("mine")
     top = tmp_path / "top"
-    target = TreeReceiver(SyncTree("/"), str(top), "m-test")
+    target = TreeReceiver(TreeTop(SyncTree("/"), str(top)), "m-test")
     with pytest.raises(m.MessageError):
         target.apply(ops)
     target.close(False)
@@ -535,7 +536,7 @@ def test_no_link_is_followed_and_no_mount_point_crossed(tmp_path: Path, op: tree
     (top / "to-secret").symlink_to(outside / "secret")
     subprocess.run(["mount", "--bind", outside, top / "mounted"], check=True)
     try:
-        target = TreeReceiver(SyncTree("/"), str(top), "m-test")
+        target = TreeReceiver(TreeTop(SyncTree("/"), str(top)), "m-test")
         with pytest.raises(FileError, match=r"/(link/secret|to-secret|mounted/a|a) cannot be written"):
             target.apply([op])
         target.close(False)
@@ -585,7 +586,7 @@ def test_a_directory_that_both_hosts_share_is_recognized(tmp_path: Path) -> None
 def test_a_list_of_what_cannot_be_there_is_refused(
     tmp_path: Path, directory: bytes, after: bytes, names: list[bytes]
 ) -> None:
-    target = TreeReceiver(SyncTree("/"), str(tmp_path), "m-test")
+    target = TreeReceiver(TreeTop(SyncTree("/"), str(tmp_path)), "m-test")
     with pytest.raises(m.MessageError):
         target.compare(trees.TreeList(0, 0, directory, after, True, [trees.Entry(name, 0o100644) for name in names]))
     target.close(False)

@@ -317,3 +317,30 @@ def test_steps_are_deterministic(now: Cluster) -> None:
         return
     assert drain.step(now, record) == drain.step(now, record)
     assert cast(Step, drain.step(now, record)).progress.total == len(record.wanted)
+
+
+@given(clusters(), st.floats(5, 120), st.integers(1, 4), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_an_evacuation_begins_nothing_that_is_not_predicted_to_be_out_in_time(
+    now: Cluster, seconds: float, parallel: int, failing: float, seed: int
+) -> None:
+    ready = [changed(one, moving_to=None) for one in now.workloads]
+    hosts = [Host(**{**fields(now.hosts[0]), "state": HostState.ACTIVE}), *now.hosts[1:]]  # type: ignore[arg-type]
+    world = World(cluster(hosts, ready), failing=failing, seed=seed)
+    end = world.now.time + seconds
+    record = drain.begin(world.now, "h0", seconds=seconds, parallel=parallel, evacuate=True)
+    for _ in range(60):
+        step = drain.step(world.now, record)
+        for action in step.actions:
+            if isinstance(action, Start):
+                assert world.now.time + action.move.cost.seconds <= end
+                assert not action.force
+        record = world.act(step.record, step)
+        if record.state is not State.RUNNING:
+            break
+        record = world.wait(record)
+    assert record.state is not State.RUNNING
+    assert record.ended_at is not None
+    assert record.ended_at <= end + 2 * TICK
+    if record.state is State.STAYS:
+        assert set(step.stays) == {one.name for one in world.now.workloads if one.host == "h0"}

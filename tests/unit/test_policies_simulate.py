@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policies_samples import GIB, cluster, host, workload
+from policies_samples import GIB, cluster, host, violations, workload
 
-from policies import baselines, compare
+from policies import baselines, compare, windows
+from policies.balance import Settings
 from policies.consistency import ClusterError, inspect, validate
 from policies.cost import Cost
 from policies.day import Invented, Recording, Sample, Shape, decode
@@ -207,6 +208,7 @@ def test_ours_leaves_less_imbalance_than_each_of_the_others_and_sends_no_more(fo
 def test_a_comparison_is_told_in_words_and_in_a_picture(found: compare.Comparison) -> None:
     text = compare.table(found)
     assert all(name in text for name in ("nothing", "migrator, thrift 1", *baselines.NAMES))
+    assert f"predicted {found.ours[0].predicted_bytes / 2**30:.1f} GiB" in text
     root = ET.fromstring(svg(found))
     lines = [one for one in root.iter() if one.tag.endswith("polyline")]
     assert len(lines) == 2 + len(found.others) + 1
@@ -234,3 +236,46 @@ def test_the_others_acts_on_a_host_that_is_full_and_one_that_is_empty(rule: base
     assert {move.target for move in moves} <= {"b", "c"}
     even = cluster([host("a"), host("b")], [workload("w0", "a", 4, 8), workload("w1", "b", 4, 8)])
     assert all(not rule.plan(even) for _ in range(4))
+
+
+class Watched(Ours):
+    """Ours, with each plan checked as it is made."""
+
+    def __init__(self, mine: Settings) -> None:
+        super().__init__(mine)
+        self.mine = mine
+        self.count = 0
+
+    def plan(self, cluster: Cluster) -> Sequence[Move]:
+        moves = super().plan(cluster)
+        at = {one.name: one for one in cluster.workloads}
+        left = windows.left(self.mine.windows, cluster.time)
+        for move in moves:
+            moved = at[move.workload].last_moved
+            assert move.cause is Cause.RULE or moved is None or cluster.time - moved >= self.mine.cooldown
+            assert move.cost.seconds <= left
+            assert move.cost.risk <= self.mine.max_risk
+        assert violations(cluster, tuple(moves)) == []
+        self.count += len(moves)
+        return moves
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 1800.0, 7200.0]), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_through_a_whole_day_every_plan_keeps_rules_windows_and_cooldown(
+    seed: int, cooldown: float, windowed: bool
+) -> None:
+    night = (windows.Window(start=2 * 3600.0, end=4 * 3600.0),) if windowed else ()
+    mine = Settings(cooldown=cooldown, windows=night, thrift=0.5, hold=1)
+    rule = Watched(mine)
+    run = simulate(Invented(msgspec.structs.replace(SMALL, seed=seed)), rule, World(seed=seed, vanishing=0.5))
+    assert rule.count >= run.moves
+    if windowed:
+        assert len(set(run.imbalance[:12])) > 1
+
+
+def test_a_move_that_pays_is_rarely_undone() -> None:
+    """Loads change, so some workloads come back in a day; most moves are for good."""
+    run = simulate(Invented(msgspec.structs.replace(SMALL, hours=24)), Ours(Settings(cooldown=0.0)))
+    assert run.moves > 20
+    assert run.returns < run.moves / 4

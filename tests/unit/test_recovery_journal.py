@@ -180,3 +180,14 @@ def test_what_a_living_process_attends_to_is_told_from_what_is_open(tmp_path: Pa
     with Journal.create(tmp_path, JournalHeader(migration="m-87654321", role=Role.SOURCE)):
         pass
     assert attended(tmp_path) == []
+
+
+def test_a_journal_is_for_root_alone_whatever_the_umask_is(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Journal.create(tmp_path / "made", FACTS).close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+    (path,) = (tmp_path / "made").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600

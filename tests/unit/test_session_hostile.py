@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrator import host, model
@@ -20,7 +21,7 @@ from migrator.engine import base
 from migrator.engine.select import select
 from migrator.errors import MigrationAborted, TransportError
 from migrator.metrics import Metrics
-from migrator.protocol import facts
+from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
 from migrator.protocol.states import Recorded
 from migrator.recovery.hooks import Tools
@@ -267,3 +268,34 @@ async def test_what_is_judged_is_judged_on_a_thread_of_its_own(tmp_path: Path) -
     for admission in admissions:
         await admission.close(False)
     assert all(name.startswith("files") for name in threads)
+
+
+# What it writes
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("case", ["dry run", "refused"])
+async def test_a_proposal_that_is_not_accepted_writes_nothing(tmp_path: Path, case: str) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "file").write_text("old")
+    asked = msgspec.structs.replace(
+        proposal(), trees=[trees.SyncTree(str(top))], copy_files=True, dry_run=case == "dry run"
+    )
+    if case == "refused":
+        asked = msgspec.structs.replace(asked, source=msgspec.structs.replace(asked.source, machine="vax"))
+    put = trees.Put(trees.Entry(b"file", 0o100644), b"new")
+    async with served(fakes(tmp_path)) as link:
+        await say(link, m.Hello([m.VERSION]), asked)
+        await heard(link, m.Verdict)
+        await say(link, trees.TreeList(0, 0, b"", b"", True, []))
+        await heard(link, trees.TreeAnswer)  # comparing is allowed
+        await say(link, trees.TreeOps(0, [put]))
+    async with served(fakes(tmp_path)) as link:
+        await say(link, m.Hello([m.VERSION]), msgspec.structs.replace(asked, migration="m-00000002"))
+        await heard(link, m.Verdict)
+        await say(link, m.Begin("m-00000002"))
+        with contextlib.suppress(TransportError):
+            await say(link, trees.TreeOps(0, [put]))
+    assert os.listdir(top) == ["file"] and (top / "file").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["top", "world"], ["journal", "top", "world"])

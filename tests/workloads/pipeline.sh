@@ -29,8 +29,8 @@ verify() {
 }
 
 trap 'touch "$out.stop"' TERM
+echo "ready pid=$$" >> "$out"  # ahead of the first tick
 count | sed -u 's/$/ line/' | cat | verify &
-echo "ready pid=$$" >> "$out"
 # A trapped signal ends the first wait early.
 wait $!
 wait $! && echo ok >> "$out"

@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		2
+#define CKPT_REV		3
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -58,7 +58,14 @@ enum ckpt_hdr_type {
 	CKPT_HDR_MAPPED_FILE = 405,
 	CKPT_HDR_ROUND_MARK = 406,
 	CKPT_HDR_NAME = 407,
+	CKPT_HDR_SHARED_FILE = 408,
+	CKPT_HDR_TMPFS_ENTRY = 409,
+	CKPT_HDR_TMPFS_XATTR = 410,
 	CKPT_HDR_FS = 451,
+	CKPT_HDR_SYSV_SHM = 501,
+	CKPT_HDR_SYSV_SEM = 502,
+	CKPT_HDR_SYSV_QUEUE = 503,
+	CKPT_HDR_SYSV_MESSAGE = 504,
 	CKPT_HDR_SIGHAND = 601,
 	CKPT_HDR_SIGNAL = 602,
 	CKPT_HDR_SIG_PENDING = 604,
@@ -385,7 +392,7 @@ struct ckpt_hdr_vmas {
  */
 struct ckpt_hdr_pages {
 	struct ckpt_hdr h;
-	__s32 objref; /* an Mm or a Shm */
+	__s32 objref; /* an Mm, a Shm or a SharedFile */
 	__u32 crc; /* zlib.crc32 of `data`, or 0 */
 	__u32 nr_ranges;
 	__u32 data_len;
@@ -763,5 +770,122 @@ enum ckpt_round_flag {
 	CKPT_ROUND_FLAG_LAST = 0x1, /* the tasks are stopped: what follows is final */
 	CKPT_ROUND_FLAG_END = 0x2, /* the round that is open is complete */
 };
+
+enum ckpt_shared_file_kind {
+	CKPT_SHARED_FILE_KIND_DELETED = 1, /* has no name any more, and is mapped */
+	CKPT_SHARED_FILE_KIND_TMPFS = 2, /* in a tmpfs of a container's own: see TmpfsEntry */
+};
+
+/*
+ * A regular file that is on no other host. Its contents come as `Pages`, by
+ * offset, as those of a `Shm`.
+ *
+ * A mapping of it is one of kind SHM; a program that was deleted may be one.
+ * `mount` is the tmpfs that it is in,
+ * empty where its file system is one of the hosts'. `name` is its path, as far
+ * as known.
+ */
+struct ckpt_hdr_shared_file {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 kind; /* enum SharedFileKind */
+	__u64 size;
+	__s64 mtime; /* ns since the epoch */
+	__u32 mode; /* permissions */
+	__u32 uid;
+	__u32 gid;
+	__u32 reserved;
+	__u32 mount_len;
+	__u32 name_len;
+} __attribute__((aligned(8)));
+
+/*
+ * A name in a tmpfs of a container's own, `mount`. Those of the last round are
+ * all there are.
+ *
+ * Directories come before what is in them, "." being the first.
+ */
+struct ckpt_hdr_tmpfs_entry {
+	struct ckpt_hdr h;
+	__s32 shared_objref; /* a SharedFile, with several names if it has hard links; 0 for all others */
+	__u32 mode; /* st_mode */
+	__u32 uid;
+	__u32 gid;
+	__u32 rdev; /* of a character device that keeps nothing, such as /dev/null */
+	__s64 mtime; /* ns since the epoch */
+	__u32 mount_len;
+	__u32 path_len;
+	__u32 target_len;
+} __attribute__((aligned(8)));
+
+/*
+ * An extended attribute of a TmpfsEntry ahead of it.
+ */
+struct ckpt_hdr_tmpfs_xattr {
+	struct ckpt_hdr h;
+	__u32 flags;
+	__u32 reserved;
+	__u32 mount_len;
+	__u32 path_len;
+	__u32 name_len;
+	__u32 value_len;
+} __attribute__((aligned(8)));
+
+/*
+ * A segment of System V shared memory (shmget(2)). Its contents are those of a
+ * `Shm` of kind SYSV.
+ */
+struct ckpt_hdr_sysv_shm {
+	struct ckpt_hdr h;
+	__s32 shared_objref; /* of the Shm */
+	__u32 shmid;
+	__u32 key;
+	__u32 mode; /* permissions, and SHM_DEST */
+	__u32 uid;
+	__u32 gid;
+	__u32 cuid;
+	__u32 cgid;
+} __attribute__((aligned(8)));
+
+/*
+ * A set of System V semaphores (semget(2)).
+ */
+struct ckpt_hdr_sysv_sem {
+	struct ckpt_hdr h;
+	__u32 semid;
+	__u32 key;
+	__u32 mode;
+	__u32 uid;
+	__u32 gid;
+	__u32 cuid;
+	__u32 cgid;
+	__u32 reserved;
+	__u32 values_len;
+} __attribute__((aligned(8)));
+
+/*
+ * A System V message queue (msgget(2)); what waits in it follows as
+ * SysvMessage.
+ */
+struct ckpt_hdr_sysv_queue {
+	struct ckpt_hdr h;
+	__u32 msqid;
+	__u32 key;
+	__u32 mode;
+	__u32 uid;
+	__u32 gid;
+	__u32 cuid;
+	__u32 cgid;
+	__u32 reserved;
+	__u64 limit; /* bytes, msg_qbytes */
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_sysv_message {
+	struct ckpt_hdr h;
+	__u32 msqid;
+	__u32 reserved;
+	__s64 kind; /* mtype */
+	__u32 text_len;
+} __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
+from migrator.linux.stat import Status
 
 DELETED = " (deleted)"
 _MEMFD = "/memfd:"
@@ -45,6 +46,9 @@ _HUGE = 65536  # st_blksize is the page size on tmpfs, and the huge page's on hu
 _TTY_MAJORS = {4, 5, 136, 137, 138, 139, 140, 141, 142, 143, 204}
 
 
+FileStatus = os.stat_result | Status
+
+
 class Obstacle(Exception):
     """Why a descriptor cannot be carried: "an inotify instance cannot be carried; close it first"."""
 
@@ -56,6 +60,7 @@ class Root:
         self.fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
         prefix = os.readlink(f"/proc/{pid}/root")
         self._prefix = "" if prefix == "/" else prefix
+        self.known: dict[str, FileStatus | None] = {}  # what stat() is to answer, looked up ahead
 
     def inside(self, path: str) -> str | None:
         """A path as we see it, as the tree sees it; None if it is outside of the tree's root."""
@@ -67,8 +72,10 @@ class Root:
             return path[len(self._prefix) :]
         return None
 
-    def stat(self, path: str) -> os.stat_result | None:
+    def stat(self, path: str) -> FileStatus | None:
         """lstat of a path of the tree, None if there is nothing."""
+        if path in self.known:
+            return self.known[path]
         try:
             return os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False)
         except OSError:
@@ -84,7 +91,7 @@ class Classification:
     path: str = ""  # inside the tree's root
 
 
-def classify(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Classification:
+def classify(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classification:
     """What a descriptor is. `link` is where /proc/PID/fd/N points. Raises Obstacle."""
     if link.startswith("anon_inode:"):
         return _anon(link[len("anon_inode:") :], info)
@@ -118,7 +125,7 @@ def _anon(name: str, info: FdInfo) -> Classification:
     return Classification(kind)
 
 
-def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Classification:
+def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classification:
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
     for lock in info.locks:
@@ -135,7 +142,7 @@ def _regular(link: str, status: os.stat_result, info: FdInfo, root: Root) -> Cla
     return Classification(FileKind.REGULAR, _path(link, status, root))
 
 
-def _device(link: str, status: os.stat_result, root: Root) -> Classification:
+def _device(link: str, status: FileStatus, root: Root) -> Classification:
     if status.st_rdev in _DEVICES:
         return Classification(FileKind.DEVICE, _path(link, status, root))
     if os.major(status.st_rdev) in _TTY_MAJORS:
@@ -143,7 +150,7 @@ def _device(link: str, status: os.stat_result, root: Root) -> Classification:
     raise Obstacle(f"{link} is a device with a state of its own, which cannot be carried")
 
 
-def _path(link: str, status: os.stat_result, root: Root) -> str:
+def _path(link: str, status: FileStatus, root: Root) -> str:
     """The path by which the same file can be opened again."""
     path = root.inside(link)
     if not link.startswith("/") or path is None:

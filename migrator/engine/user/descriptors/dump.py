@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
-from migrator.engine.user.descriptors.description import Collection, Description, Holder
+from migrator.engine.user.descriptors.collection import Collection
+from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
@@ -31,7 +32,8 @@ class Writer(Protocol):
 
 
 class Memfd(NamedTuple):
-    """A memfd that the tree has open; its contents are somebody else's to save, under ("shm", dev, ino)."""
+    """A memfd, or a deleted file that is mapped as well, which the tree has open; its contents are somebody else's to
+    save, under ("shm", dev, ino)."""
 
     dev: int
     ino: int
@@ -59,8 +61,11 @@ class DescriptorDump:
         *,
         still: Still = nullcontext,
         predumped: PredumpedFiles | None = None,
+        shared: Container[tuple[int, int]] = (),
     ) -> None:
-        """`predumped`: what was written of them while they ran."""
+        """`predumped`: what was written of them while they ran. `shared`: (st_dev, st_ino) of files without a name
+        whose contents are somebody else's to save, under ("shm", dev, ino)."""
+        self._shared = shared
         self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
         self._processes = list(processes)
@@ -125,9 +130,11 @@ class DescriptorDump:
         assert self._collection is not None
         met = set()
         for item in self._collection.descriptions:
-            if item.kind == FileKind.MEMFD and item.inode not in met:
+            if item.inode in met:
+                continue
+            if item.kind == FileKind.MEMFD or (item.kind == FileKind.DELETED and item.inode in self._shared):
                 met.add(item.inode)
-                seals = fcntl.fcntl(item.fd, _F_GET_SEALS)
+                seals = fcntl.fcntl(item.fd, _F_GET_SEALS) if item.kind == FileKind.MEMFD else 0
                 self.memfds.append(Memfd(*item.inode, item.fd, item.stat.st_size, seals, item.path))
 
     def _write(self, collection: Collection) -> dict[int, int]:
@@ -180,8 +187,9 @@ class DescriptorDump:
                 item.inode_objref = self._objref((item.kind.name, item.fd))
                 self._writer.write(_ANONYMOUS[item.kind](item.inode_objref, item))
             case FileKind.DELETED:
-                item.inode_objref, first = self._objhash.get(("inode", *item.inode))
-                if first:
+                shared = item.inode in self._shared
+                item.inode_objref, first = self._objhash.get(("shm" if shared else "inode", *item.inode))
+                if first and not shared:
                     self._write_all(files.save_deleted(item.inode_objref, item))
             case FileKind.MEMFD:
                 item.inode_objref = self._objref(("shm", *item.inode))
@@ -200,7 +208,7 @@ class DescriptorDump:
 
     def _file(self, item: Description, pids: dict[int, int]) -> File:
         status = item.stat
-        owner = self._owner(item, pids) if item.kind in _OWNED else (0, 0, 0)
+        owner = self._owner(item, pids) if item.owned and item.kind in _OWNED else (0, 0, 0)
         path = "" if item.kind == FileKind.MEMFD else item.path
         return File(
             objref=item.objref,

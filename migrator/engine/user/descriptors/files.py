@@ -50,6 +50,11 @@ def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile 
         os.close(fd)
 
 
+def lasting(flags: int) -> int:
+    """Flags to open a file again with: without those that act once. O_TMPFILE has O_DIRECTORY in it."""
+    return flags & ~_ONCE & ~os.O_DIRECTORY
+
+
 def open_path(rec: File, root_fd: int) -> int:
     """Open the file that `rec` is about by its path, at its offset, having checked that it is of its kind."""
     where = f"{rec.path} (file {rec.objref})"
@@ -120,29 +125,69 @@ def _verify(fd: int, rec: File, where: str) -> None:
         raise RestartFailed(f"{where} is another device here")
 
 
+class UnnamedFile:
+    """A new file without a name, where `path` is if that directory is there. Raises RestartFailed.
+
+    fd: ours, for reading and writing"""
+
+    def __init__(self, root_fd: int, path: str) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        failure: OSError | None = None
+        for directory in (os.path.dirname(path).lstrip("/"), *_FALLBACKS):
+            try:
+                self.fd, self._place = _open_tmpfile(root_fd, directory or ".")
+                return
+            except OSError as error:
+                failure = failure or error
+        raise RestartFailed(f"a deleted file, once {path}, cannot be made again: {failure}")
+
+    def open(self, flags: int) -> int:
+        """A new description, at offset 0."""
+        flags = lasting(flags)
+        return self._open_by_name(flags) if flags & os.O_NOFOLLOW else descriptors.reopen(self.fd, flags)
+
+    def _open_by_name(self, flags: int) -> int:
+        """The way through /proc is a link, which O_NOFOLLOW forbids. A file can be given a name once: it is kept for
+        others who want to open it."""
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(
+                    prefix=".migrator-", dir=f"/proc/self/fd/{self._place}", ignore_cleanup_errors=True
+                )
+                name = f"{self._folder.name}/file"
+                os.link(f"/proc/self/fd/{self.fd}", name, src_dir_fd=self._place)  # linkat(AT_SYMLINK_FOLLOW)
+            return os.open(f"{self._folder.name}/file", flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise RestartFailed(f"a deleted file that was opened with O_NOFOLLOW: {error}") from error
+
+    def settle(self) -> None:
+        """It has been opened by all: its name goes."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self.settle()
+            os.close(self.fd)
+            os.close(self._place)
+            self.fd = -1
+
+
 class DeletedRestore:
-    """A file without a name: made again without one, where it was if that directory is there."""
+    """A file without a name, as its records come."""
 
     def __init__(self, rec: DeletedFile, root_fd: int) -> None:
         self.size = rec.size
-        self._fd, self._place = self._make(rec, root_fd)
+        self._file = UnnamedFile(root_fd, rec.path)
+        fd = self._file.fd
         try:
-            os.fchown(self._fd, rec.uid, rec.gid)
-            os.fchmod(self._fd, stat.S_IMODE(rec.mode))
-            os.ftruncate(self._fd, rec.size)
+            os.fchown(fd, rec.uid, rec.gid)
+            os.fchmod(fd, stat.S_IMODE(rec.mode))
+            os.ftruncate(fd, rec.size)
         except (OSError, OverflowError) as error:
             self.close()
             raise RestartFailed(f"a deleted file of {rec.size} bytes, once {rec.path}: {error}") from error
-
-    @staticmethod
-    def _make(rec: DeletedFile, root_fd: int) -> tuple[int, int]:
-        failure: OSError | None = None
-        for directory in (os.path.dirname(rec.path).lstrip("/"), *_FALLBACKS):
-            try:
-                return _open_tmpfile(root_fd, directory or ".", os.O_TMPFILE | os.O_RDWR)
-            except OSError as error:
-                failure = failure or error
-        raise RestartFailed(f"a deleted file, once {rec.path}, cannot be made again: {failure}")
 
     def add(self, rec: FileData) -> None:
         if rec.offset + len(rec.data) > self.size:
@@ -150,40 +195,28 @@ class DeletedRestore:
         view = memoryview(rec.data)
         offset = rec.offset
         while view:
-            done = os.pwrite(self._fd, view, offset)
+            done = os.pwrite(self._file.fd, view, offset)
             view, offset = view[done:], offset + done
 
     def open(self, rec: File) -> int:
         """A new description, at offset 0. All contents have come: the file was changed last when it was."""
-        os.utime(self._fd, ns=(max(0, os.fstat(self._fd).st_atime_ns), rec.mtime))
-        flags = rec.flags & ~_ONCE & ~os.O_DIRECTORY
-        return self._open_by_name(flags) if flags & os.O_NOFOLLOW else descriptors.reopen(self._fd, flags)
+        fd = self._file.open(rec.flags)
+        status = os.fstat(self._file.fd)
+        os.utime(self._file.fd, ns=(status.st_atime_ns, rec.mtime))
+        return fd
 
-    def _open_by_name(self, flags: int) -> int:
-        """The way through /proc is a link, which O_NOFOLLOW forbids: the file has a name for a moment."""
-        try:
-            with tempfile.TemporaryDirectory(prefix=".migrator-", dir=f"/proc/self/fd/{self._place}") as folder:
-                name = f"{folder}/file"
-                os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=self._place)  # linkat(AT_SYMLINK_FOLLOW)
-                try:
-                    return os.open(name, flags | os.O_CLOEXEC)
-                finally:
-                    os.unlink(name)
-        except OSError as error:
-            raise RestartFailed(f"a deleted file that was opened with O_NOFOLLOW: {error}") from error
+    def settle(self) -> None:
+        self._file.settle()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            os.close(self._place)
-            self._fd = -1
+        self._file.close()
 
 
-def _open_tmpfile(root_fd: int, directory: str, flags: int) -> tuple[int, int]:
+def _open_tmpfile(root_fd: int, directory: str) -> tuple[int, int]:
     """(the file, its directory)."""
     place = open_in_root(root_fd, directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC, 0o600), place
+        return os.open(f"/proc/self/fd/{place}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), place
     except OSError:
         os.close(place)
         raise

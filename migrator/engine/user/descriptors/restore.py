@@ -39,7 +39,7 @@ class Context(Protocol):
     def pid_of(self, vpid: int) -> int: ...  # as we see it; 0 if there is none
     @property
     def live(self) -> bool: ...  # whether the saved tasks are still there, and go only when the copy is to run
-    def shm_fd(self, objref: int) -> int: ...  # ours, of a memfd made from a Shm
+    def open_shm(self, objref: int, flags: int) -> int: ...  # a memfd or a mapped file, opened anew
 
 
 class DescriptorRestore:
@@ -128,6 +128,8 @@ class DescriptorRestore:
                 raise ImageError(f"pid {stub.vpid} has no table of descriptors")
         for pipe in self._pipes.values():
             pipe.close()
+        for deleted in self._deleted.values():
+            deleted.settle()
         for rec in self._epolls:
             self._epoll(rec)
         self._owners()
@@ -237,10 +239,10 @@ class DescriptorRestore:
             return files.open_path(rec, self._context.root_fd)
         if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
             return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
-        if kind == r.FileKind.DELETED:
+        if kind == r.FileKind.DELETED and inode in self._deleted:
             return self._known(self._deleted, inode, "deleted file").open(rec)
-        if kind == r.FileKind.MEMFD:
-            return descriptors.reopen(self._context.shm_fd(inode), rec.flags & ~os.O_TRUNC & ~os.O_CREAT)
+        if kind in (r.FileKind.MEMFD, r.FileKind.DELETED):
+            return self._context.open_shm(inode, files.lasting(rec.flags))
         if kind == r.FileKind.SOCKET:
             return self._sockets.take(inode)
         if kind == r.FileKind.EPOLL:

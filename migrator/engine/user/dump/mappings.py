@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.dump.shm import SharedMemory, is_shm, shm_obstacle
 from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.linux import elf, procfs
 from migrator.linux.procfs import Vma
@@ -54,21 +55,19 @@ class Objrefs(Protocol):
     def get(self, key: object) -> tuple[int, bool]: ...
 
 
-def obstacle(vma: Vma, flags: frozenset[str]) -> str:
-    """Why a mapping cannot be carried, or ""."""
+def obstacle(pid: int, vma: Vma, flags: frozenset[str], devices: Collection[int] = ()) -> str:
+    """Why a mapping cannot be carried, or "". `devices`: of tmpfs mounts of the container's own."""
     if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & _UNCARRIED.keys()):
         return ""
     for flag, reason in _UNCARRIED.items():
         if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
             return reason
-    if vma.path.startswith("[anon:") or is_shm(vma) or vma.path in _KINDS:
+    if vma.path.startswith("[anon:") or vma.path in _KINDS:
         return ""
-    if vma.path.startswith("/SYSV"):
-        return "System V shared memory"
+    if is_shm(vma, devices):
+        return shm_obstacle(pid, vma, devices)
     if not vma.path.startswith("/"):
         return f"a mapping of {vma.path}"
-    if vma.path.endswith(" (deleted)"):
-        return f"a mapping of the deleted file {vma.path.removesuffix(' (deleted)')}"
     if vma.path.startswith("/dev/") and not vma.path.startswith("/dev/shm/"):
         return f"a mapping of the device {vma.path}"
     return ""
@@ -95,6 +94,10 @@ class LayoutDump:
 
     def knows(self, objref: int) -> bool:
         return objref in self._flags
+
+    def written(self, objref: int) -> bool:
+        """Whether an address space and its mappings are in the stream."""
+        return objref in self._items
 
     def write(
         self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
@@ -174,11 +177,11 @@ class LayoutDump:
         offset = 0
         if kind == VmaKind.STACK:
             flags |= VmaFlag.GROWSDOWN
-        if is_shm(vma):
+        if self._shared.is_shm(vma):
             kind = VmaKind.SHM
-            objref, _ = self._objrefs.get(("shm", *device_key(vma)))
-            self._shared.describe(self._shared.of_mapping(pid, vma, objref), self._writer)
-            offset = vma.offset
+            item = self._shared.of_mapping(pid, vma)
+            self._shared.describe(item, self._writer)
+            objref, offset = item.objref, vma.offset
         elif vma.path.startswith("/"):
             kind = VmaKind.FILE
             objref = self.mapped_file(pid, vma.path, f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
@@ -201,9 +204,16 @@ class LayoutDump:
             self._writer.write(MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id))
         return known
 
+    def _program(self, pid: int) -> int:
+        path = os.readlink(f"/proc/{pid}/exe")
+        shared = self._shared.of_program(pid, path)
+        if shared is None:
+            return self.mapped_file(pid, path, f"/proc/{pid}/exe")
+        self._shared.describe(shared, self._writer)
+        return shared.objref
+
     def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:
         stat = procfs.stat(pid)
-        path = os.readlink(f"/proc/{pid}/exe")
         with open(f"/proc/{pid}/auxv", "rb") as file:
             auxv = file.read()
         return Mm(
@@ -220,7 +230,7 @@ class LayoutDump:
             arg_end=int(stat[49]),
             env_start=int(stat[50]),
             env_end=int(stat[51]),
-            exe_objref=self.mapped_file(pid, path, f"/proc/{pid}/exe"),
+            exe_objref=self._program(pid),
             pid=vpid,
             auxv=auxv,
         )

@@ -12,7 +12,9 @@ from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
-from migrator.engine.user.dump.shm import SharedMemory, device_key, is_shm
+from migrator.engine.user.dump.shm import SharedMemory
+from migrator.engine.user.dump.sysv import SysvDump
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE
@@ -29,11 +31,13 @@ class MemoryDump:
         objhash: ObjHash,
         restart_blocks: RestartBlocks,
         processes: Callable[[], Mapping[int, Process]],
+        tmpfs: OwnTmpfs,
+        sysv: SysvDump | None,
     ) -> None:
         self._processes = processes
         self._objhash = objhash
         self.instruments = Instrument(restart_blocks)
-        self.shared = SharedMemory()
+        self.shared = SharedMemory(objhash, tmpfs, sysv)
         self.layout = LayoutDump(writer, objhash, self.shared)
         self.sender = PageSender(writer)
         self.trackers: dict[int, WpAsyncTracker] = {}  # by pid
@@ -137,11 +141,9 @@ class MemoryDump:
             self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
         self.sender.end(process.mm_objref)
         for vma in vmas:
-            if is_shm(vma):
-                shared = self.shared.objects[device_key(vma)]
+            if vma.shared and self.shared.is_shm(vma):
                 spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
-                shift = vma.offset - vma.start
-                shared.dirty += [(a + shift, b + shift) for a, b in spans]
+                self.shared.note_writes(process.pid, vma, spans)
 
 
 def _has_mapping(maps: str, start: int) -> bool:

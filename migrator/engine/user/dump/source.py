@@ -24,7 +24,9 @@ from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
@@ -55,7 +57,15 @@ class UserSource:
             self._own_cgroup = False
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
-        self._memory = MemoryDump(self._writer, self._objhash, self._restart_blocks, lambda: self.tree.processes)
+        self._sysv = SysvDump(pid) if options.container else None
+        self._memory = MemoryDump(
+            self._writer,
+            self._objhash,
+            self._restart_blocks,
+            lambda: self.tree.processes,
+            OwnTmpfs(pid, options.tmpfs),
+            self._sysv,
+        )
         self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
         self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
@@ -109,13 +119,13 @@ class UserSource:
     def survey(self) -> Survey:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
-        survey, reasons = survey_tree(self.tree, self.options)
+        survey, reasons = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
         for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
             if not reasons:
                 break
             time.sleep(0.015)
             self.tree.refresh()
-            survey, again = survey_tree(self.tree, self.options)
+            survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
             reasons = [reason for reason in reasons if reason in again]
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
@@ -263,13 +273,16 @@ class UserSource:
             silence()
         with self._phase("descriptors"):
             self._descriptors = DescriptorDump(
-                self._owners(), self._objhash, self._writer, still=self._still, predumped=self._predumped
+                self._owners(),
+                self._objhash,
+                self._writer,
+                still=self._still,
+                predumped=self._predumped,
+                shared=self._memory.shared.objects,
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
-                key = (memfd.dev, memfd.ino)
-                objref, _ = self._objhash.get(("shm", *key))
-                self._memory.shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+                self._memory.shared.of_descriptor((memfd.dev, memfd.ino), memfd.fd, memfd.name, memfd.seals)
             self._memory.shared.send(self._writer, self._memory.sender, final=True)
             tables = self._descriptors.write()
         with self._phase("tasks"):
@@ -408,8 +421,8 @@ class UserSource:
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
         new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
-        if not new or parasite is None:
-            return
+        if not new or parasite is None or not self._memory.layout.written(process.mm_objref):
+            return  # what was mapped when it was looked at was not any more: the next round has it
         table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
         with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator, Mapping
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
@@ -10,6 +11,8 @@ from migrator.engine.user.dump import header, survey_tasks, work
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
+from migrator.engine.user.dump.sysv import SYSV, SysvDump, parts_obstacle
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.image.records import TaskFlag, TaskPids, Tree
 from migrator.linux import elf, procfs
 
@@ -53,9 +56,15 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
         return []
 
 
-def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]]:
+def survey(
+    tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs, sysv: SysvDump | None
+) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
     reasons = list(survey_tasks.of_tree(tree, container=bool(options.container)))
+    reasons += tmpfs.obstacles()
+    if sysv is not None:
+        reasons += sysv.obstacles(p.pid for p in tree.living)
+    segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
     files: dict[str, FileFact] = {}
     threads = rss = cap_bounding = 0
     for process in tree.living:
@@ -64,9 +73,11 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             cap_bounding |= int(state["CapBnd"], 16)
-            reasons += survey_tasks.of_process(tree, process, state)
-            _mapped_files(process, files)
-            _open_files(process, files)
+            reasons += survey_tasks.of_process(tree, process, state, tmpfs.devices)
+            who = f"pid {process.pid} ({state['Name']})"
+            reasons += [f"{who}: {text}" for text in _ipc_obstacles(process.pid, segments)]
+            _mapped_files(process, files, tmpfs.devices)
+            _open_files(process, files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
@@ -91,22 +102,34 @@ def survey(tree: ProcessTree, options: SourceOptions) -> tuple[Survey, list[str]
     return found, reasons
 
 
-def _mapped_files(process: Process, files: dict[str, FileFact]) -> None:
+def _ipc_obstacles(pid: int, segments: Mapping[int, int]) -> Iterator[str]:
+    text = procfs.read_text(f"/proc/{pid}/maps")
+    if SYSV not in text:
+        return
+    vmas = procfs.parse_maps(text)
+    for vma in vmas:
+        if vma.path.startswith(SYSV) and vma.inode not in segments:
+            yield f"mapping {vma.start:#x} is System V shared memory of the host, which cannot be carried"
+    if reason := parts_obstacle(vmas, segments):
+        yield f"{reason}, which cannot be carried"
+
+
+def _mapped_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for vma in procfs.maps(process.pid):
-        if vma.path.startswith("/") and not is_shm(vma) and not vma.path.endswith(" (deleted)"):
+        if vma.path.startswith("/") and not is_shm(vma, devices):
             writable = vma.shared and vma.write
             link = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
             _note(files, vma.path, link, writable)
 
 
-def _open_files(process: Process, files: dict[str, FileFact]) -> None:
+def _open_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
     for fd in os.listdir(f"/proc/{process.pid}/fd"):
         link = f"/proc/{process.pid}/fd/{fd}"
         try:
             path = os.readlink(link)
             if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:")):
                 continue
-            if path.endswith(" (deleted)"):
+            if path.endswith(" (deleted)") or os.stat(link).st_dev in devices:
                 continue
             flags = int(procfs.read_text(f"/proc/{process.pid}/fdinfo/{fd}").split("flags:")[1].split()[0], 8)
             _note(files, path, link, bool(flags & 3))

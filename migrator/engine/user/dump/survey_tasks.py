@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
@@ -90,8 +90,11 @@ def _exit_signal(tree: ProcessTree, process: Process) -> Iterator[str]:
         yield f"pid {process.pid} tells its parent of its end by signal {number} and not SIGCHLD (clone(2))"
 
 
-def of_process(tree: ProcessTree, process: Process, state: dict[str, str]) -> Iterator[str]:
-    """What is wrong with one process. Raises FileNotFoundError, ProcessLookupError if it has ended."""
+def of_process(
+    tree: ProcessTree, process: Process, state: dict[str, str], devices: Collection[int] = ()
+) -> Iterator[str]:
+    """What is wrong with one process; `devices`: of tmpfs mounts of the container's own. Raises
+    FileNotFoundError, ProcessLookupError if it has ended."""
     pid = process.pid
     who = f"pid {pid} ({state['Name']})"
     if state["State"][0] == "Z":
@@ -116,7 +119,7 @@ def of_process(tree: ProcessTree, process: Process, state: dict[str, str]) -> It
         if file.read(5)[4:5] != b"\x02":
             yield f"{who} is a 32-bit program, which is not carried yet"
     yield from _threads(pid, who, state)
-    yield from _mappings(pid, who)
+    yield from _mappings(pid, who, devices)
 
 
 def _for_children(pid: int, kind: str) -> str:
@@ -152,13 +155,13 @@ def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
                     yield f"{thread} is in another {kind} namespace than its process"
 
 
-def _mappings(pid: int, who: str) -> Iterator[str]:
+def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
     flags = procfs.vm_flags(pid)
     vmas = procfs.maps(pid)
     if _has_guards(pid, vmas):
         yield f"{who} has guard regions (MADV_GUARD_INSTALL), which are not carried"
     for vma in vmas:
-        reason = obstacle(vma, flags.get(vma.start, frozenset()))
+        reason = obstacle(pid, vma, flags.get(vma.start, frozenset()), devices)
         if reason:
             yield f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried"
         if vma.start < 0x400000 and vma.path != "[vsyscall]":

@@ -51,9 +51,11 @@ def bring_to_stop(tid: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         status = _next_status(tid)
-        if status is None:
-            if procfs.stat(tid)[3] == "t" and _is_stopped(tid):
+        if status is None and procfs.stat(tid)[3] == "t" and _is_stopped(tid):
+            status = _next_status(tid)  # it may have stopped only now, and for a signal
+            if status is None:
                 return
+        if status is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(110, "does not stop", f"tid {tid}")
             time.sleep(0.00005)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
+from typing import NamedTuple
 
 from migrator.engine.user.restore.shm import SharedObjects
 from migrator.errors import RestartFailed
 from migrator.image.records import MappedFile, VmaFlag, VmaItem, VmaKind
 from migrator.linux import elf, openat2
+
+
+class Program(NamedTuple):
+    """What a task runs. `open` gives a descriptor of ours, or raises RestartFailed."""
+
+    path: str
+    open: Callable[[], int]
 
 
 class Backing:
@@ -33,7 +42,7 @@ class Backing:
         """A descriptor of ours for the file or shared memory behind a mapping. Raises RestartFailed where the file is
         another one on this host."""
         if item.kind == VmaKind.SHM:
-            return self._shared.open(item.objref)
+            return self._shared.open(item.objref, private=not item.flags & VmaFlag.SHARED)
         file = self.mapped[item.objref]
         shared = bool(item.flags & VmaFlag.SHARED)
         writable = shared and bool(item.flags & VmaFlag.WRITE)
@@ -57,6 +66,16 @@ class Backing:
                 hint="install the same package on both hosts",
             )
         return fd
+
+    def segment_of(self, item: VmaItem) -> int:
+        """The number of the System V segment that is mapped, or -1."""
+        return self._shared.segment_of(item.objref) if item.kind == VmaKind.SHM else -1
+
+    def program(self, objref: int) -> Program:
+        file = self.mapped.get(objref)
+        if file is None:
+            return Program(f"the deleted program {objref}", lambda: self._shared.open(objref, private=True))
+        return Program(file.path, lambda: self.open_path(file.path, os.O_RDONLY))
 
     def close(self) -> None:
         if self.root_fd >= 0:

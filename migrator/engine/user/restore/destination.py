@@ -40,7 +40,6 @@ from migrator.image.records import (
     Pages,
     RoundFlag,
     RoundMark,
-    Shm,
     TaskState,
     Trailer,
     Tree,
@@ -156,12 +155,18 @@ class UserDestination:
                 self._take(rec)
             self._complete()
         except OSError as error:
-            raise RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})") from error
+            raise _failed(error) from error
         return self.root_pid
 
     def hold(self) -> None:
         """Put every thread where it was, freeze the tasks by their cgroup and let go of them: they stay as they
-        are if this program dies."""
+        are if this program dies. Raises RestartFailed, and the copy can only be discarded then."""
+        try:
+            self._hold()
+        except OSError as error:
+            raise _failed(error) from error
+
+    def _hold(self) -> None:
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
         with self._phase("registers"):
             clocks.catch_up(self._header, self._marked_at, self._clocks)
@@ -184,7 +189,9 @@ class UserDestination:
         """Save the copy again and compare. Raises RestartFailed with what differs."""
         assert self._stub_tree is not None
         stopped = {v: s.task.exit_code for v, s in self._tasks.tasks.items() if s.task.state == TaskState.STOPPED}
-        copied = look_again(self._stub_tree, stopped, self.moves)
+        copied = look_again(
+            self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts, contained=self._container is not None
+        )
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
@@ -253,8 +260,6 @@ class UserDestination:
                 self._take_mm(rec)
             case Tree():
                 self._take_tree(rec)
-            case Shm():
-                self._shared.take(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
             case Name():
@@ -271,13 +276,13 @@ class UserDestination:
             case Error():
                 raise ImageError(f"saving failed: {rec.text}", hint="this is the first cause, from the source")
             case _:
-                if not self._tasks.record(rec):
+                if not self._shared.record(rec) and not self._tasks.record(rec):
                     assert self._descriptors is not None
                     self._descriptors.record(rec)
 
     def _mark(self, mark: RoundMark) -> None:
         assert self._descriptors is not None
-        self._descriptors.final = mark.flags == RoundFlag.LAST
+        self._descriptors.final = self._shared.sysv.final = mark.flags == RoundFlag.LAST
         if mark.flags == RoundFlag.END:
             self._prepare()
             self.on_round(mark.number)
@@ -349,6 +354,8 @@ class UserDestination:
             self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
+            self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
+            self._shared.sysv.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -363,8 +370,9 @@ class UserDestination:
                 self._mms.pop(former)
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
-            self._spaces[mm.objref] = AddressSpace(stub, self._backing.open_backing, self._names.__getitem__)
-            self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+            self._spaces[mm.objref] = AddressSpace(stub, self._backing, self._names.__getitem__)
+            if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -376,6 +384,8 @@ class UserDestination:
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
+        with self._phase("shared memory"):
+            self._shared.settle()
         with self._phase("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
             for stub in stubs:
@@ -385,7 +395,7 @@ class UserDestination:
         with self._phase("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
-                self._tasks.shape(stub, mm, self._backing.mapped[mm.exe_objref].path)
+                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
                 self._lock_memory(stub, mm)
             self._tasks.apply(stubs)
             for stub in stubs:
@@ -430,6 +440,10 @@ class UserDestination:
             self._phases.append(Phase(name, start, time.monotonic_ns()))
 
 
+def _failed(error: OSError) -> RestartFailed:
+    return RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})")
+
+
 class _Context:
     """What the restoring of descriptors needs of us."""
 
@@ -451,5 +465,5 @@ class _Context:
     def live(self) -> bool:
         return self._owner.options.live
 
-    def shm_fd(self, objref: int) -> int:
-        return self._owner._shared.fd(objref)
+    def open_shm(self, objref: int, flags: int) -> int:
+        return self._owner._shared.reopen(objref, flags)

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from migrator.engine.user.ranges import merge
 from migrator.engine.user.restore.stub import Stub
@@ -31,6 +32,7 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
+_SHM_REMAP = 0o40000
 _ADVICE = {
     VmaFlag.DONTFORK: 10,
     VmaFlag.DONTDUMP: 16,
@@ -45,7 +47,18 @@ _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: 
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE
 
-OpenBacking = Callable[[VmaItem], int]  # a descriptor of ours for the file or shared memory behind a mapping
+
+class Behind(Protocol):
+    """What there is behind mappings."""
+
+    def open_backing(self, item: VmaItem) -> int: ...  # a descriptor of ours for the file or shared memory
+    def segment_of(self, item: VmaItem) -> int: ...  # the number of the System V segment that it is, or -1
+
+
+def _access(item: VmaItem) -> tuple[int, int]:
+    """What decides how the file behind a mapping is opened."""
+    shared = item.flags & VmaFlag.SHARED
+    return item.objref, shared | (item.flags & VmaFlag.WRITE if shared else 0)
 
 
 @dataclass(slots=True)
@@ -67,10 +80,10 @@ class Piece:
 class AddressSpace:
     """The memory of one stub."""
 
-    def __init__(self, stub: Stub, open_backing: OpenBacking, name_of: Callable[[int], str]) -> None:
+    def __init__(self, stub: Stub, behind: Behind, name_of: Callable[[int], str]) -> None:
         self.stub = stub
         self.mm: Mm | None = None
-        self._open = open_backing
+        self._behind = behind
         self._name_of = name_of
         self._pieces: list[Piece] = []
         self._items: list[VmaItem] = []
@@ -152,13 +165,13 @@ class AddressSpace:
 
     def _map(self, holes: Sequence[tuple[int, int, VmaItem]]) -> None:
         fds: list[int] = []
-        numbers: dict[tuple[int, bool], int] = {}
+        numbers: dict[tuple[int, int], int] = {}
         try:
             for _, _, item in holes:
-                key = (item.objref, bool(item.flags & VmaFlag.SHARED and item.flags & VmaFlag.WRITE))
-                if item.objref and key not in numbers:
+                key = _access(item)
+                if item.objref and key not in numbers and self._behind.segment_of(item) < 0:
                     numbers[key] = len(fds)
-                    fds.append(self._open(item))
+                    fds.append(self._behind.open_backing(item))
             inside = self.stub.receive(fds) if fds else []
         finally:
             for fd in fds:
@@ -176,8 +189,12 @@ class AddressSpace:
             if item.flags & VmaFlag.DROPPABLE:
                 flags = flags & ~_MAP_PRIVATE | _MAP_DROPPABLE
             prot = item.flags & _PROT
-            if item.objref:
-                key = (item.objref, bool(item.flags & VmaFlag.SHARED and item.flags & VmaFlag.WRITE))
+            if item.objref and (segment := self._behind.segment_of(item)) >= 0:
+                if start == item.start - item.offset:  # which brings the rest of it as well
+                    calls.append((NR["shmat"], segment, start, _SHM_REMAP))
+                calls.append((NR["mprotect"], start, end - start, prot))
+            elif item.objref:
+                key = _access(item)
                 offset = item.offset + start - item.start
                 calls.append((NR["mmap"], start, end - start, prot, flags, inside[numbers[key]], offset))
             else:
@@ -222,7 +239,7 @@ class AddressSpace:
     def _flush_zeros(self) -> None:
         if self._zeros:
             spans, self._zeros = self._zeros, []
-            file_backed = [(v.start, v.end) for v in self._items if v.kind == VmaKind.FILE]
+            file_backed = [(v.start, v.end) for v in self._items if v.kind in (VmaKind.FILE, VmaKind.SHM)]
             ends = [end for _, end in file_backed]
             plain = []
             for start, end in spans:

@@ -19,7 +19,9 @@ from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
+from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
+from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.engine.user.restore.process_tree import StubTree
 from migrator.image.compare import Contents
 from migrator.image.objhash import ObjHash
@@ -29,18 +31,21 @@ from migrator.linux import procfs, ptrace
 from migrator.linux import x86_64 as arch
 
 
-def look_again(stubs: StubTree, stop_signals: Mapping[int, int], moves: Sequence[Move]) -> Contents:
+def look_again(
+    stubs: StubTree, stop_signals: Mapping[int, int], moves: Sequence[Move], tmpfs: Sequence[str], *, contained: bool
+) -> Contents:
     """What a copy is that stands complete, all its tasks in a ptrace stop with their final registers.
 
     `stop_signals`: by pid of the tree, of processes that are to be stopped by a signal. `moves`: files that
-    have still to be moved to their places. Raises CheckpointFailed, OSError."""
+    have still to be moved to their places. `tmpfs`: the mounts of a container's own.
+    `contained`: the copy has an IPC namespace of its own. Raises CheckpointFailed, OSError."""
     reader, writer = os.pipe()
     found = Contents()
     failure: list[BaseException] = []
     collector = threading.Thread(target=_collect, args=(reader, found, failure), name="second look")
     collector.start()
     try:
-        _save(stubs, stop_signals, writer)
+        _save(stubs, stop_signals, tmpfs, contained, writer)
     finally:
         os.close(writer)
         collector.join()
@@ -65,11 +70,12 @@ def _collect(fd: int, found: Contents, failure: list[BaseException]) -> None:
             pass
 
 
-def _save(stubs: StubTree, stop_signals: Mapping[int, int], fd: int) -> None:
+def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str], contained: bool, fd: int) -> None:
     assert stubs.root is not None
     writer, objhash, blocks = RecordWriter(fd), ObjHash(), RestartBlocks()
     tree = ProcessTree(stubs.root.pid, lambda: [])
-    memory = MemoryDump(writer, objhash, blocks, lambda: tree.processes)
+    own_tmpfs, sysv = OwnTmpfs(stubs.root.pid, tmpfs), SysvDump(stubs.root.pid) if contained else None
+    memory = MemoryDump(writer, objhash, blocks, lambda: tree.processes, own_tmpfs, sysv)
     tasks = TaskDump(writer, objhash, blocks)
     descriptors: DescriptorDump | None = None
     try:
@@ -99,12 +105,10 @@ def _save(stubs: StubTree, stop_signals: Mapping[int, int], fd: int) -> None:
                 process.pid, process.vpid, process.mm_objref, process.vmas, reply.brk, refresh_flags=False
             )
         owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in tree.living]
-        descriptors = DescriptorDump(owners, objhash, writer)
+        descriptors = DescriptorDump(owners, objhash, writer, shared=memory.shared.objects)
         descriptors.collect()
         for memfd in descriptors.memfds:
-            key = (memfd.dev, memfd.ino)
-            objref, _ = objhash.get(("shm", *key))
-            memory.shared.of_descriptor(key, memfd.fd, memfd.name, memfd.seals, objref)
+            memory.shared.of_descriptor((memfd.dev, memfd.ino), memfd.fd, memfd.name, memfd.seals)
         memory.shared.send(writer, memory.sender, final=True)
         tables = descriptors.write()
         for process in tree.processes.values():
@@ -148,3 +152,5 @@ def _settle_paths(found: Contents, moves: Sequence[Move]) -> None:
     for record in found.objects.values():
         if isinstance(record, Socket):
             record.path = names.get(record.path, record.path)
+    for where in [w for w in found.named if "/.migrator-" in w.replace(" ", "/")]:
+        del found.named[where]

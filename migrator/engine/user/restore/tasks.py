@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGSTOP, SIGURG
 
 from migrator.engine.user.restore import restart_blocks, task_setup
+from migrator.engine.user.restore.backing import Program
 from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -105,14 +106,15 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
-    def shape(self, stub: Stub, mm: Mm, exe: str) -> None:
+    def shape(self, stub: Stub, mm: Mm, program: Program) -> None:
         """What /proc shows of a program: its file, arguments, environment. Can come again."""
         before = self._shaped.get(stub.vpid)
+        exe = program.path
         self._shaped[stub.vpid] = mm, exe
         calls: list[Call] = []
         fd = -1
         if before is None or before[1] != exe:
-            ours = self._open_path(exe, os.O_RDONLY)
+            ours = program.open()
             try:
                 (fd,) = stub.receive([ours])
             finally:
@@ -257,10 +259,11 @@ class TaskRestore:
         """(a path, calls): the path stands where chdir() or chroot() in `calls` look for it."""
         if self._is_plain(fs):
             return os.fsencode(fs.cwd) + b"\0", [(NR["chdir"], 0)]
-        fds = [self._open_directory(fs.cwd)]
-        if fs.root != "/":
-            fds.insert(0, self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+        fds: list[int] = []
         try:
+            if fs.root != "/":
+                fds.append(self._open_path(fs.root, os.O_PATH | os.O_DIRECTORY))
+            fds.append(self._open_directory(fs.cwd))
             numbers = stub.receive(fds)
         finally:
             for fd in fds:
@@ -285,7 +288,7 @@ class TaskRestore:
             if task.timerslack not in (0, _DEFAULT_SLACK):  # which a change of policy sets back
                 with open(f"/proc/{tid}/timerslack_ns", "w") as file:
                     file.write(str(task.timerslack))
-        except PermissionError as error:
+        except OSError as error:
             raise RestartFailed(f"tid {task.pid}: scheduling parameters: {error}") from error
 
     # ------------------------------------------------------------------ the last steps

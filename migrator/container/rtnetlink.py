@@ -1,0 +1,23 @@
+"""pyroute2, loaded when it is first used: it takes a tenth of a second, and only networks of containers need it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
+
+
+def open_route() -> IPRoute:
+    """A connection to the kernel's links, addresses and routes; close it, or leave its block."""
+    from pyroute2 import IPRoute
+
+    return IPRoute()
+
+
+def netlink_error() -> type[Any]:
+    """What its calls raise."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    raised: type[Any] = NetlinkError
+    return raised

@@ -1,0 +1,243 @@
+"""Memory in files that no other host has: deleted ones that are mapped, and private mappings of memfds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pidhosts import PidHost, Program
+from test_user_states import there_and_back
+
+from migrator.errors import Refused
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[PidHost, PidHost]]:
+    with PidHost("a") as a, PidHost("b") as b:
+        yield a, b
+
+
+DELETED = r"""
+#include <semaphore.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+#define PAGES 64L
+
+static char *map_file(const char *path, int shared, int keep, int *fd)
+{
+	char page[PAGE];
+	long i;
+
+	*fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0640);
+	CHECK(*fd >= 0, "%s: %m", path);
+	for (i = 0; i < PAGES; i++) {
+		memset(page, 'a' + i % 26, PAGE);
+		CHECK(pwrite(*fd, page, i == PAGES - 1 ? 100 : PAGE, i * PAGE) > 0, "%m");
+	}
+	char *at = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, shared ? MAP_SHARED : MAP_PRIVATE, *fd, 0);
+	CHECK(at != MAP_FAILED, "%m");
+	TRY(unlink(path));
+	if (!keep)
+		close(*fd);
+	return at;
+}
+
+static void check_rest(const char *at, const char *what)
+{
+	long i;
+
+	for (i = 8; i < PAGES; i++)
+		CHECK(at[i * PAGE + 50] == 'a' + i % 26, "%s page %ld: %d", what, i, at[i * PAGE + 50]);
+	CHECK(at[(PAGES - 1) * PAGE + 99] && !at[(PAGES - 1) * PAGE + 100], "%s: its end", what);
+}
+
+int main(int argc, char **argv)
+{
+	char path[4096];
+	int fd, none;
+	long tick;
+	struct stat status;
+
+	wl_start(argc, argv);
+	char *shared = map_file(wl_beside(".shared"), 1, 0, &none);
+	char *private = map_file(wl_beside(".private"), 0, 0, &none);
+	char *both = map_file(wl_beside(".both"), 1, 1, &fd);
+	TRY(fchown(fd, 7, 8));
+	snprintf(path, sizeof(path), "/dev/shm/migrator-test-%d", getpid());
+	char *memory = map_file(path, 1, 0, &none);
+	int memfd = memfd_create("private", 0);
+	CHECK(write(memfd, "constant", 8) == 8, "%m");
+	char *copy = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, memfd, 0);
+	char *pure = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, memfd, 0);
+	copy[0] = 'C';
+	sem_t *sem = (sem_t *)memory;
+	TRY(sem_init(sem, 1, 0));
+	pid_t child = fork();
+	if (!child) {
+		for (tick = 1;; tick++) {
+			while (sem_wait(sem))
+				;
+			CHECK(*(long *)(memory + PAGE) == tick && *(long *)(shared + PAGE) == tick, "tick %ld", tick);
+			*(long *)(memory + 2 * PAGE) = tick;
+		}
+	}
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		*(long *)(memory + PAGE) = *(long *)(shared + PAGE) = *(long *)(private + PAGE) = tick;
+		sem_post(sem);
+		while (*(volatile long *)(memory + 2 * PAGE) != tick)
+			wl_sleep_us(50);
+		CHECK(pwrite(fd, &tick, sizeof(tick), PAGE + 8) == sizeof(tick), "%m");
+		CHECK(*(long *)(both + PAGE + 8) == tick, "a descriptor and a mapping of one file differ");
+		CHECK(*(long *)(private + PAGE) == tick, "private");
+		check_rest(shared, "shared");
+		check_rest(private, "private");
+		check_rest(both, "both");
+		check_rest(memory, "memory");
+		CHECK(!memcmp(copy, "Constant", 8) && !memcmp(pure, "constant", 8), "memfd: %s, %s", copy, pure);
+		TRY(fstat(fd, &status));
+		CHECK(!status.st_nlink && status.st_uid == 7 && status.st_gid == 8, "its owner");
+		CHECK((status.st_mode & 07777) == 0640, "%o", status.st_mode);
+		CHECK(status.st_size == (PAGES - 1) * PAGE + 100, "%ld bytes", (long)status.st_size);
+		wl_line("tick %ld", tick);
+		wl_sleep_us(2000);
+	}
+	CHECK(!waitpid(child, NULL, WNOHANG), "the child has ended");
+	kill(child, SIGKILL);
+	wl_ok();
+}
+"""
+
+
+def test_mappings_of_deleted_files_and_of_memfds_keep_what_is_in_them(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], DELETED, tmp_path) as moving:
+        there_and_back(moving, hosts, 4)
+        moving.finish()
+
+
+COUNTER = r"""
+#include "workload.h"
+
+int main(int argc, char **argv)
+{
+	long tick;
+
+	wl_start(argc, argv);
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		wl_line("tick %ld", tick);
+		wl_sleep_us(2000);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_a_program_whose_file_was_replaced_moves_with_it(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    moving = Program(hosts[0], COUNTER, tmp_path)
+    installed = tmp_path / "daemon"
+    shutil.copy(moving.command[0], installed)
+    moving.command[0] = str(installed)
+    with moving:
+        installed.with_suffix(".new").write_bytes(b"the next version")
+        installed.with_suffix(".new").rename(installed)
+        assert os.readlink(f"/proc/{moving.pid}/exe") == f"{installed} (deleted)"
+        there_and_back(moving, hosts, 4)
+        assert os.readlink(f"/proc/{moving.pid}/exe").endswith(" (deleted)")
+        assert installed.read_bytes() == b"the next version"
+        moving.finish()
+
+
+NAMED = r"""
+#include <sys/mman.h>
+#include "workload.h"
+
+int main(int argc, char **argv)
+{
+	char other[4096];
+	int fd;
+
+	wl_start(argc, argv);
+	fd = open(wl_beside(".first"), O_RDWR | O_CREAT, 0600);
+	TRY(ftruncate(fd, 4096));
+	CHECK(mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED, "%m");
+	snprintf(other, sizeof(other), "%s-other", wl_beside(".first"));
+	TRY(link(wl_beside(".first"), other));
+	TRY(unlink(wl_beside(".first")));
+	close(fd);
+	wl_ready();
+	while (!wl_stopping)
+		pause();
+	wl_ok();
+}
+"""
+
+
+def test_a_mapped_file_that_lost_the_name_it_was_opened_by_is_refused_while_it_has_others(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], NAMED, tmp_path) as moving:
+        with pytest.raises(Refused, match="its name was removed, but it has others"):
+            there_and_back(moving, hosts, 1)
+        moving.finish()
+
+
+FLEETING = r"""
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+#define PAGES 512L
+
+int main(int argc, char **argv)
+{
+	long tick, i;
+	int memfd = memfd_create("fleeting", 0);
+	long size = PAGES * PAGE;
+
+	wl_start(argc, argv);
+	TRY(ftruncate(memfd, size));
+	long *anon = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	memset(anon, 1, size);
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		long page = tick % PAGES * PAGE / sizeof(long);
+		pid_t child = fork();
+		if (!child) { /* writes what only its own page tables know of, and ends */
+			anon[page] = tick;
+			long *mine = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+			mine[page] = tick;
+			munmap(mine, size);
+			_exit(0);
+		}
+		while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+			;
+		for (i = tick > PAGES ? tick - PAGES + 1 : 1; i <= tick; i++) {
+			long there = -1, at = i % PAGES * PAGE;
+			CHECK(pread(memfd, &there, sizeof(there), at) == sizeof(there), "%m");
+			CHECK(there == i, "memfd page %ld: %ld", i % PAGES, there);
+			CHECK(anon[at / sizeof(long)] == i, "anonymous page %ld: %ld", i % PAGES, anon[at / sizeof(long)]);
+		}
+		wl_line("tick %ld", tick);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_what_a_process_wrote_to_shared_memory_stays_when_it_has_ended(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], FLEETING, tmp_path) as moving:
+        there_and_back(moving, hosts, 4)
+        moving.finish()

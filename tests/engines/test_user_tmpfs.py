@@ -1,0 +1,412 @@
+"""What only a container has goes with it: what is in its own tmpfs mounts, and its System V objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli import MIGRATOR, migrator, started
+
+from migrator.linux import ipc
+from migrator.linux.namespaces import run_in
+
+pytestmark = pytest.mark.root
+
+NAME = f"shm{os.getpid()}"
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MIGRATOR_STATE_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("MIGRATOR_JOURNAL_DIR", str(tmp_path / "journal"))
+    monkeypatch.setenv("MIGRATOR_LOG_DIR", str(tmp_path / "log"))
+    yield
+    subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
+
+
+def run(folder: Path, script: str, *options: object) -> int:
+    """A Python program in a container; returns when it has said that it is ready."""
+    program = folder / "program.py"
+    program.write_text(script)
+    argv = [os.path.realpath(sys.executable), "-u", program, folder]
+    done = migrator("run", "-d", "--name", NAME, "--bridge", "", *options, "--", *argv)
+    deadline = time.monotonic() + 20
+    while "ready" not in log(folder):
+        assert time.monotonic() < deadline, log(folder)
+        time.sleep(0.01)
+    return int(done.stdout)
+
+
+def log(folder: Path) -> str:
+    inside = folder / "root" / str(folder)[1:]  # of a container with a root of its own
+    paths = [place / "log" / f"{NAME}.log" for place in (folder, inside)]
+    return "".join(path.read_text() for path in paths if path.exists())
+
+
+def move() -> int:
+    """Saved and restarted through a pipe; the copy is looked at before it runs. The new pid of its process 1."""
+    save = started("checkpoint", NAME, "--kill", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    load = started("restart", "-d", "--verify", stdin=save.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert save.stdout is not None
+    save.stdout.close()
+    said, wrong = load.communicate(timeout=60)
+    assert (save.wait(), load.returncode) == (0, 0), wrong.decode() + save.stderr.read().decode()  # type: ignore[union-attr]
+    return int(said)
+
+
+def await_ticks(folder: Path, more: int = 3) -> None:
+    before, deadline = log(folder).count("tick"), time.monotonic() + 20
+    while log(folder).count("tick") < before + more:
+        assert time.monotonic() < deadline and "Traceback" not in log(folder), log(folder)
+        time.sleep(0.01)
+    assert "Traceback" not in log(folder) and "FAIL" not in log(folder), log(folder)
+
+
+FILES = r"""
+import mmap, os, socket, sys, time
+base = sys.argv[1]
+for place in ("/dev/shm", base + "/own"):
+    os.chdir(place)
+    os.makedirs("d/e/f"); os.chmod("d", 0o2750); os.chown("d", 5, 6)
+    open("d/hello", "w").write("hello"); os.link("d/hello", "hard"); os.symlink("d/hello", "soft")
+    os.symlink("../nowhere", "d/e/dangling")
+    os.mkfifo("pipe", 0o620)
+    big = open("big", "wb+"); big.truncate(1 << 20); big.seek(500_000); big.write(b"middle" * 5000); big.flush()
+    open("empty", "w").close()
+    open("odd \udcff\n name", "w").write("odd")
+    os.setxattr("d/hello", "trusted.note", b"\0\1note")
+    left = socket.socket(socket.AF_UNIX); left.bind("left"); left.close()
+    listener = socket.socket(socket.AF_UNIX); listener.bind("listens"); listener.listen()
+    globals()["keep" + place] = (listener, big)
+    os.utime("d/hello", ns=(7, 981_173_106_123_456_789)); os.utime("d/e", ns=(7, 981_173_106_987_654_321))
+os.chdir("/dev/shm")
+fd = os.open("mapped", os.O_RDWR | os.O_CREAT, 0o600); os.ftruncate(fd, 300 * 4096)
+mapped = mmap.mmap(fd, 300 * 4096); private = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE); os.close(fd)
+gone = os.open("gone", os.O_RDWR | os.O_CREAT); os.write(gone, b"gone"); os.unlink("gone")
+private[:3] = b"own"
+appended = open("log", "ab", buffering=0)
+print("ready")
+n = 0
+while True:
+    n += 1
+    mapped[4096 * (n % 300):4096 * (n % 300) + 8] = n.to_bytes(8, "big")
+    appended.write(b"%d\n" % n)
+    if n % 25 == 0:
+        os.rename(*("mapped", "mapped2")[:: 1 if n % 50 else -1])
+    with open("mapped2" if n % 50 >= 25 else "mapped", "rb") as again:
+        assert os.pread(again.fileno(), 8, 4096 * (n % 300)) == n.to_bytes(8, "big"), n
+    assert open("log").read().split() == [str(i) for i in range(1, n + 1)], n
+    assert os.pread(gone, 9, 0) == b"gone" and private[:3] == b"own"
+    for place in ("/dev/shm", base + "/own"):
+        client = socket.socket(socket.AF_UNIX); client.connect(place + "/listens")
+        client.send(b"x"); other = globals()["keep" + place][0].accept()[0]; assert other.recv(9) == b"x"
+        assert globals()["keep" + place][1].tell() == 530_000
+        client.close(); other.close()
+    print("tick", n)
+    time.sleep(0.005)
+"""
+
+
+def listing(pid: int, *places: object) -> list[tuple[object, ...]]:
+    """All that is to be seen of these directories, but of what changes all the time."""
+
+    def inside() -> list[tuple[object, ...]]:
+        found = []
+        for place in map(str, places):
+            for folder, folders, files in os.walk(place):
+                for name in sorted({*folders, *files} - {"mapped", "mapped2", "log"}):
+                    path = os.path.join(folder, name)
+                    status = os.lstat(path)
+                    regular = stat.S_ISREG(status.st_mode)
+                    made_anew = stat.S_ISSOCK(status.st_mode)  # by binding its socket, as any
+                    found.append(
+                        (
+                            path.encode(errors="surrogateescape"),
+                            *(status.st_mode, status.st_uid, status.st_gid, status.st_rdev),
+                            0 if made_anew else status.st_mtime_ns,
+                            status.st_nlink if regular else 0,
+                            status.st_size if regular else 0,
+                            status.st_blocks if regular else 0,
+                            Path(path).read_bytes() if regular else b"",
+                            os.readlink(path) if stat.S_ISLNK(status.st_mode) else "",
+                            {name: os.getxattr(path, name) for name in os.listxattr(path)} if regular else {},
+                        )
+                    )
+        return sorted(found, key=str)
+
+    return run_in(pid, {"mnt"}, inside)
+
+
+def test_names_contents_mappings_and_sockets_of_tmpfs_are_as_they_were(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    pid = run(tmp_path, FILES, "--tmpfs", f"{own}:size=32m,mode=1777")
+    before = listing(pid, "/dev/shm", own)
+    assert len(before) == 2 * 13 and "trusted.note" in str(before) and "123456789" in str(before)
+    for _ in range(3):
+        await_ticks(tmp_path)
+        pid = move()
+        await_ticks(tmp_path)
+        for one, other in zip(listing(pid, "/dev/shm", own), before, strict=True):
+            assert one == other
+    assert os.listdir(own) == []  # the host's directory below it
+    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+
+
+SEMAPHORES = r"""
+import multiprocessing, multiprocessing.shared_memory, os, time
+context = multiprocessing.get_context("fork")
+
+def work(tasks, results, lock, total, name):
+    shm = multiprocessing.shared_memory.SharedMemory(name)
+    for n in iter(tasks.get, None):
+        with lock:
+            total.value += n
+            shm.buf[0] = (shm.buf[0] + 1) % 256
+        results.put((os.getpid(), n * n))
+
+if __name__ == "__main__":
+    tasks, results, lock = context.Queue(), context.Queue(), context.Lock()
+    total, shm = context.Value("q", 0), multiprocessing.shared_memory.SharedMemory(create=True, size=100_000)
+    workers = [context.Process(target=work, args=(tasks, results, lock, total, shm.name)) for _ in range(3)]
+    for w in workers:
+        w.start()
+    barrier = context.Barrier(1); event = context.Event()
+    print("ready")
+    sent, answers = 0, 0
+    while True:
+        for n in range(20):
+            tasks.put(n)
+        got = sorted(results.get(timeout=20)[1] for _ in range(20))
+        assert got == [n * n for n in range(20)], got
+        sent += 190; answers += 20
+        assert total.value == sent and shm.buf[0] == answers % 256
+        assert all(w.is_alive() for w in workers)
+        print("tick", answers)
+"""
+
+
+def test_queues_locks_and_shared_memory_of_multiprocessing_go_on(tmp_path: Path) -> None:
+    run(tmp_path, SEMAPHORES)
+    for _ in range(4):
+        await_ticks(tmp_path)
+        move()
+    await_ticks(tmp_path)
+
+
+DEVICE = "import os, time; os.mknod('/dev/shm/disk', 0o60600, 0x700); print('ready'); time.sleep(600)"
+
+
+def test_a_device_in_a_tmpfs_is_refused_before_anything_is_stopped(tmp_path: Path) -> None:
+    run(tmp_path, DEVICE)
+    done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
+    assert "/dev/shm/disk is a device in a tmpfs" in done.stderr
+    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+
+
+ROOTED = r"""
+import os, socket, time
+log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); log.bind("/dev/log"); log.setblocking(False)
+os.unlink("/dev/full"); open("/dev/note", "w").write("kept")
+print("ready")
+n = 0
+while True:
+    n += 1
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect("/dev/log"); s.send(b"%d" % n)
+    assert log.recv(99) == b"%d" % n
+    assert open("/dev/note").read() == "kept" and not os.path.exists("/dev/full")
+    assert open("/dev/zero", "rb").read(4) == bytes(4) and open("/dev/null", "wb").write(b"x") == 1
+    assert os.readlink("/dev/stdin") == "fd/0"
+    print("tick", n)
+    time.sleep(0.01)
+"""
+
+
+def test_what_a_program_made_of_dev_in_its_own_root_is_kept(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    mounts = ["usr", "lib", "lib64", *([] if sys.base_prefix.startswith("/usr") else [sys.base_prefix[1:]])]
+    for folder in (*mounts, str(tmp_path)[1:]):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    bound = []
+    try:
+        for folder in mounts:
+            subprocess.run(["mount", "--bind", f"/{folder}", root / folder], check=True)
+            bound.append(root / folder)
+        (root / str(tmp_path)[1:] / "program.py").write_text(ROOTED)
+        run(tmp_path, ROOTED, "--root", root)
+        for _ in range(2):
+            await_ticks(tmp_path)
+            move()
+        await_ticks(tmp_path)
+    finally:
+        subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
+        for path in bound:
+            subprocess.run(["umount", path], check=True)
+
+
+SYSV = r"""
+import ctypes, os, struct, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+
+def ok(value):
+    if value in (-1, None, 2**64 - 1):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return value
+
+def attach(shmid):
+    return ok(libc.shmat(shmid, None, 0))
+
+SIZE = 40 * 4096
+keyed, private, gone, unused = (ok(libc.shmget(k, SIZE - 100, 0o1640)) for k in (7, 0, 0, 0x80000001))
+a, b, c = attach(keyed), attach(private), attach(gone)
+ok(libc.mprotect(ctypes.c_void_p(a + 8 * 4096), 4096, 1))
+once = attach(unused); ctypes.memmove(once, b"unattached", 10); ok(libc.shmdt(ctypes.c_void_p(once)))
+ok(libc.shmctl(gone, 0, None))
+sem = ok(libc.semget(8, 3, 0o1600))
+queue = ok(libc.msgget(9, 0o1600))
+left = ok(libc.msgget(0, 0o1600))
+for kind, text in ((3, b"third"), (1, b"first"), (2, b"second" * 100)):
+    ok(libc.msgsnd(left, struct.pack("<q", kind) + text, len(text), 0))
+OP = struct.Struct("<Hhh")
+def semop(*ops):
+    while libc.semop(sem, b"".join(OP.pack(*o) for o in ops), len(ops)) < 0:
+        raise OSError(ctypes.get_errno(), "semop")
+word = lambda at, page: ctypes.c_long.from_address(at + 4096 * page)
+if os.fork() == 0:
+    n = 0
+    while True:
+        n += 1
+        semop((0, -1, 0))
+        assert [word(x, n % 30 + 9).value for x in (a, b, c)] == [n] * 3
+        message = ctypes.create_string_buffer(24)
+        ok(libc.msgrcv(queue, message, 8, 5, 0))
+        assert struct.unpack_from("<qq", message) == (5, n)
+        semop((1, 1, 0))
+print("ready")
+n = 0
+while True:
+    n += 1
+    for x in (a, b, c):
+        word(x, n % 30 + 9).value = n
+    ok(libc.msgsnd(queue, struct.pack("<qq", 5, n), 8, 0))
+    semop((0, 1, 0))
+    semop((1, -1, 0), (2, 0, 0))
+    again = attach(keyed)
+    assert word(again, n % 30 + 9).value == n
+    word(again, 3).value = n
+    ok(libc.shmdt(ctypes.c_void_p(again)))
+    assert word(a, 3).value == n
+    assert keyed == ok(libc.shmget(7, 0, 0)) and sem == ok(libc.semget(8, 0, 0)) and queue == ok(libc.msgget(9, 0))
+    print("tick", n)
+    time.sleep(0.005)
+"""
+
+
+def objects(pid: int) -> list[list[str]]:
+    """Lines of /proc/sysvipc, without times and last users."""
+
+    def inside() -> list[list[str]]:
+        kept = {"shm": (0, 1, 2, 3, 7, 8, 9, 10), "sem": range(8), "msg": (0, 1, 2, 7, 8, 9, 10)}
+        out = []
+        for kind, columns in kept.items():
+            for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
+                out.append([line.split()[column] for column in columns])
+        return out
+
+    return run_in(pid, {"ipc", "pid", "mnt"}, inside)
+
+
+def test_system_v_segments_semaphores_and_queues_keep_numbers_owners_and_contents(tmp_path: Path) -> None:
+    pid = run(tmp_path, SYSV)
+    before = objects(pid)
+    assert len(before) == 7
+    for _ in range(4):
+        await_ticks(tmp_path)
+        pid = move()
+        await_ticks(tmp_path)
+        assert objects(pid) == before
+    assert left_messages(pid) == [(3, b"third"), (1, b"first"), (2, b"second" * 100)]
+
+
+def left_messages(pid: int) -> list[tuple[int, bytes]]:
+    return ipc.with_ipc_namespace(pid, lambda: list(ipc.messages(next(q for q in ipc.queues() if not q.key))))
+
+
+UNDOES = """
+import ctypes, struct, time
+libc = ctypes.CDLL(None)
+sem = libc.semget(8, 1, 0o1600)
+libc.semop(sem, struct.pack("<Hhh", 0, 1, 0x1000), 1)
+print("ready"); time.sleep(600)
+"""
+PART = """
+import ctypes, time
+libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p
+at = libc.shmat(libc.shmget(0, 4 * 4096, 0o1600), None, 0)
+libc.munmap(ctypes.c_void_p(at), 4096)
+print("ready"); time.sleep(600)
+"""
+
+
+MQUEUE = """
+import ctypes, time
+librt = ctypes.CDLL("librt.so.1")
+assert librt.mq_open(b"/jobs", 0o102, 0o600, None) >= 0 and librt.mq_close(3) in (0, -1)
+print("ready"); time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (UNDOES, "with SEM_UNDO"),
+        (PART, "is a part of System V segment"),
+        (MQUEUE, "the POSIX message queue /jobs is not carried yet"),
+    ],
+    ids=["undo", "part", "mqueue"],
+)
+def test_what_is_not_carried_of_interprocess_communication_is_refused(tmp_path: Path, script: str, reason: str) -> None:
+    run(tmp_path, script)
+    done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
+    assert reason in done.stderr
+    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+
+
+MOUNTED = """
+import os, sys, time
+print("ready"); n = 0
+while True:
+    n += 1
+    assert open(sys.argv[1] + "/here/note").read() == "of the host"
+    print("tick", n); time.sleep(0.01)
+"""
+
+
+def test_mounts_of_the_host_that_changed_since_it_began_do_not_hold_a_container(tmp_path: Path) -> None:
+    """One more, one less, and a tmpfs of the host that is not mounted there any more: none is the container's own."""
+    here, other, more = (tmp_path / name for name in ("here", "other", "more"))
+    for place in (here, other, more):
+        place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", here], check=True)
+    (here / "note").write_text("of the host")
+    subprocess.run(["mount", "-t", "tmpfs", "none", other], check=True)
+    try:
+        run(tmp_path, MOUNTED)
+        subprocess.run(["umount", other], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "another", more], check=True)
+        for _ in range(2):
+            await_ticks(tmp_path)
+            move()
+        await_ticks(tmp_path)
+    finally:
+        subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
+        for place in (here, other, more):
+            subprocess.run(["umount", place], check=False, capture_output=True)

@@ -1,0 +1,109 @@
+"""The system calls alone, by the tools: workloads frozen, saved, killed and restarted in a guest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.vm.machine import Machine
+from tests.vm.program import Program, numbers
+
+WORKLOADS = [
+    ("counter", ()),
+    ("memory", (16, 20, "all")),
+    ("threads", (6,)),
+    ("tree", (4,)),
+    ("fds", ()),
+    ("fp", ()),
+    ("creds", ()),
+    ("heap.py", (4,)),
+    ("pipeline.sh", ()),
+]
+
+# The tasks of a tree in a cgroup of their own, frozen; then saved. Whoever is born meanwhile is born in it.
+SAVE = """
+tree() {{ echo $1; for child in $(cat /proc/$1/task/*/children 2> /dev/null); do tree $child; done; }}
+group=/sys/fs/cgroup/saved-{pid}
+mkdir -p $group
+for pass in 1 2; do for pid in $(tree {pid}); do echo $pid > $group/cgroup.procs; done 2> /dev/null; done
+echo 1 > $group/cgroup.freeze
+until grep -q 'frozen 1' $group/cgroup.events; do sleep 0.02; done
+ckpt {pid} > {image} || {{ tail -c 300 {image} | strings | tail -n 1 >&2; exit 1; }}
+"""
+THAW = "echo 0 > /sys/fs/cgroup/saved-{pid}/cgroup.freeze"
+KILL = """
+group=/sys/fs/cgroup/saved-{pid}
+echo 1 > $group/cgroup.kill
+until grep -q 'populated 0' $group/cgroup.events; do sleep 0.02; done
+rmdir $group
+"""
+
+
+def save(guest: Machine, pid: int, image: str = "/tmp/image") -> None:
+    guest.run(SAVE.format(pid=pid, image=image))
+
+
+def kill(guest: Machine, pid: int) -> None:
+    guest.run(KILL.format(pid=pid) + f"for i in {{1..100}}; do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; exit 1")
+
+
+@contextmanager
+def held_network(guest: Machine, port: int) -> Iterator[None]:
+    """What a migration does: nobody hears of the end of a connection while it has no owner."""
+    guest.run(
+        "nft add table inet held && nft add chain inet held out '{ type filter hook output priority 0; }' && "
+        f"nft add rule inet held out tcp sport {port} drop && nft add rule inet held out tcp dport {port} drop"
+    )
+    try:
+        yield
+    finally:
+        guest.run("nft delete table inet held")
+
+
+@pytest.mark.parametrize(("name", "arguments"), WORKLOADS, ids=[name for name, _ in WORKLOADS])
+def test_a_workload_goes_on_from_its_image(guest: Machine, name: str, arguments: tuple[object, ...]) -> None:
+    with Program(guest, name, *arguments) as program:
+        program.check_progress()
+        save(guest, program.pid)
+        kill(guest, program.pid)
+        guest.run("mktree -d < /tmp/image")
+        program.check_progress()
+        lines = program.finish()
+        if name == "counter":
+            assert numbers(lines) == list(range(1, len(numbers(lines)) + 1)), "no step is lost or made twice"
+
+
+def test_redis_goes_on_with_its_client_connected(guest: Machine) -> None:
+    server = guest.spawn(
+        "redis-server --port 6390 --bind 127.0.0.1 --save '' --appendonly no --dir /tmp < /dev/null "
+        "> /tmp/redis.log 2>&1"
+    )
+    guest.run("for i in {1..100}; do redis-cli -p 6390 ping && exit; sleep 0.1; done; exit 1")
+    client = Program(guest, "migrator.testing.redisclient", "127.0.0.1", 6390, "--rate", 50)
+    with client:
+        client.check_progress()
+        save(guest, server)
+        with held_network(guest, 6390):
+            kill(guest, server)
+            guest.run("mktree -d < /tmp/image")
+        client.check_progress()
+        client.finish()
+        guest.run(f"for i in {{1..100}}; do grep -q replies {client.out}.stdout && exit; sleep 0.1; done; exit 1")
+        report = json.loads(guest.run(f"tail -n 1 {client.out}.stdout").stdout)
+    guest.run(f"kill -KILL {server}", status=None)
+    assert report["replies"] > 10
+    assert (report["lost_replies"], report["wrong_replies"], report["reconnects"]) == (0, 0, 0)
+
+
+def test_what_is_not_carried_is_refused_by_name_and_runs_on(guest: Machine) -> None:
+    """The timers of timer_create(): nothing is restarted without them."""
+    with Program(guest, "signals") as program:
+        program.check_progress()
+        with pytest.raises(Exception, match=f"task {program.pid}: has timers of timer_create"):
+            save(guest, program.pid)
+        guest.run(THAW.format(pid=program.pid))
+        program.check_progress()
+        program.finish()
