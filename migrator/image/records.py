@@ -157,6 +157,10 @@ class TaskBits(enum.IntFlag):
     THP_DISABLED = 4
     NOT_DUMPABLE = 8
     STOP_REPORTED = 16
+    MEMBARRIER_GLOBAL = 32  # registered for membarrier(2)
+    MEMBARRIER_PRIVATE = 64
+    MEMBARRIER_SYNC_CORE = 128
+    MEMBARRIER_RSEQ = 256
 
 
 @record(106)

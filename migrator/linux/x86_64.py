@@ -28,7 +28,7 @@ NR = {
     "setresgid": 119, "setfsuid": 122, "setfsgid": 123, "capset": 126, "rt_sigqueueinfo": 129,
     "sigaltstack": 131, "personality": 135, "setpriority": 141, "sched_setscheduler": 144, "mlock": 149,
     "prctl": 157, "setrlimit": 160, "chroot": 161, "getsid": 124, "gettid": 186, "sched_setaffinity": 203,
-    "set_tid_address": 218, "restart_syscall": 219, "timer_create": 222, "timer_settime": 223,
+    "membarrier": 324, "set_tid_address": 218, "restart_syscall": 219, "timer_create": 222, "timer_settime": 223,
     "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "clock_nanosleep": 230,
     "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "ioprio_set": 251,
     "openat": 257, "set_robust_list": 273, "epoll_pwait": 281, "dup3": 292, "rt_tgsigqueueinfo": 297,

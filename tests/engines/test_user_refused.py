@@ -85,7 +85,7 @@ STATES = {
     "shares its working directory": MAIN + "if (!clone_(CLONE_FS | SIGCHLD)) rest();",
     "shares its I/O context": MAIN
     + "TRY(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 3)); if (!clone_(CLONE_IO | SIGCHLD)) rest();",
-    "by signal 10 and not SIGCHLD": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
+    "by signal 10 and not SIGCHLD (clone(2))": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
     "its main thread has ended while others run": in_thread("") + "wl_ready(); syscall(SYS_exit, 0);",
     "is traced by": MAIN + "if (!fork()) { TRY(ptrace(PTRACE_TRACEME, 0, 0, 0)); rest(); } usleep(30000);",
     "runs under seccomp": in_thread(
@@ -107,6 +107,11 @@ STATES = {
     + "void *p = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); TRY(syscall(462, p, 4096, 0));",
     "below 4 MiB": MAIN
     + "TRY(mmap((void *)0x200000, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0));",
+    "a datagram that is not complete": "#include <arpa/inet.h>\n"
+    + MAIN
+    + "struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(9), .sin_addr.s_addr = htonl(0x7f000001) };"
+    + "int fd = TRY(socket(AF_INET, SOCK_DGRAM, 0));"
+    + 'TRY(sendto(fd, "abc", 3, MSG_MORE, (struct sockaddr *)&to, sizeof(to)));',
     "guard regions": MAIN
     + "char *p = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
     + "TRY(madvise(p, 4096, 102));",

@@ -45,19 +45,24 @@ TICKING = r"""
 
 
 DELETED_NOFOLLOW = r"""
+#include <sys/stat.h>
 #include "workload.h"
-static int fd, plain;
+static int fd, plain, dated;
 static void check(void)
 {
 	char text[8] = "";
+	struct stat status;
 
 	CHECK(pread(fd, text, 8, 0) == 4 && !strcmp(text, "abc"), "%s", text);
 	CHECK(fcntl(fd, F_GETFL) & O_NOFOLLOW, "flags %o", fcntl(fd, F_GETFL));
 	TRY(pwrite(plain, "a", 1, 0));
 	CHECK(lseek(fd, 0, SEEK_CUR) == 4, "offset");
+	TRY(fstat(dated, &status));
+	CHECK(status.st_mtim.tv_sec == 1234567 && status.st_mtim.tv_nsec == 89, "changed at %ld", status.st_mtim.tv_sec);
 }
 int main(int argc, char **argv)
 {
+	struct timespec times[2] = { { 1, 0 }, { 1234567, 89 } };
 	char *name;
 
 	wl_start(argc, argv);
@@ -66,6 +71,10 @@ int main(int argc, char **argv)
 	plain = TRY(open(name, O_RDWR));
 	TRY(unlink(name));
 	TRY(write(fd, "abc", 4));
+	dated = TRY(open(name, O_RDWR | O_CREAT, 0600));
+	TRY(unlink(name));
+	TRY(write(dated, "abc", 4));
+	TRY(futimens(dated, times));
 """
 
 
@@ -391,6 +400,66 @@ int main(int argc, char **argv)
 """
 
 
+MEMBARRIER = r"""
+#include <sys/syscall.h>
+#include "workload.h"
+#define COMMANDS (1 << 4 | 1 << 8) /* private, rseq */
+static void check(void)
+{
+	CHECK(syscall(SYS_membarrier, 1 << 9, 0, 0) == COMMANDS, "%lx", syscall(SYS_membarrier, 1 << 9, 0, 0));
+	TRY(syscall(SYS_membarrier, 1 << 3, 0, 0));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	TRY(syscall(SYS_membarrier, 1 << 4, 0, 0));
+	TRY(syscall(SYS_membarrier, 1 << 8, 0, 0));
+"""
+
+
+DATAGRAMS_SHUT = r"""
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include "workload.h"
+static int shut[3], stream;
+static int flag(int fd, int name)
+{
+	int value = -1;
+	socklen_t length = sizeof(value);
+
+	TRY(getsockopt(fd, SOL_SOCKET, name, &value, &length));
+	return value;
+}
+static void check(void)
+{
+	for (int how = 0; how < 3; how++) {
+		struct pollfd poll_fd = { shut[how], POLLRDHUP, 0 };
+
+		CHECK((send(shut[how], "a", 1, MSG_NOSIGNAL) < 0 && errno == EPIPE) == (how != SHUT_RD), "%d: written", how);
+		CHECK(poll(&poll_fd, 1, 0) >= 0 && !!(poll_fd.revents & POLLRDHUP) == (how != SHUT_WR), "%d: read", how);
+		CHECK(flag(shut[how], SO_DONTROUTE) == 1, "route");
+	}
+	CHECK(flag(stream, SO_DONTROUTE) == 1, "route");
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	int one = 1;
+
+	wl_start(argc, argv);
+	for (int how = 0; how < 3; how++) {
+		shut[how] = TRY(socket(AF_INET, SOCK_DGRAM, 0));
+		TRY(setsockopt(shut[how], SOL_SOCKET, SO_DONTROUTE, &one, sizeof(one)));
+		address.sin_port = htons(9);
+		TRY(connect(shut[how], (struct sockaddr *)&address, sizeof(address)));
+		TRY(shutdown(shut[how], how));
+	}
+	stream = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(setsockopt(stream, SOL_SOCKET, SO_DONTROUTE, &one, sizeof(one)));
+"""
+
+
 STATES = {
     "a deleted file opened with O_NOFOLLOW": DELETED_NOFOLLOW,
     "a working directory that was deleted": DELETED_DIRECTORY,
@@ -400,6 +469,8 @@ STATES = {
     "flags that were cleared after bind": REUSEPORT,
     "a datagram socket connected to itself": SELF_CONNECTED,
     "signals that wait": PENDING,
+    "a process registered for membarrier": MEMBARRIER,
+    "datagram sockets that are shut down": DATAGRAMS_SHUT,
 }
 
 

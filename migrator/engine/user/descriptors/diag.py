@@ -15,6 +15,9 @@ _HEADER = struct.Struct("<IHHII")
 _REQUEST = struct.Struct("<BBHIIIII")  # struct unix_diag_req
 _MESSAGE = struct.Struct("<BBBxIII")  # struct unix_diag_msg
 _SHOW = 0x1 | 0x4 | 0x8 | 0x10  # name, peer, waiting connections, queue lengths
+_INET_REQUEST = struct.Struct("<BBBxI48x")  # struct inet_diag_req_v2
+_INET_MESSAGE = struct.Struct("<68xI")  # struct inet_diag_msg: the inode number
+_INET_SHUTDOWN = 8
 _PEER, _ICONS, _RQLEN, _SHUTDOWN = 2, 3, 4, 6
 
 
@@ -34,21 +37,36 @@ class UnixSocket:
 
 def unix_sockets_here() -> dict[int, UnixSocket]:
     """All unix sockets of the network namespace of this thread, by inode number. Raises OSError."""
-    request = _REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW, 0xFFFFFFFF, 0xFFFFFFFF)
+    items = map(_parse, _dump(_REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW, 0xFFFFFFFF, 0xFFFFFFFF)))
+    return {item.inode: item for item in items}
+
+
+def shutdowns_of_udp(family: int) -> dict[int, int]:
+    """The UDP sockets of a family that were shut down, here as above: inode number -> 1 reading, 2 writing, 3 both.
+
+    Raises OSError where the kernel has no udp_diag."""
+    out: dict[int, int] = {}
+    for payload in _dump(_INET_REQUEST.pack(family, socket.IPPROTO_UDP, 1 << (_INET_SHUTDOWN - 1), 0xFFFFFFFF)):
+        (inode,) = _INET_MESSAGE.unpack_from(payload)
+        for kind, value in _attributes(payload, _INET_MESSAGE.size):
+            if kind == _INET_SHUTDOWN and value[0]:
+                out[inode] = value[0]
+    return out
+
+
+def _dump(request: bytes) -> Iterator[bytes]:
     header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
-    out: dict[int, UnixSocket] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as channel:
         channel.send(header + request)
         while True:
             data = channel.recv(1 << 17)
             for kind, payload in _messages(data):
                 if kind == _NLMSG_DONE:
-                    return out
+                    return
                 if kind == _NLMSG_ERROR:
                     error = -struct.unpack_from("<i", payload)[0]
-                    raise OSError(error, f"unix_diag: {os.strerror(error)}")
-                item = _parse(payload)
-                out[item.inode] = item
+                    raise OSError(error, f"sock_diag: {os.strerror(error)}")
+                yield payload
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -62,10 +80,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _parse(payload: bytes) -> UnixSocket:
     _, _, state, inode, _, _ = _MESSAGE.unpack_from(payload)
     item = UnixSocket(inode, state)
-    position = _MESSAGE.size
-    while position + 4 <= len(payload):
-        length, kind = struct.unpack_from("<HH", payload, position)
-        value = payload[position + 4 : position + length]
+    for kind, value in _attributes(payload, _MESSAGE.size):
         if kind == _PEER:
             (item.peer,) = struct.unpack("<I", value)
         elif kind == _ICONS:
@@ -74,8 +89,14 @@ def _parse(payload: bytes) -> UnixSocket:
             item.queued, item.backlog = struct.unpack("<II", value)
         elif kind == _SHUTDOWN:
             item.shutdown = value[0]
-        position += (length + 3) & ~3
     return item
+
+
+def _attributes(payload: bytes, position: int) -> Iterator[tuple[int, bytes]]:
+    while position + 4 <= len(payload):
+        length, kind = struct.unpack_from("<HH", payload, position)
+        yield kind, payload[position + 4 : position + length]
+        position += max(4, (length + 3) & ~3)
 
 
 def peer_of_connecting(pid: int, inode: int) -> bytes:

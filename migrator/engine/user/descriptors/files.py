@@ -217,8 +217,11 @@ class DeletedRestore:
             view, offset = view[done:], offset + done
 
     def open(self, rec: File) -> int:
-        """A new description, at offset 0."""
-        return self._file.open(rec.flags)
+        """A new description, at offset 0. All contents have come: the file was changed last when it was."""
+        fd = self._file.open(rec.flags)
+        status = os.fstat(self._file.fd)
+        os.utime(self._file.fd, ns=(status.st_atime_ns, rec.mtime))
+        return fd
 
     def settle(self) -> None:
         self._file.settle()

@@ -50,6 +50,7 @@ class InetDump:
                 rec = self._udp_socket(item, sock)
                 self._buffers += self._datagrams(item, sock)
             self._sockets.append(rec)
+        self._shutdowns()
         self._connections = [sock for _, sock in connections]
         if connections:
             with self._still(), _under_repair(self._connections):
@@ -57,6 +58,14 @@ class InetDump:
                     self._buffers.append(tcp.save(sock, item.stat.st_ino, str(item)))
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
+
+    def _shutdowns(self) -> None:
+        """What was shut down of UDP sockets."""
+        for family in {rec.family for rec in self._sockets if rec.protocol == socket.IPPROTO_UDP}:
+            shut = diag.shutdowns_of_udp(family)
+            for rec in self._sockets:
+                if rec.protocol == socket.IPPROTO_UDP and rec.family == family:
+                    rec.shutdown = shut.get(rec.objref, 0)
 
     def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
         for rec in self._sockets:

@@ -152,6 +152,10 @@ class InetRestore:
             else:
                 raise ImageError(f"socket {owner.objref}: contents that belong to its connection")
         self._buffers.clear()
+        for made in self._records.values():
+            if made.type == socket.SOCK_DGRAM and made.shutdown & 3:
+                with contextlib.suppress(OSError):  # ENOTCONN: it is shut down all the same
+                    self._made[made.objref].shutdown((made.shutdown & 3) - 1)
         for owner in self._records.values():
             if owner.objref not in self._made:
                 if owner.state != SocketState.PEER_GONE:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from migrator.engine.user.descriptors import sockopts
@@ -25,6 +28,7 @@ _FAMILIES = {
     31: "a Bluetooth socket",
     29: "a CAN socket",
 }
+_SIOCOUTQ, _CARD_SECONDS = 0x5411, 0.01
 _SO_PROTOCOL_NAMES = {262: "MPTCP", 132: "SCTP", 136: "UDP-Lite", 1: "ICMP", 58: "ICMPv6"}
 
 
@@ -43,6 +47,20 @@ def judge(sock: socket.socket) -> None:
         raise Obstacle("a socket with a packet filter (SO_ATTACH_FILTER) cannot be carried")
     if sock.proto == socket.IPPROTO_TCP and (upper := sockopts.text(sock, socket.IPPROTO_TCP, sockopts.TCP_ULP)):
         raise Obstacle(f"a TCP connection under kernel {upper} (TCP_ULP) cannot be carried")
+    if sock.proto == socket.IPPROTO_UDP and _corked(sock):
+        raise Obstacle(
+            "a datagram that is not complete (UDP_CORK, MSG_MORE) cannot be carried; it has to be sent first"
+        )
+
+
+def _corked(sock: socket.socket) -> bool:
+    """Whether bytes stay in a UDP socket: what was sent leaves the network card in a moment."""
+    deadline = time.monotonic() + _CARD_SECONDS
+    while struct.unpack("<i", fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))[0]:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.0005)
+    return False
 
 
 def has_filter(sock: socket.socket) -> bool:

@@ -22,9 +22,25 @@ _UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II
 _STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
 
 # Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
-_GENERIC = (2, 9, 10, 12, 13, 15, 18, 20, 21, 29, 35, 36, 46, 60)  # REUSEADDR .. TIMESTAMP, MARK .. ZEROCOPY
+_GENERIC = (
+    2,
+    5,
+    9,
+    10,
+    12,
+    13,
+    15,
+    18,
+    20,
+    21,
+    29,
+    35,
+    36,
+    46,
+    60,
+)  # REUSEADDR, DONTROUTE .. TIMESTAMP, MARK .. ZEROCOPY
 _UNIX = (16, 34, 76)  # PASSCRED, PASSSEC, PASSPIDFD
-_DATAGRAM = (5, 6, 11, 40, 45, 47)  # DONTROUTE, BROADCAST, NO_CHECK, RXQ_OVFL, SELECT_ERR_QUEUE, PACING
+_DATAGRAM = (6, 11, 40, 45, 47)  # BROADCAST, NO_CHECK, RXQ_OVFL, SELECT_ERR_QUEUE, PACING
 _IP = (1, 2, 10, 11, 15, 19, 21, 24)  # TOS, TTL, MTU_DISCOVER, RECVERR, FREEBIND .. BIND_ADDRESS_NO_PORT
 _IP_DATAGRAM = (6, 8, 12, 13, 20, 33, 34, 49, 50)  # RECVOPTS, PKTINFO .. MULTICAST_TTL, LOOP, ALL
 _IPV6 = (16, 23, 25, 26, 67, 70, 73, 75, 78)  # UNICAST_HOPS, MTU_DISCOVER, RECVERR, V6ONLY, TCLASS ..

@@ -23,6 +23,7 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
     once = {item.link: item for item in found}
     unix: dict[int, Found] = {}
     connections: dict[tuple[bytes, bytes], Found] = {}
+    datagrams: dict[socket.AddressFamily | int, Found] = {}
     for item in once.values():
         try:
             sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
@@ -36,6 +37,9 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
                 continue
             if sock.family == socket.AF_UNIX:
                 unix[os.fstat(sock.fileno()).st_ino] = item
+                continue
+            if sock.proto == socket.IPPROTO_UDP:
+                datagrams.setdefault(sock.family, item)
             elif not own_netns and sock.proto == socket.IPPROTO_TCP:
                 _note_connection(sock, item, connections)
     for (local, peer), item in connections.items():
@@ -46,6 +50,20 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
             )
     if unix:
         yield from _partners(unix, pid)
+    if datagrams:
+        yield from _tells_shutdowns(datagrams, pid)
+
+
+def _tells_shutdowns(datagrams: Mapping[socket.AddressFamily | int, Found], pid: int) -> Iterator[str]:
+    for family, item in datagrams.items():
+        try:
+            with entered(f"/proc/{pid}/ns/net"):
+                diag.shutdowns_of_udp(family)
+        except FileNotFoundError:
+            if os.path.exists(f"/proc/{pid}"):
+                yield f"{item}: this kernel does not tell what of UDP sockets was shut down (CONFIG_INET_UDP_DIAG)"
+        except OSError as error:
+            yield f"{item}: what of UDP sockets was shut down cannot be found out: {error}"
 
 
 def _note_connection(sock: socket.socket, item: Found, connections: dict[tuple[bytes, bytes], Found]) -> None:

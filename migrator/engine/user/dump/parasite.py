@@ -33,6 +33,7 @@ UNBLOCKABLE = (signal.SIGKILL, signal.SIGSTOP)
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
+_MEMBARRIER_GET_REGISTRATIONS = 1 << 9
 _RLIMITS = 16
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
@@ -89,6 +90,7 @@ class ProcessReply:
     dumpable: int
     thp_disabled: int
     subreaper: int
+    membarrier: int  # the commands that registered it; 0 before Linux 6.3 too, which does not tell
 
 
 class Parasite:
@@ -111,6 +113,7 @@ class Parasite:
             (_NR["brk"], 0),
             (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
+            (_NR["membarrier"], _MEMBARRIER_GET_REGISTRATIONS, 0, 0),
         ]
         self._calls = len(calls)
         memory.write(self._remote.pid, self._remote.table, pack_calls(calls))
@@ -156,7 +159,7 @@ class Parasite:
             self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
-        brk, dumpable, thp = results[-3:]
+        brk, dumpable, thp, membarrier = results[-4:]
         (subreaper,) = struct.unpack_from("<i", raw, at + _SUBREAPER)
         itimers = []
         for which in range(3):
@@ -175,6 +178,7 @@ class Parasite:
             dumpable,
             thp,
             subreaper,
+            max(0, membarrier),
         )
 
     def _timers(self, timers: Sequence[PosixTimer]) -> None:

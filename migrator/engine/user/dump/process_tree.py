@@ -7,6 +7,7 @@ a program that runs under pre-copy must not feel.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -123,6 +124,12 @@ class ProcessTree:
                 except OSError:  # reaped already
                     self.processes.pop(process.pid).close()
                 continue
+            stopped_by = process.leader.stop_signal if process.pid in process.threads else 0
+            if stopped_by not in (0, signal.SIGSTOP):
+                raise CheckpointFailed(
+                    f"pid {process.pid} was stopped by signal {stopped_by} meanwhile, which is not carried",
+                    hint="let it go on (SIGCONT) and try again",
+                )
             if process.pid not in process.threads:
                 raise CheckpointFailed(
                     f"the main thread of pid {process.pid} has ended while others run", hint=LEADERLESS

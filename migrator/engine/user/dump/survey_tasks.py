@@ -17,7 +17,7 @@ from migrator.linux.pagemap import IS_GUARD, Scanner
 from migrator.linux.remote import BATCH_SIGNALS
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup")
-_SHARED = {
+SHARED = {
     sys.KCMP_VM: "its address space (vfork in progress?)",
     sys.KCMP_FILES: "its table of descriptors (CLONE_FILES)",
     sys.KCMP_FS: "its working directory (CLONE_FS)",
@@ -56,7 +56,7 @@ def _strange_namespaces(root: int) -> Iterator[str]:
 def _shared(tree: ProcessTree) -> Iterator[str]:
     """What processes share that is each one's own after a restart."""
     pids = [p.pid for p in tree.living]
-    for resource, what in _SHARED.items():
+    for resource, what in SHARED.items():
         users = pids if resource != sys.KCMP_IO else [pid for pid in pids if _has_io_context(pid)]
         try:
             ordered = sorted(users, key=functools.cmp_to_key(functools.partial(_compare, resource)))

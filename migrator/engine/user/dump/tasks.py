@@ -42,6 +42,13 @@ _TIMER = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\
 _NOTIFY = {"signal": 0, "none": 1, "thread": 2}
 _CREDENTIALS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
+MEMBARRIER = {  # by the command that registers
+    1 << 2: TaskBits.MEMBARRIER_GLOBAL,
+    1 << 4: TaskBits.MEMBARRIER_PRIVATE,
+    1 << 6: TaskBits.MEMBARRIER_SYNC_CORE,
+    1 << 8: TaskBits.MEMBARRIER_RSEQ,
+}
+
 Credentials = tuple[str, ...]  # as proc(5) has them
 
 
@@ -158,6 +165,7 @@ class TaskDump:
             (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
             | (TaskBits.THP_DISABLED if reply.thp_disabled == 1 else 0)
             | (TaskBits.NOT_DUMPABLE if reply.dumpable != 1 else 0)
+            | sum(bit for command, bit in MEMBARRIER.items() if reply.membarrier & command)
         )
         return Shared(files_objref, self._fs(process, state), sighand, signal, int(bits))
 

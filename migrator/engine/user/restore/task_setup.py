@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from signal import SIGKILL, SIGSTOP
 
+from migrator.engine.user.dump.tasks import MEMBARRIER
 from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
@@ -209,6 +210,7 @@ def _process_calls(part: ProcessPart, at: int) -> tuple[bytes, list[Call]]:
         calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     if part.flags & TaskBits.THP_DISABLED:
         calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
+    calls += [(NR["membarrier"], command, 0, 0) for command, bit in MEMBARRIER.items() if part.flags & bit]
     calls += [(NR["prlimit64"], 0, which, limits_at + 16 * which, 0) for which in range(len(part.limits))]
     calls += part.channel
     return part.actions + limits + part.directory, calls
