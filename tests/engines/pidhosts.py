@@ -229,7 +229,7 @@ class PidHost:
                     return child
         raise ProcessLookupError(3, f"no pid {pid} on host {self.label}")
 
-    def wait_until_empty(self, seconds: float = 5.0) -> None:
+    def wait_until_empty(self, seconds: float = 60.0) -> None:
         """Until nothing is left but process 1, which reaps what was orphaned. Raises AssertionError."""
         deadline = time.monotonic() + seconds
         while len(left := procfs.descendants(self.pid)) > 1:

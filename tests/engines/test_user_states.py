@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from pidhosts import HostedWorkload, PidHost, Program, migrate, save_to_file
 
-from migrator.errors import Refused
+from migrator.engine.user.dump.header import vdso_digest
+from migrator.errors import CheckpointFailed, Refused
 from migrator.linux import procfs
 
 pytestmark = pytest.mark.root
@@ -640,6 +642,14 @@ def test_credentials_of_an_ordinary_user(hosts: tuple[PidHost, PidHost], tmp_pat
     with HostedWorkload(hosts[0], "creds", tmp_path, 4321, 4322) as moving:
         there_and_back(moving, hosts, 2)
         moving.finish()
+
+
+def test_a_task_that_has_lost_its_memory_is_not_taken_for_one_without_a_vdso() -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(CheckpointFailed, match=f"pid {ended.pid} has ended"):
+        vdso_digest(ended.pid)
+    ended.wait()
 
 
 def test_a_workload_killed_while_it_moves_is_reported(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ async def test_migrations_that_fail_early_leave_no_memory_behind(
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before < 200 * 1024, f"{(after - before) / 200:.0f} bytes of each are left"
+    # A copy that was kept would be 4.5 MB; what pytest keeps of the log is some 4 KiB.
+    assert after - before < 200 * 64 * 1024, f"{(after - before) / 200:.0f} bytes of each are left"
     assert threading.active_count() <= threads + 2
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 

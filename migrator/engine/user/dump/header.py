@@ -10,6 +10,7 @@ import time
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.stream import RecordWriter
+from migrator.errors import CheckpointFailed
 from migrator.image.records import MAGIC, REV, Arch, Header, HeaderX86
 from migrator.linux import memory, procfs
 from migrator.linux import x86_64 as arch
@@ -80,7 +81,11 @@ def xstate_facts() -> tuple[int, int]:
 
 
 def vdso_digest(pid: int) -> str:
-    for vma in procfs.maps(pid):
+    """sha256 of the vdso's bytes, hex; "" where the kernel gives none. Raises CheckpointFailed for a task that ends."""
+    vmas = procfs.maps(pid)
+    if not vmas:  # of one that is killed, before it is a zombie
+        raise CheckpointFailed(f"pid {pid} has ended")
+    for vma in vmas:
         if vma.path == "[vdso]":
             return hashlib.sha256(memory.read(pid, vma.start, vma.end - vma.start)).hexdigest()
     return ""
