@@ -158,6 +158,56 @@ def test_a_stopped_process_stays_stopped_and_can_be_continued(hosts: tuple[PidHo
         moving.finish()
 
 
+POLLING = r"""
+#include <poll.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include "workload.h"
+static struct pollfd polled[2];
+int main(int argc, char **argv)
+{
+	int quiet[2], ready[2], status;
+	struct pollfd seen[2];
+	struct iovec mine = { seen, sizeof(seen) }, theirs = { polled, sizeof(polled) };
+
+	wl_start(argc, argv);
+	TRY(pipe(quiet));
+	TRY(pipe(ready));
+	pid_t child = fork();
+	if (!child) {
+		polled[0] = (struct pollfd){ quiet[0], POLLIN, 0 };
+		polled[1] = (struct pollfd){ ready[0], POLLIN, 0 };
+		CHECK(poll(polled, 2, 60000) == 1, "poll");
+		CHECK(!polled[0].revents && polled[1].revents == POLLIN, "%d %d", polled[0].revents, polled[1].revents);
+		_exit(0);
+	}
+	wl_sleep_us(50000);
+	TRY(kill(child, SIGSTOP));
+	TRY(waitpid(child, &status, WUNTRACED));
+	TRY(write(ready[1], "x", 1)); /* the call was interrupted before, and has told of nothing */
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		CHECK(process_vm_readv(child, &mine, 1, &theirs, 1, 0) == sizeof(seen), "%m");
+		CHECK(seen[1].fd == ready[0] && !seen[1].revents, "fd %d: %x", seen[1].fd, seen[1].revents);
+		wl_line("tick %ld", n);
+		wl_sleep_us(20000);
+	}
+	TRY(kill(child, SIGCONT));
+	TRY(waitpid(child, &status, 0));
+	CHECK(!status, "status %x", status);
+	wl_ok();
+}
+"""
+
+
+def test_an_interrupted_poll_of_what_is_ready_by_now_is_kept_as_it_was(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], POLLING, tmp_path) as moving:
+        there_and_back(moving, hosts)
+        moving.finish()
+
+
 LAST_STEPS = """
 	struct itimerspec every = { { 0, 5000000 }, { 0, 5000000 } };
 	int timer = timerfd_create(CLOCK_MONOTONIC, 0), listener = socket(AF_UNIX, SOCK_STREAM, 0);

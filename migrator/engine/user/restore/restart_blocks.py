@@ -6,19 +6,21 @@ are those of the interruption again: nothing in the program's own registers or m
 
 from __future__ import annotations
 
+import resource
 import struct
 
 from migrator.engine.user.dump.restart_blocks import RESTART_BLOCK
 from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import RestartBlock
-from migrator.linux import ptrace
+from migrator.linux import memory, ptrace
 from migrator.linux import x86_64 as arch
 
 NR = arch.NR
 _EPOLL = (NR["epoll_wait"], NR["epoll_pwait"])
 _SLEEPS = (NR["nanosleep"], NR["clock_nanosleep"])
 _ERESTARTNOHAND = -514 & arch.MINUS_ONE
+_POLLFD = 8  # bytes of a struct pollfd
 
 
 def resumed(stub: Stub, thread: StubThread, block: RestartBlock | None, regs: arch.Regs, passed: int = 0) -> arch.Regs:
@@ -73,6 +75,7 @@ def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, reg
         call.r10 = at
     else:
         return False
+    polled = _polled(thread, regs) if number == NR["poll"] else b""
     ptrace.set_sigmask(thread.tid, arch.MINUS_ONE)
     arch.set_regs(thread.tid, call)
     # Stopped at the entry, then asked to stop again: the call finds that waiting for it before it sleeps.
@@ -81,6 +84,8 @@ def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, reg
     ptrace.interrupt(thread.tid)
     ptrace.cont(thread.tid)
     _await(thread, 0)
+    if polled and _polled(thread, regs) != polled:  # it told what is ready: the call that is made again does so
+        memory.write(thread.tid, regs.rdi, polled)
     now = arch.get_regs(thread.tid)
     if arch.interrupted_call(now)[1] == RESTART_BLOCK:
         regs.rax, regs.orig_rax = now.rax, now.orig_rax
@@ -89,6 +94,17 @@ def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, reg
         regs.rax, regs.orig_rax = 0, arch.MINUS_ONE  # the little that was left is over
         return True
     return False
+
+
+def _polled(thread: StubThread, regs: arch.Regs) -> bytes:
+    """The array of a poll(2), which the kernel writes to at each return; nothing if it would refuse the array."""
+    count = regs.rsi & 0xFFFFFFFF
+    if count > resource.prlimit(thread.tid, resource.RLIMIT_NOFILE)[0] >= 0:
+        return b""
+    try:
+        return memory.read(thread.tid, regs.rdi, count * _POLLFD)
+    except OSError:
+        return b""
 
 
 def _await(thread: StubThread, signal: int) -> None:
