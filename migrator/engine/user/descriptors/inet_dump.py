@@ -54,8 +54,7 @@ class InetDump:
         self._connections = [sock for _, sock in connections]
         if connections:
             with self._still(), _under_repair(self._connections):
-                for item, sock in connections:
-                    self._buffers.append(tcp.save(sock, item.stat.st_ino, str(item)))
+                self._buffers += tcp.save_all([(sock, item.stat.st_ino, str(item)) for item, sock in connections])
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
 

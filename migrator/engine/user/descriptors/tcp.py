@@ -9,6 +9,8 @@ import array
 import fcntl
 import socket
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from migrator.errors import CheckpointFailed, ImageError
 from migrator.image.codec import MAX_RECORD
@@ -30,6 +32,8 @@ _WINDOW = struct.Struct("<IIIII")
 _OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
 _TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _CHUNK = 32 << 10
+_ROUNDS = 100  # two as a rule; each more needs a packet that came during the one before it
+_HELD = "the network must be held while connections are saved"
 _TCP = socket.IPPROTO_TCP
 _MASK = 0xFFFFFFFF
 
@@ -44,37 +48,85 @@ def listening(sock: socket.socket) -> tuple[int, int]:
     return waiting, backlog
 
 
-def save(sock: socket.socket, objref: int, who: str) -> SocketTcp:
-    """The state of a connection in repair mode, which it stays in. `who`: for messages."""
-    info = sock.getsockopt(_TCP, TCP_INFO, 8)
-    state = info[0]
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
-    snd_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (state in SENT_FIN)) & _MASK
+class Amounts(NamedTuple):
+    """What packets change of a connection whose program does not run: each only ever goes one way."""
+
+    state: int
+    unacked: int
+    unsent: int
+    unread: int
+    rcv_seq: int
+    window: bytes
+
+
+def amounts(sock: socket.socket) -> Amounts:
+    """The amounts now, of a connection in repair mode. Several calls, so packets may come in between them."""
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+    state = state_of(sock)
     unacked, unsent = _query(sock, _SIOCOUTQ), _query(sock, _SIOCOUTQNSD)
     if state in FIN_UNACKED:
         unacked -= 1
         unsent = max(0, unsent - 1)
-    sent = _peek(sock, unacked)
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
     rcv_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (state in GOT_FIN)) & _MASK
-    unread = _query(sock, _SIOCINQ)
-    received = _peek(sock, unread)
-    if len(sent) != unacked or len(received) != unread or unacked < unsent:
-        raise CheckpointFailed(
-            f"{who}: {unread} bytes wait in this connection and {unacked} are not acknowledged, but"
-            f" {len(received)} and {len(sent)} could be read",
-            hint="the network must be held while connections are saved",
-        )
-    if len(sent) + len(received) > MAX_RECORD - 4096:
-        raise CheckpointFailed(f"{who}: {len(sent) + len(received)} bytes wait in this connection")
     window = sock.getsockopt(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
-    snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(window)
+    return Amounts(state, unacked, unsent, _query(sock, _SIOCINQ), rcv_seq, window)
+
+
+def save_all(connections: Sequence[tuple[socket.socket, int, str]]) -> list[SocketTcp]:
+    """The state of (connection, objref, name for messages), all as they are at one and the same moment.
+
+    All are in repair mode, and stay in it; no program that has one runs. Packets may still come: repair mode
+    stops neither the loopback device nor a delayed acknowledgement. Were the receiver of some bytes saved before
+    they came, and their sender after they were acknowledged, then neither would have them. So all amounts are
+    read again after all queues, until none has changed: then there was a moment between the two readings at
+    which all were so."""
+    records: list[SocketTcp | None] = [None] * len(connections)
+    known: list[Amounts | None] = [None] * len(connections)
+    for _ in range(_ROUNDS):
+        now = [amounts(sock) for sock, _, _ in connections]
+        changed = [number for number, found in enumerate(now) if found != known[number]]
+        if not changed:
+            break
+        for number in changed:
+            sock, objref, _ = connections[number]
+            known[number] = now[number]
+            records[number] = _save(sock, objref, now[number])
+    else:
+        names = ", ".join(connections[number][2] for number in changed[:3])
+        raise CheckpointFailed(f"{names}: packets keep coming in", hint=_HELD)
+    saved = []
+    for (_, _, who), rec, told in zip(connections, records, known, strict=True):
+        assert rec and told  # each has changed in the first round
+        _check_whole(rec, told, who)
+        saved.append(rec)
+    return saved
+
+
+def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
+    if len(rec.sent) != told.unacked or len(rec.received) != told.unread or told.unacked < told.unsent:
+        raise CheckpointFailed(
+            f"{who}: {told.unread} bytes wait in this connection and {told.unacked} are not acknowledged, but"
+            f" {len(rec.received)} and {len(rec.sent)} could be read",
+            hint=_HELD,
+        )
+    if len(rec.sent) + len(rec.received) > MAX_RECORD - 4096:
+        raise CheckpointFailed(f"{who}: {len(rec.sent) + len(rec.received)} bytes wait in this connection")
+
+
+def _save(sock: socket.socket, objref: int, told: Amounts) -> SocketTcp:
+    info = sock.getsockopt(_TCP, TCP_INFO, 8)
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+    snd_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (told.state in SENT_FIN)) & _MASK
+    sent = _peek(sock, told.unacked)
+    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+    received = _peek(sock, told.unread)
+    snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(told.window)
     return SocketTcp(
         objref,
-        state,
-        rcv_seq,
+        told.state,
+        told.rcv_seq,
         snd_seq,
-        unsent,
+        told.unsent,
         info[5] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
         info[6] & 0xF,
         info[6] >> 4,
