@@ -75,6 +75,10 @@ class TransportError(MigratorError):
     exit_code = 7
 
 
+class ReaderGone(TransportError):
+    """Whoever reads a stream on this host closed it. The link is as it was; the cause is with the reader."""
+
+
 class MigrationAborted(MigratorError):
     """A migration ended before COMMIT; the workload runs on the source."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from migrator.errors import TransportError
+from migrator.errors import ReaderGone, TransportError
 from transport.allocator import keep_freed_memory
 from transport.compression import unpack_async
 from transport.connection import Connection
@@ -52,7 +52,8 @@ class StreamReceiver:
     async def pump(self, fd: int) -> int:
         """Write one stream to `fd`, to its end. Closes `fd` in any case.
 
-        Returns the bytes written. Raises `TransportError` when the link fails or whoever reads `fd` goes away.
+        Returns the bytes written. Raises `TransportError` when the link fails, `ReaderGone` when the
+        reader of `fd` goes away.
         """
         keep_freed_memory()
         total = 0
@@ -62,7 +63,7 @@ class StreamReceiver:
                 try:
                     await sink.write(raw)
                 except BrokenPipeError:
-                    raise TransportError("whoever reads the stream on this host stopped reading") from None
+                    raise ReaderGone("whoever reads the stream on this host stopped reading") from None
                 total += len(raw)
                 self._connection.counters.stream_received += len(raw)
                 self._consumed(block)

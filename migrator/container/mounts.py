@@ -137,13 +137,16 @@ def below(root: str, pid: int | str = "self") -> tuple[tuple[str, str], ...]:
 
 def own(container: Container) -> list[Mount]:
     """The mounts that are a container's own: neither had of the host that set it up, nor made by set_up() in the same
-    way everywhere. A tmpfs is its own as well, in the order of mounting."""
+    way everywhere. A tmpfs is its own as well, in the order of mounting; but the root is of the host, whatever its file
+    system, and mountinfo of the host does not show it where it is a directory further down in one."""
     root = container.spec.root
     host = set(container.inherited if container.inherited is not None else below(root))
     found = []
     for m in mounts(container.init_pid):
-        made = m.path in ("/", "/proc") or (root and m.path in ("/dev", "/dev/pts"))
-        if (m.path, m.device) not in host and (m.kind == "tmpfs" or not made):
+        if m.path == "/" or (m.path, m.device) in host:
+            continue
+        made = m.path == "/proc" or (root and m.path in ("/dev", "/dev/pts"))
+        if m.kind == "tmpfs" or not made:
             found.append(m)
     return found
 

@@ -122,7 +122,7 @@ class Arrival:
     async def announced(self) -> None:
         """Wait for the last announcement, if any was begun."""
         if self._tasks:
-            await self._tasks[0]
+            await asyncio.wait(self._tasks[:1])
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from migrator.engine.base import Destination, LateLock, Move, Phase
-from migrator.errors import MigratorError
+from migrator.errors import MigratorError, ReaderGone
 from migrator.protocol import messages as m
 from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import JournalHeader
@@ -73,8 +73,10 @@ class CopyThread:
         try:
             await self.thread.run(self._build, self.prepared, read_fd, _on(loop, standing), _on(loop, built), loop)
         except Exception as error:
-            # A stream that was cut off is the symptom; why it was cut off is the cause.
-            self._error = pump.error or error
+            # A stream that was cut off is the symptom; why it was cut off is the cause. But an engine that fails
+            # stops reading, which the pump may notice first.
+            cut = pump.error
+            self._error = error if cut is None or isinstance(cut, ReaderGone) else cut
             if not isinstance(self._error, MigratorError | OSError):
                 log.exception("building failed")
             if not self._awaited:

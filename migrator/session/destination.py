@@ -113,7 +113,6 @@ class DestinationSession:
                     await self._driver.stop_work(self._copy.stop)
                 await self._driver.take(event)
                 self._note_end(event)
-            await self._copy.network.announced()
             result = self._result()
             self._tell(model.Ended(self._migration, Where.DESTINATION, result))
             return result
@@ -381,6 +380,7 @@ class DestinationSession:
             await self._copy.tidy()  # a file that we have open as well would stay locked for as long
         for left in await self._admission.close(kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
+        await self._copy.network.announced()
         await self._copy.close()
         if kept and self._copy.prepared is not None:
             self._copy.prepared.runs(self._copy.root_pid)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from migrator.errors import TransportError
+from migrator.errors import ReaderGone, TransportError
 from transport.frame import (
     BLOCK_HEADER,
     MIN_WINDOW,
@@ -189,7 +189,7 @@ async def test_a_reader_that_goes_away_is_an_error_on_its_own_side(pair: Pair) -
     read_end, write_end = os.pipe()
     os.close(read_end)
     sending = asyncio.create_task(here.pump_in(Writer(b"data").read_end))
-    with pytest.raises(TransportError, match="stopped reading"):
+    with pytest.raises(ReaderGone, match="stopped reading"):
         await there.pump_out(write_end)
     await sending
 
