@@ -511,9 +511,9 @@ async def test_a_round_that_never_ends_is_given_up_after_the_timeout(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deadlines, "ROUND_GRACE", 0.1)
-    hosts.source.slow = {"round": 1.0}
+    hosts.source.slow = {"round": 3.0}
     with pytest.raises(MigrationAborted, match="in the middle of a round"):
-        await hosts.migrate(timeout=0.1)
+        await hosts.migrate(timeout=1.0)
     await hosts.quiet()
     assert hosts.world.check() == ("run", "none")
 
