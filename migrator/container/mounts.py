@@ -8,6 +8,7 @@ a fresh container and one that is being restored around a process 1 that cannot 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -114,8 +115,16 @@ class Mount:
 
 
 def mounts(pid: int | str = "self") -> list[Mount]:
-    """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo)."""
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    """The mounts that a process sees, in the order of mounting (proc(5), /proc/PID/mountinfo).
+
+    Raises FileNotFoundError or ProcessLookupError for one that has ended, or is about to."""
+    try:
+        file = open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has given up its namespaces already
+            raise
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), error.filename) from None
+    with file:
         found = []
         for line in file:
             head, _, tail = line.partition(" - ")

@@ -512,8 +512,9 @@ int main(int argc, char **argv)
 """
 
 
-def test_a_long_chain_of_processes(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    restarted(CHAIN + TICKING, hosts, tmp_path, rounds=1)
+def test_a_long_chain_of_processes(tmp_path: Path) -> None:
+    with PidHost("c") as a, PidHost("d") as b:  # what is left of the chain ends with its hosts
+        restarted(CHAIN + TICKING, (a, b), tmp_path, rounds=1)
 
 
 MAPPINGS = r"""
