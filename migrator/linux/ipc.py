@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from migrator.linux import sys
+from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.namespaces import CLONE_NEWIPC, setns
 
 T = TypeVar("T")
@@ -47,26 +47,16 @@ class IpcObject:
 
 def with_ipc_namespace(pid: int, function: Callable[[], T]) -> T:
     """Run `function` in a thread that has entered the IPC namespace of `pid`; what it raises is raised here."""
-    result: list[T] = []
-    failure: list[BaseException] = []
 
-    def inside() -> None:
+    def inside() -> T:
+        fd = os.open(f"/proc/{pid}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fd = os.open(f"/proc/{pid}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                setns(fd, CLONE_NEWIPC)
-            finally:
-                os.close(fd)
-            result.append(function())
-        except BaseException as error:
-            failure.append(error)
+            setns(fd, CLONE_NEWIPC)
+        finally:
+            os.close(fd)
+        return function()
 
-    thread = threading.Thread(target=inside, name="ipc namespace")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+    return in_fresh_thread("ipc namespace", inside)
 
 
 def segments() -> list[IpcObject]:

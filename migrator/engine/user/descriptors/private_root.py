@@ -11,12 +11,12 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from migrator.errors import RestartFailed
 from migrator.linux import descriptors
+from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.openat2 import open_in_root
 
 T = TypeVar("T")
@@ -42,24 +42,14 @@ class PrivateRoot:
 
     def run(self, function: Callable[[], T]) -> T:
         """Run `function` in a thread whose root and working directory are this one."""
-        result: list[T] = []
-        failure: list[BaseException] = []
 
-        def inside() -> None:
-            try:
-                descriptors.unshare_fs()
-                os.fchdir(self.fd)
-                os.chroot(".")
-                result.append(function())
-            except BaseException as error:
-                failure.append(error)
+        def inside() -> T:
+            descriptors.unshare_fs()
+            os.fchdir(self.fd)
+            os.chroot(".")
+            return function()
 
-        thread = threading.Thread(target=inside, name="private root")
-        thread.start()
-        thread.join()
-        if failure:
-            raise failure[0]
-        return result[0]
+        return in_fresh_thread("private root", inside)
 
     def prepare(self, address: bytes) -> str:
         """Make the directories that binding to `address` needs; the path of the file, inside."""

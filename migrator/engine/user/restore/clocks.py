@@ -26,6 +26,7 @@ from migrator.engine.user.dump.header import clock_offsets
 from migrator.errors import RestartFailed
 from migrator.image.codec import HEADER
 from migrator.image.records import Header, RoundMark
+from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.namespaces import CLONE_NEWTIME, unshare
 
 AHEAD = 50_000_000  # ns by which the clocks may be ahead without a namespace
@@ -107,30 +108,21 @@ def within(clocks: Offsets | None, act: Callable[[], T]) -> T:
     In a thread of its own, as a thread cannot leave a time namespace again. Raises RestartFailed."""
     if clocks is None:
         return act()
-    result: list[T] = []
-    failure: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            unshare(CLONE_NEWTIME)
-            lines = [
-                "{} {} {}\n".format(name, *divmod(offset, 10**9))
-                for name, offset in (("monotonic", clocks.monotonic), ("boottime", clocks.boottime))
-            ]
-            with open(f"/proc/{threading.get_native_id()}/timens_offsets", "w") as file:
-                file.write("".join(lines))
-            result.append(act())
-        except BaseException as error:
-            failure.append(error)
+    def inside() -> T:
+        unshare(CLONE_NEWTIME)
+        lines = [
+            "{} {} {}\n".format(name, *divmod(offset, 10**9))
+            for name, offset in (("monotonic", clocks.monotonic), ("boottime", clocks.boottime))
+        ]
+        with open(f"/proc/{threading.get_native_id()}/timens_offsets", "w") as file:
+            file.write("".join(lines))
+        return act()
 
-    thread = threading.Thread(target=run, name="time-namespace")
-    thread.start()
-    thread.join()
-    if failure and isinstance(failure[0], OSError):
+    try:
+        return in_fresh_thread("time namespace", inside)
+    except OSError as error:
         raise RestartFailed(
-            f"the clocks of the source differ by {clocks.monotonic / 1e9:.3f} s and cannot be set here: {failure[0]}",
+            f"the clocks of the source differ by {clocks.monotonic / 1e9:.3f} s and cannot be set here: {error}",
             hint="a kernel with CONFIG_TIME_NS, and CAP_SYS_TIME, are needed",
-        ) from failure[0]
-    if failure:
-        raise failure[0]
-    return result[0]
+        ) from error
