@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import select
 import signal
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from migrator.container.spec import DEFAULT_ENV, ContainerSpec
 from migrator.container.state import Container
 from migrator.errors import MigratorError, UsageError
 from migrator.linux import namespaces as ns
-from migrator.linux import procfs, sys
+from migrator.linux import pidfd, procfs, sys
 from migrator.linux.x86_64 import NR
 
 BEFORE = ns.CLONE_NEWNS | ns.CLONE_NEWIPC | ns.CLONE_NEWUTS | ns.CLONE_NEWNET
@@ -165,20 +164,19 @@ def wait(container: Container, *, timeout: float | None = None) -> int | None:
     """Wait for the end of a container; its exit status as a shell counts (128 + signal), None if the time
     is up or if it is not a child of ours, so that nobody tells its status."""
     try:
-        pidfd = os.pidfd_open(container.init_pid)
+        fd = os.pidfd_open(container.init_pid)
     except ProcessLookupError:
         return None
     try:
         if not container.alive and not _is_zombie(container):
             return None  # the pid is somebody else's by now
-        ready, _, _ = select.select([pidfd], [], [], timeout)
-        if not ready:
+        if not pidfd.ends(fd, timeout):
             return None
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        result = os.waitid(os.P_PIDFD, fd, os.WEXITED)
     except ChildProcessError:
         return None
     finally:
-        os.close(pidfd)
+        os.close(fd)
     if result is None:
         return None
     return result.si_status if result.si_code == os.CLD_EXITED else 128 + result.si_status
@@ -199,13 +197,13 @@ def stop(name: str, *, timeout: float = 10.0) -> None:
     """
     container = state.get(name)
     if container.alive and _handles(container.init_pid, signal.SIGTERM):
-        pidfd = os.pidfd_open(container.init_pid)
+        fd = os.pidfd_open(container.init_pid)
         try:
             if container.alive:
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                select.select([pidfd], [], [], timeout)
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+                pidfd.ends(fd, timeout)
         finally:
-            os.close(pidfd)
+            os.close(fd)
     take_down(container)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from migrator.engine.user.dump.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
-from migrator.linux import procfs
+from migrator.linux import pidfd, procfs
 from migrator.linux.cgroup import Cgroup, directory_of, remove_empty, unique_name
 from migrator.linux.remote import RemoteError
 
@@ -465,11 +464,9 @@ class UserSource:
 
 
 def _await_end(pidfds: list[int]) -> None:
-    for pidfd in pidfds:
-        if pidfd >= 0:
-            poll = select.poll()  # select(2) knows no descriptor above 1023
-            poll.register(pidfd, select.POLLIN)
-            poll.poll(5000)
+    for fd in pidfds:
+        if fd >= 0:
+            pidfd.ends(fd, 5.0)
 
 
 @contextmanager
