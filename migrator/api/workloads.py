@@ -44,7 +44,7 @@ class Workload:
             container=found.name,
             container_spec=container.describe(found).to_json(),
             container_cgroup=found.cgroup,
-            tmpfs=[fs.path for fs in container.mounts.own_tmpfs(found)],
+            tmpfs=container.tmpfs_paths(found),
         )
 
 

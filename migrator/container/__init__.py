@@ -1,6 +1,6 @@
 """Containers: commands in namespaces and a cgroup of their own, so that they can always be moved."""
 
-from migrator.container.describe import Row, describe, obstacles, rows
+from migrator.container.describe import Row, describe, obstacles, rows, tmpfs_paths
 from migrator.container.lifecycle import remove, run, stop, wait
 from migrator.container.sandbox import Sandbox, prepare
 from migrator.container.spec import ContainerSpec, Route, Tmpfs, spec_for
@@ -24,5 +24,6 @@ __all__ = [
     "run",
     "spec_for",
     "stop",
+    "tmpfs_paths",
     "wait",
 ]

@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from migrator.container import mounts, network, state
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container, host_name, list_containers, now
 from migrator.errors import UsageError
-from migrator.linux import procfs
+from migrator.linux import pidfd, procfs
 from migrator.linux.cgroup import Cgroup
 from migrator.linux.namespaces import run_in
 
+T = TypeVar("T")
 
-def describe(container: Container | int) -> ContainerSpec:
+
+def _tells_ending(read: Callable[[Container], T]) -> Callable[[Container | int], T]:
+    """Let `read` take a pid as well, and raise UsageError for a container that ends while it reads.
+
+    A process that exits loses its namespaces before it counts as ended: what is read of it then fails in many
+    ways (EINVAL from mountinfo, ENOENT from ns/, ESRCH), which all mean the same."""
+
+    @functools.wraps(read)
+    def told(container: Container | int) -> T:
+        found = _container(container)
+        try:
+            return read(found)
+        except OSError:
+            if not _ends(found, within=1.0):
+                raise
+            raise UsageError(f"container {found.name} has ended") from None
+
+    return told
+
+
+def _ends(container: Container, within: float) -> bool:
+    """Whether process 1 ends within so many seconds."""
+    try:
+        fd = os.pidfd_open(container.init_pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return not container.alive or pidfd.ends(fd, within)
+    finally:
+        os.close(fd)
+
+
+@_tells_ending
+def describe(container: Container) -> ContainerSpec:
     """The specification with the addresses, routes, host name and tmpfs mounts of this moment.
 
     Takes a container, or the pid of any process in one. Nothing is stopped or changed. Takes some
     milliseconds, so not for the time of the freeze. Raises UsageError for a pid that is in no container,
     and for a container that ends meanwhile.
     """
-    container = _container(container)
-    with _ending_is_told(container):
-        return _describe(container)
-
-
-def _describe(container: Container) -> ContainerSpec:
     net = network.read(container.init_pid)
     # /dev/shm and the like that prepare() mounts by itself need not be told, unless their options differ.
     own = tuple(fs for fs in mounts.own_tmpfs(container) if fs != mounts.SHM and fs.path != "/dev")
@@ -52,15 +80,10 @@ def _describe(container: Container) -> ContainerSpec:
     )
 
 
-def obstacles(container: Container | int) -> list[str]:
+@_tells_ending
+def obstacles(container: Container) -> list[str]:
     """Why the surroundings of a container cannot be built again elsewhere: one sentence each, empty if
     they can. To be asked before anything is stopped. Raises UsageError as `describe()` does."""
-    container = _container(container)
-    with _ending_is_told(container):
-        return _obstacles(container)
-
-
-def _obstacles(container: Container) -> list[str]:
     pid = container.init_pid
     net = network.read(pid)
     found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
@@ -68,6 +91,12 @@ def _obstacles(container: Container) -> list[str]:
         if m.kind != "tmpfs":
             found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")
     return found
+
+
+@_tells_ending
+def tmpfs_paths(container: Container) -> list[str]:
+    """Where the tmpfs mounts are that are its own. Raises UsageError as `describe()` does."""
+    return [fs.path for fs in mounts.own_tmpfs(container)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,30 +155,6 @@ def _resident(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(words[0]) * 1024
-
-
-@contextlib.contextmanager
-def _ending_is_told(container: Container) -> Iterator[None]:
-    """A process that exits loses its namespaces before it counts as ended: what is read of it then fails in many
-    ways (EINVAL from mountinfo, ENOENT from ns/, ESRCH), which all mean the same."""
-    try:
-        yield
-    except OSError:
-        if not _ends(container, within=1.0):
-            raise
-        raise UsageError(f"container {container.name} has ended") from None
-
-
-def _ends(container: Container, within: float) -> bool:
-    """Whether process 1 ends within so many seconds."""
-    try:
-        pidfd = os.pidfd_open(container.init_pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return not container.alive or bool(select.select([pidfd], [], [], within)[0])
-    finally:
-        os.close(pidfd)
 
 
 def _container(given: Container | int) -> Container:

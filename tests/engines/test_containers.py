@@ -210,7 +210,7 @@ def test_the_same_spec_gives_the_same_addresses_everywhere(two_hosts: object) ->
     assert again == described
 
 
-@pytest.mark.parametrize("read", [ct.describe, ct.obstacles])
+@pytest.mark.parametrize("read", [ct.describe, ct.obstacles, ct.tmpfs_paths])
 def test_a_container_that_ends_while_it_is_described_is_said_to_have_ended(
     read: Callable[[ct.Container], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
