@@ -65,7 +65,8 @@ def place(cluster: Cluster, names: Iterable[str], settings: Settings = SETTINGS,
     names = set(names)
     quick = heuristic(cluster, names, settings)
     score, units, places = open_places(cluster, names, settings)
-    program = _Program(highspy.Highs(), score, [unit for unit in units if not unit.kept and unit.host >= 0])
+    open_units = [unit for unit in units if not unit.kept and unit.host >= 0]
+    program = _Program(highspy.Highs(), score, open_units, quick.burden)
     chosen, dual, ended = program.solve(time.monotonic() + seconds)
     placement = min(places.enter(units, chosen), quick, key=lambda one: (program.missed(one), one.burden))
     bound = max(dual - program.missed(placement), 0.0)
@@ -78,7 +79,8 @@ def _worth(unit: Unit) -> float:
 
 
 class _Program:
-    def __init__(self, highs: highspy.Highs, score: Score, units: list[Unit]) -> None:
+    def __init__(self, highs: highspy.Highs, score: Score, units: list[Unit], burden: float) -> None:
+        """`burden`: about what the answer will have."""
         self.highs = highs
         self.score = score
         self.ledger = score.ledger
@@ -86,7 +88,7 @@ class _Program:
         highs.silent()
         # What is not placed makes the whole large, so the gap is not taken as a share of it.
         highs.setOptionValue("mip_rel_gap", 0.0)
-        highs.setOptionValue("mip_abs_gap", GAP / 10)
+        highs.setOptionValue("mip_abs_gap", GAP / 10 * min(max(burden, LEAST), 1.0))
         highs.setOptionValue("threads", 1)
         self.chosen: dict[tuple[int, int], Any] = {}
         self.on: dict[int, list[int]] = {}
