@@ -67,7 +67,7 @@ def test_bytes_that_arrive_meanwhile_are_saved_once(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, first: str, saved: bool
 ) -> None:
     """saved: they arrive after the first of the two was saved, else after its amounts were read."""
-    real, calls = tcp._save, []
+    real, calls = tcp.save, []
 
     def save(sock: socket.socket, objref: int, told: tcp.Amounts) -> SocketTcp:
         calls.append(objref)
@@ -78,7 +78,7 @@ def test_bytes_that_arrive_meanwhile_are_saved_once(
             hears(*pair)
         return rec
 
-    monkeypatch.setattr(tcp, "_save", save)
+    monkeypatch.setattr(tcp, "save", save)
     order = pair if first == "receiver" else pair[::-1]
     records = tcp.save_all(items(*order))
     receiver, sender = records if first == "receiver" else records[::-1]

@@ -85,6 +85,7 @@ async def test_at_whatever_step_it_dies_the_workload_talks_on_where_it_was(talki
             agents.stdin.write(json.dumps([talking.pid, str(tmp_path / "journal"), len(passed)]) + "\n")
             agents.stdin.flush()
             passed.append(json.loads(agents.stdout.readline()))
+            assert not passed[-1].startswith("ended with"), passed
             (settled,) = await settle_all(tmp_path / "journal", host.tools(), nobody)
             assert settled.fate is Fate.SOURCE, (passed, settled)
             talking.goes_on()

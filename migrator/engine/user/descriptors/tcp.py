@@ -90,7 +90,7 @@ def save_all(connections: Sequence[tuple[socket.socket, int, str]]) -> list[Sock
         for number in changed:
             sock, objref, _ = connections[number]
             known[number] = now[number]
-            records[number] = _save(sock, objref, now[number])
+            records[number] = save(sock, objref, now[number])
     else:
         names = ", ".join(connections[number][2] for number in changed[:3])
         raise CheckpointFailed(f"{names}: packets keep coming in", hint=_HELD)
@@ -113,7 +113,8 @@ def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
         raise CheckpointFailed(f"{who}: {len(rec.sent) + len(rec.received)} bytes wait in this connection")
 
 
-def _save(sock: socket.socket, objref: int, told: Amounts) -> SocketTcp:
+def save(sock: socket.socket, objref: int, told: Amounts) -> SocketTcp:
+    """The state of a connection in repair mode, with so much in its queues."""
     info = sock.getsockopt(_TCP, TCP_INFO, 8)
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
     snd_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (told.state in SENT_FIN)) & _MASK
