@@ -46,6 +46,17 @@ def leave(sock: socket.socket, *, probe: bool) -> None:
     reuse_address(sock, 1 if reuse == _FORCE_REUSE else reuse)
 
 
+def push(sock: socket.socket) -> None:
+    """Send what waits in the sending queue, as far as the peer's window goes.
+
+    What a filter or a device without carrier did not let go is tried again by the kernel only when a timer ends,
+    after a second or more, and the probe of `leave()` does not help a connection that is half closed: the kernel
+    sends it in the established state alone. Setting TCP_NODELAY pushes (__tcp_sock_set_nodelay() in net/ipv4/tcp.c)."""
+    before = sock.getsockopt(_TCP, socket.TCP_NODELAY)
+    sock.setsockopt(_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(_TCP, socket.TCP_NODELAY, before)
+
+
 def revive(pids: Iterable[int]) -> int:
     """Take every connection of these tasks, which must be frozen, out of repair mode; returns how many.
 
@@ -74,4 +85,5 @@ def _revive(pidfd: int, pid: int, number: int, seen: set[tuple[int, int]]) -> bo
         if sock.proto != _TCP or not sock.getsockopt(_TCP, TCP_REPAIR):
             return False
         leave(sock, probe=True)
+        push(sock)
     return True

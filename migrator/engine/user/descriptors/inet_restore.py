@@ -41,7 +41,7 @@ _TRANSPARENT = {
     socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
 }
 _INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
-_PATIENCE = 0.05  # seconds for a packet to pass the loopback device
+_PATIENCE = 2.0  # seconds for a packet to pass the loopback device; on an idle machine it takes some microseconds
 
 
 class InetRestore:
@@ -178,6 +178,7 @@ class InetRestore:
             with contextlib.suppress(OSError):  # the peer may have reset it by now
                 repair.leave(sock, probe=True)
                 self._send_again(owner, sock, rec)
+                repair.push(sock)
 
     def close(self) -> None:
         for objref, sock in self._made.items():
