@@ -50,8 +50,9 @@ def series() -> list[str]:
 def drives() -> tuple[Path, Path]:
     """The images of a guest: the base, and the project with its tools."""
     programs = image.ROOT / "build" / "guest"
-    subprocess.run([str(image.KERNEL_PATCHES / "scripts" / "tools"), str(programs)], check=True)
-    return image.base_image(), image.project_image(programs)
+    with image.locked(programs):
+        subprocess.run([str(image.KERNEL_PATCHES / "scripts" / "tools"), str(programs)], check=True)
+        return image.base_image(), image.project_image(programs)
 
 
 @dataclass(frozen=True, slots=True)
