@@ -146,6 +146,8 @@ def start_agent(guest: Machine) -> None:
 
 def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
     """`migrator migrate` from one guest to the other; its result."""
+    for guest in (source, destination):
+        guest.set_clock()
     done = source.run(
         f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /var/root/.ssh/id_ed25519 "
         f"--json {' '.join(options)}",
