@@ -335,6 +335,8 @@ class FakeDestination(_Phases):
 class FakeEngine:
     """`migrator.engine.base.Engine` on a `FakeWorld`. `lacks` names an ability that it does not find on this host."""
 
+    precopies = True
+
     def __init__(self, world: FakeWorld, script: Script | None = None, *, name: str = "fake", lacks: str = "") -> None:
         self.name = name
         self._world, self._script, self._lacks = world, script or Script(), lacks

@@ -41,6 +41,7 @@ class UserEngine:
     """checkpoint() and restart() on a stock kernel, and the objects of a live migration."""
 
     name = "user"
+    precopies = True
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> UserSource:
         check_pid(pid)
