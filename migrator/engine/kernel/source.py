@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -97,9 +98,9 @@ class KernelSource:
             adoption = Adoption(self.pid, self.options)
             group = adoption.adopt()
             try:
-                with _guarded(group), open(os.devnull, "wb", buffering=0) as nowhere:
+                with _guarded(group):
                     group.freeze()
-                    calls.checkpoint(self.pid, nowhere.fileno(), self._flags)
+                    self._save_to_nowhere()
                 return []
             except CgroupError as error:
                 return [error.message]
@@ -168,7 +169,25 @@ class KernelSource:
         """The stream passes through us, as the kernel knows nothing of what stands around a container."""
         record = Container(1, self.options.container, self.options.container_spec)
         passage = Passage(insert=record.encode())
+
+        def take(fd: int) -> bool:
+            data = os.read(fd, _CHUNK)
+            for part in passage.feed(data):
+                _write(self._fd, part)
+            self._ended = passage.done
+            return bool(data)
+
+        self._save_through(take)
+
+    def _save_to_nowhere(self) -> None:
+        with open(os.devnull, "wb", buffering=0) as nowhere:
+            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0)
+
+    def _save_through(self, take: Callable[[int], bool]) -> None:
+        """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # a limit of pipe-user-pages: slower
+            fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _CHUNK)
 
         def save() -> None:
             try:
@@ -179,10 +198,8 @@ class KernelSource:
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
             saving = thread.submit(save)
             try:
-                while data := os.read(read_fd, _CHUNK):
-                    for part in passage.feed(data):
-                        _write(self._fd, part)
-                    self._ended = passage.done
+                while take(read_fd):
+                    pass
             finally:
                 os.close(read_fd)  # before we wait: it may be writing
             saving.result()
