@@ -18,7 +18,6 @@ import os
 import select
 import signal
 import struct
-from collections.abc import Callable
 
 from migrator.engine.kernel import calls
 from migrator.engine.spawn import spawn
@@ -28,8 +27,6 @@ from migrator.linux import x86_64 as arch
 
 _PIPE_SIZE = 1 << 20
 _GO = b"g"
-
-CallerCode = Callable[[int, int, int], bytes]  # stream, status, flags of unshare(2)
 
 
 class Caller:
@@ -41,7 +38,7 @@ class Caller:
         self._gone = False
 
     @classmethod
-    def start(cls, pid: int, namespaces: int = 0, *, unshare: int = 0, code: CallerCode = arch.caller_code) -> Caller:
+    def start(cls, pid: int, namespaces: int = 0, *, unshare: int = 0) -> Caller:
         """A child of this thread with this pid, in new `namespaces`; it calls unshare(2) once the stream begins.
 
         Raises RestartFailed if the pid is taken."""
@@ -51,7 +48,8 @@ class Caller:
             with contextlib.suppress(OSError):  # a limit of pipe-user-pages: slower
                 fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
             os.set_blocking(stream, False)
-            made = spawn([pid], namespaces, code=code(theirs, tell, unshare), keep=(theirs, tell))
+            code = arch.caller_code(theirs, tell, unshare)
+            made = spawn([pid], namespaces, code=code, keep=(theirs, tell))
         except BaseException:
             os.close(stream)
             os.close(status)
