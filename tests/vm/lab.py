@@ -130,12 +130,12 @@ def plug_in(guest: Machine, number: int) -> None:
     )
 
 
-def start_agent(guest: Machine) -> None:
+def start_agent(guest: Machine, *options: str) -> None:
     """Start the agent of a guest; returns once it listens, a minute at most."""
     guest.spawn(
         f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /var/root/.ssh/host_key "
         "--authorized-keys /var/root/.ssh/authorized_keys --metrics '' --identity /var/root/.ssh/id_ed25519 "
-        "-v > /tmp/agent.log 2>&1"
+        f"{' '.join(options)} -v > /tmp/agent.log 2>&1"
     )
     guest.run(
         f"for i in {{1..600}}; do (exec 3<> /dev/tcp/127.0.0.1/{AGENT_PORT}) 2> /dev/null && exit; sleep 0.1; done; "
