@@ -221,6 +221,34 @@ def test_a_connection_that_would_stay_behind_is_refused(tmp_path: Path) -> None:
                 child.kill()
 
 
+def test_a_connection_that_waits_to_be_accepted_is_waited_for_and_then_named(
+    tmp_path: Path, played: Callable[..., Checkpoint]
+) -> None:
+    script = (
+        "import signal, socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)\n"
+        "signal.sigwait([signal.SIGUSR1]); s.accept(); print('accepted', flush=True); signal.pause()"
+    )
+    command = [sys.executable, "-c", f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [10])\n{script}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", port)),
+                KernelEngine().source(child.pid, -1, SourceOptions()) as source,
+            ):
+                assert not source.quiesce(0.01)
+                with pytest.raises(calls.NotNow, match=rf"pid {child.pid} fd \d+: a connection waits to be accepted"):
+                    source.freeze()
+                child.send_signal(signal.SIGUSR1)
+                assert child.stdout.readline() == "accepted\n"
+                assert source.quiesce(5)
+                source.freeze()
+                source.thaw()
+        finally:
+            child.kill()
+
+
 def test_a_program_cannot_have_the_kernel_save_the_tree_that_it_is_in() -> None:
     with pytest.raises(UsageError, match="cannot leave it out"):
         KernelEngine().source(os.getpid(), -1, SourceOptions())

@@ -26,6 +26,8 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, CgroupError
 
 _SURVEYS = 4
+_PAUSE = 0.0005
+_RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
 _AGAIN_AFTER = 0.015  # seconds: what was on its way has been taken by then
 _CHUNK = 1 << 20
 _NO_PRECOPY = "the kernel engine sends no memory ahead"
@@ -136,7 +138,11 @@ class KernelSource:
         """Nothing to attach to."""
 
     def quiesce(self, seconds: float) -> bool:
-        """The kernel says in the freeze whether something was on its way."""
+        end = time.monotonic() + seconds
+        while survey.waiting(self.pid, self._pids):
+            if time.monotonic() > end:
+                return False
+            time.sleep(_PAUSE)
         return True
 
     # ------------------------------------------------------------------ stopped
@@ -145,12 +151,23 @@ class KernelSource:
         if not self._prepared:
             self.instrument()
         with self._phase("freeze"):
-            try:
-                self._cgroup.freeze()
-            except CgroupError as error:
-                raise CheckpointFailed(error.message, hint=error.hint) from error
             self._frozen = True
-            self._pids = self._list_pids()
+            for pause in _RETRY_AFTER:
+                self._stop()
+                waits = survey.waiting(self.pid, self._pids)
+                if not waits:
+                    return
+                self._cgroup.thaw()
+                time.sleep(pause)
+            self._cgroup.thaw()
+            raise calls.NotNow(waits, hint="try again: a moment later the program will have taken it")
+
+    def _stop(self) -> None:
+        try:
+            self._cgroup.freeze()
+        except CgroupError as error:
+            raise CheckpointFailed(error.message, hint=error.hint) from error
+        self._pids = self._list_pids()
 
     def final(self, silence: Callable[[], None] | None = None) -> None:
         """Have the kernel write all of it. The tasks stay frozen."""

@@ -117,6 +117,32 @@ def _connections(pids: Sequence[int]) -> Iterator[str]:
             )
 
 
+def waiting(root: int, pids: Sequence[int]) -> str:
+    """Which of the listening sockets of TCP has a connection that waits to be accepted, in words; "" for none.
+
+    What else may be on its way only the kernel sees, and checkpoint() says so."""
+    crowded: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = procfs.read_text(f"/proc/{root}/net/{table}").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:  # of a listener the second queue is how many wait (proc_net_tcp)
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[4].split(":")[1], 16):
+                crowded.add(f"socket:[{fields[9]}]")
+    if not crowded:
+        return ""
+    for pid in pids:
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in crowded:
+                    return f"pid {pid} fd {name}: a connection waits to be accepted"
+        except OSError:
+            continue
+    return ""
+
+
 def _connected(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in (_ESTABLISHED, _CLOSE_WAIT)
 
