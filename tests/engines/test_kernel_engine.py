@@ -28,6 +28,7 @@ from migrator.engine.base import (
     SourceOptions,
 )
 from migrator.engine.kernel import calls
+from migrator.engine.kernel.caller import Caller
 from migrator.engine.kernel.engine import KernelEngine
 from migrator.engine.select import select
 from migrator.errors import CheckpointFailed, ImageError, Refused, RestartFailed, UsageError
@@ -365,6 +366,15 @@ def test_a_second_look_is_refused_and_not_left_out(image: tuple[int, int]) -> No
         pytest.raises(RestartFailed, match="--verify"),
     ):
         destination.build()
+
+
+@pytest.mark.skipif(calls.probe()[0].available, reason="this kernel has the calls")
+def test_who_calls_restart_ends_when_nobody_asks_how_it_went() -> None:
+    caller = Caller.start(free_pid())
+    caller.go()
+    caller.close()
+    end = os.waitpid(caller.pid, 0)[1]
+    assert os.waitstatus_to_exitcode(end) == 1
 
 
 # ---------------------------------------------------------------------- what there is

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.vm.lab import migrate, start_agent
+from tests.vm.lab import AGENT_PORT, migrate, start_agent
 from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program, numbers
 
@@ -88,6 +88,23 @@ def test_a_program_moves_there_and_back(kernels: Pair, name: str, arguments: tup
         lines = program.finish()
         if name == "counter":
             assert numbers(lines) == list(range(1, len(numbers(lines)) + 1)), "no step is lost or made twice"
+
+
+def test_a_source_that_dies_before_the_decision_leaves_its_tasks_frozen_and_settles_them_here(kernels: Pair) -> None:
+    here, there = kernels
+    with Program(here, "counter", 20) as counter:
+        counter.check_progress()
+        here.run(
+            f"MIGRATOR_FAULT=source.saved:exit migrator migrate {counter.pid} root@b:{AGENT_PORT} --copy-files "
+            "--engine kernel --identity /var/root/.ssh/id_ed25519",
+            status=None,
+        )
+        frozen = here.run("cat /sys/fs/cgroup/migrator/*/cgroup.freeze").stdout
+        assert "1" in frozen.split()
+        here.run("migrator settle --identity /var/root/.ssh/id_ed25519", seconds=120)
+        counter.check_progress()
+        there.run(f"for i in {{1..300}}; do [ -e /proc/{counter.pid} ] || exit 0; sleep 0.1; done; exit 1")
+        counter.finish()
 
 
 def test_redis_moves_and_its_client_never_notices(kernels: Pair) -> None:

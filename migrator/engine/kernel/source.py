@@ -98,8 +98,8 @@ class KernelSource:
         """What checkpoint() says, if anything. A program that waits for us thaws the tasks if we are killed."""
         for attempt in range(_SURVEYS):
             adoption = Adoption(self.pid, self.options)
-            group = adoption.adopt()
             try:
+                group = adoption.adopt()
                 with _guarded(group):
                     group.freeze()
                     self._save_to_nowhere()
@@ -112,7 +112,8 @@ class KernelSource:
             except CheckpointFailed as error:
                 return [error.message]
             finally:
-                group.thaw()
+                if adoption.cgroup is not None:
+                    adoption.cgroup.thaw()
                 adoption.move_back()
                 adoption.close()
             time.sleep(_AGAIN_AFTER)
