@@ -39,6 +39,7 @@ class AgentSettings:
 
     capacity:  what of this host is for workloads; None for all of it
     storage:   where checkpoints go that a controller wants
+    engine:    the name of the one that restarts what comes; "" for the best that this host has
     """
 
     listen_host: str
@@ -50,6 +51,7 @@ class AgentSettings:
     login: host.Login = field(default_factory=host.Login)
     capacity: Capacity | None = None
     storage: Path = DEFAULT_STORAGE
+    engine: str = ""
 
 
 async def run_daemon(settings: AgentSettings) -> None:
@@ -58,7 +60,7 @@ async def run_daemon(settings: AgentSettings) -> None:
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)
-    here = host.destination_settings(select(), bridge=settings.bridge, journal=journal)
+    here = host.destination_settings(select(settings.engine), bridge=settings.bridge, journal=journal)
 
     service = FleetService(
         here.host,
@@ -99,12 +101,12 @@ async def run_daemon(settings: AgentSettings) -> None:
         await service.departures.close()
 
 
-async def run_stdio(bridge: str = "") -> None:
+async def run_stdio(bridge: str = "", engine: str = "") -> None:
     """Serve one link on standard input and output, as started by another host over SSH."""
     link = await wire.stdio_link()
     login = host.Login()
     await _settle(login)
-    here = host.destination_settings(select(), bridge=bridge)
+    here = host.destination_settings(select(engine), bridge=bridge)
     service = FleetService(here.host, login, fences=fence_directory(), bridge=bridge)
     await serve_link(link, here, requests=service.answers)
     await service.departures.close()

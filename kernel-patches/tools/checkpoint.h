@@ -18,6 +18,10 @@
 #define CHECKPOINT_SUBTREE 1UL
 #endif
 
+#ifndef RESTART_FROZEN
+#define RESTART_FROZEN 2UL
+#endif
+
 /* A checkpoint identifier; 0 in a copy that has saved itself and comes to life here; -1 with errno. */
 static inline long checkpoint(pid_t pid, int fd, unsigned long flags)
 {

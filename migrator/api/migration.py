@@ -86,7 +86,7 @@ async def _run(
     workload = await asyncio.to_thread(find_workload, str(target))
     copy_files = asked.copy_files or bool(asked.copy_paths)
     carried = await asyncio.to_thread(trees, workload, copy_files, list(asked.copy_paths))
-    choice = await asyncio.to_thread(select)
+    choice = await asyncio.to_thread(select, asked.engine)
     for one in await host.settle(login):
         on_event(model.Settled(one.migration, one.detail, one.fate.value))
     try:
@@ -118,7 +118,7 @@ async def _run(
             timeout=asked.timeout,
             bandwidth=asked.bandwidth,
             dry_run=dry,
-            cold=asked.cold,
+            cold=asked.cold or not choice.engine.precopies,
             copy_files=copy_files,
             trees=carried,
             fleet=asked.fleet,

@@ -13,7 +13,7 @@ import migrator
 from migrator.agent import AgentSettings, run_daemon, run_stdio
 from migrator.cli import interrupts
 from migrator.cli.output import err, log_to_stderr, out, reported
-from migrator.cli.parameters import Address, address, logs_in, size
+from migrator.cli.parameters import Address, EngineName, address, logs_in, size
 from migrator.errors import Fate, UsageError
 from migrator.fleet.host_report import Capacity
 from migrator.fleet.storage import DEFAULT_STORAGE
@@ -52,13 +52,14 @@ def agent(
     storage: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints go that a controller wants.")] = (
         DEFAULT_STORAGE
     ),
+    engine: EngineName = "",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
 ) -> None:
     """Serve other hosts. Settles first what an agent that died has left."""
     log_to_stderr(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(name)s %(message)s")
     with reported():
         if stdio:
-            asyncio.run(run_stdio(bridge))
+            asyncio.run(run_stdio(bridge, engine))
             return
         settings = AgentSettings(
             listen.host,
@@ -70,6 +71,7 @@ def agent(
             login,
             _capacity(capacity) if capacity else None,
             storage,
+            engine,
         )
         asyncio.run(run_daemon(settings))
 

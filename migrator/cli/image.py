@@ -11,7 +11,7 @@ import typer
 import migrator
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported
-from migrator.cli.parameters import Target
+from migrator.cli.parameters import EngineName, Target
 from migrator.errors import UsageError
 from migrator.image.render import render_text, to_json
 from migrator.text import size
@@ -32,6 +32,7 @@ def checkpoint(
     leave_stopped: Annotated[
         bool, typer.Option("--leave-stopped", help="Leave them stopped; SIGCONT resumes.")
     ] = False,
+    engine: EngineName = "",
 ) -> None:
     """Save a running process tree or container to a stream: a file, a pipe, a socket.
 
@@ -45,7 +46,7 @@ def checkpoint(
         to = _STDOUT if output is None or str(output) == "-" else output
         if to == _STDOUT and sys.stdout.isatty():
             raise UsageError("an image is not for a terminal", hint=f"migrator checkpoint {target} -o FILE, or > FILE")
-        interrupts.run(lambda _: migrator.checkpoint(target, to, after=after))
+        interrupts.run(lambda _: migrator.checkpoint(target, to, after=after, engine=engine))
 
 
 def restart(
@@ -61,6 +62,7 @@ def restart(
     verify: Annotated[
         bool, typer.Option("--verify", help="Look at the copy before it runs: it must be what was saved, or goes.")
     ] = False,
+    engine: EngineName = "",
 ) -> None:
     """Restart what was saved. Waits for its end and exits as it does, unless --detach or --frozen."""
 
@@ -70,6 +72,7 @@ def restart(
             frozen=frozen,
             bridge=bridge,
             verify=verify,
+            engine=engine,
             built=lambda pid: _write_pidfile(pidfile, pid),
             waiting=lambda: err.say("[dim]the original is still here: reading to the end of the image first[/]"),
         )

@@ -11,7 +11,7 @@ import migrator
 from migrator import model
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported
-from migrator.cli.parameters import AsJson, CopyFiles, CopyPath, Peer, Target, logs_in, seconds, size
+from migrator.cli.parameters import AsJson, CopyFiles, CopyPath, EngineName, Peer, Target, logs_in, seconds, size
 from migrator.cli.progress import Display, show_result
 from migrator.host import Login
 from migrator.text import duration
@@ -52,6 +52,7 @@ def migrate(
     cold: Annotated[bool, typer.Option("--cold", help="No pre-copy: stop, copy, restart.")] = False,
     copy_files: CopyFiles = False,
     copy_path: CopyPath = None,
+    engine: EngineName = "",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Move a running process tree or container to another host while it keeps working."""
@@ -63,6 +64,7 @@ def migrate(
         cold=cold,
         copy_files=copy_files,
         copy_paths=tuple(copy_path or ()),
+        engine=engine,
     )
     if dry_run:
         _check(target, peer, settings, login, as_json)
@@ -83,10 +85,11 @@ def check(
     login: Login,
     copy_files: CopyFiles = False,
     copy_path: CopyPath = None,
+    engine: EngineName = "",
     as_json: AsJson = False,
 ) -> None:
-    """Find out whether a workload can be moved to a host, and if not why. Touches nothing."""
-    settings = migrator.MigrateSettings(copy_files=copy_files, copy_paths=tuple(copy_path or ()))
+    """Find out whether a workload can be moved to a host, and if not why. Changes nothing."""
+    settings = migrator.MigrateSettings(copy_files=copy_files, copy_paths=tuple(copy_path or ()), engine=engine)
     _check(target, peer, settings, login, as_json)
 
 
@@ -101,6 +104,7 @@ def _check(target: str, peer: str, settings: migrator.MigrateSettings, login: Lo
         "  {} processes; {} files compared; predicted downtime {} plus the last dirty pages",
         found.processes, found.files, duration(found.predicted_downtime),
     )  # fmt: skip
+    out.say("  engine {}: {}", found.result.engine, found.result.engine_reason)
     for note in found.notes:
         out.say("  [yellow]note:[/] {}", note)
 

@@ -68,6 +68,9 @@ Target = Annotated[
     ),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A container of this host.", autocompletion=_workloads)]
+EngineName = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="user or kernel; the best that this host has, if not told.")
+]
 Peer = Annotated[str, typer.Argument(metavar="[USER@]HOST[:PORT]", help="The other host: any sshd, or an agent.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
 CopyFiles = Annotated[bool, typer.Option("--copy-files", help="Carry along files that differ or lack there.")]

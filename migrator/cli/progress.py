@@ -136,6 +136,7 @@ def show_result(console: Console, result: MigrationResult) -> None:
         duration(result.total), len(result.rounds), sum(r.pages for r in result.rounds), size(result.stream_bytes),
         size(result.wire_bytes), result.compression_ratio, result.throughput / 1e6, duration(result.rtt),
     )  # fmt: skip
+    console.say("engine   {}: {}", result.engine, result.engine_reason)
     for warning in result.warnings:
         console.say("[yellow]note:[/] {}", warning)
 

@@ -394,6 +394,9 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def precopies(self) -> bool:
+        """Whether memory can be sent while the tasks run: `Source.round()`."""
 
     def probe(self) -> list[Capability]:
         """What it can do on this host, found out by trying. Takes some milliseconds; touches no workload."""

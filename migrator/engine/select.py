@@ -1,7 +1,8 @@
 """Which engine does the work on this host, and why.
 
-Engines are tried in the order of preference; the first whose every ability was found there is chosen. Probing takes
-some milliseconds, and what it found holds as long as this program.
+Engines are tried in the order of preference; the first whose every ability was found there, and which sends memory
+ahead, is chosen; one that does not is taken where there is no other, or by its name. Probing takes some milliseconds,
+and what it found holds as long as this program.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ def _user() -> Engine:
     return UserEngine()
 
 
-CANDIDATES: dict[str, Callable[[], Engine]] = {"user": _user}  # best first
+def _kernel() -> Engine:
+    from migrator.engine.kernel.engine import KernelEngine
+
+    return KernelEngine()
+
+
+CANDIDATES: dict[str, Callable[[], Engine]] = {"kernel": _kernel, "user": _user}  # best first
 
 _probed: dict[Callable[[], Engine], tuple[Engine, list[Capability]]] = {}
 
@@ -45,21 +52,30 @@ def select(wanted: str = "", candidates: Mapping[str, Callable[[], Engine]] | No
     if wanted and wanted not in candidates:
         raise UsageError(f"there is no engine {wanted!r}", hint=f"there are: {', '.join(candidates)}")
     probes: dict[str, list[Capability]] = {}
-    lacking: list[str] = []
+    passed_over: list[str] = []
+    last_resort: Engine | None = None
     for name, make in candidates.items():
         if wanted and name != wanted:
             continue
         engine, probes[name] = _probe(make)
         missing = [one for one in probes[name] if not one.available]
-        if not missing:
+        if missing:
+            passed_over.append(f"engine {name}: " + ", ".join(f"no {one.name} ({one.detail})" for one in missing))
+        elif not wanted and not engine.precopies:
+            passed_over.append(
+                f"engine {name}: all that it needs is here, but it sends no memory ahead (--engine {name})"
+            )
+            last_resort = last_resort or engine
+        else:
             reason = "it was asked for" if wanted else "nothing better is known"
-            if lacking:
-                reason = "; ".join(lacking)
+            if passed_over:
+                reason = "; ".join(passed_over)
             elif not wanted and len(candidates) > 1:
                 reason = "the first choice, and all that it needs is here"
             return Choice(engine, reason, probes)
-        lacking.append(f"engine {name}: " + ", ".join(f"no {one.name} ({one.detail})" for one in missing))
-    raise Refused(lacking, hint="`migrator check` on another host shows what that one can do")
+    if last_resort is not None:
+        return Choice(last_resort, "; ".join(passed_over), probes)
+    raise Refused(passed_over, hint="`migrator check` on another host shows what that one can do")
 
 
 def _probe(make: Callable[[], Engine]) -> tuple[Engine, list[Capability]]:

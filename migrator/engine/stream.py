@@ -128,6 +128,12 @@ class RecordReader:
         self.bytes += length
         return record
 
+    def read_ahead(self) -> bytes:
+        """What was read and is in no record yet: whoever reads on from the descriptor goes on with this."""
+        rest = bytes(self._buffer[self._start : self._end])
+        self._start = self._end
+        return rest
+
     def tell(self) -> int:
         """Where in a regular file the next record begins."""
         return os.lseek(self.fd, 0, os.SEEK_CUR) - (self._end - self._start)

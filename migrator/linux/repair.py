@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from migrator.linux.sys import pidfd_getfd
 
@@ -62,28 +62,46 @@ def revive(pids: Iterable[int]) -> int:
 
     Each asks its peer for what it missed, so the network should be open. What has no socket, or has gone, is
     passed over."""
+    return sum(_for_each_connection(pids, _revive))
+
+
+def mute(pids: Iterable[int]) -> int:
+    """Bring every connection of these tasks, which must be frozen, under repair, so that their end is not heard of;
+    returns how many. `revive()` undoes it."""
+    return sum(_for_each_connection(pids, _mute))
+
+
+def _for_each_connection(pids: Iterable[int], act: Callable[[socket.socket], bool]) -> Iterator[bool]:
     seen: set[tuple[int, int]] = set()
-    count = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
                 for entry in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(OSError):
-                        count += _revive(pidfd, pid, int(entry), seen)
+                        status = os.stat(f"/proc/{pid}/fd/{entry}")
+                        if not stat.S_ISSOCK(status.st_mode) or (status.st_dev, status.st_ino) in seen:
+                            continue
+                        seen.add((status.st_dev, status.st_ino))
+                        with socket.socket(fileno=pidfd_getfd(pidfd, int(entry))) as sock:
+                            if sock.proto == _TCP:
+                                yield act(sock)
             finally:
                 os.close(pidfd)
-    return count
 
 
-def _revive(pidfd: int, pid: int, number: int, seen: set[tuple[int, int]]) -> bool:
-    status = os.stat(f"/proc/{pid}/fd/{number}")
-    if not stat.S_ISSOCK(status.st_mode) or (status.st_dev, status.st_ino) in seen:
+def _revive(sock: socket.socket) -> bool:
+    if not sock.getsockopt(_TCP, TCP_REPAIR):
         return False
-    seen.add((status.st_dev, status.st_ino))
-    with socket.socket(fileno=pidfd_getfd(pidfd, number)) as sock:
-        if sock.proto != _TCP or not sock.getsockopt(_TCP, TCP_REPAIR):
-            return False
-        leave(sock, probe=True)
-        push(sock)
+    leave(sock, probe=True)
+    push(sock)
+    return True
+
+
+def _mute(sock: socket.socket) -> bool:
+    if sock.getsockopt(_TCP, TCP_REPAIR):
+        return False
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    repair(sock)  # an error for one that is neither connected nor closed: it has nobody to tell
+    reuse_address(sock, reuse)
     return True

@@ -135,12 +135,44 @@ CALL_CODE = bytes.fromhex("0f05cc")
 # again: pause(); jmp again
 STUB_CODE = bytes.fromhex("b8220000000f05ebf7")
 
-# clone3(rdi, rsi); in the child execveat(rdx, r9, rcx, r8, AT_EMPTY_PATH); _exit(99)
+# As a function of the C ABI: long spawn(args, size, elf, argv, envp, empty, keep_a, keep_b). clone3(args, size); in
+# the child, which has descriptors of its own, fcntl(keep, F_SETFD, 0) of both; execveat(elf, empty, argv, envp,
+# AT_EMPTY_PATH); _exit(99)
 SPAWN_CODE = bytes.fromhex(
-    "415441554156534989d44989cd4d89c64c89cbb8b30100000f054885c075"
-    "264c89e74889de4c89ea4d89f249c7c000100000b8420100000f05bf6300"
-    "0000b8e70000000f055b415e415d415cc3"
+    "415441554156415753554989d44989cd4d89c64c89cb448b7c24388b6c2440b8b301"
+    "00000f054885c075474489ffbe0200000031d2b8480000000f0589efbe0200000031"
+    "d2b8480000000f054c89e74889de4c89ea4d89f249c7c000100000b8420100000f05"
+    "bf63000000b8e70000000f055d5b415f415e415d415cc3"
 )
+
+# What becomes the root of a tree by restart(): waits for a byte of `stream` (if there is none, it ends), calls
+# unshare(flags) unless flags are 0, then restart(getpid(), stream, RESTART_FROZEN). Where one of them fails, it writes
+# what that returned to `status`, as 8 bytes, and waits to be killed; if nobody reads that any more, it ends.
+_CALLER_CODE = (
+    "5089df4889e6ba0100000031c00f0583f801754e",
+    "85ff740bb8100100000f0585c07817b8270000000f0589c789deba02000000b8250200000f054889"
+    "042489ef4889e6ba08000000b8010000000f0583f8087509b8220000000f05ebf7bf01000000b8e7"
+    "0000000f05",
+)
+
+
+def caller_code(stream: int, status: int, unshare: int) -> bytes:
+    """That code, for these descriptors."""
+    begin, rest = map(bytes.fromhex, _CALLER_CODE)
+    return (
+        struct.pack("<Bi", 0xBB, stream)
+        + struct.pack("<Bi", 0xBD, status)
+        + begin
+        + struct.pack("<Bi", 0xBF, unshare)
+        + rest
+    )
+
+
+def guard_code(pipe: int, fd: int, text: bytes) -> bytes:
+    """Waits until nobody has the other end of `pipe` any more, writes `text` to `fd`, and ends."""
+    head = bytes.fromhex("6a00") + struct.pack("<Bi", 0xBF, pipe) + bytes.fromhex("4889e6ba0100000031c00f05")
+    head += struct.pack("<Bi", 0xBF, fd) + bytes.fromhex("488d3515000000") + struct.pack("<Bi", 0xBA, len(text))
+    return head + bytes.fromhex("b8010000000f0531ffb8e70000000f05") + text
 
 
 def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal: int, context: int) -> None:
@@ -230,10 +262,10 @@ def signal_context(regs: Regs, xstate: bytes, mask: int, address: int, call: int
     return frame + bytes(state) + struct.pack("<I", _FP_MAGIC2)
 
 
-def stub_elf(address: int) -> bytes:
-    """A static executable of one page that waits for ever: the seed of a restored process."""
-    size = 0x78 + len(STUB_CODE)
+def stub_elf(address: int, code: bytes = STUB_CODE) -> bytes:
+    """A static executable of one page: of a stub, which waits for ever, unless other code is given."""
+    size = 0x78 + len(code)
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
     header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, address + 0x78, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, address, address, size, size, 4096)
-    return header + segment + STUB_CODE
+    return header + segment + code

@@ -335,8 +335,16 @@ class FakeDestination(_Phases):
 class FakeEngine:
     """`migrator.engine.base.Engine` on a `FakeWorld`. `lacks` names an ability that it does not find on this host."""
 
-    def __init__(self, world: FakeWorld, script: Script | None = None, *, name: str = "fake", lacks: str = "") -> None:
-        self.name = name
+    def __init__(
+        self,
+        world: FakeWorld,
+        script: Script | None = None,
+        *,
+        name: str = "fake",
+        lacks: str = "",
+        precopies: bool = True,
+    ) -> None:
+        self.name, self.precopies = name, precopies
         self._world, self._script, self._lacks = world, script or Script(), lacks
         self.sources: list[FakeSource] = []
 

@@ -15,6 +15,7 @@ import pytest
 from cli import Orphan, counter, leftovers, state
 
 import migrator
+from migrator.engine.select import select
 from migrator.linux.cgroup import directory_of
 from migrator.testing.examples import example
 
@@ -191,7 +192,7 @@ def test_the_program_of_the_document_saves_a_process_and_brings_it_back(tmp_path
         assert done.stdout is not None
         lines = [done.stdout.readline(), done.stdout.readline()]
         assert lines == [
-            f"saved [{program.pid}] with the user engine: nothing better is known\n",
+            f"saved [{program.pid}] with the user engine: {select().reason}\n",
             f"pid {program.pid} runs again\n",
         ]
         program.check_alive_and_progressing()

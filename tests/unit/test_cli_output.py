@@ -198,11 +198,12 @@ def test_the_result_of_a_migration_is_shown(screen: Screen, text: str) -> None:
     spans = [Phase(text, 0, 10**6), Phase(text + "x", 10**6, 2 * 10**6)]
     result = MigrationResult(
         migration=text, outcome=Outcome.MIGRATED, fate=text, reason=text, source=text, destination=text,
-        container=text, decision=text, warnings=[text, text], timeline=Timeline(spans, 0, 2 * 10**6),
+        container=text, decision=text, engine=text, engine_reason=text, warnings=[text, text],
+        timeline=Timeline(spans, 0, 2 * 10**6),
     )  # fmt: skip
     show_result(screen, result)
     assert all(line.isprintable() for line in screen.text.split("\n"))
-    assert screen.text.count("\n") == 2 + 2 + 3 + 1 + 2
+    assert screen.text.count("\n") == 2 + 2 + 3 + 1 + 1 + 2
     assert screen.text.count(printable(text)) >= 6
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from image_samples import header
 
-from migrator.engine.user.restore import clocks
-from migrator.engine.user.restore.clocks import Offsets, catch_up, offsets, since_stop
+from migrator.engine import clocks
+from migrator.engine.clocks import Offsets, catch_up, offsets, since_stop
 from migrator.errors import RestartFailed
 
 SECOND = 10**9

@@ -85,6 +85,18 @@ def test_the_reason_says_what_the_better_one_lacks(world: FakeWorld) -> None:
     assert set(choice.probes) == {"kernel", "fake"}
 
 
+def test_an_engine_that_sends_nothing_ahead_is_taken_by_its_name_or_as_the_last_resort(world: FakeWorld) -> None:
+    at_once = FakeEngine(world, name="kernel", precopies=False)
+    there = candidates(at_once, FakeEngine(world))
+    choice = select(candidates=there)
+    assert choice.engine.name == "fake"
+    assert choice.reason == ("engine kernel: all that it needs is here, but it sends no memory ahead (--engine kernel)")
+    assert select("kernel", there).engine is at_once
+    alone = candidates(at_once, FakeEngine(world, lacks="ptrace"))
+    assert select(candidates=alone).engine is at_once
+    assert "engine fake: no ptrace" in select(candidates=alone).reason
+
+
 def test_an_engine_that_was_asked_for_is_not_replaced_by_another(world: FakeWorld) -> None:
     there = candidates(FakeEngine(world, name="first", lacks="freezer"), FakeEngine(world, name="second"))
     with pytest.raises(Refused) as caught:

@@ -190,6 +190,15 @@ def test_only_the_selector_names_an_engine() -> None:
         assert not wrong, f"{name} imports {', '.join(wrong)}: only the contract is for all"
 
 
+def test_no_engine_imports_another() -> None:
+    """What more than one needs stands in migrator/engine itself."""
+    engines = [f"migrator.engine.{path.name}" for path in (ROOT / "migrator/engine").iterdir() if path.is_dir()]
+    for name, path in modules().items():
+        own = below(name, tuple(engines))
+        wrong = [one for one in imports(path, name) if own and below(one, tuple(engines)) not in (None, own)]
+        assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
 def test_only_tests_import_the_test_kit() -> None:
     for name, path in modules().items():
         if name.startswith("migrator.testing"):

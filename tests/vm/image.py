@@ -38,6 +38,7 @@ LIBRARIES = ("ld-linux-x86-64.so.2", "libnss_files.so.2", "libgcc_s.so.1")
 DEVELOPMENT = re.compile(
     r"(__editable__|_?ruff|mypy|mypyc|[0-9a-f]+__mypyc|pip|setuptools|_distutils_hack|distutils-prec|hypothesis)"
 )
+VENV = "/venv"
 UNUSED_STDLIB = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo", "site-packages", "pydoc_data")
 
 
@@ -68,6 +69,8 @@ def base_image() -> Path:
         _link(tree / "bin" / "bash", "/usr/bin/bash")
         _libraries(tree)
         _etc(tree)
+        if _venv_is_hidden():
+            (tree / sys.prefix[1:]).rename(tree / VENV[1:])
 
     return _image("base", "\n".join(parts).encode(), fill)
 
@@ -81,7 +84,7 @@ def project_image(programs: Path) -> Path:
         for path in sorted((ROOT / name).rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     ]
-    extra = sorted(path for path in programs.iterdir() if path.is_file())
+    extra = sorted(path for path in programs.rglob("*") if path.is_file())
     content = hashlib.sha256()
     for path in (*sources, *extra):
         content.update(f"{path} {path.stat().st_mode}\n".encode() + path.read_bytes())
@@ -90,13 +93,20 @@ def project_image(programs: Path) -> Path:
         for path in sources:
             _copy_to(path, tree / path.relative_to(ROOT))
         for path in extra:
-            _copy_to(path, tree / "build" / "guest" / path.name)
+            _copy_to(path, tree / "build" / "guest" / path.relative_to(programs))
+        if _venv_is_hidden():
+            _link(tree / Path(sys.prefix).relative_to(ROOT), VENV)
         # With the path that it will have: what a traceback shows.
         subprocess.run(
             [sys.executable, "-m", "compileall", "-q", "-j0", "-s", str(tree), "-p", str(ROOT), str(tree)], check=True
         )
 
     return _image("project", content.digest(), fill)
+
+
+def _venv_is_hidden() -> bool:
+    """A virtual environment in the checkout would be below the mount of the project: that has a link to it."""
+    return Path(sys.prefix).is_relative_to(ROOT)
 
 
 @contextmanager

@@ -50,8 +50,9 @@ def series() -> list[str]:
 def drives() -> tuple[Path, Path]:
     """The images of a guest: the base, and the project with its tools."""
     programs = image.ROOT / "build" / "guest"
-    subprocess.run([str(image.KERNEL_PATCHES / "scripts" / "tools"), str(programs)], check=True)
-    return image.base_image(), image.project_image(programs)
+    with image.locked(programs):
+        subprocess.run([str(image.KERNEL_PATCHES / "scripts" / "tools"), str(programs)], check=True)
+        return image.base_image(), image.project_image(programs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,12 @@ def plug_in(guest: Machine, number: int) -> None:
     )
 
 
-def start_agent(guest: Machine) -> None:
+def start_agent(guest: Machine, *options: str) -> None:
     """Start the agent of a guest; returns once it listens, a minute at most."""
     guest.spawn(
         f"migrator agent --listen 0.0.0.0:{AGENT_PORT} --host-key /var/root/.ssh/host_key "
         "--authorized-keys /var/root/.ssh/authorized_keys --metrics '' --identity /var/root/.ssh/id_ed25519 "
-        "-v > /tmp/agent.log 2>&1"
+        f"{' '.join(options)} -v > /tmp/agent.log 2>&1"
     )
     guest.run(
         f"for i in {{1..600}}; do (exec 3<> /dev/tcp/127.0.0.1/{AGENT_PORT}) 2> /dev/null && exit; sleep 0.1; done; "
@@ -145,6 +146,8 @@ def start_agent(guest: Machine) -> None:
 
 def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
     """`migrator migrate` from one guest to the other; its result."""
+    for guest in (source, destination):
+        guest.set_clock()
     done = source.run(
         f"migrator migrate {workload} root@{destination.name}:{AGENT_PORT} --identity /var/root/.ssh/id_ed25519 "
         f"--json {' '.join(options)}",

@@ -121,7 +121,8 @@ class Machine:
             self._port, self._monitor = (self._accept(listener) for listener in listeners)
             if self._snapshot is None:
                 self._await_ready()
-            self._set_clock()
+            self.run(f"echo {self.name} > /proc/sys/kernel/hostname")
+            self.set_clock()
         except BaseException:
             self.close()
             raise
@@ -186,6 +187,17 @@ class Machine:
         except (OSError, ValueError, RuntimeError) as error:
             raise MachineLost(f"{self.name}: {error}{self._last_words()}") from error
 
+    def set_clock(self) -> None:
+        """Give the guest the time of this machine: its snapshot has another, and its clock does not go as ours does.
+
+        Two hosts agree by theirs what time has passed. Measured after each change, since this machine may be busy."""
+        for _ in range(10):
+            began = time.time_ns()
+            ahead = int(self.run("date +%s%N").stdout) - (began + time.time_ns()) // 2
+            if abs(ahead) < 10_000_000:
+                return
+            self.run(f"now=$(($(date +%s%N) - {ahead})); date -s @${{now:0:-9}}.${{now: -9}}")
+
     def check_console(self) -> None:
         """`KernelSplat` if the kernel has reported a mistake of its own."""
         text = self.console.read_text(errors="replace")
@@ -215,13 +227,6 @@ class Machine:
                 self._check_alive()
                 if time.monotonic() > deadline:
                     raise MachineLost(f"{self.name}: QEMU does not connect{self._last_words()}") from None
-
-    def _set_clock(self) -> None:
-        """A guest has the wall clock of its snapshot, and two hosts agree by theirs what time has passed."""
-        began = time.time()
-        self.run(f"echo {self.name} > /proc/sys/kernel/hostname; date")
-        now = time.time()
-        self.run(f"date -s @{now + (now - began) / 2:.6f}")
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._boot_seconds

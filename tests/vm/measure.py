@@ -90,13 +90,13 @@ def cold(engine: Engine, name: str, folder: Path) -> float:
 
 
 def live(engine: Engine, name: str, folder: Path) -> tuple[float, float]:
-    """(seconds of standing still after two rounds, seconds of the restart)."""
+    """(seconds of standing still, after two rounds where the engine has any; seconds of the restart)."""
     with running(name, folder) as pid, (folder / "image").open("w+b") as image:
         with engine.source(pid, image.fileno(), SourceOptions()) as source:
             source.survey()
             source.instrument()
-            source.round()
-            source.round()
+            for _ in range(2 if engine.precopies else 0):
+                source.round()
             source.seize()
             source.quiesce(0.1)
             began = time.monotonic()

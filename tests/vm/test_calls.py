@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.vm.machine import Machine
+from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program, numbers
 
 WORKLOADS = [
@@ -16,12 +16,21 @@ WORKLOADS = [
     ("memory", (16, 20, "all")),
     ("threads", (6,)),
     ("tree", (4,)),
+    ("signals", ()),
     ("fds", ()),
     ("fp", ()),
     ("creds", ()),
     ("heap.py", (4,)),
     ("pipeline.sh", ()),
 ]
+
+WATCHER = """
+import ctypes, time
+ctypes.CDLL(None).inotify_init()
+while True:
+    open("/tmp/watching", "w").close()
+    time.sleep(0.1)
+"""
 
 # The tasks of a tree in a cgroup of their own, frozen; then saved. Whoever is born meanwhile is born in it.
 SAVE = """
@@ -99,11 +108,11 @@ def test_redis_goes_on_with_its_client_connected(guest: Machine) -> None:
 
 
 def test_what_is_not_carried_is_refused_by_name_and_runs_on(guest: Machine) -> None:
-    """The timers of timer_create(): nothing is restarted without them."""
-    with Program(guest, "signals") as program:
-        program.check_progress()
-        with pytest.raises(Exception, match=f"task {program.pid}: has timers of timer_create"):
-            save(guest, program.pid)
-        guest.run(THAW.format(pid=program.pid))
-        program.check_progress()
-        program.finish()
+    guest.put("/tmp/watch.py", WATCHER.encode())
+    pid = guest.spawn("$PYTHON /tmp/watch.py")
+    guest.run("until [ -e /tmp/watching ]; do sleep 0.05; done")
+    with pytest.raises(CommandFailed, match=rf"task {pid}, descriptor \d+: inotify"):
+        save(guest, pid)
+    guest.run(THAW.format(pid=pid))
+    guest.run("rm /tmp/watching; until [ -e /tmp/watching ]; do sleep 0.05; done")
+    kill(guest, pid)

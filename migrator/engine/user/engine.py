@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 
-from migrator.engine import calls
+from migrator.engine import calls, processor, spawn
 from migrator.engine.base import (
     NO_CHECKPOINT_HOOKS,
     NO_RESTART_HOOKS,
@@ -23,10 +23,9 @@ from migrator.engine.base import (
 )
 from migrator.engine.calls import check_pid
 from migrator.engine.user.descriptors import finish_moves
-from migrator.engine.user.dump import header
 from migrator.engine.user.dump.own_tree import OwnTreeSource, holds_us
 from migrator.engine.user.dump.source import UserSource
-from migrator.engine.user.restore import late_locks, spawn
+from migrator.engine.user.restore import late_locks
 from migrator.engine.user.restore.destination import UserDestination
 from migrator.linux import cgroup, ptrace, sys
 from migrator.linux import x86_64 as arch
@@ -42,6 +41,7 @@ class UserEngine:
     """checkpoint() and restart() on a stock kernel, and the objects of a live migration."""
 
     name = "user"
+    precopies = True
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> UserSource:
         check_pid(pid)
@@ -80,7 +80,7 @@ class UserEngine:
             return late_locks.take(group, locks, seconds)
 
     def xstate_size(self) -> int:
-        return header.xstate_facts()[1]
+        return processor.xstate_facts()[1]
 
     def probe(self) -> list[Capability]:
         """What works on this host, found out by trying it on a task of our own."""

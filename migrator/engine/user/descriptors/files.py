@@ -34,8 +34,7 @@ _FALLBACKS = ("tmp", "dev/shm", "")
 def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile | FileData]:
     """The records of a file without a name: holes are left out. Nothing of the description moves."""
     status = os.fstat(description.fd)
-    mode = stat.S_IMODE(status.st_mode)
-    yield DeletedFile(objref, mode, status.st_size, status.st_uid, status.st_gid, description.path)
+    yield DeletedFile(objref, status.st_mode, status.st_size, status.st_uid, status.st_gid, description.path)
     fd = descriptors.reopen(description.fd, os.O_RDONLY)
     try:
         end = 0

@@ -41,10 +41,7 @@ class OwnTreeSource(UserSource):
         self.tree = _TreeWithoutUs(pid, self._list_pids)
 
     def _list_pids(self) -> list[int]:
-        below = procfs.descendants(self.pid)
-        if self._cgroup is not None and self._instrumented:
-            known = set(below)
-            below += [pid for pid in self._cgroup.pids() if pid not in known]
+        below = self._adoption.pids() if self._instrumented else procfs.descendants(self.pid)
         ours = set(procfs.descendants(os.getpid())) - {os.getpid()}
         return [pid for pid in below if pid not in ours]
 
@@ -52,7 +49,7 @@ class OwnTreeSource(UserSource):
         super()._adopt()
         # We stay where we were: whoever freezes or ends the tree by its cgroup must not mean us.
         for pid in procfs.descendants(os.getpid()):
-            origin = self._came_from.get(pid)
+            origin = self._adoption.came_from.get(pid)
             if origin:
                 try:
                     with open(f"{origin}/cgroup.procs", "w") as procs:

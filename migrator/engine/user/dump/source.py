@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import signal
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from migrator.engine.adoption import Adoption
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
@@ -26,12 +26,12 @@ from migrator.engine.user.dump.survey import survey as survey_tree
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
-from migrator.engine.user.dump.work import count as count_work
+from migrator.engine.work import count as count_work
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
 from migrator.linux import pidfd, procfs
-from migrator.linux.cgroup import Cgroup, directory_of, remove_empty, unique_name
+from migrator.linux.cgroup import Cgroup
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
@@ -47,13 +47,7 @@ class UserSource:
         self.options = options
         self._writer = RecordWriter(fd, checksums=options.checksums)
         self._objhash = ObjHash()
-        self._cgroup: Cgroup | None = None
-        self._came_from: dict[int, str] = {}
-        self._own_cgroup = True
-        self._name = options.cgroup_name or unique_name("migrate", pid)
-        if options.container_cgroup:
-            self._cgroup = Cgroup.at(options.container_cgroup)
-            self._own_cgroup = False
+        self._adoption = Adoption(pid, options)
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
         self._sysv = SysvDump(pid) if options.container else None
@@ -88,18 +82,17 @@ class UserSource:
     @property
     def cgroup(self) -> str:
         """Its path; before instrument() has made it, its name."""
-        return str(self._cgroup.path) if self._cgroup is not None else self._name
+        return self._adoption.path
 
     @property
     def origins(self) -> list[tuple[int, str]]:
         """(pid, directory of the cgroup) of the tasks that instrument() moves to ours, or has moved; the root first."""
-        if not self._own_cgroup or self._cgroup is not None:
-            return list(self._came_from.items())
-        origins = []
-        for pid in self.tree.processes:
-            with contextlib.suppress(OSError, LookupError):
-                origins.append((pid, directory_of(pid)))
-        return origins
+        return self._adoption.origins(list(self.tree.processes))
+
+    @property
+    def _cgroup(self) -> Cgroup:
+        assert self._adoption.cgroup is not None
+        return self._adoption.cgroup
 
     def __enter__(self) -> Self:
         return self
@@ -133,8 +126,7 @@ class UserSource:
     def instrument(self) -> None:
         """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
         with self._phase("instrument"):
-            if self._cgroup is None:
-                self._adopt()
+            self._adopt()
             self.tree.refresh()
             header.write(self._writer, self.pid, self.options)
             if self.options.container:
@@ -297,7 +289,6 @@ class UserSource:
     @contextmanager
     def _still(self) -> Iterator[None]:
         """Inside, the tasks stay where they are even if this program is killed: no call can be made in them."""
-        assert self._cgroup is not None
         self._cgroup.freeze(wait=False)
         try:
             yield
@@ -307,7 +298,6 @@ class UserSource:
     def hold(self) -> None:
         """Freeze the tasks by their cgroup and let go of them: they stay frozen if this program dies."""
         with self._phase("hold"):
-            assert self._cgroup is not None
             self._cgroup.freeze(wait=False)
             self.tree.detach()
             self._held = True
@@ -323,7 +313,6 @@ class UserSource:
         """Kill the frozen copy: the destination's runs. Its sockets end without a word."""
         if self._descriptors is not None:
             self._descriptors.release()
-        assert self._cgroup is not None
         pidfds = [p.pidfd for p in self.tree.living]
         self._cgroup.kill()
         if not self._held:
@@ -332,10 +321,7 @@ class UserSource:
         self._reap()
         self._done = True
         self._close()
-        if self._own_cgroup:
-            self._cgroup.remove()
-            # what a restart of this tree made: nobody else knows that it is empty now
-            remove_empty(set(self._came_from.values()))
+        self._adoption.remove()
 
     def thaw(self) -> None:
         """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
@@ -346,7 +332,6 @@ class UserSource:
         if self._descriptors is not None:
             self._descriptors.undo()
         if self._held:
-            assert self._cgroup is not None
             self._cgroup.thaw()
         else:
             if self.tree.stopped:
@@ -356,15 +341,13 @@ class UserSource:
                 self.tree.detach()
         self._memory.instruments.remove_running(self.tree.living)
         self._close()
-        self._move_back()
+        self._adoption.move_back()
 
     # ------------------------------------------------------------------ inside
 
     def _list_pids(self) -> list[int]:
-        below = procfs.descendants(self.pid)
-        if self._cgroup is not None and (self._instrumented or not self._own_cgroup):
-            known = set(below)
-            below += [p for p in self._cgroup.pids() if p not in known]
+        whole = self._instrumented or not self._adoption.own
+        below = self._adoption.pids() if whole else procfs.descendants(self.pid)
         if os.getpid() in below:
             raise CheckpointFailed(
                 f"pid {self.pid} is an ancestor of this very program",
@@ -373,27 +356,7 @@ class UserSource:
         return below
 
     def _adopt(self) -> None:
-        """Put the tree into a cgroup of its own: new children are found in it, and it can be held frozen."""
-        self._cgroup = Cgroup.create(self._name)
-        while True:
-            new = [p for p in procfs.descendants(self.pid) if p not in self._came_from]
-            if not new:
-                return
-            for pid in new:
-                try:
-                    self._came_from[pid] = directory_of(pid)
-                    self._cgroup.attach(pid)
-                except (FileNotFoundError, ProcessLookupError, OSError) as error:
-                    if os.path.exists(f"/proc/{pid}") and procfs.stat(pid)[3] != "Z":
-                        raise CheckpointFailed(
-                            f"pid {pid} cannot be moved to a cgroup of its own: {error}",
-                            hint="the workload runs on; is cgroup2 or the freezer hierarchy mounted?",
-                        ) from error
-                    self._came_from.setdefault(pid, "")
-
-    def _move_back(self) -> None:
-        if self._own_cgroup and self._cgroup is not None:
-            self._cgroup.move_back(self._came_from)
+        self._adoption.adopt()
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
@@ -449,8 +412,7 @@ class UserSource:
             self._transients = None
         self.tree.close()
         self._memory.close()
-        if self._cgroup is not None and not self._own_cgroup:
-            self._cgroup.close()
+        self._adoption.close()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
+from migrator.engine import files, processor, work
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header, survey_tasks, work
+from migrator.engine.user.dump import survey_tasks
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
 from migrator.engine.user.dump.sysv import SYSV, SysvDump, parts_obstacle
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
 from migrator.image.records import TaskFlag, TaskPids, Tree
-from migrator.linux import elf, procfs
+from migrator.linux import procfs
 
 
 def hierarchy(tree: ProcessTree, generation: int, states: dict[int, dict[str, str]]) -> Tree:
@@ -65,7 +66,7 @@ def survey(
     if sysv is not None:
         reasons += sysv.obstacles(p.pid for p in tree.living)
     segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
-    files: dict[str, FileFact] = {}
+    found_files: dict[str, FileFact] = {}
     threads = rss = cap_bounding = 0
     for process in tree.living:
         try:
@@ -76,21 +77,21 @@ def survey(
             reasons += survey_tasks.of_process(tree, process, state, tmpfs.devices)
             who = f"pid {process.pid} ({state['Name']})"
             reasons += [f"{who}: {text}" for text in _ipc_obstacles(process.pid, segments)]
-            _mapped_files(process, files, tmpfs.devices)
-            _open_files(process, files, tmpfs.devices)
+            files.mapped(process.pid, found_files, lambda vma: is_shm(vma, tmpfs.devices))
+            files.opened(process.pid, found_files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
     reasons += descriptors.survey(owners, own_netns=bool(options.container))
-    _, xsize = header.xstate_facts()
+    _, xsize = processor.xstate_facts()
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
     wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
     found = Survey(
         pids=list(tree.processes),
         threads=threads,
         rss_bytes=rss,
-        files=sorted(files.values(), key=lambda f: f.path),
-        cpu_features=frozenset(header.cpu_facts()["flags"].split()),
+        files=sorted(found_files.values(), key=lambda f: f.path),
+        cpu_features=frozenset(processor.cpu_facts()["flags"].split()),
         xstate_size=xsize,
         tracker="wp-async",
         tcp_connections=0,
@@ -112,39 +113,3 @@ def _ipc_obstacles(pid: int, segments: Mapping[int, int]) -> Iterator[str]:
             yield f"mapping {vma.start:#x} is System V shared memory of the host, which cannot be carried"
     if reason := parts_obstacle(vmas, segments):
         yield f"{reason}, which cannot be carried"
-
-
-def _mapped_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
-    for vma in procfs.maps(process.pid):
-        if vma.path.startswith("/") and not is_shm(vma, devices):
-            writable = vma.shared and vma.write
-            link = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
-            _note(files, vma.path, link, writable)
-
-
-def _open_files(process: Process, files: dict[str, FileFact], devices: Collection[int]) -> None:
-    for fd in os.listdir(f"/proc/{process.pid}/fd"):
-        link = f"/proc/{process.pid}/fd/{fd}"
-        try:
-            path = os.readlink(link)
-            if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:")):
-                continue
-            if path.endswith(" (deleted)") or os.stat(link).st_dev in devices:
-                continue
-            flags = int(procfs.read_text(f"/proc/{process.pid}/fdinfo/{fd}").split("flags:")[1].split()[0], 8)
-            _note(files, path, link, bool(flags & 3))
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            continue
-
-
-def _note(files: dict[str, FileFact], path: str, link: str, writable: bool) -> None:
-    known = files.get(path)
-    if known is not None and (known.writable or not writable):
-        return
-    try:
-        status = os.stat(link)
-    except OSError:
-        return
-    if status.st_mode & 0o170000 == 0o100000:
-        build_id = elf.build_id(link) if not writable else ""
-        files[path] = FileFact(path, status.st_size, status.st_mode, status.st_mtime_ns, build_id, writable)

@@ -213,7 +213,7 @@ class TaskDump:
                 pid=thread.vtid,
                 state=TaskState.STOPPED if thread.stop_signal else TaskState.RUNNING,
                 exit_code=thread.stop_signal,
-                exit_signal=int(SIGCHLD),
+                exit_signal=int(SIGCHLD) if tid == process.pid else -1,
                 pdeath_signal=reply.pdeathsig,
                 mm_objref=process.mm_objref,
                 files_objref=shared.files,

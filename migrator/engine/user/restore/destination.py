@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
+from migrator.engine import clocks, spawn
 from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import DescriptorRestore
 from migrator.engine.user.dump import header
-from migrator.engine.user.restore import clocks, spawn
 from migrator.engine.user.restore.backing import Backing
 from migrator.engine.user.restore.mappings import AddressSpace
 from migrator.engine.user.restore.process_tree import StubTree

@@ -12,8 +12,8 @@ import signal
 import struct
 import time
 
-from migrator.engine.user.restore.clocks import Offsets, within
-from migrator.engine.user.restore.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
+from migrator.engine.clocks import Offsets, within
+from migrator.engine.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
 from migrator.engine.user.restore.stub import Stub, StubThread, await_birth
 from migrator.errors import RestartFailed
 from migrator.image.records import Task, TaskFlag, TaskPids, Tree

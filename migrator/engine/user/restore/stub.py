@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from migrator.engine.user.restore.spawn import LOW_END, PARKING, SCRATCH_ADDRESS, SCRATCH_SIZE, STUB_ADDRESS
+from migrator.engine.spawn import LOW_END, PARKING, SCRATCH_ADDRESS, SCRATCH_SIZE, STUB_ADDRESS
 from migrator.errors import RestartFailed
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch

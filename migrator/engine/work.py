@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from migrator.engine.base import Work
-from migrator.engine.user.dump.process import Process
 from migrator.linux import procfs
 
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
-def count(processes: Iterable[Process]) -> Work:
+class Looked(Protocol):
+    """A process, and its mappings where somebody has read them already."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def vmas(self) -> Sequence[procfs.Vma]: ...
+
+
+def count(processes: Iterable[Looked]) -> Work:
     """Of processes that run: by what /proc shows, whoever shares what with whom."""
     kinds: Counter[str] = Counter()
     for process in processes:

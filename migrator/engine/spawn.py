@@ -32,16 +32,20 @@ def clone_args(flags: int, *, pidfd: int = 0, exit_signal: int = 0, set_tid: int
     return struct.pack("<11Q", flags, pidfd, 0, 0, exit_signal, 0, 0, 0, set_tid, set_tid_size, 0)
 
 
-def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
+def spawn(
+    set_tid: list[int], namespaces: int = 0, *, code: bytes = arch.STUB_CODE, keep: tuple[int, int] = (-1, -1)
+) -> tuple[int, int]:
     """A stub child of this thread with pids `set_tid` (innermost namespace first), in new `namespaces`.
+
+    It runs `code`, and has our descriptors `keep`, under their numbers, and those that are not close-on-exec.
 
     Returns (pid in our namespace, pidfd). Raises RestartFailed if a pid is taken."""
     elf = os.memfd_create("migrator-stub", os.MFD_CLOEXEC)
     try:
-        os.write(elf, arch.stub_elf(STUB_ADDRESS))
-        code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        code.write(arch.SPAWN_CODE)
-        anchor = ctypes.c_char.from_buffer(code)
+        os.write(elf, arch.stub_elf(STUB_ADDRESS, code))
+        area = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        area.write(arch.SPAWN_CODE)
+        anchor = ctypes.c_char.from_buffer(area)
         function = ctypes.CFUNCTYPE(
             ctypes.c_long,
             ctypes.c_void_p,
@@ -50,6 +54,8 @@ def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
             ctypes.c_void_p,
             ctypes.c_void_p,
             ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_int,
         )(ctypes.addressof(anchor))
         pidfd = ctypes.c_int(-1)
         tids = (ctypes.c_int32 * max(1, len(set_tid)))(*set_tid)
@@ -75,6 +81,7 @@ def spawn(set_tid: list[int], namespaces: int = 0) -> tuple[int, int]:
                 ctypes.addressof(argv),
                 ctypes.addressof(envp),
                 ctypes.addressof(empty),
+                *keep,
             )
             # a pid stays taken for as long as a zombie bears it, or is in its group or session
             if result != -errno.EEXIST or time.monotonic() > deadline:

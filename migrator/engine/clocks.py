@@ -13,6 +13,7 @@ No clock ever goes back: what is behind when the tasks are complete is waited fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -22,10 +23,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from migrator.engine.stream import RecordReader
-from migrator.engine.user.dump.header import clock_offsets
 from migrator.errors import RestartFailed
 from migrator.image.codec import HEADER
 from migrator.image.records import Header, RoundMark
+from migrator.linux import procfs
 from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.namespaces import CLONE_NEWTIME, unshare
 
@@ -42,6 +43,17 @@ class Offsets:
 
     monotonic: int
     boottime: int
+
+
+def clock_offsets(pid: int) -> tuple[int, int]:
+    """(monotonic, boottime): ns that the time namespace of a task adds to the clocks of the initial one."""
+    offsets = {"monotonic": 0, "boottime": 0}
+    with contextlib.suppress(FileNotFoundError):  # a kernel without time namespaces
+        for line in procfs.read_text(f"/proc/{pid}/timens_offsets").split("\n"):
+            fields = line.split()
+            if len(fields) == 3 and fields[0] in offsets:
+                offsets[fields[0]] = int(fields[1]) * 10**9 + int(fields[2])
+    return offsets["monotonic"], offsets["boottime"]
 
 
 def offsets(header: Header, reader: RecordReader) -> Offsets | None:

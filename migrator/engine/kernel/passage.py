@@ -1,0 +1,81 @@
+"""A stream on its way between the kernel and whoever has the other end: pure, bytes in and bytes out.
+
+The calls know nothing of containers: what stands around one is made by the project. So the record of a container is
+put in on the way out and left out on the way in, and the trailer counts one record more or less.
+
+    passage = Passage(insert=container.encode())
+    while not passage.done:
+        out += passage.feed(read())
+"""
+
+from __future__ import annotations
+
+from migrator.errors import ImageError
+from migrator.image.codec import HEADER, MAX_RECORD
+from migrator.image.records import Container, Error, RoundFlag, RoundMark, Trailer, Tree
+
+_LOOKED_AT = frozenset({Container.TYPE, RoundMark.TYPE, Trailer.TYPE, Error.TYPE})
+
+
+class Passage:
+    """insert:       a record that comes ahead of the first tree, b"" for none
+    leave_out:    pass on no `Container`
+    done:         the trailer has passed, or an error record
+    rounds:       numbers of the rounds whose end has passed"""
+
+    def __init__(self, *, insert: bytes = b"", leave_out: bool = False) -> None:
+        self.done = False
+        self.rounds: list[int] = []
+        self._insert, self._leave_out = insert, leave_out
+        self._more = 0  # records of ours
+        self._held = b""  # the beginning of a record that is not whole
+        self._skip = 0  # bytes of a record that has begun to pass
+
+    def feed(self, data: bytes) -> list[bytes | memoryview]:
+        """What passes on for these bytes; what follows the trailer does not. Raises ImageError for a length that no
+        record has."""
+        data = self._held + data if self._held else data
+        view = memoryview(data)
+        out: list[bytes | memoryview] = []
+        begin, at = 0, self._skip
+        while not self.done and at + HEADER.size <= len(data):
+            kind, length = HEADER.unpack_from(data, at)
+            if not HEADER.size <= length <= MAX_RECORD:
+                raise ImageError(f"a record of type {kind} has an impossible length, {length}")
+            if kind in _LOOKED_AT and at + length > len(data):
+                break  # until it is whole
+            replaced = self._replace(kind, data[at : at + length]) if kind in _LOOKED_AT else None
+            if kind == Tree.TYPE and self._insert:
+                out += [view[begin:at], self._insert]
+                begin, self._insert, self._more = at, b"", self._more + 1
+            if replaced is not None:
+                out += [view[begin:at], replaced]
+                begin = at + length
+            at += length
+        if self.done:
+            out.append(view[begin:at])
+            return out
+        if at >= len(data):
+            out.append(view[begin:])
+            self._held, self._skip = b"", at - len(data)
+        else:
+            out.append(view[begin:at])
+            self._held, self._skip = data[at:], 0
+        return out
+
+    def _replace(self, kind: int, raw: bytes) -> bytes | None:
+        """What stands for a record; None for itself."""
+        payload = raw[HEADER.size :]
+        if kind == Container.TYPE and self._leave_out:
+            self._more -= 1
+            return b""
+        if kind == RoundMark.TYPE:
+            mark = RoundMark.decode(payload)
+            if mark.flags == RoundFlag.END:
+                self.rounds.append(mark.number)
+        if kind in (Trailer.TYPE, Error.TYPE):
+            self.done = True
+        if kind == Trailer.TYPE and self._more:
+            trailer = Trailer.decode(payload)
+            return Trailer(trailer.magic, max(trailer.nr_records + self._more, 0)).encode()
+        return None

@@ -1,0 +1,308 @@
+"""The source side of the kernel engine: checkpoint() saves the tree, which a cgroup holds frozen for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from migrator.engine.adoption import Adoption
+from migrator.engine.base import Phase, Round, SourceOptions, Survey
+from migrator.engine.kernel import calls, survey
+from migrator.engine.kernel.passage import Passage
+from migrator.engine.spawn import spawn
+from migrator.engine.stream import RecordWriter
+from migrator.errors import CheckpointFailed, MigratorError, Refused
+from migrator.image.records import Container
+from migrator.linux import pidfd, procfs, repair
+from migrator.linux import x86_64 as arch
+from migrator.linux.cgroup import Cgroup, CgroupError
+
+_SURVEYS = 4
+_PAUSE = 0.0005
+_RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
+_AGAIN_AFTER = 0.015  # seconds: what was on its way has been taken by then
+_CHUNK = 1 << 20
+_NO_PRECOPY = "the kernel engine sends no memory ahead"
+
+
+class KernelSource:
+    """Saves the tree below `pid` to the stream `fd`, in one go."""
+
+    def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
+        self.pid = pid
+        self.options = options
+        self._fd = fd
+        self._adoption = Adoption(pid, options)
+        self._phases: list[Phase] = []
+        self._pids = procfs.descendants(pid)
+        self._prepared = self._frozen = self._held = self._done = self._ended = False
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self._phases
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self._pids)
+
+    @property
+    def cgroup(self) -> str:
+        return self._adoption.path
+
+    @property
+    def origins(self) -> list[tuple[int, str]]:
+        return self._adoption.origins(self._pids)
+
+    @property
+    def _cgroup(self) -> Cgroup:
+        assert self._adoption.cgroup is not None
+        return self._adoption.cgroup
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._held and not self._done:
+            if value is not None and not self._ended:
+                text = value.message if isinstance(value, MigratorError) else f"{type(value).__name__}: {value}"
+                RecordWriter(self._fd).error(text)
+            self.thaw()
+
+    # ------------------------------------------------------------------ while the workload runs
+
+    def survey(self) -> Survey:
+        """Look at the tree, and have the kernel save it to nowhere, which tells what it would refuse: the tasks are
+        frozen for that long. Raises Refused; the workload runs on."""
+        self._pids = self._list_pids()
+        reasons = list(survey.obstacles(self.pid, self._pids, self.options))
+        if not reasons:
+            reasons = self._rehearse()
+        if reasons:
+            raise Refused(reasons, hint="the workload runs on; another engine may carry it: --engine user")
+        found = survey.look(self.pid, self._pids)
+        if not found.threads:
+            raise Refused([f"pid {self.pid} has ended"])
+        return found
+
+    def _rehearse(self) -> list[str]:
+        """What checkpoint() says, if anything. A program that waits for us thaws the tasks if we are killed."""
+        for attempt in range(_SURVEYS):
+            adoption = Adoption(self.pid, self.options)
+            try:
+                group = adoption.adopt()
+                with _guarded(group):
+                    group.freeze()
+                    self._save_to_nowhere()
+                return []
+            except CgroupError as error:
+                return [error.message]
+            except calls.NotNow as error:
+                if attempt == _SURVEYS - 1:
+                    return [error.message]
+            except CheckpointFailed as error:
+                return [error.message]
+            finally:
+                if adoption.cgroup is not None:
+                    adoption.cgroup.thaw()
+                adoption.move_back()
+                adoption.close()
+            time.sleep(_AGAIN_AFTER)
+        return []
+
+    @property
+    def _flags(self) -> int:
+        return calls.SUBTREE if self.options.subtree else 0
+
+    def instrument(self) -> None:
+        """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header."""
+        with self._phase("instrument"):
+            self._adoption.adopt()
+            self._prepared = True
+
+    def round(self) -> Round:
+        raise CheckpointFailed(_NO_PRECOPY, hint="--engine user does")
+
+    def dirty_rate(self, seconds: float) -> float:
+        raise CheckpointFailed(f"{_NO_PRECOPY}, and does not see what is written", hint="--engine user does")
+
+    def seize(self) -> None:
+        """Nothing to attach to."""
+
+    def quiesce(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while survey.waiting(self.pid, self._pids):
+            if time.monotonic() > end:
+                return False
+            time.sleep(_PAUSE)
+        return True
+
+    # ------------------------------------------------------------------ stopped
+
+    def freeze(self) -> None:
+        if not self._prepared:
+            self.instrument()
+        with self._phase("freeze"):
+            self._frozen = True
+            for pause in _RETRY_AFTER:
+                self._stop()
+                waits = survey.waiting(self.pid, self._pids)
+                if not waits:
+                    return
+                self._cgroup.thaw()
+                time.sleep(pause)
+            self._cgroup.thaw()
+            raise calls.NotNow(waits, hint="try again: a moment later the program will have taken it")
+
+    def _stop(self) -> None:
+        try:
+            self._cgroup.freeze()
+        except CgroupError as error:
+            raise CheckpointFailed(error.message, hint=error.hint) from error
+        self._pids = self._list_pids()
+
+    def final(self, silence: Callable[[], None] | None = None) -> None:
+        """Have the kernel write all of it. The tasks stay frozen."""
+        if not self._frozen:
+            raise CheckpointFailed("final() before freeze()")
+        if silence is not None:
+            silence()
+        with self._phase("checkpoint"):
+            if self.options.container:
+                self._save_container()
+            else:
+                self._ended = True  # also where it fails: it writes the cause itself
+                calls.checkpoint(self.pid, self._fd, self._flags)
+
+    def _save_container(self) -> None:
+        """The stream passes through us, as the kernel knows nothing of what stands around a container."""
+        record = Container(1, self.options.container, self.options.container_spec)
+        passage = Passage(insert=record.encode())
+
+        def take(fd: int) -> bool:
+            data = os.read(fd, _CHUNK)
+            for part in passage.feed(data):
+                _write(self._fd, part)
+            self._ended = passage.done
+            return bool(data)
+
+        self._save_through(take)
+
+    def _save_to_nowhere(self) -> None:
+        with open(os.devnull, "wb", buffering=0) as nowhere:
+            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0)
+
+    def _save_through(self, take: Callable[[int], bool]) -> None:
+        """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more."""
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # a limit of pipe-user-pages: slower
+            fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _CHUNK)
+
+        def save() -> None:
+            try:
+                calls.checkpoint(self.pid, write_fd, self._flags)
+            finally:
+                os.close(write_fd)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
+            saving = thread.submit(save)
+            try:
+                while take(read_fd):
+                    pass
+            finally:
+                os.close(read_fd)  # before we wait: it may be writing
+            saving.result()
+
+    def hold(self) -> None:
+        """They are frozen by their cgroup already. Their connections get silent, as whoever ends the tasks from here
+        on may not be us."""
+        with self._phase("hold"):
+            repair.mute(self._pids)
+            self._held = True
+
+    def leave_stopped(self) -> None:
+        for pid in self._pids:  # none runs on before it stops: the signal waits in the frozen
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        self.thaw()
+
+    def release(self) -> None:
+        """Kill the frozen copy: the destination's runs. Its connections end without a word."""
+        fds = []
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                fds.append(os.pidfd_open(pid))
+        self._cgroup.kill()
+        for fd in fds:
+            pidfd.ends(fd, 5.0)
+            os.close(fd)
+        for pid in self._pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        self._done = True
+        self._adoption.remove()
+        self._adoption.close()
+
+    def thaw(self) -> None:
+        """Let the workload run on, as if nothing had been asked. Can be called at any time, twice too."""
+        if self._done:
+            return
+        self._done = True
+        if self._frozen:
+            if self._held:
+                repair.revive(self._pids)
+            self._cgroup.thaw()
+        self._adoption.move_back()
+        self._adoption.close()
+
+    # ------------------------------------------------------------------ inside
+
+    def _list_pids(self) -> list[int]:
+        pids = self._adoption.pids() if self._prepared or not self._adoption.own else procfs.descendants(self.pid)
+        if os.getpid() in pids:
+            raise CheckpointFailed(
+                f"this very program is below pid {self.pid}, and the kernel engine cannot leave it out",
+                hint="run migrator from another session, or with --engine user",
+            )
+        return pids
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self._phases.append(Phase(name, start, time.monotonic_ns()))
+
+
+@contextmanager
+def _guarded(group: Cgroup) -> Iterator[None]:
+    """Inside, another process waits for our end, and thaws the cgroup then."""
+    waits, ours = os.pipe2(os.O_CLOEXEC)
+    try:
+        fd, text = group.release
+        pid, guard = spawn([], code=arch.guard_code(waits, fd, text), keep=(waits, fd))
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(guard)
+    finally:
+        os.close(waits)
+        os.close(ours)
+
+
+def _write(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
