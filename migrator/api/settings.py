@@ -20,6 +20,7 @@ class MigrateSettings:
     copy_paths:    files and directories to carry along whole, as the workload sees them; implies `copy_files`
     migration:     its id, if it has one already; "" for a new one
     fleet, token:  of the controller that wants it, which both hosts check; 0 where a person does
+    verify:        save the copy again before it runs, while all is stopped, and give up if it is not what was saved
     """
 
     max_downtime: float | None = None
@@ -32,3 +33,4 @@ class MigrateSettings:
     migration: str = ""
     fleet: str = ""
     token: int = 0
+    verify: bool = False

@@ -42,11 +42,11 @@ def await_ticks(out: Path, more: int = 3) -> None:
         time.sleep(0.02)
 
 
-def there_and_back(stage: Stage, name: str, out: Path, times: int = 4) -> None:
+def there_and_back(stage: Stage, name: str, out: Path, *options: str, times: int = 4) -> None:
     here, there = stage.a, stage.b
     for _ in range(times):
         await_ticks(out)
-        assert stage.migrate(name, here, there)["outcome"] == "migrated"
+        assert stage.migrate(name, here, there, *options)["outcome"] == "migrated"
         await_ticks(out)
         here, there = there, here
 
@@ -55,7 +55,7 @@ def test_a_python_program_with_pools_and_queues(stage: Stage, name: str) -> None
     out = stage.folder / "pools.out"
     argv = [sys.executable, str(WORKLOADS / "pools.py"), str(out)]
     stage.a.run([*MIGRATOR, "run", "-d", "--name", name, "--bridge", "", "--", *argv])
-    there_and_back(stage, name, out)
+    there_and_back(stage, name, out, "--verify")
 
 
 def test_sqlite_in_wal_mode_on_a_directory_that_both_hosts_share(stage: Stage, name: str, tmp_path: Path) -> None:
