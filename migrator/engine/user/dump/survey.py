@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import header, survey_tasks, work
+from migrator.engine.user.dump import header, survey_notes, survey_tasks, work
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
@@ -95,7 +95,7 @@ def survey(
         tracker="wp-async",
         tcp_connections=0,
         wanted_pids=wanted,
-        notes=list(descriptors.notes(owners)),
+        notes=[*survey_notes.notes(tree.living), *descriptors.notes(owners)],
         cap_bounding=cap_bounding,
         work=work.count(tree.living),
     )
