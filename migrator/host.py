@@ -197,6 +197,11 @@ def _root_of(proposal: Propose) -> str:
     return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
 
 
+def _log_of(proposal: Propose) -> str:
+    """The file that the output of a container goes to."""
+    return ContainerSpec.from_json(proposal.container_spec).log if proposal.container_spec else ""
+
+
 def _check_fence(proposal: Propose) -> None:
     """Raises Refused if the controller that wants this has been deposed."""
     if proposal.token:

@@ -72,7 +72,7 @@ class DestinationSession:
         Raises nothing for what the peer does: see `outcome` and `reason` of the result.
         """
         self._proposal, self._migration = proposal, proposal.migration
-        self._admission = Admission(proposal, self.settings.host, self.settings.root_of)
+        self._admission = Admission(proposal, self.settings)
         self._journal = DestinationJournal(self.settings.journal, proposal.migration, self._link)
         self._driver = Driver(
             Machine(destination_step, DestinationState.START),
