@@ -206,11 +206,11 @@ class DestinationSession:
         async def tell() -> None:
             await self._send(m.Standing(self._migration, number))
 
-        self._driver.spawn(self._quietly(tell()))
+        self._driver.spawn(self._quietly(tell))
 
-    async def _quietly(self, work: Awaitable[None]) -> None:
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except (MigratorError, OSError) as error:
             log.debug("%s: %s", self._migration, error)  # the listener knows what it means
 

@@ -14,7 +14,6 @@ SEED = 20261126
 
 @pytest.mark.root
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # an action that is cancelled before it begins
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_found(kind: str) -> None:
     counts = KINDS[kind](SECONDS, SEED)
