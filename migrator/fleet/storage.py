@@ -5,6 +5,7 @@ An image is a file `NAME@YYYYMMDDTHHMMSS.mmm.image` in one directory, whole and 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from datetime import UTC, datetime
@@ -53,8 +54,10 @@ class Storage:
             match = _IMAGE.fullmatch(path.name)
             if match is None or (workload and match[1] != workload):
                 continue
-            at = datetime.strptime(match[2] + "000", _TIME).replace(tzinfo=UTC).timestamp()
-            found.append(ImageReport(workload=match[1], image=path.name, at=max(at, 0.0), bytes=path.stat().st_size))
+            with contextlib.suppress(ValueError, FileNotFoundError):  # no date, or it has gone while we look
+                at = datetime.strptime(match[2] + "000", _TIME).replace(tzinfo=UTC).timestamp()
+                size = path.stat().st_size
+                found.append(ImageReport(workload=match[1], image=path.name, at=max(at, 0.0), bytes=size))
         return sorted(found, key=lambda one: (-one.at, one.image))[:_LISTED]
 
     async def revive(self, image: str) -> int:
