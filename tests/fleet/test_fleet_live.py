@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from migrator.testing.etcd import EtcdCluster
 from migrator.testing.fleet import CommandFailed, FleetStage, busy
+from migrator.testing.stage import MIGRATOR
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -57,6 +59,23 @@ def test_hosts_and_workloads_are_shown_as_they_are(fleet: FleetStage) -> None:
     assert found["idle"]["used"]["memory"] > 20 << 20
     text = fleet.command("hosts") + fleet.command("ps", "--all")
     assert "active" in text and "busy" in text
+
+
+def test_what_is_watched_is_looked_at_again(fleet: FleetStage) -> None:
+    watching = fleet.client.popen(
+        [*MIGRATOR, "hosts", "--watch", "--json", "--interval", "0.2s"], stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None
+
+    def on_a() -> Any:
+        assert watching.stdout is not None
+        return next(host for host in json.loads(watching.stdout.readline()) if host["name"] == "a")["workloads"]
+
+    assert on_a() == []
+    fleet.run("a", "late", busy(20))
+    until(lambda: on_a() == ["late"], "it shows what was")
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(20) == 0
 
 
 def test_a_busy_container_goes_where_there_is_room(fleet: FleetStage) -> None:
@@ -244,6 +263,12 @@ def test_a_host_that_vanishes_is_lost_and_gets_nothing(fleet: FleetStage) -> Non
         (["balance", "--mode", "sometimes"], "off, recommend or automatic"),
         (["balance", "--dry-run", "--now"], "exclude one another"),
         (["join", "10.77.0.77"], "10.77.0.77"),
+        (["hosts", "--interval", "1s"], "--interval is for --watch"),
+        (["ps", "--all", "--watch", "--interval", "1ms"], "from 0.1 s to a day"),
+        (["balance", "--reject", "nowhere"], "no plan 'nowhere'"),
+        (["balance", "--mode", "automatic", "--window", "25:00-26:00"], "no window"),
+        (["balance", "--mode", "automatic", "--at-once", "2,8"], "no ALL,HOST"),
+        (["balance", "--window", "01:00-02:00"], "together with --mode"),
         (["rule", "w", "--apart", "x", "--with", "x"], "cannot be both"),
     ],
 )
