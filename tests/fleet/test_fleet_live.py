@@ -116,6 +116,53 @@ def test_a_plan_of_another_moment_is_not_carried_out(fleet: FleetStage) -> None:
     assert caught.value.code == 18
 
 
+def test_a_plan_that_was_rejected_is_not_carried_out(fleet: FleetStage) -> None:
+    fleet.run("a", "w0", busy(150))
+    fleet.run("a", "w1", busy(150))
+    fleet.command("balance")
+    (kept,) = fleet.json("plans")
+    assert "is rejected" in fleet.command("balance", "--reject", kept["id"])
+    for words in (("--reject",), ("--apply",)):
+        with pytest.raises(CommandFailed, match="rejected"):
+            fleet.command("balance", *words, kept["id"])
+    (kept,) = fleet.json("plans")
+    assert kept["state"] == "rejected" and "rejected by" in kept["why"]
+    assert fleet.where()["a"] == ["w0", "w1"]
+
+
+def test_nothing_is_moved_outside_of_the_windows_and_no_more_at_once_than_may(fleet: FleetStage) -> None:
+    for number in range(3):
+        fleet.run("a", f"w{number}", busy(200))
+    tomorrow = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")[(time.gmtime().tm_wday + 2) % 7]
+    fleet.command(
+        "balance", "--mode", "automatic", "--every", "1s", "--hold", "1", "--window", f"{tomorrow}/01:00-02:00"
+    )
+    log = fleet.lan.folder / "windows.log"
+    fleet.controller(name="windows")
+    until(lambda: leads(fleet, "windows"), "nobody leads")
+    plan = fleet.json("balance", "--dry-run")
+    assert plan["moves"] == [] and "no window is open" in plan["notes"]
+    assert fleet.json("plans") == [], log.read_text()
+    fleet.command("balance", "--mode", "automatic", "--window", "00:00-24:00", "--at-once", "1,1")
+    until(lambda: fleet.count("a") <= 1, "nothing was moved")
+    until(lambda: all(plan["state"] == "done" for plan in fleet.json("plans")), "the plan does not end")
+    plans = fleet.json("plans")
+    assert [len(plan["plan"]["moves"]) for plan in plans] == [1] * len(plans), "one at once is one in a plan"
+    assert names(fleet.where()) == ["w0", "w1", "w2"]
+
+
+def test_at_the_deadline_force_moves_what_its_downtime_budget_kept(fleet: FleetStage) -> None:
+    fleet.run("a", "careful", busy(20))
+    fleet.command("rule", "careful", "--max-downtime", "1us")
+    fleet.command("drain", "a", "--dry-run")
+    with pytest.raises(CommandFailed, match="careful") as caught:
+        fleet.command("drain", "a")
+    assert caught.value.code == 17 and fleet.where()["a"] == ["careful"]
+    done = fleet.json("drain", "a", "--deadline", "2s", "--at-deadline", "force")
+    assert done["state"] == "empty" and list(done["moved"]) == ["careful"]
+    assert names(fleet.where()) == ["careful"]
+
+
 def test_a_controller_balances_by_itself_once_it_may(fleet: FleetStage) -> None:
     for number in range(3):
         fleet.run("a", f"w{number}", busy(200))
@@ -269,6 +316,7 @@ def test_a_host_that_vanishes_is_lost_and_gets_nothing(fleet: FleetStage) -> Non
         (["balance", "--mode", "automatic", "--window", "25:00-26:00"], "no window"),
         (["balance", "--mode", "automatic", "--at-once", "2,8"], "no ALL,HOST"),
         (["balance", "--window", "01:00-02:00"], "together with --mode"),
+        (["balance", "--mode", "automatic", "--window", "noon"], "such as 01:00-05:00"),
         (["rule", "w", "--apart", "x", "--with", "x"], "cannot be both"),
     ],
 )
