@@ -31,6 +31,15 @@ StoreUrl = Annotated[
         help="Where the fleet's state is: sqlite:FILE, or etcd:http://HOST:2379,…",
     ),
 ]
+PrometheusUrl = Annotated[
+    str,
+    typer.Option(
+        "--prometheus",
+        metavar="URL",
+        envvar="MIGRATOR_PROMETHEUS",
+        help="Its node exporters say how loaded hosts are; else the agents.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 HostName = Annotated[str, typer.Argument(metavar="HOST", help="A host of the fleet, by its name.")]
 
@@ -47,10 +56,16 @@ _STYLES = {
 
 @logs_in(unattended=True)
 def hosts(
-    login: Login, as_json: AsJson = False, watch: Watch = False, interval: Interval = None, store: StoreUrl = ""
+    login: Login,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    interval: Interval = None,
+    prometheus: PrometheusUrl = "",
+    store: StoreUrl = "",
 ) -> None:
     """List the hosts of the fleet: state, load, pressure, and how many workloads each has."""
-    _show(store, login, _hosts_table, _hosts_json if as_json else None, watch=watch, interval=interval)
+    rows = _hosts_json if as_json else None
+    _show(store, login, _hosts_table, rows, watch=watch, interval=interval, prometheus=prometheus)
 
 
 def ps_all(store: str, *, as_json: bool, rate: float, watch: bool, interval: float | None) -> None:
@@ -109,13 +124,14 @@ def _show(
     watch: bool,
     interval: float | None,
     rate: float = 0.0,
+    prometheus: str = "",
 ) -> None:
     """Once, or again and again; with `rows` for programs, each look a line of JSON if there are several."""
     with reported():
         every = interval_of(watch, interval)
 
         async def once() -> None:
-            async with membership.opened(store, login) as fleet:
+            async with membership.opened(store, login, prometheus=prometheus) as fleet:
                 seen = await _look(fleet, rate)
             if rows is not None:
                 out.json(rows(seen))
@@ -129,7 +145,7 @@ def _show(
             return
 
     async def again() -> AsyncIterator[Group | None]:
-        async with membership.opened(store, login) as fleet:
+        async with membership.opened(store, login, prometheus=prometheus) as fleet:
             while True:
                 seen = await _look(fleet, rate)
                 if rows is not None:
