@@ -192,9 +192,13 @@ class Rule(Record, frozen=True, kw_only=True):
     value: Seconds = 1.0
 
 
+WHOLE_EVERY = 10
+
+
 class SnapshotSchedule(Record, frozen=True, kw_only=True):
     """Periodic checkpoints of a workload into the storage of its host.
 
+    whole_every:       each so many-th one is whole, the others are increments
     restart_when_lost: if its host is lost, whoever says that it is off has the newest one restarted elsewhere
     host, last_at:     where and when the last one was taken
     """
@@ -202,6 +206,7 @@ class SnapshotSchedule(Record, frozen=True, kw_only=True):
     workload: Name
     every: Annotated[float, Meta(ge=1.0, le=31_536_000.0)]  # seconds
     keep: Annotated[int, Meta(ge=1, le=100_000)] = 10
+    whole_every: Annotated[int, Meta(ge=1, le=1000)] = WHOLE_EVERY
     restart_when_lost: bool = False
     host: MaybeName = ""
     last_at: Seconds = 0.0

@@ -406,7 +406,7 @@ def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> No
 
 def test_what_was_saved_on_a_schedule_is_gone_back_to(fleet: FleetStage) -> None:
     fleet.run("a", "diary", busy(20))
-    fleet.command("snapshot", "diary", "--every", "1s", "--keep", "2", "--restart-when-lost")
+    fleet.command("snapshot", "diary", "--every", "1s", "--keep", "2", "--whole-every", "1")
     fleet.controller()
     until(lambda: len(saved(fleet)) == 2, "nothing is saved")
     listed = fleet.json("snapshots")
@@ -424,10 +424,26 @@ def test_what_was_saved_on_a_schedule_is_gone_back_to(fleet: FleetStage) -> None
     clear_saved(fleet)
 
 
+def test_increments_cost_what_is_new_and_any_of_them_is_gone_back_to_on_any_host(fleet: FleetStage) -> None:
+    fleet.run("a", "diary", busy(20))
+    for _ in range(4):
+        fleet.command("snapshot", "diary", "--keep", "2", "--whole-every", "3")
+    images = fleet.json("snapshots")["images"]
+    # Two are kept, the newer of which begins anew, and what the older one builds on.
+    assert ["base" in image for image in images] == [False, True, True, False]
+    assert images[1]["base"] == images[2]["base"] == images[3]["image"]
+    assert max(image["bytes"] for image in images[1:3]) < images[3]["bytes"] / 4
+    assert images[1]["image"] in fleet.command("snapshots", "diary")
+    fleet.hosts["a"].run(["migrator", "stop", "diary"])
+    fleet.command("revive", images[1]["image"], "--on", "b")
+    assert fleet.where() == {"a": [], "b": ["diary"], "c": []}
+    clear_saved(fleet)
+
+
 def test_a_lost_host_is_recovered_only_when_somebody_says_that_it_is_off(fleet: FleetStage) -> None:
     fleet.run("a", "wanted", busy(20))
     fleet.run("a", "other", busy(20))
-    fleet.command("snapshot", "wanted", "--every", "1s", "--restart-when-lost")
+    fleet.command("snapshot", "wanted", "--every", "1s", "--whole-every", "1", "--restart-when-lost")
     controller = fleet.controller()
     until(lambda: len(saved(fleet)) >= 1, "nothing is saved")
     with pytest.raises(CommandFailed, match="a answers: it is not off"):
@@ -454,5 +470,5 @@ def saved(fleet: FleetStage) -> list[str]:
 
 
 def clear_saved(fleet: FleetStage) -> None:
-    for image in (fleet.lan.folder / "saved").glob("*.image"):
+    for image in (fleet.lan.folder / "saved").glob("*@*"):
         image.unlink()
