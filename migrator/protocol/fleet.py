@@ -138,13 +138,15 @@ class Departed(Message, tag="departed", frozen=True):
 
 
 class Save(Message, tag="save", frozen=True):
-    """Checkpoint this container into the agent's storage; `end`: and end it then, else it runs on."""
+    """Checkpoint this container into the agent's storage; `end`: and end it then, else it runs on. `whole_every`: each
+    so many-th one is whole, the others are increments."""
 
     workload: Name
     fleet: FleetId
     token: Token
     end: bool = False
     keep: Annotated[int, Meta(ge=0, le=100_000)] = 0  # only so many of this workload afterwards; 0 for all
+    whole_every: Annotated[int, Meta(ge=1, le=1000)] = 1
 
 
 class Saved(Message, tag="saved", frozen=True):
@@ -162,12 +164,13 @@ class Images(Message, tag="images", frozen=True):
 
 
 class ImageReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A checkpoint in a host's storage; `at` by that host's clock."""
+    """A checkpoint in a host's storage; `at` by that host's clock. `base`: the whole one that it is an increment to."""
 
     workload: Name
     image: Name
     at: WallTime
     bytes: Count = 0
+    base: Name = ""
 
 
 class ImageList(Message, tag="image-list", frozen=True):
