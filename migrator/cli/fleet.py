@@ -138,7 +138,7 @@ def _show(
             else:
                 out.show(table(seen))
                 for note in _notes(fleet, seen):
-                    err.rich.print(note)
+                    err.show(note)
 
         if not watch:
             interrupts.run(lambda _: once())

@@ -53,7 +53,7 @@ def membership(sock: socket.SocketType, groups: list[Group]) -> str:
     return ""
 
 
-def _is_member(sock: socket.socket, group: Group) -> bool:
+def _is_member(sock: socket.SocketType, group: Group) -> bool:
     if group.family == socket.AF_INET:
         level, address = socket.IPPROTO_IP, struct.pack("<HH", group.family, 0) + group.address
     else:
