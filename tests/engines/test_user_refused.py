@@ -127,6 +127,33 @@ STATES = {
     + 'struct sockaddr_un name = { .sun_family = AF_UNIX }; strcpy(name.sun_path, wl_beside(".sock"));'
     + "for (int i = 0; i < 2; i++) { unlink(name.sun_path);"
     + "TRY(bind(TRY(socket(AF_UNIX, SOCK_DGRAM, 0)), (struct sockaddr *)&name, sizeof(name))); }",
+    "its owner for signals (F_SETOWN) is pid 1,": MAIN
+    + "int ends[2]; TRY(pipe(ends)); TRY(fcntl(ends[0], F_SETOWN, 1));",
+    "that no process of the tree has open": "#include <sys/epoll.h>\n#include <sys/socket.h>\n"
+    + MAIN
+    + "int ends[2], pair[2], epoll = TRY(epoll_create1(0)); struct epoll_event event = { .events = EPOLLIN };"
+    + "TRY(pipe(ends)); TRY(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));"
+    + "TRY(epoll_ctl(epoll, EPOLL_CTL_ADD, ends[0], &event));"
+    + 'char room[CMSG_SPACE(sizeof(int))] = { 0 }; struct iovec one = { "x", 1 };'
+    + "struct msghdr sent = { .msg_iov = &one, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room) };"
+    + "struct cmsghdr *c = CMSG_FIRSTHDR(&sent); c->cmsg_level = SOL_SOCKET; c->cmsg_type = SCM_RIGHTS;"
+    + "c->cmsg_len = CMSG_LEN(sizeof(int)); memcpy(CMSG_DATA(c), &ends[0], sizeof(int));"
+    + "TRY(sendmsg(pair[0], &sent, 0)); close(ends[0]); close(ends[1]);",
+    "no process has both this epoll instance and everything": "#include <sys/epoll.h>\n"
+    + MAIN
+    + "int ends[2], epoll = TRY(epoll_create1(0)); struct epoll_event event = { .events = EPOLLIN };"
+    + "TRY(pipe(ends)); TRY(epoll_ctl(epoll, EPOLL_CTL_ADD, ends[0], &event));"
+    + "if (!fork()) { close(epoll); rest(); } usleep(30000); close(ends[0]); close(ends[1]);",
+    "connected one way to one without a name": "#include <sys/socket.h>\n"
+    + MAIN
+    + "int pair[2]; struct sockaddr none = { .sa_family = AF_UNSPEC };"
+    + "TRY(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair)); TRY(connect(pair[1], &none, sizeof(none)));",
+    "lies outside of the root directory of the tree": "#include <sys/socket.h>\n"
+    + "#include <sys/stat.h>\n#include <sys/un.h>\n"
+    + MAIN
+    + 'struct sockaddr_un name = { .sun_family = AF_UNIX }; strcpy(name.sun_path, wl_beside(".sock"));'
+    + "TRY(bind(TRY(socket(AF_UNIX, SOCK_STREAM, 0)), (struct sockaddr *)&name, sizeof(name)));"
+    + 'TRY(mkdir(wl_beside(".root"), 0755)); TRY(chroot(wl_beside(".root")));',
     "guard regions": MAIN
     + "char *p = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
     + "TRY(madvise(p, 4096, 102));",

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.collection import Collection, Flags
-from migrator.engine.user.descriptors.description import Description, Holder
+from migrator.engine.user.descriptors.description import OWNED, Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
@@ -20,7 +20,6 @@ from migrator.linux import descriptors
 from migrator.linux.file_locks import LockList
 
 _F_GET_SEALS = 1034
-_OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})
 
 
 class Refs(Protocol):
@@ -213,7 +212,7 @@ class DescriptorDump:
 
     def _file(self, item: Description, pids: dict[int, int]) -> File:
         status = item.stat
-        owner = self._owner(item, pids) if item.owned and item.kind in _OWNED else (0, 0, 0)
+        owner = self._owner(item, pids) if item.owned and item.kind in OWNED else (0, 0, 0)
         path = "" if item.kind == FileKind.MEMFD else item.path
         return File(
             objref=item.objref,

@@ -9,8 +9,8 @@ import struct
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from migrator.engine.user.descriptors import multicast, sockopts
-from migrator.engine.user.descriptors.classify import Obstacle
+from migrator.engine.user.descriptors import multicast, sockopts, unix_dump
+from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
 from migrator.engine.user.descriptors.unix_dump import UnixDump
@@ -67,6 +67,14 @@ def taken_name(sock: socket.SocketType) -> bytes:
     except OSError:
         return b""
     return os.fsencode(name) if isinstance(name, str) else b""
+
+
+def outside_of_root(sock: socket.socket, root: Root) -> str:
+    """Why the file that a unix socket is bound to cannot be carried, or ""."""
+    where = unix_dump.file_of(sock)
+    if where is not None and where.there and root.inside(where.path) is None:
+        return f"{where.path} lies outside of the root directory of the tree"
+    return ""
 
 
 def same_name(name: bytes, first: object) -> str:

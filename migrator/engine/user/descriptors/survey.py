@@ -9,6 +9,7 @@ from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
+from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
 
@@ -31,12 +32,14 @@ def survey(processes: Sequence[Holder], *, own_netns: bool) -> list[str]:
     try:
         for process in processes:
             found += look(process, root, reasons)
+        reasons += _outside(found, processes)
+        reasons += _pidfds(found, processes)
+        reasons += owners_outside(found, processes)
+        reasons += epolls_apart(found)
+        sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]
+        reasons += survey_sockets(sockets, processes[0].pid, root, own_netns=own_netns)
     finally:
         root.close()
-    reasons += _outside(found, processes)
-    reasons += _pidfds(found, processes)
-    sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]
-    reasons += survey_sockets(sockets, processes[0].pid, own_netns=own_netns)
     return reasons
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from migrator.engine.user.descriptors import addresses, diag, multicast, tcp
-from migrator.engine.user.descriptors.classify import Obstacle
+from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
-from migrator.engine.user.descriptors.sockets import judge, member_of, same_name, taken_name
+from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
 from migrator.linux import sys
 from migrator.linux.namespaces import entered
 
 _HINT = "run it under `migrator run`, so that its address moves with it"
 
 
-def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iterator[str]:
+def survey_sockets(found: Sequence[Found], pid: int, root: Root, *, own_netns: bool) -> Iterator[str]:
     """One sentence per obstacle. Each socket is fetched for a moment; the program sees nothing of it.
 
     pid: a process of the tree, for its network namespace."""
@@ -26,6 +26,7 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
     datagrams: dict[socket.AddressFamily | int, Found] = {}
     groups = _groups(pid)
     names: dict[bytes, Found] = {}
+    nameless: set[int] = set()
     for item in once.values():
         try:
             sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
@@ -39,6 +40,10 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
                 continue
             if sock.family == socket.AF_UNIX:
                 unix[os.fstat(sock.fileno()).st_ino] = item
+                if reason := outside_of_root(sock, root):
+                    yield f"{item}: {reason}"
+                if sock.type == socket.SOCK_DGRAM and not sock.getsockname():
+                    nameless.add(os.fstat(sock.fileno()).st_ino)
                 if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
                     yield f"{item}: {same_name(name, names[name])}"
                 continue
@@ -55,7 +60,7 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
                 f" with the address of this host; {_HINT}"
             )
     if unix:
-        yield from _partners(unix, pid)
+        yield from _partners(unix, nameless, pid)
     if datagrams:
         yield from _tells_shutdowns(datagrams, pid)
 
@@ -88,8 +93,8 @@ def _note_connection(sock: socket.socket, item: Found, connections: dict[tuple[b
         return  # it ended meanwhile
 
 
-def _partners(unix: Mapping[int, Found], pid: int) -> Iterator[str]:
-    """Connections of unix sockets that lead out of the tree."""
+def _partners(unix: Mapping[int, Found], nameless: Collection[int], pid: int) -> Iterator[str]:
+    """Connections of unix sockets that lead out of the tree, or to where nobody could connect again."""
     try:
         with entered(f"/proc/{pid}/ns/net"):
             known = diag.unix_sockets_here()
@@ -101,6 +106,8 @@ def _partners(unix: Mapping[int, Found], pid: int) -> Iterator[str]:
     strangers = {}
     for inode, item in unix.items():
         entry = known.get(inode)
+        if entry is not None and entry.peer in nameless and known[entry.peer].peer != inode:
+            yield f"{item}: a datagram socket connected one way to one without a name cannot be carried"
         if entry is None or entry.peer in (-1, 0) or entry.peer in unix:
             continue
         strangers[f"socket:[{entry.peer}]"] = item

@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
 from migrator.engine.user.descriptors.classify import DELETED
@@ -22,6 +23,28 @@ _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CONTROL = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12)
 
 Item = tuple[Description, socket.SocketType]
+
+
+class BoundFile(NamedTuple):
+    """The file that a unix socket was bound to. `there`: it has its name still."""
+
+    path: str
+    status: os.stat_result
+    there: bool
+
+
+def file_of(sock: socket.socket) -> BoundFile | None:
+    """The file of a unix socket, None if it has none."""
+    try:
+        fd = fcntl.ioctl(sock.fileno(), SIOCUNIXFILE)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    return BoundFile(path, status, not (path.endswith(DELETED) and status.st_nlink == 0))
 
 
 class UnixDump:
@@ -128,22 +151,17 @@ class UnixDump:
 
     def _file(self, item: Description, sock: socket.SocketType) -> tuple[str, int, int, int]:
         """(path, mode, uid, gid) of the file that a socket is bound to; "" if another record has it."""
-        try:
-            fd = fcntl.ioctl(sock.fileno(), SIOCUNIXFILE)
-        except OSError:
+        where = file_of(sock)
+        if where is None:
             return "", 0, 0, 0  # an abstract name
-        try:
-            status = os.fstat(fd)
-            path = os.readlink(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
+        status = where.status
         key = status.st_dev, status.st_ino
-        if (path.endswith(DELETED) and status.st_nlink == 0) or key in self._with_file:
+        if not where.there or key in self._with_file:
             return "", 0, 0, 0
         self._with_file.add(key)
-        inside = item.root.inside(path)
+        inside = item.root.inside(where.path)
         if inside is None:
-            raise CheckpointFailed(f"{item}: {path} lies outside of the root directory of the tree")
+            raise CheckpointFailed(f"{item}: {where.path} lies outside of the root directory of the tree")
         return inside, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
     def _waiting(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
