@@ -112,8 +112,9 @@ int main(int argc, char **argv)
 
 
 def test_waits_with_a_limit_go_on_for_what_is_left_of_them(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    with Program(hosts[0], WAITS, tmp_path, 400) as waiting:
-        time.sleep(0.3)
+    # one that was begun anew takes 1.5 s longer, at least; a busy machine makes all of them longer by less
+    with Program(hosts[0], WAITS, tmp_path, 1300) as waiting:
+        time.sleep(1.5)
         migrate(waiting, *hosts)
         lines = waiting.wait_for(lambda lines: "ok" in lines or not waiting.alive(), seconds=10)
     assert sum(line.startswith("waited") for line in lines) == 10
@@ -346,11 +347,13 @@ int main(int argc, char **argv)
 	for (long n = 1; !wl_stopping; n++) {
 		unsigned long before = __atomic_load_n(&shared[0], __ATOMIC_SEQ_CST), through, value;
 
-		wl_sleep_us(30000);
-		CHECK(__atomic_load_n(&shared[0], __ATOMIC_SEQ_CST) > before, "the child is not seen");
+		for (int tries = 0; __atomic_load_n(&shared[0], __ATOMIC_SEQ_CST) == before; tries++) {
+			CHECK(tries < 1000, "the child is not seen"); /* on a busy machine its turn comes late */
+			wl_sleep_us(10000);
+		}
 		TRY(pread(memfd, &value, 8, 0));
 		through = mapped[0];
-		CHECK(through - value < 1000, "memfd %lu mapping %lu", value, through);
+		CHECK(through >= value && through - value < 100000, "memfd %lu mapping %lu", value, through);
 		CHECK(mapped[1024] == 5, "memfd");
 		TRY(mprotect(hidden, 4 * PAGE, PROT_READ));
 		CHECK(hidden[512] == 4711 && !hidden[0], "hidden %lu", hidden[512]);
