@@ -94,7 +94,7 @@ int main(int argc, char **argv)
 		int64_t took = now_ns() - before;
 		CHECK(result == 0, "kind %d: %d, %s", kind, result, strerror(error));
 		CHECK(took >= LIMIT - 1000000, "kind %d: %ld us", kind, (long)(took / 1000));
-		CHECK(took < LIMIT + wl_arg(argc, argv, 2, 100) * 1000000, "kind %d: %ld us", kind, (long)(took / 1000));
+		CHECK(took < 2 * LIMIT + 2000000000LL, "kind %d: %ld us", kind, (long)(took / 1000));
 		wl_line("waited %d %ld us", kind, (long)(took / 1000));
 		_exit(0);
 	}
@@ -112,12 +112,17 @@ int main(int argc, char **argv)
 
 
 def test_waits_with_a_limit_go_on_for_what_is_left_of_them(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
-    # one that was begun anew takes 1.5 s longer, at least; a busy machine makes all of them longer by less
-    with Program(hosts[0], WAITS, tmp_path, 1300) as waiting:
-        time.sleep(1.5)
+    """None is shorter, and those of which the kernel tells the rest are not longer. The rest of the others is reckoned
+    from when a task ran last: on a busy machine that is not known for each, which then takes the whole time again."""
+    with Program(hosts[0], WAITS, tmp_path) as waiting:
+        time.sleep(1)
         migrate(waiting, *hosts)
-        lines = waiting.wait_for(lambda lines: "ok" in lines or not waiting.alive(), seconds=10)
-    assert sum(line.startswith("waited") for line in lines) == 10
+        lines = waiting.wait_for(lambda lines: "ok" in lines or not waiting.alive(), seconds=15)
+    took = {int(line.split()[1]): int(line.split()[2]) for line in lines if line.startswith("waited")}
+    assert took.keys() == set(range(10))
+    in_time = {kind for kind, us in took.items() if us < 3_900_000}
+    assert in_time >= {1, 2, 3, 5, 6, 7}, took
+    assert in_time & {0, 4, 8, 9}, took
 
 
 STOPPED = r"""
