@@ -256,6 +256,7 @@ def proportional(root: int) -> int:
 def test_processes_still_share_what_fork_left_them_in_common(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     """16 MiB that five processes have: each has written some, one dropped some, one has mappings of its own."""
     with Program(hosts[0], FORKED, tmp_path) as moving:
+        moving.check_alive_and_progressing(ticks=1)
         before = proportional(moving.pid)
         there_and_back(moving, hosts, 2)
         after = proportional(moving.pid)
@@ -268,6 +269,7 @@ def test_saving_a_tree_that_runs_leaves_shared_what_it_shares(tmp_path: Path) ->
     """Reading memory by process_vm_readv(2) makes a copy of each page that is shared by copy-on-write."""
     host = PidHost("a")
     with host, Program(host, FORKED, tmp_path) as running:
+        running.check_alive_and_progressing(ticks=1)
         before = proportional(running.pid)
         with open("/dev/null", "wb") as nowhere, UserSource(running.pid, nowhere.fileno(), SourceOptions()) as source:
             source.instrument()

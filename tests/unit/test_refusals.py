@@ -60,7 +60,7 @@ def text_of(node: ast.expr) -> str:
 
 
 def refusals() -> Iterator[str]:
-    for path in sorted(ENGINE.rglob("*.py")):
+    for path in sorted((*ENGINE.rglob("*.py"), *ENGINE.parent.glob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "CheckpointFailed":
                 yield text_of(node.args[0])

@@ -71,7 +71,7 @@ def taken_name(sock: socket.SocketType) -> bytes:
 
 def outside_of_root(sock: socket.socket, root: Root) -> str:
     """Why the file that a unix socket is bound to cannot be carried, or ""."""
-    where = unix_dump.file_of(sock)
+    where = unix_dump.file_of(sock.fileno())
     if where is not None and where.there and root.inside(where.path) is None:
         return f"{where.path} lies outside of the root directory of the tree"
     return ""

@@ -33,10 +33,10 @@ class BoundFile(NamedTuple):
     there: bool
 
 
-def file_of(sock: socket.socket) -> BoundFile | None:
+def file_of(sock: int) -> BoundFile | None:
     """The file of a unix socket, None if it has none."""
     try:
-        fd = fcntl.ioctl(sock.fileno(), SIOCUNIXFILE)
+        fd = fcntl.ioctl(sock, SIOCUNIXFILE)
     except OSError:
         return None
     try:
@@ -151,7 +151,7 @@ class UnixDump:
 
     def _file(self, item: Description, sock: socket.SocketType) -> tuple[str, int, int, int]:
         """(path, mode, uid, gid) of the file that a socket is bound to; "" if another record has it."""
-        where = file_of(sock)
+        where = file_of(sock.fileno())
         if where is None:
             return "", 0, 0, 0  # an abstract name
         status = where.status
