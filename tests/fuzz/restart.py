@@ -77,13 +77,15 @@ def _tag() -> str:
 def _container(folder: Path, image: str) -> Iterator[None]:
     """One that runs for as long as the block takes, and its image."""
     environment = {**os.environ, "MIGRATOR_STATE_DIR": str(folder / "outside")}
-    name, program = _tag(), [str(build(CONTAINED)), str(folder / "container.out"), "5"]
+    fill = 'echo x > /srv/file; ln /srv/file /srv/name; ln -s file /srv/link; mkdir /srv/dir; exec "$@"'
+    program = ["sh", "-c", fill, "sh", str(build(CONTAINED)), str(folder / "container.out"), "5"]
+    name = _tag()
 
     def migrator(*words: str) -> None:
         command = [sys.executable, "-m", "migrator", *words]
         subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
 
-    migrator("run", "-d", "--name", name, "--bridge", "", "--", *program)
+    migrator("run", "-d", "--name", name, "--bridge", "", "--tmpfs", "/srv", "--", *program)
     try:
         migrator("checkpoint", name, "-o", image)
         yield
