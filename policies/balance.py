@@ -154,6 +154,9 @@ class _Balance:
             if unit.kept:
                 self.notes.append(f"{reason}, but {unit.kept}")
                 continue
+            if self.waves.full():  # the search is over all hosts
+                self.notes.append(f"{reason}: {unit.name} waits until others have moved")
+                continue
             choice = self._best_for_rule(unit)
             if choice is None or not self._enter(choice, Cause.RULE, reason):
                 self.notes.append(f"{reason}, and there is nowhere for {unit.name} to go now")

@@ -12,9 +12,10 @@ import typer
 
 from migrator.cli.fleet import PrometheusUrl, StoreUrl
 from migrator.cli.output import log_to_stderr, reported
-from migrator.cli.parameters import logs_in
+from migrator.cli.parameters import logs_in, seconds
 from migrator.errors import UsageError
 from migrator.fleet.daemon import ControllerSettings, run_controller
+from migrator.fleet.recoveries import Fencing
 from migrator.host import Login
 
 
@@ -31,6 +32,16 @@ def controller(
         Path | None, typer.Option(metavar="FILE", help="Holds the token with which one may act on the page.")
     ] = None,
     prometheus: PrometheusUrl = "",
+    fence_with: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROGRAM", help="Turns off a lost HOST ADDRESS; 0: it is off, what ran there is restarted."
+        ),
+    ] = None,
+    fence_after: Annotated[
+        float,
+        typer.Option(parser=seconds, metavar="DURATION", help="With --fence-with: of silence.", show_default="1m"),
+    ] = 60.0,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
     store: StoreUrl = "",
 ) -> None:
@@ -48,9 +59,19 @@ def controller(
             metrics=metrics,
             web=web,
             prometheus=prometheus,
+            fencing=_fencing(fence_with, fence_after) if fence_with is not None else None,
             web_token=_token(web_token) if web_token is not None else "",
         )
         asyncio.run(run_controller(settings))
+
+
+def _fencing(program: Path, after: float) -> Fencing:
+    """Raises UsageError for what cannot be run, or what somebody else could have written."""
+    if not os.access(program, os.X_OK) or not program.is_file():
+        raise UsageError(f"{program} is no program that can be run", hint="it is given the host's name and address")
+    if program.stat().st_mode & 0o022:
+        raise UsageError(f"others may write {program}", hint=f"chmod go-w {program}")
+    return Fencing(program.resolve(), after)
 
 
 def _token(path: Path) -> str:

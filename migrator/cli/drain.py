@@ -18,6 +18,7 @@ from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
 from migrator.cli.plans import apply_plan, show_plan
 from migrator.errors import UsageError
+from migrator.fleet import membership
 from migrator.fleet import records as r
 from migrator.fleet.membership import Fleet, host_named, opened
 from migrator.fleet.store import Conflict
@@ -103,28 +104,37 @@ async def _drain(store: str, login: Login, asked: _Asked, detach: bool, dry_run:
         if dry_run:
             await _foretell(fleet, asked, as_json)
             return None
-        stored = await fleet.state.cordons.get(name)
-        running = stored.record.drain if stored is not None else None
-        if running is None or running.record.state is not policy.State.RUNNING:
-            record = await asked.begin(fleet)
-            cordon = r.Cordon(
-                host=name,
-                mode=r.HostMode.DRAINING,
-                since=time.time(),
-                by=_whoami(),
-                reason=asked.reason,
-                drain=r.Drain(record=record),
-            )
-            expected = stored.revision if stored is not None else 0
-            await fleet.state.cordons.put(name, cordon, expected=expected)
-        else:
-            err.say("[yellow]note:[/] a drain of {} is under way: going on with that", name)
+        while not await _begun(fleet, asked):
+            pass  # somebody has changed it meanwhile: look again
         if detach:
             out.say(
                 "{} is being drained by the controller that leads; `migrator drain {}` shows how it goes", name, name
             )
             return None
         return await _follow(fleet, name, as_json)
+
+
+async def _begun(fleet: Fleet, asked: _Asked) -> bool:
+    """Begin a drain, or find one under way. False if something else was written while we looked."""
+    name = asked.host
+    stored = await fleet.state.cordons.get(name)
+    running = stored.record.drain if stored is not None else None
+    if running is not None and running.record.state is policy.State.RUNNING:
+        err.say("[yellow]note:[/] a drain of {} is under way: going on with that", name)
+        return True
+    cordon = r.Cordon(
+        host=name,
+        mode=r.HostMode.DRAINING,
+        since=time.time(),
+        by=_whoami(),
+        reason=asked.reason,
+        drain=r.Drain(record=await asked.begin(fleet)),
+    )
+    try:
+        await fleet.state.cordons.put(name, cordon, expected=stored.revision if stored is not None else 0)
+    except Conflict:
+        return False
+    return True
 
 
 async def _foretell(fleet: Fleet, asked: _Asked, as_json: bool) -> None:
@@ -264,13 +274,7 @@ def uncordon(
 async def _uncordon(store: str, login: Login, name: str, bring_back: bool) -> bool:
     async with opened(store, login) as fleet:
         await host_named(fleet, name)
-        stored = await fleet.state.cordons.get(name)
-        if stored is None:
-            raise UsageError(f"{name} is not cordoned", hint="`migrator hosts` shows the state of each")
-        drain = stored.record.drain
-        if bring_back and drain is None:
-            raise UsageError(f"{name} was not drained: there is nothing to bring back")
-        await fleet.state.cordons.delete(name, expected=stored.revision)
+        drain = (await membership.uncordon(fleet.state, name, drained=bring_back)).drain
         out.say("[green]{}[/] takes workloads again", name)
         if not bring_back or drain is None:
             return False

@@ -13,10 +13,11 @@ from migrator.cli.control import standing_in
 from migrator.cli.fleet import AsJson, HostName, StoreUrl
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
-from migrator.errors import MigratorError, UsageError
+from migrator.errors import UsageError
 from migrator.fleet import records as r
 from migrator.fleet import snapshots as api
-from migrator.fleet.membership import Fleet, host_named, opened
+from migrator.fleet.membership import host_named, opened
+from migrator.fleet.recoveries import restart_lost
 from migrator.host import Login
 from migrator.text import duration, size
 
@@ -39,7 +40,8 @@ def snapshot(
         int, typer.Option(min=1, max=1000, help="Each so many-th is whole, the others have only what is new; 1: all.")
     ] = r.WHOLE_EVERY,
     restart_when_lost: Annotated[
-        bool, typer.Option("--restart-when-lost", help="`migrator recover` restarts it if its host is lost.")
+        bool,
+        typer.Option("--restart-when-lost", help="It is restarted if its host is lost and off: `migrator recover`."),
     ] = False,
     stop: Annotated[bool, typer.Option("--stop", help="No schedule any more. What was saved stays.")] = False,
     store: StoreUrl = "",
@@ -170,34 +172,12 @@ async def _recover(store: str, login: Login, name: str) -> bool:
         await fleet.observer.look()
         if name not in fleet.observer.errors:
             raise UsageError(f"{name} answers: it is not off", hint=f"`migrator drain {name}` empties it")
-        await _close(fleet, name)
-        wanted = [
-            one.record
-            for one in (await fleet.state.schedules.all()).values()
-            if one.record.restart_when_lost and one.record.host == name
-        ]
-        whole = True
-        found = await api.images(fleet.observer)
-        for schedule in wanted:
-            newest = next((one for one in found if one.image.workload == schedule.workload), None)
-            try:
-                if newest is None:
-                    raise UsageError("nothing of it is in the storage of a host that answers")
-                host = api.place(fleet.observer.build().cluster, newest)
-                await api.revive(fleet.state, fleet.observer, newest, host, lock, off=frozenset({name}))
-            except MigratorError as error:
-                err.say("[red]{}[/] was not restarted: {}", schedule.workload, error.message)
-                whole = False
-                continue
-            age = duration(max(time.time() - newest.image.at, 0.0))
-            out.say("[green]{}[/] runs on {}, as it was {} ago", schedule.workload, host, age)
-        if not wanted:
-            out.say("nothing of {} was to be restarted: see `migrator snapshot --restart-when-lost`", name)
-        return whole
-
-
-async def _close(fleet: Fleet, name: str) -> None:
-    """Should it come back, nothing goes there before somebody has looked."""
-    stored = await fleet.state.cordons.get(name)
-    made = r.Cordon(host=name, mode=r.HostMode.MAINTENANCE, since=time.time(), reason="it was lost, and recovered")
-    await fleet.state.cordons.put(name, made, expected=stored.revision if stored is not None else 0)
+        done = await restart_lost(fleet.state, fleet.observer, name, lock)
+    for one in done:
+        if one.host:
+            out.say("[green]{}[/] runs on {}, as it was {} ago", one.workload, one.host, duration(one.age))
+        else:
+            err.say("[red]{}[/] was not restarted: {}", one.workload, one.why)
+    if not done:
+        out.say("nothing of {} was to be restarted: see `migrator snapshot --restart-when-lost`", name)
+    return all(one.host for one in done)

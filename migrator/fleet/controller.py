@@ -23,6 +23,7 @@ from migrator.fleet.membership import Fleet
 from migrator.fleet.mover import Mover
 from migrator.fleet.observer import Observer
 from migrator.fleet.plans import Plans, imbalance_of, same_moves
+from migrator.fleet.recoveries import Fencing, Recoveries
 from migrator.fleet.snapshots import Snapshots
 from migrator.fleet.state import FleetState, Stored
 from migrator.fleet.store import Compacted, Lease, Lock, NotHeld, StoreUnavailable
@@ -49,6 +50,7 @@ OnRound = Callable[["Controller", Seen], None]
 class Controller:
     """`balances`: whether it balances by itself, as the settings say; else it only does what others have asked for.
 
+    fencing:  how lost hosts are turned off, so that what ran there is restarted; None: nothing is restarted by itself
     finished: is told of each move that has ended
     deposed:  is told when it does not lead any more
     """
@@ -60,6 +62,7 @@ class Controller:
         name: str,
         balances: bool = True,
         ttl: float = LEAD_TTL,
+        fencing: Fencing | None = None,
         on_round: OnRound | None = None,
         finished: Callable[[r.FinishedMove], None] = lambda _: None,
         deposed: Callable[[], None] = lambda: None,
@@ -72,6 +75,7 @@ class Controller:
         self.imbalance = 0.0
         self._balances = balances
         self._ttl = ttl
+        self._fencing = fencing
         self._on_round = on_round
         self._told = finished
         self._deposed = deposed
@@ -110,6 +114,7 @@ class Controller:
         mover = self.mover = Mover(self.state, self.observer, lock, finished)
         drains, plans = Drains(self.state, self.observer, mover, lock), Plans(self.state, mover, lock)
         snapshots = Snapshots(self.state, self.observer, mover, lock)
+        recoveries = Recoveries(self.state, self.observer, lock, self._fencing) if self._fencing is not None else None
         ends += [drains.finished, plans.finished, lambda _: self._wake.set()]
         waker = asyncio.create_task(self._wait_for_changes())
         try:
@@ -118,6 +123,8 @@ class Controller:
                 began = time.monotonic()
                 busy = await self._round(lock, mover, drains, plans)
                 due = await snapshots.step(self.observer.seen.cluster)
+                if recoveries is not None:
+                    due = min(due, await recoveries.step(self.observer.seen.cluster))
                 interval = _BUSY_EVERY if busy else min((await self.state.settings()).interval, due)
                 await self._rest(began, interval)
         finally:
@@ -125,6 +132,8 @@ class Controller:
             await asyncio.gather(waker, return_exceptions=True)
             await drains.close()
             await snapshots.close()
+            if recoveries is not None:
+                await recoveries.close()
             await mover.close()
 
     async def _rest(self, began: float, interval: float) -> None:

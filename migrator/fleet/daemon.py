@@ -12,6 +12,7 @@ from migrator.errors import UsageError
 from migrator.fleet.controller import LEAD_TTL, Controller
 from migrator.fleet.controller_metrics import ControllerMetrics
 from migrator.fleet.membership import opened
+from migrator.fleet.recoveries import Fencing
 from migrator.host import Login
 from migrator.runtime.service import notify, watchdog
 
@@ -26,6 +27,7 @@ class ControllerSettings:
     metrics:     ADDRESS:PORT for Prometheus, "" for nowhere; `web`: the same for the page
     web_token:   who shows it may act on the page; "" for nobody
     prometheus:  the URL of one that knows the hosts' load, "" for what agents say
+    fencing:     how lost hosts are turned off, so that what ran there may be restarted; None for not at all
     """
 
     name: str
@@ -36,6 +38,7 @@ class ControllerSettings:
     web: str = ""
     web_token: str = ""
     prometheus: str = ""
+    fencing: Fencing | None = None
 
 
 async def run_controller(settings: ControllerSettings) -> None:
@@ -56,6 +59,7 @@ async def run_controller(settings: ControllerSettings) -> None:
             fleet,
             name=settings.name,
             ttl=settings.ttl,
+            fencing=settings.fencing,
             on_round=metrics.observe,
             finished=metrics.finished,
             deposed=metrics.follows,

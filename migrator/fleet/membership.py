@@ -14,7 +14,7 @@ from migrator.fleet import records as r
 from migrator.fleet.agents import Agent
 from migrator.fleet.observer import Observer
 from migrator.fleet.state import FleetState
-from migrator.fleet.store import DEFAULT_URL, open_store
+from migrator.fleet.store import DEFAULT_URL, Conflict, open_store
 from migrator.host import Login
 from transport.ssh import parse_target
 
@@ -82,6 +82,25 @@ async def join(fleet: Fleet, address: str, *, labels: Mapping[str, str], name: s
     )
     await fleet.state.register(host)
     return host
+
+
+async def uncordon(state: FleetState, name: str, *, drained: bool = False) -> r.Cordon:
+    """Let workloads come to a host again; what had kept them away, as it was last. A controller writes how a drain
+    goes all the time, so what was changed meanwhile is read again.
+
+    Raises UsageError if it is not cordoned, or, with `drained`, was not by a drain.
+    """
+    while True:
+        stored = await state.cordons.get(name)
+        if stored is None:
+            raise UsageError(f"{name} is not cordoned", hint="`migrator hosts` shows the state of each")
+        if drained and stored.record.drain is None:
+            raise UsageError(f"{name} was not drained: there is nothing to bring back")
+        try:
+            await state.cordons.delete(name, expected=stored.revision)
+        except Conflict:
+            continue
+        return stored.record
 
 
 async def host_named(fleet: Fleet, name: str) -> r.Host:

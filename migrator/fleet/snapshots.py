@@ -142,6 +142,7 @@ async def revive(
     """
     seen = await observer.look(token=lock.token)
     name = found.image.workload
+    off &= set(observer.errors)  # one that answers is not off, whoever says so
     places = [one.host for one in seen.cluster.workloads if one.name.partition("@")[0] == name and one.host not in off]
     if places:
         raise UsageError(

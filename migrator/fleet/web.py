@@ -25,6 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from migrator.errors import MigratorError, UsageError
 from migrator.fleet import records as r
 from migrator.fleet.controller import Controller
+from migrator.fleet.membership import uncordon
 from migrator.fleet.plans import approve
 from migrator.fleet.snapshot import snapshot
 from policies import drain
@@ -110,10 +111,7 @@ class Page:
 
     async def _uncordon(self, request: web.Request) -> web.Response:
         name = (await self._asked(request, HostRequest)).host
-        stored = await self._controller.state.cordons.get(name)
-        if stored is None:
-            raise UsageError(f"{name} is not cordoned")
-        await self._controller.state.cordons.delete(name, expected=stored.revision)
+        await uncordon(self._controller.state, name)
         return _done()
 
     async def _apply(self, request: web.Request) -> web.Response:

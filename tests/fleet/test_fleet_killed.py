@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from migrator.testing.etcd import EtcdCluster
-from migrator.testing.fleet import FleetStage
+from migrator.testing.fleet import CommandFailed, FleetStage
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
@@ -54,7 +54,7 @@ def test_whatever_dies_each_workload_runs_once(fleet: tuple[FleetStage, EtcdClus
     for turn in range(6):
         if turn % 2 == 0:
             drained = max(stage.where().items(), key=lambda one: len(one[1]))[0]
-            stage.command("drain", drained, "--parallel", "2", "--detach")
+            insist(stage, "drain", drained, "--parallel", "2", "--detach")
         time.sleep(chance.uniform(0.0, 1.5))
         match turn % 3:
             case 0:
@@ -70,7 +70,7 @@ def test_whatever_dies_each_workload_runs_once(fleet: tuple[FleetStage, EtcdClus
             controller.kill()  # whoever leads
         controllers = [stage.controller("--ttl", "2", name=f"c{turn}-{number}") for number in range(2)]
         if turn % 2 == 1:
-            stage.command("uncordon", drained)
+            insist(stage, "uncordon", drained)
     cluster.repair()
     done = stage.json("drain", "a")
     assert done["state"] == "empty" and done["stays"] == {}
@@ -83,6 +83,19 @@ def test_whatever_dies_each_workload_runs_once(fleet: tuple[FleetStage, EtcdClus
     while not all(len(counts(stage, name)) > len(counted[name]) for name in NAMES):
         assert time.monotonic() < deadline, "one does not go on"
         time.sleep(0.1)
+
+
+def insist(stage: FleetStage, *argv: str) -> None:
+    """As a person would: what cannot be done while things die is asked for again."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            stage.command(*argv)
+            return
+        except CommandFailed as error:
+            if time.monotonic() > deadline or error.code not in (2, 11):  # a host is silent, or the store is
+                raise
+            time.sleep(0.5)
 
 
 def counts(stage: FleetStage, name: str) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -461,6 +462,45 @@ def test_a_lost_host_is_recovered_only_when_somebody_says_that_it_is_off(fleet: 
     where = fleet.where()
     assert names(where) == ["wanted"] and where["a"] == []
     assert {host["name"]: host["state"] for host in fleet.json("hosts")}["a"] == "maintenance"
+    clear_saved(fleet)
+
+
+def test_a_lost_host_is_recovered_by_the_controller_once_a_program_has_turned_it_off(
+    fleet: FleetStage, tmp_path: Path
+) -> None:
+    fleet.run("a", "wanted", busy(20))
+    fleet.run("a", "other", busy(20))
+    fleet.command("snapshot", "wanted", "--every", "1s", "--restart-when-lost")
+    controller = fleet.controller("--ttl", "2")
+    until(lambda: any(one.get("host") for one in fleet.json("snapshots")["schedules"]), "nothing is saved")
+    controller.kill()
+    fleet.stop_agent("a", kill=True)  # what it had runs on: nobody else must run it
+    host, program = fleet.hosts["a"], tmp_path / "turn-off"
+    settings = " ".join(f"{name}={value}" for name, value in host.env.items() if name.startswith("MIGRATOR_"))
+    program.write_text(
+        f"#!/bin/sh\necho $1 $2 >> {tmp_path}/asked\n[ -e {tmp_path}/works ] || {{ echo no power; exit 3; }}\n"
+        f"{settings} exec nsenter --net={host.netns_path} {sys.executable} {tmp_path}/end.py\n"
+    )
+    (tmp_path / "end.py").write_text(
+        "from migrator.container import list_containers, stop\n"
+        "for container in list_containers():\n    stop(container.name, timeout=0.2)\n"
+    )
+    program.chmod(0o777)
+    with pytest.raises(CommandFailed, match="others may write"):
+        fleet.command("controller", "--fence-with", str(program))
+    program.chmod(0o755)
+    first = fleet.controller("--fence-with", str(program), "--fence-after", "1s", "--ttl", "2", name="no-power")
+    log = fleet.lan.folder / "no-power.log"
+    until(lambda: "no power" in log.read_text(), "it does not try")
+    assert fleet.where()["a"] == ["other", "wanted"] and fleet.where()["b"] == fleet.where()["c"] == []
+    assert (tmp_path / "asked").read_text() == f"a {host.address}\n"
+    first.kill()
+    (tmp_path / "works").touch()
+    fleet.controller("--fence-with", str(program), "--fence-after", "1s", "--ttl", "2", name="power")
+    until(lambda: names(fleet.where()) == ["wanted"] and not fleet.where()["a"], "it is not restarted")
+    fleet.start_agent("a")
+    assert {host["name"]: host["state"] for host in fleet.json("hosts")}["a"] == "maintenance"
+    fleet.command("snapshot", "wanted", "--stop")
     clear_saved(fleet)
 
 
