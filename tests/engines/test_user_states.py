@@ -347,6 +347,8 @@ int main(int argc, char **argv)
 		unsigned long before = __atomic_load_n(&shared[0], __ATOMIC_SEQ_CST), through, value;
 
 		wl_sleep_us(30000);
+		for (int i = 0; i < 10000 && __atomic_load_n(&shared[0], __ATOMIC_SEQ_CST) == before; i++)
+			wl_sleep_us(1000); /* it may not have had a processor since the freeze */
 		CHECK(__atomic_load_n(&shared[0], __ATOMIC_SEQ_CST) > before, "the child is not seen");
 		TRY(pread(memfd, &value, 8, 0));
 		through = mapped[0];
