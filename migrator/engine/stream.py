@@ -107,7 +107,7 @@ class RecordReader:
         self.fd = fd
         self.bytes = 0  # of whole records so far
         self.records = 0
-        self._buffer = bytearray(256 << 10)
+        self._view = memoryview(bytearray(256 << 10))
         self._start = self._end = 0
         self._pages = bytearray(4 << 20)
 
@@ -116,7 +116,10 @@ class RecordReader:
 
         Raises ImageError at the end of the input: a stream ends with its trailer, which is not followed
         by a call."""
-        kind, length = HEADER.unpack(self._take(HEADER.size))
+        if self._end - self._start < HEADER.size:
+            self._fill(HEADER.size)
+        kind, length = HEADER.unpack_from(self._view, self._start)
+        self._start += HEADER.size
         cls = REGISTRY.get(kind)
         if cls is None:
             raise ImageError(f"record {self.records}: unknown type {kind}")
@@ -130,7 +133,7 @@ class RecordReader:
 
     def read_ahead(self) -> bytes:
         """What was read and is in no record yet: whoever reads on from the descriptor goes on with this."""
-        rest = bytes(self._buffer[self._start : self._end])
+        rest = bytes(self._view[self._start : self._end])
         self._start = self._end
         return rest
 
@@ -152,7 +155,7 @@ class RecordReader:
             self._pages = bytearray(nr_data)
         view = memoryview(self._pages)[:nr_data]
         have = min(nr_data, self._end - self._start)
-        view[:have] = self._buffer[self._start : self._start + have]
+        view[:have] = self._view[self._start : self._start + have]
         self._start += have
         while have < nr_data:
             got = os.readv(self.fd, [view[have:]])
@@ -167,23 +170,25 @@ class RecordReader:
         return Pages(objref=objref, crc=crc, ranges=ranges, data=view)  # type: ignore[arg-type]
 
     def _take(self, count: int) -> bytes:
+        if self._end - self._start < count:
+            self._fill(count)
+        start = self._start
+        self._start += count
+        return bytes(self._view[start : self._start])
+
+    def _fill(self, count: int) -> None:
+        """Read until `count` bytes are there."""
         while self._end - self._start < count:
-            if self._start:
-                left = self._end - self._start
-                self._buffer[:left] = self._buffer[self._start : self._end]
-                self._start, self._end = 0, left
-            if count > len(self._buffer):
-                self._buffer.extend(bytes(min(count, 2 * len(self._buffer)) - len(self._buffer)))
-            view = memoryview(self._buffer)[self._end :]
-            got = os.readv(self.fd, [view])
-            view.release()
+            left = self._view[self._start : self._end]
+            if count > len(self._view):
+                self._view = memoryview(bytearray(min(count, 2 * len(self._view))))
+            if self._start or len(left) != self._end or left.obj is not self._view.obj:
+                self._view[: len(left)] = left
+                self._start, self._end = 0, len(left)
+            got = os.readv(self.fd, [self._view[self._end :]])
             if not got:
                 raise self._truncated()
             self._end += got
-        start = self._start
-        self._start += count
-        with memoryview(self._buffer) as view:
-            return bytes(view[start : self._start])
 
     def _truncated(self) -> ImageError:
         return ImageError(

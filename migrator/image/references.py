@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from operator import attrgetter
 from typing import NoReturn
 
 from migrator.image.codec import Record
@@ -51,7 +52,7 @@ class _Plan:
         names = [f.name for f in fields(cls)] if cls._members else []  # type: ignore[arg-type]
         self.defines = "objref" in names
         self.reserved = "reserved" in names
-        self.uses = [name for name in names if name.endswith("_objref")]
+        self.uses = [(n, attrgetter(n), WANTED.get(n)) for n in names if n.endswith("_objref")]
         self.items: list[tuple[str, list[str]]] = []
         if cls.__name__ in _CHECKED_ELSEWHERE:
             return
@@ -78,14 +79,21 @@ class References:
             plan = self._plans[cls] = _Plan(cls)
         if plan.reserved and getattr(record, "reserved"):  # noqa: B009 - not a field of every record
             self._fail("a reserved field is not zero")
-        for name in plan.uses:
-            self._use_field(name, getattr(record, name))
+        kinds = self._kinds
+        for name, get, wanted in plan.uses:
+            objref = get(record)
+            if objref and (wanted is None or kinds.get(objref) not in wanted):
+                self._use_field(name, objref)
         for tail, names in plan.items:
             for item in getattr(record, tail):
                 for name in names:
                     self._use_field(name, getattr(item, name))
         if plan.defines:
-            self._define(record.objref, cls.__name__)  # type: ignore[attr-defined]
+            objref = record.objref  # type: ignore[attr-defined]
+            if objref > 0 and objref not in kinds and len(kinds) < MAX_OBJECTS:
+                kinds[objref] = cls.__name__
+            else:
+                self._define(objref, cls.__name__)
 
     def use(self, objref: int, kind: str, what: str, *others: str) -> None:
         """`what` refers to an object that must be there and of this kind, or of one of the others."""

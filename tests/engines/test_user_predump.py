@@ -216,6 +216,19 @@ def test_what_stands_in_the_stream_is_not_written_again(tmp_path: Path) -> None:
         assert [(rec.path, rec.pos) for rec in files] == [(str(tmp_path / "state"), 4)]
 
 
+def test_files_that_were_opened_since_are_looked_at_again(tmp_path: Path) -> None:
+    predumped, stream = predump_us()
+    pidfd = os.pidfd_open(os.getpid())
+    us = Owner(os.getpid(), os.getpid(), pidfd)
+    with (tmp_path / "later").open("w"), (tmp_path / "too").open("w"):
+        assert predumped.has_grown(us)
+        predumped.predump(us)
+        assert not predumped.has_grown(us)
+    os.close(pidfd)
+    assert not predumped.has_grown(us)
+    assert str(tmp_path / "later") in {rec.path for rec in stream.records if isinstance(rec, File)}
+
+
 EARLY = """
 #include "workload.h"
 /* Opens, closes and duplicates files by path all the time, and nothing else: what was given early may be all. */

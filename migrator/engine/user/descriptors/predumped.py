@@ -10,6 +10,7 @@ import os
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
+from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
@@ -63,13 +64,19 @@ class PredumpedFiles:
         self._inodes: dict[tuple[int, int, int], list[Place]] = {}
         self._taken: set[int] = set()
         self._tables: dict[int, list[Entry]] = {}  # as written last
+        self._counts: dict[int, int] = {}  # by pid: how many were open then
         self.known: dict[Place, Known] = {}
+
+    def has_grown(self, process: Holder) -> bool:
+        """Whether a process has more descriptors open than when it was looked at. Raises OSError if it has ended."""
+        return fdinfo.count(process.pid) > self._counts.get(process.pid, 0)
 
     def predump(self, process: Holder) -> int:
         """Write what a running process has open by path; the objref that its table will have.
 
         Raises OSError if the tree ends."""
         entries: list[Entry] = []
+        self._counts[process.pid] = fdinfo.count(process.pid)
         root = Root(self._root_pid)
         try:
             for item in look(process, root, []):

@@ -392,9 +392,12 @@ class UserSource:
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
         new = [tid for tid in procfs.tids(pid) if tid not in process.predumped]
+        owner = DescriptorOwner(pid, process.vpid, process.pidfd)
+        if process.predumped and not new and self._predumped.has_grown(owner):
+            self._predumped.predump(owner)
         if not new or parasite is None or not self._memory.layout.written(process.mm_objref):
             return  # what was mapped when it was looked at was not any more: the next round has it
-        table = self._predumped.predump(DescriptorOwner(pid, process.vpid, process.pidfd))
+        table = self._predumped.predump(owner)
         with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None
             reply = parasite.process(leader.regs, leader.mask, (), leader.xstate)
