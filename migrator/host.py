@@ -176,7 +176,9 @@ def _ended(pid: int) -> bool:
 def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
     _check_fence(proposal)
     maker = SandboxMaker(bridge)
-    options = DestinationOptions(sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True)
+    options = DestinationOptions(
+        sandbox=maker, cgroup_name=f"restart-{proposal.migration}", live=True, verify=proposal.verify
+    )
     cgroup = options.cgroup_name
     if proposal.container:
         spec = ContainerSpec.from_json(proposal.container_spec)

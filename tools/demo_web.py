@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from migrator.model import MigrationResult
 from migrator.testing.picture import Bar, downtime_svg, longest_wait, read_samples
 from migrator.testing.servers import nginx_command
 from migrator.testing.stage import Stage, require_root
@@ -55,19 +56,20 @@ def main() -> None:
         started = time.monotonic_ns()
         show.print(f"\n[bold]migrator migrate web root@{stage.b.address}[/]")
         sys.stdout.flush()
-        there = stage.migrate("web", stage.a, stage.b, show=True)
+        there = msgspec.convert(stage.migrate("web", stage.a, stage.b, show=True), MigrationResult)
         time.sleep(0.5)
         moved = time.monotonic_ns()
         time.sleep(0.5)
         show.print(f"\n[bold]migrator migrate web root@{stage.a.address}[/]   (and back)")
         sys.stdout.flush()
-        back = stage.migrate("web", stage.b, stage.a, show=True)
+        back = msgspec.convert(stage.migrate("web", stage.b, stage.a, show=True), MigrationResult)
         time.sleep(1)
         out, _ = client.communicate("", timeout=60)
         tally = msgspec.json.decode(out, type=Tally)
         samples = read_samples(samples_file)
         stage.a.run(["migrator", "stop", "web"])
-    bars = [Bar(s["name"], s["start"], s["end"], s["where"]) for s in there["timeline"]["spans"]]
+    assert there.timeline is not None
+    bars = [Bar(p.name, p.start, p.end, p.where.value) for p in there.timeline.phases]
     gap = longest_wait(samples, started, moved)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     options.picture.write_text(
@@ -79,7 +81,7 @@ def main() -> None:
             subtitle=f"{tally.requests} requests, a connection each, every answer checked",
         )
     )
-    served = there["connections_served"] + back["connections_served"]
+    served = there.connections_served + back.connections_served
     show.print(
         f"\n{options.clients} clients: {tally.requests} requests answered, a connection each;"
         f" {len(tally.failures)} failed; {served} connections that nginx had closed were served from the old place;"

@@ -123,6 +123,7 @@ async def _run(
             trees=carried,
             fleet=asked.fleet,
             token=asked.token,
+            verify=asked.verify,
         ),
         lambda fd: choice.engine.source(workload.pid, fd, options),
         link,

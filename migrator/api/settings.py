@@ -21,6 +21,7 @@ class MigrateSettings:
     engine:        the name of the one that saves here; "" for the best that this host has
     migration:     its id, if it has one already; "" for a new one
     fleet, token:  of the controller that wants it, which both hosts check; 0 where a person does
+    verify:        save the copy again before it runs, while all is stopped, and give up if it is not what was saved
     """
 
     max_downtime: float | None = None
@@ -34,3 +35,4 @@ class MigrateSettings:
     migration: str = ""
     fleet: str = ""
     token: int = 0
+    verify: bool = False

@@ -50,6 +50,9 @@ def migrate(
     ] = 0.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find out whether it could: as `check`.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="No pre-copy: stop, copy, restart.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Look at the copy before it runs: it must be what was saved, or goes.")
+    ] = False,
     copy_files: CopyFiles = False,
     copy_path: CopyPath = None,
     engine: EngineName = "",
@@ -65,6 +68,7 @@ def migrate(
         copy_files=copy_files,
         copy_paths=tuple(copy_path or ()),
         engine=engine,
+        verify=verify,
     )
     if dry_run:
         _check(target, peer, settings, login, as_json)

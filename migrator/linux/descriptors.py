@@ -129,3 +129,14 @@ def allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def has_option(fd: int, level: int, name: int, asked: bytes) -> bool:
+    """Whether getsockopt(2) has an answer to a question that is in the buffer for the answer."""
+    buffer = ctypes.create_string_buffer(asked, len(asked))
+    length = ctypes.c_uint32(len(asked))
+    try:
+        sys.call(_GETSOCKOPT, fd, level, name, ctypes.addressof(buffer), ctypes.addressof(length), name="getsockopt")
+    except OSError:
+        return False
+    return True

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+_UNLIMITED = (1 << 64) - 1  # as RLIM_INFINITY
+
 
 @dataclass(slots=True, frozen=True)
 class Vma:
@@ -144,6 +146,13 @@ def stat(pid: int, tid: int | None = None) -> list[str]:
     head, _, tail = text.rpartition(")")
     number, _, comm = head.partition("(")
     return ["", number.strip(), comm, *tail.split()]
+
+
+def open_files_limit(pid: int) -> int:
+    """The soft limit of descriptors of a task. prlimit(2) would want CAP_SYS_RESOURCE for one of another user."""
+    (line,) = [line for line in read_text(f"/proc/{pid}/limits").split("\n") if line.startswith("Max open files")]
+    soft = line.split()[3]
+    return _UNLIMITED if soft == "unlimited" else int(soft)
 
 
 def ns_pid(state: dict[str, str], field: str = "NSpid") -> int:

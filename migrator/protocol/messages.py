@@ -101,6 +101,7 @@ class Propose(Message, tag="propose", frozen=True):
     """source: may this workload come to you? `dry_run`: nothing will follow.
 
     fleet, token: of the controller that wants it; 0 where a person does
+    verify: look at the copy before it runs, and discard it if it is not what was saved
     """
 
     migration: Id
@@ -113,6 +114,7 @@ class Propose(Message, tag="propose", frozen=True):
     trees: Annotated[list[SyncTree], Meta(max_length=64)] = msgspec.field(default_factory=list)
     fleet: FleetId = ""
     token: Token = 0
+    verify: bool = False
 
 
 class Verdict(Message, tag="verdict", frozen=True):

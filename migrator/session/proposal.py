@@ -69,6 +69,7 @@ class Proposal:
             self.files.proposed() if self.files is not None else [],
             settings.fleet,
             settings.token,
+            settings.verify,
         )
 
     def judge(self, verdict: m.Verdict) -> None:

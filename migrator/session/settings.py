@@ -29,6 +29,7 @@ class SourceSettings:
     copy_files:    carry open and mapped files along that differ there
     trees:         what is carried along as a whole, with `copy_files`
     fleet, token:  of the controller that wants it, for the destination to check
+    verify:        have the copy looked at before it runs: see DestinationOptions
     """
 
     migration: str
@@ -47,6 +48,7 @@ class SourceSettings:
     trees: tuple[SyncTree, ...] = ()
     fleet: str = ""
     token: int = 0
+    verify: bool = False
     journal: Path = field(default_factory=journal_directory)
 
 

@@ -112,6 +112,21 @@ STATES = {
     + "struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(9), .sin_addr.s_addr = htonl(0x7f000001) };"
     + "int fd = TRY(socket(AF_INET, SOCK_DGRAM, 0));"
     + 'TRY(sendto(fd, "abc", 3, MSG_MORE, (struct sockaddr *)&to, sizeof(to)));',
+    "a member of the multicast group 239.1.2.3": "#include <arpa/inet.h>\n"
+    + MAIN
+    + 'struct ip_mreqn group = { .imr_multiaddr.s_addr = inet_addr("239.1.2.3"), .imr_ifindex = 1 };'
+    + "int fd = TRY(socket(AF_INET, SOCK_DGRAM, 0));"
+    + "TRY(setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &group, sizeof(group)));",
+    "a member of the multicast group ff05::77": "#include <arpa/inet.h>\n"
+    + MAIN
+    + 'struct ipv6_mreq group = { .ipv6mr_interface = 1 }; inet_pton(AF_INET6, "ff05::77", &group.ipv6mr_multiaddr);'
+    + "int fd = TRY(socket(AF_INET6, SOCK_DGRAM, 0));"
+    + "TRY(setsockopt(fd, IPPROTO_IPV6, IPV6_JOIN_GROUP, &group, sizeof(group)));",
+    "what is sent there could reach the wrong one": "#include <sys/socket.h>\n#include <sys/un.h>\n"
+    + MAIN
+    + 'struct sockaddr_un name = { .sun_family = AF_UNIX }; strcpy(name.sun_path, wl_beside(".sock"));'
+    + "for (int i = 0; i < 2; i++) { unlink(name.sun_path);"
+    + "TRY(bind(TRY(socket(AF_UNIX, SOCK_DGRAM, 0)), (struct sockaddr *)&name, sizeof(name))); }",
     "guard regions": MAIN
     + "char *p = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
     + "TRY(madvise(p, 4096, 102));",

@@ -460,6 +460,48 @@ int main(int argc, char **argv)
 """
 
 
+POLL_OF_A_USER = (
+    r"""
+#include <grp.h>
+#include <poll.h>
+#include <pthread.h>
+#include "workload.h"
+static int ends[2], asked[2];
+static void *wait_for(void *unused)
+{
+	struct pollfd one = { ends[0], POLLIN, 0 };
+	char c;
+
+	(void)unused;
+	for (;;) {
+		CHECK(poll(&one, 1, 60000) == 1 && one.revents == POLLIN, "%x", one.revents);
+		TRY(read(ends[0], &c, 1));
+		TRY(write(asked[1], &c, 1));
+	}
+	return NULL;
+}
+static void check(void)
+{
+	char c;
+
+	TRY(write(ends[1], "x", 1));
+	TRY(read(asked[0], &c, 1));
+}
+int main(int argc, char **argv)
+{
+	pthread_t thread;
+
+	wl_start(argc, argv);
+	TRY(pipe(ends));
+	TRY(pipe(asked));
+	TRY(setgroups(0, NULL));
+	TRY(setresgid(65534, 65534, 65534));
+	TRY(setresuid(65534, 65534, 65534));
+	pthread_create(&thread, NULL, wait_for, NULL);
+"""
+    + TICKING
+)
+
 STATES = {
     "a deleted file opened with O_NOFOLLOW": DELETED_NOFOLLOW,
     "a working directory that was deleted": DELETED_DIRECTORY,
@@ -471,6 +513,7 @@ STATES = {
     "signals that wait": PENDING,
     "a process registered for membarrier": MEMBARRIER,
     "datagram sockets that are shut down": DATAGRAMS_SHUT,
+    "a thread of an ordinary user that waits in poll": POLL_OF_A_USER,
 }
 
 

@@ -11,7 +11,10 @@ import pytest
 from pidhosts import PidHost, Program
 from test_user_states import there_and_back
 
+from migrator.engine.base import SourceOptions
+from migrator.engine.user.dump.source import UserSource
 from migrator.errors import Refused
+from migrator.testing.workloads import _descendants
 
 pytestmark = pytest.mark.root
 
@@ -123,6 +126,156 @@ def test_mappings_of_deleted_files_and_of_memfds_keep_what_is_in_them(
     with Program(hosts[0], DELETED, tmp_path) as moving:
         there_and_back(moving, hosts, 4)
         moving.finish()
+
+
+FORKED = r"""
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+#define PAGES 4096L
+#define WORKERS 4
+
+struct told { volatile long number; char rest[PAGE - sizeof(long)]; } *told;
+static unsigned char *heap, *fixed, *names, *hidden;
+
+static long contents(long page, int who)
+{
+	if (who == 3 && page >= 1024 && page < 1040)
+		return 0;			/* dropped by the worker */
+	if (who && page % 512 == who)
+		return page * 1000 + who;	/* written by the worker */
+	if (!who && page % 512 == 100)
+		return page * 1000 + 77;	/* written by the parent, later */
+	return page + 1;
+}
+
+static void check(int who, long tick)
+{
+	long page;
+
+	for (page = 0; page < PAGES; page++) {
+		long there = *(volatile long *)(heap + page * PAGE + 8);
+
+		CHECK(there == contents(page, who), "worker %d page %ld tick %ld: %ld", who, page, tick, there);
+	}
+	CHECK(*(volatile long *)(heap + 200 * PAGE + 2048) == (who ? 0 : tick - 1), "worker %d: the parent's write", who);
+	CHECK(fixed[0] == (who ? 0 : 'p'), "worker %d has what its parent wrote after fork(2)", who);
+	CHECK(!memcmp(names, who == 2 ? "second" : "parent", 6), "worker %d: %.6s", who, (char *)names);
+	if (who == 2) {
+		TRY(mprotect(hidden, PAGE, PROT_READ));
+		CHECK(hidden[0] == 'h', "hidden");
+		TRY(mprotect(hidden, PAGE, PROT_NONE));
+	}
+}
+
+static void work(int who)
+{
+	static long deep;
+	long page, seen = 0;
+	unsigned char *own = NULL;
+
+	for (page = who; page < PAGES; page += 512)
+		*(long *)(heap + page * PAGE + 8) = contents(page, who);
+	if (who == 2) {
+		memcpy(names, "second", 6);
+		TRY(mprotect(hidden, PAGE, PROT_NONE));
+	}
+	if (who == 3)
+		TRY(madvise(heap + 1024 * PAGE, 16 * PAGE, MADV_DONTNEED));
+	if (who == 4) {
+		own = mmap(heap + PAGES * PAGE, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		CHECK(own != MAP_FAILED, "%m");
+		sbrk(256 * PAGE);
+	}
+	for (;; told[who].number = seen) {
+		while (told[0].number == seen)
+			wl_sleep_us(100);
+		seen = told[0].number;
+		check(who, seen);
+		deep += seen;
+		if (own)
+			own[seen % 64 * PAGE] = seen;
+	}
+}
+
+int main(int argc, char **argv)
+{
+	pid_t workers[WORKERS + 1];
+	long page, tick;
+	int who;
+
+	wl_start(argc, argv);
+	heap = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	names = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	fixed = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	hidden = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	told = mmap(NULL, (WORKERS + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	for (page = 0; page < PAGES; page++)
+		*(long *)(heap + page * PAGE + 8) = page + 1;
+	memcpy(names, "parent", 6);
+	hidden[0] = 'h';
+	for (who = 1; who <= WORKERS; who++)
+		if (!(workers[who] = fork())) {
+			if (who == WORKERS && fork())	/* one is a grandchild */
+				for (;;)
+					pause();
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			work(who);
+		}
+	for (page = 100; page < PAGES; page += 512)
+		*(long *)(heap + page * PAGE + 8) = contents(page, 0);
+	fixed[0] = 'p';
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		check(0, tick);
+		*(long *)(heap + 200 * PAGE + 2048) = tick;
+		told[0].number = tick;
+		for (who = 1; who <= WORKERS; who++)
+			while (told[who].number != tick)
+				wl_sleep_us(100);
+		wl_line("tick %ld", tick);
+	}
+	for (who = 1; who <= WORKERS; who++)
+		kill(workers[who], SIGKILL);
+	wl_ok();
+}
+"""
+
+
+def proportional(root: int) -> int:
+    """KiB that a tree has of memory of its own, what processes share counted once."""
+    total = 0
+    for pid in [root, *_descendants(root)]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            total += int(line.split()[1]) if line.startswith("Pss_Anon:") else 0
+    return total
+
+
+def test_processes_still_share_what_fork_left_them_in_common(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    """16 MiB that five processes have: each has written some, one dropped some, one has mappings of its own."""
+    with Program(hosts[0], FORKED, tmp_path) as moving:
+        before = proportional(moving.pid)
+        there_and_back(moving, hosts, 2)
+        after = proportional(moving.pid)
+        moving.finish()
+    assert 16 << 10 < before < 24 << 10
+    assert after < before + (1 << 10)
+
+
+def test_saving_a_tree_that_runs_leaves_shared_what_it_shares(tmp_path: Path) -> None:
+    """Reading memory by process_vm_readv(2) makes a copy of each page that is shared by copy-on-write."""
+    host = PidHost("a")
+    with host, Program(host, FORKED, tmp_path) as running:
+        before = proportional(running.pid)
+        with open("/dev/null", "wb") as nowhere, UserSource(running.pid, nowhere.fileno(), SourceOptions()) as source:
+            source.instrument()
+            for _ in range(3):
+                source.round()
+        assert proportional(running.pid) < before + (1 << 10)
+        running.check_alive_and_progressing()
+        running.finish()
 
 
 COUNTER = r"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -42,11 +43,11 @@ def await_ticks(out: Path, more: int = 3) -> None:
         time.sleep(0.02)
 
 
-def there_and_back(stage: Stage, name: str, out: Path, times: int = 4) -> None:
+def there_and_back(stage: Stage, name: str, out: Path, *options: str, times: int = 4) -> None:
     here, there = stage.a, stage.b
     for _ in range(times):
         await_ticks(out)
-        assert stage.migrate(name, here, there)["outcome"] == "migrated"
+        assert stage.migrate(name, here, there, *options)["outcome"] == "migrated"
         await_ticks(out)
         here, there = there, here
 
@@ -55,7 +56,7 @@ def test_a_python_program_with_pools_and_queues(stage: Stage, name: str) -> None
     out = stage.folder / "pools.out"
     argv = [sys.executable, str(WORKLOADS / "pools.py"), str(out)]
     stage.a.run([*MIGRATOR, "run", "-d", "--name", name, "--bridge", "", "--", *argv])
-    there_and_back(stage, name, out)
+    there_and_back(stage, name, out, "--verify")
 
 
 def test_sqlite_in_wal_mode_on_a_directory_that_both_hosts_share(stage: Stage, name: str, tmp_path: Path) -> None:
@@ -93,6 +94,40 @@ def test_a_daemon_whose_package_was_replaced(stage: Stage, name: str) -> None:
         assert stage.client.run(ask).stdout == "<p>here</p>" * 5000
         here, there = there, here
     assert {path.read_bytes() for path in installed.iterdir()} == {b"the next version"}
+
+
+def test_gunicorn_while_files_are_uploaded(stage: Stage, name: str, tmp_path: Path) -> None:
+    """Workers that were forked, files without a name that are being written, requests that take longer than a move."""
+    tmp_path.chmod(0o777)
+    server = [sys.executable, "-m", "gunicorn", "--chdir", str(WORKLOADS), "-w", "3", "-k", "gthread", "--threads", "4"]
+    server += ["--preload", "-b", "0.0.0.0:8000", "--worker-tmp-dir", str(tmp_path), "uploads:application"]
+    command = [*MIGRATOR, "run", "-d", "--name", name, "--bridge", "br0", "--ip", "10.77.0.73/24"]
+    stage.a.run([*command, "-e", f"UPLOADS={tmp_path}", "--", *server])
+    ask = [
+        "curl",
+        "-sf",
+        "--max-time",
+        "10",
+        "--retry",
+        "30",
+        "--retry-connrefused",
+        "-d",
+        "x",
+        "http://10.77.0.73:8000/",
+    ]
+    assert stage.client.run(ask).stdout.endswith(" 0")
+    client = stage.client.popen(
+        [sys.executable, str(WORKLOADS / "uploads.py"), "10.77.0.73", "8000"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    here, there = stage.a, stage.b
+    for _ in range(4):
+        time.sleep(0.5)
+        assert stage.migrate(name, here, there)["outcome"] == "migrated"
+        here, there = there, here
+    told = json.loads(client.communicate("", timeout=60)[0])
+    assert not told["failures"]
+    assert told["uploads"] >= 16
 
 
 POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")

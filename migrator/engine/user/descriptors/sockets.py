@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from migrator.engine.user.descriptors import sockopts
+from migrator.engine.user.descriptors import multicast, sockopts
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
@@ -51,6 +52,26 @@ def judge(sock: socket.socket) -> None:
         raise Obstacle(
             "a datagram that is not complete (UDP_CORK, MSG_MORE) cannot be carried; it has to be sent first"
         )
+
+
+def member_of(group: str) -> str:
+    return f"a member of the multicast group {group}, which cannot be carried"
+
+
+def taken_name(sock: socket.socket) -> bytes:
+    """The name in the file system that a datagram socket was bound to: who sends to it finds the last that took it."""
+    try:
+        name = sock.getsockname() if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_DGRAM else ""
+    except OSError:
+        return b""
+    return os.fsencode(name) if isinstance(name, str) else b""
+
+
+def same_name(name: bytes, first: object) -> str:
+    return (
+        f"was bound to {os.fsdecode(name)}, as {first} was; what is sent there could reach the wrong one after the"
+        " move, so one of them must be closed first"
+    )
 
 
 def _corked(sock: socket.socket) -> bool:
@@ -96,6 +117,7 @@ class SocketDump:
             except Obstacle as obstacle:
                 raise CheckpointFailed(f"{item}: {obstacle}", hint="the workload runs on, untouched") from None
             (self._unix if sock.family == socket.AF_UNIX else self._inet).append((item, sock))
+        self._refuse()
         with entered(f"/proc/{self._pid}/ns/net"):
             defaults = sockopts.Defaults()
             if self._unix:
@@ -106,6 +128,18 @@ class SocketDump:
                 inet = InetDump(self._inet, defaults, self._pid, self._still)
                 self._dumps.append(inet)
                 inet.collect()
+
+    def _refuse(self) -> None:
+        """What the survey refuses as well, and has come into being since."""
+        datagrams = [(item, sock) for item, sock in self._inet if sock.proto == socket.IPPROTO_UDP]
+        groups = multicast.joined(self._pid) if datagrams else []
+        for item, sock in datagrams:
+            if group := multicast.membership(sock, groups):
+                raise CheckpointFailed(f"{item}: {member_of(group)}", hint="the workload runs on, untouched")
+        names: dict[bytes, Description] = {}
+        for item, sock in self._unix:
+            if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
+                raise CheckpointFailed(f"{item}: {same_name(name, names[name])}")
 
     def records(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
         """All Sockets, then what waits in them."""

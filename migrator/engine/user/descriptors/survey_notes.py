@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors import fdinfo, sockopts
@@ -15,12 +16,31 @@ def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
     """(what it is about, what will be different), one for each process; the tasks run on all the while."""
     for process in processes:
         try:
-            numbers = [n for n in fdinfo.numbers(process.pid) if _knows_its_peer(process, n)]
+            numbers = fdinfo.numbers(process.pid)
+            peers = [n for n in numbers if _knows_its_peer(process, n)]
+            deleted = [n for n in numbers if _is_deleted(process, n)]
         except OSError:
             continue  # it ended
-        if numbers:
-            about = f"pid {process.pid} fd {', '.join(map(str, numbers[:8]))}{', …' if numbers[8:] else ''}"
-            yield about, "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
+        if peers:
+            words = "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
+            yield _about(process, peers), words
+        if deleted:
+            yield _about(process, deleted), "files without a name: when they were last read is not kept"
+
+
+def _about(process: Holder, numbers: Sequence[int]) -> str:
+    return f"pid {process.pid} fd {', '.join(map(str, numbers[:8]))}{', …' if numbers[8:] else ''}"
+
+
+def _is_deleted(process: Holder, number: int) -> bool:
+    try:
+        link = os.readlink(f"/proc/{process.pid}/fd/{number}")
+        if not link.endswith(" (deleted)") or link.startswith("/memfd:"):
+            return False
+        status = os.stat(f"/proc/{process.pid}/fd/{number}")
+    except OSError:
+        return False  # it was closed meanwhile
+    return stat.S_ISREG(status.st_mode) and not status.st_nlink
 
 
 def _knows_its_peer(process: Holder, number: int) -> bool:

@@ -6,10 +6,10 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 
-from migrator.engine.user.descriptors import addresses, diag, tcp
+from migrator.engine.user.descriptors import addresses, diag, multicast, tcp
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
-from migrator.engine.user.descriptors.sockets import judge
+from migrator.engine.user.descriptors.sockets import judge, member_of, same_name, taken_name
 from migrator.linux import sys
 from migrator.linux.namespaces import entered
 
@@ -24,6 +24,8 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
     unix: dict[int, Found] = {}
     connections: dict[tuple[bytes, bytes], Found] = {}
     datagrams: dict[socket.AddressFamily | int, Found] = {}
+    groups = _groups(pid)
+    names: dict[bytes, Found] = {}
     for item in once.values():
         try:
             sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
@@ -37,8 +39,12 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
                 continue
             if sock.family == socket.AF_UNIX:
                 unix[os.fstat(sock.fileno()).st_ino] = item
+                if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
+                    yield f"{item}: {same_name(name, names[name])}"
                 continue
             if sock.proto == socket.IPPROTO_UDP:
+                if group := multicast.membership(sock, groups):
+                    yield f"{item}: {member_of(group)}"
                 datagrams.setdefault(sock.family, item)
             elif not own_netns and sock.proto == socket.IPPROTO_TCP:
                 _note_connection(sock, item, connections)
@@ -52,6 +58,13 @@ def survey_sockets(found: Sequence[Found], pid: int, *, own_netns: bool) -> Iter
         yield from _partners(unix, pid)
     if datagrams:
         yield from _tells_shutdowns(datagrams, pid)
+
+
+def _groups(pid: int) -> list[multicast.Group]:
+    try:
+        return multicast.joined(pid)
+    except OSError:
+        return []  # it ended
 
 
 def _tells_shutdowns(datagrams: Mapping[socket.AddressFamily | int, Found], pid: int) -> Iterator[str]:

@@ -99,7 +99,7 @@ class WpAsyncTracker:
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
-        self._first = True
+        self.first = True  # until the first sweep is over
         self._strict = False
 
     def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Iterator[Sweep]:
@@ -119,7 +119,7 @@ class WpAsyncTracker:
         self._big = there
         for start, end in windows([*whole, *intersect(merge(owed), mapped)], _WINDOW):
             yield self._taken_whole(start, end)
-        self._first = False
+        self.first = False
 
     def _sweep_small(self, vmas: Sequence[Vma]) -> Sweep:
         out = Sweep()
@@ -129,7 +129,7 @@ class WpAsyncTracker:
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
         present = merge(s for g in groups for s in self._present_in(g[0].start, g[-1].end))
-        if not self._first:
+        if not self.first:
             mapped = merge((v.start, v.end) for group in groups for v in group)
             out.absent += intersect(subtract(self._present, present), mapped)
         self._present = present
@@ -252,7 +252,7 @@ class WpAsyncTracker:
             self._scan(start, end)
         out = Sweep()
         self._sort_out(start, end, out)
-        if self._first:
+        if self.first:
             out.absent = []
         return out
 

@@ -122,6 +122,7 @@ class MemoryDump:
         brk = self.layout.brk_of(process.mm_objref) if final else 0
         rebacked = self.layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
         tracker = self.trackers.get(process.pid)
+        first = tracker is None or tracker.first
         process.scanner = process.scanner or Scanner(process.pid)
         process.mem = process.mem or memory.MemFile(process.pid)
         if tracker is not None:
@@ -138,7 +139,7 @@ class MemoryDump:
                 raise CheckpointFailed(f"pid {process.pid}: {error}") from error
             if piece is None:
                 break
-            self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem)
+            self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem, first=first)
         self.sender.end(process.mm_objref)
         for vma in vmas:
             if vma.shared and self.shared.is_shm(vma):

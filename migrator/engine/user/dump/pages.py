@@ -12,6 +12,7 @@ from migrator.linux import memory
 from migrator.linux.procfs import Vma
 
 CHUNK = 1 << 20  # bytes of contents in one record: big enough for throughput, small enough to pipeline
+_LONG = 8 * PAGE_SIZE  # bytes of a range from which on a call of its own costs nothing
 _WORDS = PAGE_SIZE // 8
 _DATA, _ZERO = int(PageKind.DATA), int(PageKind.ZERO)
 
@@ -33,15 +34,21 @@ class PageSender:
         absent: Sequence[Span],
         vmas: Sequence[Vma],
         mem: memory.MemFile,
+        *,
+        first: bool = False,
     ) -> None:
         """Send pages of an address space: `absent` first, then `data`. end() is to follow, once.
 
+        `first`: nothing of it was sent yet, so much may be shared with who forked it, and stays so.
         A range that vanishes while it is read (the tasks may run) is left out: whatever is there in the
         end is met by a later sweep."""
         self.announce(objref, absent, PageKind.ABSENT)
         readable, hidden = split_readable(data, vmas)
         for ranges, total in chunks(readable):
-            got = memory.read_into(pid, self._buffer.address, ranges, total)
+            if first or total >= _LONG * len(ranges):
+                got = self._read_each(ranges, mem)
+            else:
+                got = memory.read_into(pid, self._buffer.address, ranges, total)
             if got == total:
                 self._emit(objref, ranges)
             else:
@@ -65,6 +72,14 @@ class PageSender:
                 position += length
             self._emit(objref, ranges)
         self.end(objref)
+
+    def _read_each(self, ranges: Sequence[Span], mem: memory.MemFile) -> int:
+        position = 0
+        for start, length in ranges:
+            if mem.read_into(self._buffer.view[position : position + length], start) != length:
+                return -1
+            position += length
+        return position
 
     def _one_by_one(self, objref: int, ranges: Sequence[Span], mem: memory.MemFile) -> None:
         position = 0

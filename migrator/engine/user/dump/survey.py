@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from migrator.engine import files, processor, work
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
-from migrator.engine.user.dump import survey_tasks
+from migrator.engine.user.dump import survey_notes, survey_tasks
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
@@ -96,7 +96,7 @@ def survey(
         tracker="wp-async",
         tcp_connections=0,
         wanted_pids=wanted,
-        notes=list(descriptors.notes(owners)),
+        notes=[*survey_notes.notes(tree.living), *descriptors.notes(owners)],
         cap_bounding=cap_bounding,
         work=work.count(tree.living),
     )

@@ -290,12 +290,16 @@ class UserDestination:
             gc.disable()
             self._marked_at = mark.time
             assert self._stub_tree is not None
+            if mark.number == 1:
+                return  # all of the memory is still to come: what is read now is a file, or as good as one
+            self._stub_tree.complete()  # what a stub is cloned from must not be raised yet
             for stub in self._stub_tree.stubs.values():
                 urgency.raise_tasks(t.tid for t in stub.threads.values())
 
     def _prepare(self) -> None:
         """Between two rounds: whatever can be done of the end already."""
         assert self._stub_tree is not None and self._tree is not None
+        self._stub_tree.complete()
         self._stub_tree.set_groups(self._tree)
         for stub in self._stub_tree.stubs.values():
             state = self._tasks.tasks.get(stub.vpid)
@@ -333,7 +337,7 @@ class UserDestination:
         contained = self._container is not None
         if contained and self.options.sandbox is None:
             raise RestartFailed("this is the image of a container, and only plain trees are taken here")
-        self._stub_tree = StubTree(_CONTAINER_NAMESPACES if contained else 0)
+        self._stub_tree = StubTree(_CONTAINER_NAMESPACES if contained else 0, self._tasks.cloned)
         with self._phase("stubs"):
             assert self._header is not None
             self._clocks = clocks.offsets(self._header, self._reader)
@@ -363,7 +367,7 @@ class UserDestination:
         self._mms[mm.objref] = mm
         if mm.objref not in self._spaces:
             assert self._stub_tree is not None
-            stub = self._stub_tree.stubs.get(mm.pid)
+            stub = self._stub_tree.grow(mm.pid)
             if stub is None:
                 raise ImageError(f"address space {mm.objref} belongs to pid {mm.pid}, which is not in the tree")
             for former in [o for o, m in self._mms.items() if m.pid == mm.pid and o != mm.objref]:
@@ -371,8 +375,11 @@ class UserDestination:
                 if former in self._spaces:  # it became another program
                     self._spaces.pop(former).clear()
             self._spaces[mm.objref] = AddressSpace(stub, self._backing, self._names.__getitem__)
+            program = self._backing.program(mm.exe_objref)
+            if not self._tasks.looks_like(stub, program):  # and what is mapped of it would stand in the way
+                self._spaces[mm.objref].clear()
             if mm.exe_objref in self._backing.mapped:  # what is written to still is no program yet
-                self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
+                self._tasks.shape(stub, mm, program)
 
     # ------------------------------------------------------------------ the end of the stream
 
@@ -380,6 +387,7 @@ class UserDestination:
         stub_tree, tree = self._stub_tree, self._tree
         assert stub_tree is not None and tree is not None and self._descriptors is not None
         with self._phase("groups"):
+            stub_tree.complete()
             stub_tree.set_groups(tree)
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})

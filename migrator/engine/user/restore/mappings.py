@@ -1,4 +1,8 @@
-"""Address spaces on the destination: mappings made to agree with what the stream says, and filled."""
+"""Address spaces on the destination: mappings made to agree with what the stream says, and filled.
+
+A stub that was cloned from a filled one has all that its parent had. What is the same in both is left as it is and so
+stays shared by copy-on-write, as fork(2) had left it; what its own first round of pages does not bring is dropped.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import bisect
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
-from migrator.engine.user.ranges import merge
+from migrator.engine.user.ranges import Span, intersect, merge, subtract
+from migrator.engine.user.restore import advice
+from migrator.engine.user.restore.advice import Stretch
+from migrator.engine.user.restore.piece import Piece
 from migrator.engine.user.restore.stub import Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -33,19 +40,8 @@ _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED = 4
 _SHM_REMAP = 0o40000
-_ADVICE = {
-    VmaFlag.DONTFORK: 10,
-    VmaFlag.DONTDUMP: 16,
-    VmaFlag.WIPEONFORK: 18,
-    VmaFlag.HUGEPAGE: 14,
-    VmaFlag.NOHUGEPAGE: 15,
-    VmaFlag.MERGEABLE: 12,
-    VmaFlag.RANDOM: 1,
-    VmaFlag.SEQUENTIAL: 2,
-}
+_MIRROR = 1 << 18  # bytes that are compared at a time
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
-_PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
-_IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE
 
 
 class Behind(Protocol):
@@ -61,20 +57,8 @@ def _access(item: VmaItem) -> tuple[int, int]:
     return item.objref, shared | (item.flags & VmaFlag.WRITE if shared else 0)
 
 
-@dataclass(slots=True)
-class Piece:
-    """A stretch of address space as it is mapped in the stub now."""
-
-    start: int
-    end: int
-    item: VmaItem
-
-    def backing(self) -> tuple[int, int, int, int]:
-        """What must be equal for the stretch to be kept: kind, object, offset of address 0, kind of mapping."""
-        item = self.item
-        shift = item.offset - item.start if item.objref else 0
-        kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-        return kind, item.objref, shift, item.flags & _IDENTITY
+def _covers(kept: Sequence[tuple[int, int, VmaItem]], item: VmaItem) -> bool:
+    return len(kept) == 1 and kept[0][:2] == (item.start, item.end)
 
 
 class AddressSpace:
@@ -85,25 +69,34 @@ class AddressSpace:
         self.mm: Mm | None = None
         self._behind = behind
         self._name_of = name_of
-        self._pieces: list[Piece] = []
         self._items: list[VmaItem] = []
         self._writable: list[tuple[int, int, bool]] = []
         self._zeros: list[tuple[int, int]] = []
+        self._mirror: memory.Buffer | None = None
+        # private memory with the contents that the parent had, until the first round of its own has come
+        self._inherited = merge((p.start, p.end) for p in stub.mapped if not p.item.flags & VmaFlag.SHARED)
+        self._filled: list[Span] = []  # what has come of it
 
     @property
     def items(self) -> list[VmaItem]:
         return self._items
 
     def apply(self, vmas: Vmas) -> None:
-        """Make the mappings be exactly `vmas`. What was mapped the same keeps its contents."""
+        """Make the mappings be exactly `vmas`. What was mapped the same keeps its contents.
+
+        The kernel does not join what fork(2) has left in a process with what is mapped beside it (anon_vma): such a
+        mapping is made larger by mremap(2) where it grows at its end, and made anew where it grows otherwise."""
         self._flush_zeros()
         system = {_SYSTEM[VmaKind(v.kind)]: (v.start, v.end) for v in vmas.vmas if v.kind in _SYSTEM}
         self.stub.place_system_mappings(system)
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
+        grown: list[Call] = []
+        aside: list[tuple[int, bytes]] = []
         holes: list[tuple[int, int, VmaItem]] = []
         keep: list[tuple[int, int]] = []
-        same = {(p.start, p.end): p for p in self._pieces}
+        advised: list[Stretch] = []
+        same = {(p.start, p.end): p for p in self.stub.mapped}
         changed = []
         for item in wanted:
             piece = same.get((item.start, item.end))
@@ -114,35 +107,70 @@ class AddressSpace:
         old = sorted(same.values(), key=lambda p: p.start)  # what is there and not exactly what is wanted
         ends = [piece.end for piece in old]
         for item in changed:
-            new = Piece(item.start, item.end, item)
+            kept = self._kept(item, itertools.islice(old, bisect.bisect_right(ends, item.start), None))
+            if self.stub.forked and kept and not item.flags & VmaFlag.SHARED and not _covers(kept, item):
+                start, end, before = kept[0]
+                if len(kept) == 1 and start == item.start:
+                    grown.append((NR["mremap"], start, end - start, item.end - start, 0))
+                    kept = [(start, item.end, before)]
+                    if before.flags & _PROT != item.flags & _PROT:
+                        calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
+                        kept = [(start, item.end, replace(before, flags=before.flags & ~_PROT | item.flags & _PROT))]
+                else:
+                    aside += [(start, self._read(start, end)) for start, end, _ in kept]
+                    kept = []
             at = item.start
-            for piece in itertools.islice(old, bisect.bisect_right(ends, item.start), None):
-                if piece.start >= item.end:
-                    break
-                if piece.backing() != new.backing():
-                    continue
-                start, end = max(piece.start, item.start), min(piece.end, item.end)
+            for start, end, before in kept:
                 if start > at:
                     holes.append((at, start, item))
-                if piece.item.flags & _PROT != item.flags & _PROT:
+                if before.flags & _PROT != item.flags & _PROT:
                     calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
+                if advice.differs(before, item):
+                    advised.append((start, end, before, item))
                 keep.append((start, end))
                 at = end
             if at < item.end:
                 holes.append((at, item.end, item))
-        calls = self._unmaps(old, keep) + calls
-        self.stub.checked(calls, "changing the address space")
+        self.stub.checked([*self._unmaps(old, keep), *calls, *grown], "changing the address space")
         if holes:
             self._map(holes)
-        self._pieces = [Piece(v.start, v.end, v) for v in wanted]
+        for start, contents in aside:
+            self._put_back(start, contents)
+        if advised:
+            self._advise(advised)
+        if self._inherited:
+            new = merge((start, end) for start, end, _ in holes)
+            self._inherited = intersect(subtract(self._inherited, new), merge((v.start, v.end) for v in wanted))
+        self.stub.mapped = [Piece(v.start, v.end, v) for v in wanted]
         self._items = wanted
         self._writable = [(v.start, v.end, bool(v.flags & VmaFlag.WRITE)) for v in wanted]
+
+    def _kept(self, item: VmaItem, old: Iterable[Piece]) -> list[tuple[int, int, VmaItem]]:
+        """The stretches of a wanted mapping that are mapped already, and what they are. Of what was just inherited
+        only what is large enough."""
+        new, out = Piece(item.start, item.end, item), []
+        for piece in old:
+            if piece.start >= item.end:
+                break
+            if piece.backing() == new.backing():
+                out.append((max(piece.start, item.start), min(piece.end, item.end), piece.item))
+        return [] if self._inherited and not _covers(out, item) else out
+
+    def _read(self, start: int, end: int) -> bytes:
+        return self.stub.mem.read(start, end - start)
+
+    def _put_back(self, start: int, contents: bytes) -> None:
+        zeros = bytes(PAGE_SIZE)
+        for at in range(0, len(contents), PAGE_SIZE):
+            if (page := contents[at : at + PAGE_SIZE]) != zeros:
+                self.stub.mem.write(start + at, page)
 
     def clear(self) -> None:
         """Unmap everything."""
         self._zeros.clear()
-        self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self._pieces], "unmapping")
-        self._pieces, self._items, self._writable = [], [], []
+        self._inherited = []
+        self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self.stub.mapped], "unmapping")
+        self.stub.mapped, self._items, self._writable = [], [], []
 
     @staticmethod
     def _unmaps(old: list[Piece], keep: list[tuple[int, int]]) -> list[Call]:
@@ -177,9 +205,7 @@ class AddressSpace:
             for fd in fds:
                 os.close(fd)
         calls: list[Call] = []
-        after: list[Call] = []
-        names: dict[int, int] = {}
-        text = b""
+        after: list[Stretch] = []
         for start, end, item in holes:
             flags = _MAP_FIXED | (_MAP_SHARED if item.flags & VmaFlag.SHARED else _MAP_PRIVATE)
             if item.flags & VmaFlag.NORESERVE:
@@ -199,27 +225,25 @@ class AddressSpace:
                 calls.append((NR["mmap"], start, end - start, prot, flags, inside[numbers[key]], offset))
             else:
                 calls.append((NR["mmap"], start, end - start, prot, flags | _MAP_ANONYMOUS, -1, 0))
-            for flag, advice in _ADVICE.items():
-                if item.flags & flag:
-                    after.append((NR["madvise"], start, end - start, advice))
-            if item.name_objref:
-                if item.name_objref not in names:
-                    names[item.name_objref] = len(text)
-                    text += self._name_of(item.name_objref).encode("utf-8", "surrogateescape") + b"\0"
-                at = self.stub.remote.data + names[item.name_objref]
-                after.append((NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, start, end - start, at))
-        if text:
-            self.stub.put(text)
+            if advice.differs(None, item):
+                after.append((start, end, None, item))
         calls += [(NR["close"], number) for number in inside]
         self.stub.checked(calls, "mapping memory")
-        self.stub.call_batch(after)  # advice that this kernel does not know changes nothing that is seen
+        if after:
+            self._advise(after)
+
+    def _advise(self, stretches: Sequence[Stretch]) -> None:
+        calls, text = advice.calls(stretches, self._name_of, self.stub.remote.data)
+        if text:
+            self.stub.put(text)
+        self.stub.call_batch(calls)  # what this kernel does not know changes nothing that is seen
 
     # ------------------------------------------------------------------ contents
 
     def fill(self, pages: Pages) -> None:
         """Put a chunk of contents in place."""
         if not pages.ranges:
-            self._flush_zeros()
+            self.settle()
             return
         data: list[tuple[int, int]] = []
         absent: list[tuple[int, int]] = []
@@ -234,7 +258,17 @@ class AddressSpace:
         if absent:
             self._drop(absent)
         if data:
+            if self._inherited:
+                self._filled += data
             self._write(data, pages.data)
+
+    def settle(self) -> None:
+        """The first round, or a later one, is complete: what was inherited and has not come is not there."""
+        if self._inherited:
+            left, self._inherited = subtract(self._inherited, merge(self._filled)), []
+            self._filled = []
+            self._drop(left)
+        self._flush_zeros()
 
     def _flush_zeros(self) -> None:
         if self._zeros:
@@ -273,7 +307,11 @@ class AddressSpace:
 
         for start, end in spans:
             for a, b, writable in self._writable_parts(start, end):
-                if writable:
+                if self._is_inherited(a, b):
+                    flush()
+                    self._write_differing(a, view[position : position + b - a], writable)
+                    position += b - a
+                elif writable:
                     if not run:
                         run_start = position
                     run.append((a, b - a))
@@ -289,6 +327,27 @@ class AddressSpace:
             raise RestartFailed(
                 f"pid {self.stub.vpid}: contents for memory that is not mapped ({len(view) - position} bytes)"
             )
+
+    def _is_inherited(self, start: int, end: int) -> bool:
+        """Whether any of it has the contents of the parent's."""
+        return bool(self._inherited) and bool(intersect([(start, end)], self._inherited))
+
+    def _write_differing(self, start: int, view: memoryview, writable: bool) -> None:
+        """Write the pages of a stretch of one mapping that are not what they should be."""
+        self._mirror = self._mirror or memory.Buffer(_MIRROR)
+        for at in range(0, len(view), _MIRROR):
+            part = view[at : at + _MIRROR]
+            length = len(part)
+            there = self._mirror.view[:length]
+            self.stub.mem.read_into(there, start + at)
+            if there == part:
+                continue
+            differ = [p for p in range(0, length, PAGE_SIZE) if there[p : p + PAGE_SIZE] != part[p : p + PAGE_SIZE]]
+            for a, b in merge((p, p + PAGE_SIZE) for p in differ):
+                if writable:
+                    self._write_run([(start + at + a, b - a)], part[a:b], b - a)
+                else:
+                    self.stub.mem.write(start + at + a, part[a:b])
 
     def _write_run(self, run: Sequence[tuple[int, int]], view: memoryview, total: int) -> None:
         if view.readonly:

@@ -1,7 +1,9 @@
 """The tree of stubs on the destination: processes with their pids, parents, sessions and groups.
 
-Children are cloned by their parents, inside them, so that every relation is the kernel's own. A child that
-is in the session its parent was born into is made before the parent begins one of its own.
+Children are cloned by their parents, inside them, so that every relation is the kernel's own, and so that memory
+that they have in common is shared as it was: a process is cloned when its memory is about to come, which is after
+that of its parent. A child that is in the session its parent was born into is made earlier, before the parent begins
+one of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Callable
 
 from migrator.engine.clocks import Offsets, within
 from migrator.engine.spawn import CLONE_ARGS_SIZE, clone_args, spawn, spawn_error
@@ -31,7 +34,9 @@ _SIGCHLD_SET = 1 << (signal.SIGCHLD - 1)
 class StubTree:
     """All stubs, by vpid. `root` is the first."""
 
-    def __init__(self, namespaces: int = 0) -> None:
+    def __init__(self, namespaces: int, cloned: Callable[[Stub, Stub], None]) -> None:
+        """`cloned(parent, child)` is told of each that is cloned."""
+        self._cloned = cloned
         self.stubs: dict[int, Stub] = {}
         self.zombies: dict[int, Stub] = {}  # to be ended once their groups are set, or ended already
         self._namespaces = namespaces
@@ -40,6 +45,9 @@ class StubTree:
         self._group: dict[int, int] = {}
         self._outside = 0  # the session that the saved root's was outside of the tree
         self.root: Stub | None = None
+        self._wanted: dict[int, TaskPids] = {}  # processes of the tree as it came last, by vpid
+        self._children: dict[int, list[TaskPids]] = {}  # and those of each
+        self._threads: dict[int, list[int]] = {}  # and threads
 
     # ------------------------------------------------------------------ building
 
@@ -65,7 +73,7 @@ class StubTree:
         return self.root
 
     def apply(self, tree: Tree) -> None:
-        """Make the stubs agree with `tree`: the missing are made, the ended are removed.
+        """Make the stubs agree with `tree`: the ended are removed, the missing made by grow() and complete().
 
         A zombie has a stub like any other, which makes its session and group the kernel's own."""
         wanted = {t.pid: t for t in tree.tasks if not t.flags & TaskFlag.THREAD}
@@ -78,65 +86,84 @@ class StubTree:
             self.zombies[vpid] = self.stubs.pop(vpid)
         if self.root is None or self.root.vpid not in self.stubs:
             raise RestartFailed("the root task ended before the freeze", hint="there is nothing left to migrate")
-        children: dict[int, list[TaskPids]] = {}
+        self._wanted, self._children, self._threads = wanted, {}, {}
         for task in wanted.values():
             if not task.flags & TaskFlag.ORPHAN and task.pid != task.ppid:
-                children.setdefault(task.ppid, []).append(task)
-        self._raise_subtree(self.root.vpid, wanted, children)
-        self._orphans(wanted, children)
-        missing = [v for v, t in wanted.items() if not self._has(v) and not t.flags & TaskFlag.ZOMBIE]
-        if missing:
-            raise RestartFailed(f"pid {missing[0]}: its parent {wanted[missing[0]].ppid} is not in the tree")
-        threads: dict[int, list[int]] = {}
+                self._children.setdefault(task.ppid, []).append(task)
         for task in tree.tasks:
             if task.flags & TaskFlag.THREAD:
-                threads.setdefault(task.tgid, []).append(task.pid)
-        for vpid, stub in self.stubs.items():
-            self._apply_threads(stub, threads.get(vpid, []))
+                self._threads.setdefault(task.tgid, []).append(task.pid)
+        for vpid in list(self.stubs):
+            self._begin(vpid)
+
+    def grow(self, vpid: int) -> Stub | None:
+        """The stub of a process, made if it is missing, and its parents before it; None if it is not in the tree."""
+        missing: list[TaskPids] = []  # and not by recursion: a chain may be long
+        at = vpid
+        while not self._has(at):
+            task = self._wanted.get(at)
+            if task is None or len(missing) > len(self._wanted):
+                return None
+            missing.append(task)
+            at = self._maker(task)
+        for task in reversed(missing):
+            if not self._has(task.pid):
+                if self._maker(task) in self.zombies:
+                    return None
+                self._make(task)
+        return self.stubs.get(vpid)
+
+    def complete(self) -> None:
+        """Make all that are still missing: those of which no memory came, or that have ended."""
+        for vpid, task in self._wanted.items():
+            if task.flags & TaskFlag.ZOMBIE:
+                if not task.flags & TaskFlag.ORPHAN:
+                    self.grow(vpid)
+            elif self.grow(vpid) is None:
+                raise RestartFailed(f"pid {vpid}: its parent {task.ppid} is not in the tree")
 
     def _has(self, vpid: int) -> bool:
         return vpid in self.stubs or vpid in self.zombies
 
-    def _raise_subtree(self, root: int, wanted: dict[int, TaskPids], children: dict[int, list[TaskPids]]) -> None:
-        """Make all that is missing below `root`. In a list and not by recursion: a chain may be long."""
-        below = [root]
+    def _maker(self, task: TaskPids) -> int:
+        """Who clones a process: its parent, or for one whose parent is outside of the tree the root, as a sibling."""
+        assert self.root is not None
+        return self.root.vpid if task.flags & TaskFlag.ORPHAN else task.ppid
+
+    def _make(self, task: TaskPids) -> None:
+        """Clone a process inside its maker, which is in the session that it will be in."""
+        maker = self._maker(task)
+        extra = _CLONE_PARENT if task.flags & TaskFlag.ORPHAN else 0
+        if task.sid in (task.pid, self._session[maker]):
+            self._clone(maker, task, extra)
+        else:
+            siblings = [task] if extra else [c for c in self._children[maker] if c.sid == task.sid]
+            self._clone_into_session(maker, task, siblings, extra)
+            for sibling in siblings:
+                if sibling.pid in self.stubs and sibling is not task:
+                    self._begin(sibling.pid)
+        if task.pid in self.stubs:
+            self._begin(task.pid)
+
+    def _begin(self, vpid: int) -> None:
+        """What a new stub does before anything else: children that are in the session it was born into, which it
+        leaves then, and its threads. Those that have ended as well: they need not hold what it will have mapped."""
+        below = [vpid]
         while below:
             vpid = below.pop()
-            if vpid not in self.zombies:
-                self._raise_children(wanted[vpid], children.get(vpid, []))
-                below += [child.pid for child in reversed(children.get(vpid, []))]
-
-    def _raise_children(self, task: TaskPids, children: list[TaskPids]) -> None:
-        vpid = task.pid
-        new = [t for t in children if not self._has(t.pid)]
-        session = self._session[vpid]
-        own = task.sid == vpid
-        # before the parent begins a session of its own
-        for child in new:
-            if own and session != vpid and child.sid == session:
-                self._clone(vpid, child)
-        if own and session != vpid:
-            self.stubs[vpid].checked([(NR["setsid"],)], "setsid")
-            self._session[vpid] = self._group[vpid] = vpid
-        for child in new:
-            if self._has(child.pid):
-                continue
-            if child.sid in (child.pid, self._session[vpid]):
-                self._clone(vpid, child)
-            else:
-                self._clone_into_session(vpid, child, [c for c in new if c.sid == child.sid])
-
-    def _orphans(self, wanted: dict[int, TaskPids], children: dict[int, list[TaskPids]]) -> None:
-        """Processes whose parent is outside of the tree: siblings of the root, children of ours."""
-        assert self.root is not None
-        for task in wanted.values():
-            if task.flags & TaskFlag.ORPHAN and not task.flags & TaskFlag.ZOMBIE:
-                if not self._has(task.pid):
-                    if task.sid in (task.pid, self._session[self.root.vpid]):
-                        self._clone(self.root.vpid, task, _CLONE_PARENT)
-                    else:
-                        self._clone_into_session(self.root.vpid, task, [task], _CLONE_PARENT)
-                self._raise_subtree(task.pid, wanted, children)
+            task, session = self._wanted[vpid], self._session[vpid]
+            children = [c for c in self._children.get(vpid, []) if not self._has(c.pid)]
+            if task.sid == vpid and session != vpid:
+                for child in [c for c in children if c.sid == session]:
+                    self._clone(vpid, child)
+                    if child.pid in self.stubs:
+                        below.append(child.pid)
+                self.stubs[vpid].checked([(NR["setsid"],)], "setsid")
+                self._session[vpid] = self._group[vpid] = vpid
+            for child in children:
+                if not self._has(child.pid) and child.flags & TaskFlag.ZOMBIE:
+                    self._make(child)
+            self._apply_threads(self.stubs[vpid], self._threads.get(vpid, []))
 
     def _clone(self, parent_vpid: int, child: TaskPids, extra: int = 0) -> None:
         """Clone `child` inside its parent; it comes stopped and traced."""
@@ -150,8 +177,7 @@ class StubTree:
     def _add(self, task: TaskPids, stub: Stub) -> None:
         (self.zombies if task.flags & TaskFlag.ZOMBIE else self.stubs)[task.pid] = stub
 
-    def _clone_raw(self, parent: Stub, task: TaskPids, extra: int = 0) -> Stub:
-        """One that is to be a zombie, or a helper, is nothing but a pid: it gets no channel."""
+    def _clone_raw(self, parent: Stub, task: TaskPids, extra: int = 0, *, helper: bool = False) -> Stub:
         vpid = task.pid
         base = parent.remote.data
         # a sibling ends with the signal that its maker ends with
@@ -166,7 +192,13 @@ class StubTree:
         pid = self._outer_pid(parent, vpid, bool(extra & _CLONE_PARENT))
         await_birth(pid)
         stub = Stub(pid, vpid, os.pidfd_open(pid))
-        stub.inherit(channel=not task.flags & TaskFlag.ZOMBIE)
+        if helper:
+            stub.inherit_to_hand_on(parent)
+        elif task.flags & TaskFlag.ZOMBIE:
+            stub.inherit_pid(parent)
+        else:
+            stub.inherit(parent)
+        self._cloned(parent, stub)
         return stub
 
     def _outer_pid(self, parent: Stub, vpid: int, sibling: bool) -> int:
@@ -181,7 +213,7 @@ class StubTree:
     def _clone_into_session(self, parent_vpid: int, child: TaskPids, siblings: list[TaskPids], extra: int = 0) -> None:
         """A session whose leader has ended: a helper leads it for as long as it takes to clone its members."""
         parent = self.stubs[parent_vpid]
-        helper = self._clone_raw(parent, _helper(child.sid), extra)
+        helper = self._clone_raw(parent, _helper(child.sid), extra, helper=True)
         try:
             helper.checked([(NR["setsid"],)], "setsid")
             for member in siblings:
@@ -295,7 +327,7 @@ class StubTree:
     def _group_of_ended(self, task: TaskPids, members: list[TaskPids]) -> None:
         # a zombie is asked as well: as its parent it would have to be there for longer
         parent = self.stubs.get(task.pid) or self.zombies[task.pid]
-        helper = self._clone_raw(parent, _helper(task.pgid))
+        helper = self._clone_raw(parent, _helper(task.pgid), helper=True)
         try:
             helper.checked([(NR["setpgid"], 0, 0)], "setpgid")
             for member in members:

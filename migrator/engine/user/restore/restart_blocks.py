@@ -6,14 +6,13 @@ are those of the interruption again: nothing in the program's own registers or m
 
 from __future__ import annotations
 
-import resource
 import struct
 
 from migrator.engine.user.dump.restart_blocks import RESTART_BLOCK
 from migrator.engine.user.restore.stub import Stub, StubThread
 from migrator.errors import RestartFailed
 from migrator.image.records import RestartBlock
-from migrator.linux import memory, ptrace
+from migrator.linux import memory, procfs, ptrace
 from migrator.linux import x86_64 as arch
 
 NR = arch.NR
@@ -99,9 +98,9 @@ def _begin_anew(stub: Stub, thread: StubThread, number: int, remaining: int, reg
 def _polled(thread: StubThread, regs: arch.Regs) -> bytes:
     """The array of a poll(2), which the kernel writes to at each return; nothing if it would refuse the array."""
     count = regs.rsi & 0xFFFFFFFF
-    if count > resource.prlimit(thread.tid, resource.RLIMIT_NOFILE)[0] >= 0:
-        return b""
     try:
+        if count > procfs.open_files_limit(thread.tid):
+            return b""
         return memory.read(thread.tid, regs.rdi, count * _POLLFD)
     except OSError:
         return b""

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from migrator.engine.spawn import LOW_END, PARKING, SCRATCH_ADDRESS, SCRATCH_SIZE, STUB_ADDRESS
+from migrator.engine.user.ranges import merge, subtract
+from migrator.engine.user.restore.piece import Piece
 from migrator.errors import RestartFailed
+from migrator.image.records import VmaFlag
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Call, Remote, RemoteError
@@ -34,12 +37,17 @@ class StubThread:
 
 @dataclass(slots=True)
 class Stub:
-    """`pid` as we see it, `vpid` as the process itself will."""
+    """`pid` as we see it, `vpid` as the process itself will.
+
+    `mapped`: what of a saved address space it has, sorted. A child has what its parent had when it was cloned,
+    contents too: what they have in common stays shared by copy-on-write."""
 
     pid: int
     vpid: int
     pidfd: int
     threads: dict[int, StubThread] = field(default_factory=dict)  # by vtid
+    mapped: list[Piece] = field(default_factory=list)
+    forked: bool = False
     remote: Remote = field(init=False)
     mem: memory.MemFile = field(init=False)
     _socket: socket.socket | None = None
@@ -69,19 +77,37 @@ class Stub:
             remote.batch([(NR["rt_sigaction"], n, default, 0, 8) for n in range(1, 65)])
         self.open_up()
 
-    def inherit(self, *, channel: bool = True) -> None:
-        """First steps of a forked stub: it has its parent's scratch area at the same place.
+    def inherit(self, parent: Stub) -> None:
+        """First steps of a forked stub: it has its parent's scratch area at the same place, and what is mapped."""
+        self._adopt(parent)
+        self._unmap_others()
+        self.open_up()
 
-        Whatever else its parent had mapped by then goes. Without a channel it is nothing but a pid."""
+    def inherit_pid(self, parent: Stub) -> None:
+        """As inherit(), for a stub that is nothing but a pid: no channel, and no memory of its parent's to hold."""
+        self._adopt(parent)
+        if self.mapped:
+            self.mapped = []
+            self._unmap_others()
+
+    def inherit_to_hand_on(self, parent: Stub) -> None:
+        """As inherit(), for a stub that is there for a moment, to be cloned in its turn."""
+        self._adopt(parent)
+
+    def _adopt(self, parent: Stub) -> None:
         self.remote.adopt_scratch(SCRATCH_ADDRESS, SCRATCH_SIZE, reserved=PREPARED_SIZE)
-        if channel:
-            calls: list[Call] = [
-                (NR["munmap"], vma.start, vma.end - vma.start)
-                for vma in procfs.maps(self.pid)
-                if vma.start >= LOW_END and vma.path not in (*_SYSTEM, "[vsyscall]")
-            ]
-            self.checked(calls, "unmapping what its parent had")
-            self.open_up()
+        self.mapped = [piece for piece in parent.mapped if not piece.item.flags & VmaFlag.DONTFORK]
+        self.forked = True
+
+    def _unmap_others(self) -> None:
+        """Unmap what the parent had mapped and is not of a saved address space."""
+        there = merge(
+            (vma.start, vma.end)
+            for vma in procfs.maps(self.pid)
+            if vma.start >= LOW_END and vma.path not in (*_SYSTEM, "[vsyscall]")
+        )
+        left = subtract(there, merge((piece.start, piece.end) for piece in self.mapped))
+        self.checked([(NR["munmap"], start, end - start) for start, end in left], "unmapping what its parent had")
 
     def open_up(self) -> None:
         """Open the channel for descriptors, and close all others."""

@@ -106,6 +106,17 @@ class TaskRestore:
 
     # ------------------------------------------------------------------ the process
 
+    def cloned(self, parent: Stub, child: Stub) -> None:
+        """A stub was cloned, and looks like its parent."""
+        self._shaped.pop(child.vpid, None)
+        if parent.vpid in self._shaped:
+            self._shaped[child.vpid] = self._shaped[parent.vpid]
+
+    def looks_like(self, stub: Stub, program: Program) -> bool:
+        """Whether a stub shows a program already, or none: one that is mapped cannot be replaced."""
+        before = self._shaped.get(stub.vpid)
+        return before is None or before[1] == program.path
+
     def shape(self, stub: Stub, mm: Mm, program: Program) -> None:
         """What /proc shows of a program: its file, arguments, environment. Can come again."""
         before = self._shaped.get(stub.vpid)

@@ -1,0 +1,53 @@
+"""What of the tasks of a running tree is carried, and yet will not be quite the same, or does not come along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from migrator.engine.user.dump.process import Process
+from migrator.linux import procfs
+from migrator.linux.cgroup import PARENT
+
+_UNSET = (1 << 32) - 1
+_SHOWN = 8
+
+
+def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
+    """(what it is about, what will be different); the tasks run on all the while."""
+    logins: dict[int, list[int]] = {}
+    groups: dict[str, list[int]] = {}
+    for process in processes:
+        try:
+            logins.setdefault(_login_uid(process.pid), []).append(process.pid)
+            for where in _cgroups(process.pid):
+                groups.setdefault(where, []).append(process.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended
+    for uid, pids in logins.items():
+        if uid != _UNSET:
+            yield _about(pids), f"the login uid {uid} (audit) will be that of the agent"
+    for where, pids in groups.items():
+        yield _about(pids), f"the cgroup {where} and its limits do not come along"
+
+
+def _about(pids: Sequence[int]) -> str:
+    return f"pid {', '.join(map(str, pids[:_SHOWN]))}{', …' if pids[_SHOWN:] else ''}"
+
+
+def _login_uid(pid: int) -> int:
+    try:
+        return int(procfs.read_text(f"/proc/{pid}/loginuid"))
+    except FileNotFoundError:
+        if not procfs.tids(pid):
+            raise
+        return _UNSET  # a kernel without audit
+
+
+def _cgroups(pid: int) -> Iterator[str]:
+    """The cgroups that somebody gave a process, by the controllers of version 1, or "unified"; not those of ours."""
+    for line in procfs.read_text(f"/proc/{pid}/cgroup").strip().split("\n"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        ours = path.split("/")[1:2] == [PARENT]
+        if path not in ("/", "") and not ours:
+            yield f"{path} ({controllers or 'unified'})"

@@ -1,0 +1,23 @@
+"""A stretch of address space as it is mapped in a stub now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from migrator.image.records import VmaFlag, VmaItem, VmaKind
+
+_IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE
+
+
+@dataclass(slots=True)
+class Piece:
+    start: int
+    end: int
+    item: VmaItem
+
+    def backing(self) -> tuple[int, int, int, int]:
+        """What must be equal for the stretch to be kept: kind, object, offset of address 0, kind of mapping."""
+        item = self.item
+        shift = item.offset - item.start if item.objref else 0
+        kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
+        return kind, item.objref, shift, item.flags & _IDENTITY
