@@ -55,7 +55,9 @@ class AgentSettings:
 
 
 async def run_daemon(settings: AgentSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end."""
+    """Serve until SIGTERM or SIGINT. Copies that run are not touched by its end. Raises UsageError where it could
+    only restore wrongly."""
+    host.check_mounts()
     host.give_up_capabilities()  # ahead of the first thread
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()

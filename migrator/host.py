@@ -21,7 +21,7 @@ from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select
-from migrator.errors import MigratorError, Refused
+from migrator.errors import MigratorError, Refused, UsageError
 from migrator.fleet.fencing import Fence, fence_directory
 from migrator.linux import confinement, procfs
 from migrator.linux.repair import revive
@@ -135,12 +135,26 @@ def give_up_capabilities() -> None:
     confinement.give_up()
 
 
+def check_mounts() -> None:
+    """Raises UsageError for a service with mounts of its own: whatever it restored would have them too."""
+    differ = confinement.own_mounts()
+    if differ is None:
+        return
+    seen = f": {', '.join(differ[:5])}{' …' if len(differ) > 5 else ''} differ" if differ else ""
+    raise UsageError(
+        f"this agent has a mount namespace of its own{seen}; what it restores would not see the files of this host",
+        hint="take PrivateTmp=, ProtectSystem=, ReadWritePaths= and the like out of its unit: "
+        "systemctl cat migrator-agent",
+    )
+
+
 def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
     """This host as a destination. `bridge` is for containers whose bridge is called otherwise there."""
     return DestinationSettings(
         host=facts(choice),
         prepare=lambda proposal: _prepare(choice.engine, proposal, bridge),
         root_of=_root_of,
+        log_of=_log_of,
         journal=journal or journal_directory(),
         tools=tools(),
     )
@@ -197,6 +211,11 @@ def _prepare(engine: Engine, proposal: Propose, bridge: str) -> Prepared:
 def _root_of(proposal: Propose) -> str:
     """The root directory of a container; plain subtrees have the host's."""
     return ContainerSpec.from_json(proposal.container_spec).root if proposal.container_spec else ""
+
+
+def _log_of(proposal: Propose) -> str:
+    """The file that the output of a container goes to."""
+    return ContainerSpec.from_json(proposal.container_spec).log if proposal.container_spec else ""
 
 
 def _check_fence(proposal: Propose) -> None:

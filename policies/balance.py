@@ -235,7 +235,8 @@ class _Balance:
         for unit in self.ledger.units_on[source]:
             gain = self.score.hope(unit, source, low)
             sent = sum(
-                workload.used.memory if workload.predicted_bytes is None else workload.predicted_bytes
+                (workload.used.memory if workload.predicted_bytes is None else workload.predicted_bytes)
+                * workload.factors.bytes
                 for workload in unit.workloads
             )
             price = settings.thrift * (settings.prices.move * len(unit.workloads) + settings.prices.gib * sent / 2**30)

@@ -96,6 +96,8 @@ def validate(cluster: Cluster) -> None:
                 number is None or 0 <= number < 1e18
                 for number in (workload.predicted_bytes, workload.predicted_downtime, workload.downtime_budget)
             )
+            and 0 < workload.factors.bytes < 1e6
+            and 0 < workload.factors.downtime < 1e6
         ):
             reasons += _workload_numbers(workload)
         if max(len(workload.affinity), len(workload.anti_affinity), len(workload.labels)) > MAX_ENTRIES:
@@ -130,6 +132,10 @@ def _workload_numbers(workload: Workload) -> Iterable[str]:
         number = getattr(workload, field)
         if number is not None and not 0 <= number < 1e18:
             yield f"{name}: {field.replace('_', ' ')} is {number}"
+    for field in ("bytes", "downtime"):
+        number = getattr(workload.factors, field)
+        if not 0 < number < 1e6:
+            yield f"{name}: the factor of predicted {field} is {number}"
     if workload.last_moved is not None and not isfinite(workload.last_moved):
         yield f"{name}: last moved at {workload.last_moved}"
 

@@ -1,13 +1,15 @@
 """What a move costs: bytes, seconds, downtime and risk, predicted before anything is sent.
 
 A workload's agent may have predicted bytes and downtime itself (it has measured the dirty rate); then its word counts.
-Otherwise pre-copy is followed round by round: each round sends what the one before left dirty.
+Otherwise pre-copy is followed round by round: each round sends what the one before left dirty. Both are multiplied by
+what earlier moves teach (`experience`).
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from .experience import NONE, Factors
 from .model import Host, Workload
 
 # Bytes per second of a link nobody has described: 1 Gbit/s less its headers.
@@ -27,12 +29,16 @@ LEAST_PRICE = 1e-9
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """Bytes sent, seconds from start to end, seconds of downtime, and risk (0 to 1) that it fails or disturbs."""
+    """Bytes sent, seconds from start to end, seconds of downtime, and risk (0 to 1) that it fails or disturbs.
+
+    `factors`: how much of bytes and downtime is experience with earlier moves.
+    """
 
     bytes: float
     seconds: float
     downtime: float
     risk: float
+    factors: Factors = NONE
 
 
 class Prices(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +75,10 @@ def predict(workload: Workload, source: Host, target: Host, share: float = 1.0) 
         sent, rest = precopy(workload.used.memory, workload.dirty_rate, rate)
         size = sent if size is None else size
         downtime = FIXED_DOWNTIME + rest / rate if downtime is None else downtime
-    return Cost(size, FIXED_SECONDS + size / rate, downtime, _risk(workload, source, target, rate, downtime))
+    factors = workload.factors
+    size, downtime = size * factors.bytes, downtime * factors.downtime
+    risk = _risk(workload, source, target, rate, downtime)
+    return Cost(size, FIXED_SECONDS + size / rate, downtime, risk, factors)
 
 
 def precopy(memory: float, dirty_rate: float, rate: float) -> tuple[float, float]:

@@ -148,7 +148,10 @@ class _Step:
         if self.past and record.at_deadline is AtDeadline.SAVE and not record.evacuate:
             self._save()
         elif self.past and not self.force:
+            self._place()
+            known = dict(self.stays)
             self._stay_all("the deadline has passed")
+            self.stays.update((name, f"the deadline has passed; {reason}") for name, reason in known.items())
         else:
             self._move()
         waiting = (bool(self.doubt) and not self.past) or any(self._retries(name) for name in self.stays)
@@ -183,11 +186,7 @@ class _Step:
 
     def _move(self) -> None:
         """Find a place for everything that is left, then begin as much of it as there are slots."""
-        units = self._left()
-        score = self.score
-        placement = Places(self.ledger, score, Targets(self.ledger, score), self._allowed).place(units)
-        hosts = {unit.name: placement.targets.get(unit.name) for unit in units}
-        self._note_unplaced(units, placement)
+        units, hosts = self._place()
         ready = [unit for unit in units if hosts[unit.name] is not None]
         costs = {unit.name: self._costs(unit, str(hosts[unit.name])) for unit in ready}
         self.bytes_left = sum(cost.bytes for of_unit in costs.values() for cost in of_unit)
@@ -195,6 +194,14 @@ class _Step:
             self.seconds[unit.name] = sum(cost.seconds for cost in costs[unit.name])
         for unit in self._order(ready):
             self._start(unit, str(hosts[unit.name]), costs[unit.name])
+
+    def _place(self) -> tuple[list[Unit], dict[str, str | None]]:
+        """What is to be placed, and where: what finds no place stays, with the reason."""
+        units = self._left()
+        score = self.score
+        placement = Places(self.ledger, score, Targets(self.ledger, score), self._allowed).place(units)
+        self._note_unplaced(units, placement)
+        return units, {unit.name: placement.targets.get(unit.name) for unit in units}
 
     def _left(self) -> list[Unit]:
         """Units to place: not under way, not failed too often, not waiting for another try."""

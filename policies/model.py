@@ -11,6 +11,8 @@ from enum import Enum
 
 import msgspec
 
+from .experience import NONE, Factors
+
 MAX_HOSTS = 100_000
 MAX_WORKLOADS = 2_000_000
 MAX_NAME = 255
@@ -93,6 +95,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     # What a migration would send, take and stop for; None where nobody has predicted it: see `cost.predict`.
     predicted_bytes: float | None = None
     predicted_downtime: float | None = None
+    # What these, or the predictions of `cost.predict`, are to be multiplied by: see `experience`.
+    factors: Factors = NONE
     # Longest stop that its owner accepts, seconds; None: any.
     downtime_budget: float | None = None
     labels: dict[str, str] = {}

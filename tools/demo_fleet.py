@@ -10,17 +10,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from migrator.linux.namespaces import entered
 from migrator.testing.fleet import FleetStage, busy
 from migrator.testing.servers import redis_command
 from migrator.testing.stage import MIGRATOR, require_root
 from migrator.testing.workloads import Workload
 
 PORT = 6379
+PAGES = (9742, 9743)
 
 
 def main() -> None:
@@ -36,10 +41,16 @@ def main() -> None:
         addresses = ", ".join(f"{host.label} {host.address}" for host in fleet.hosts.values())
         show.print(f"[dim]four hosts stand, each with an agent: {addresses}[/]")
         run(show, fleet, "join", *(f"{host.address}:7022" for host in fleet.hosts.values()))
-        controller = fleet.controller("--ttl", "4", "--web", f"{fleet.client.address}:9742")
-        show.print(
-            f"[dim]a controller runs, its page is http://{fleet.client.address}:9742/ on the fleet's network[/]\n"
-        )
+        first, second = (f"controller-{port}" for port in PAGES)
+        leader = fleet.controller("--ttl", "4", "--web", f"{fleet.client.address}:{PAGES[0]}", name=first)
+        while f"{first} leads" not in (fleet.lan.folder / f"{first}.log").read_text():
+            if leader.poll() is not None:
+                raise SystemExit((fleet.lan.folder / f"{first}.log").read_text())
+            time.sleep(0.1)
+        fleet.controller("--ttl", "4", "--web", f"{fleet.client.address}:{PAGES[1]}", name=second)
+        url = clients.enter_context(page(fleet, PAGES))
+        fleet.command("balance", "--mode", "off", "--every", "2s")  # it looks often, and leaves the deciding to us
+        show.print(f"[dim]two controllers run, of which one leads; the page is {url}[/]\n")
         checkers = []
         for number in range(options.shops):
             address = f"10.77.0.{50 + number}"
@@ -65,7 +76,7 @@ def main() -> None:
         run(show, fleet, "drain", fullest, "--dry-run")
         run(show, fleet, "drain", fullest, "--detach")
         time.sleep(1)
-        controller.kill()
+        leader.kill()
         run(show, fleet, "drain", fullest)
         run(show, fleet, "hosts")
         show.print("[bold]4. It gets back what it had[/]")
@@ -81,12 +92,52 @@ def main() -> None:
                 f"client of shop{number}: {report['replies']} replies checked on one connection, "
                 f"{report['lost_replies']} lost, {report['wrong_replies']} wrong"
             )
-        if options.page:
-            fleet.controller("--web", f"{fleet.client.address}:9742")
-            time.sleep(options.page)
+        time.sleep(options.page)
     show.print(f"\n[dim]{time.monotonic() - began:.0f} s in all[/]")
     if lost:
         raise SystemExit("a client noticed: that is a failure")
+
+
+@contextlib.contextmanager
+def page(fleet: FleetStage, ports: Sequence[int]) -> Iterator[str]:
+    """The URL, on this machine, of the page of whichever controller of the fleet's network lives."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=_forward, args=(listener, fleet, ports), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def _forward(listener: socket.socket, fleet: FleetStage, ports: Sequence[int]) -> None:
+    while True:
+        try:
+            near, _ = listener.accept()
+        except OSError:  # it is over
+            return
+        threading.Thread(target=_connect, args=(near, fleet, ports), daemon=True).start()
+
+
+def _connect(near: socket.socket, fleet: FleetStage, ports: Sequence[int]) -> None:
+    with near, contextlib.suppress(OSError):
+        for port in ports:
+            with contextlib.suppress(ConnectionRefusedError), entered(fleet.client.netns_path):
+                far = socket.create_connection((fleet.client.address, port))
+                break
+        else:
+            return
+        with far:
+            other = threading.Thread(target=_pump, args=(far, near), daemon=True)
+            other.start()
+            _pump(near, far)
+            other.join()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
 
 
 def run(show: Console, fleet: FleetStage, *argv: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from transport.link import Link
 from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ClientSession, leave_out_ignores
 
 COMMAND = "migrator agent --stdio"
+# Whoever orders a migration names both, and a ProxyCommand of root's ssh_config(5) puts them into a command line.
+_HOST = re.compile(r"[\w.:%][\w.:%-]*")
+_USER = re.compile(r"[\w.+][\w.+@\\-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,9 @@ def parse_target(text: str) -> Target:
         port = tail[1:]
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    if not host or host.startswith("-") or (port and not (port.isdigit() and 0 < int(port) < 65536)):
+    if not _HOST.fullmatch(host) or (user and not _USER.fullmatch(user)):
+        raise TransportError(f"{text[:200]!r} is not user@host:port")
+    if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise TransportError(f"{text!r} is not user@host:port")
     return Target(user or None, host, int(port) if port else None)
 

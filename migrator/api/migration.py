@@ -121,6 +121,7 @@ async def _run(
             cold=asked.cold or not choice.engine.precopies,
             copy_files=copy_files,
             trees=carried,
+            log=found.spec.log if found is not None else "",
             fleet=asked.fleet,
             token=asked.token,
             verify=asked.verify,

@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from migrator.cli import interrupts
-from migrator.cli.fleet import AsJson, StoreUrl
+from migrator.cli.fleet import AsJson, PrometheusUrl, StoreUrl
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
 from migrator.cli.plans import apply_plan, follow_plan, show_plan
@@ -65,6 +65,7 @@ def balance(
         typer.Option(metavar="[DAYS/]HH:MM-HH:MM", help="With --mode: when it may move, UTC, as sat,sun/01:00-05:00."),
     ] = None,
     as_json: AsJson = False,
+    prometheus: PrometheusUrl = "",
     store: StoreUrl = "",
 ) -> None:
     """Plan how to even out the load: each move with why, what it brings, and what it costs.
@@ -90,15 +91,15 @@ def balance(
             interrupts.run(lambda _: _reject(store, reject))
             return
         if apply:
-            done: r.Plan | None = interrupts.run(lambda _: _apply(store, login, apply))
+            done: r.Plan | None = interrupts.run(lambda _: _apply(store, login, apply, prometheus))
         else:
-            done = interrupts.run(lambda _: _plan(store, login, dry_run, now, as_json))
+            done = interrupts.run(lambda _: _plan(store, login, dry_run, now, as_json, prometheus))
     if done is not None and (done.state is not r.PlanState.DONE or done.failed):
         raise typer.Exit(NOT_DONE)
 
 
-async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: bool) -> r.Plan | None:
-    async with opened(store, login) as fleet:
+async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: bool, prometheus: str) -> r.Plan | None:
+    async with opened(store, login, prometheus=prometheus) as fleet:
         seen = await fleet.observer.look(rate=0.3)
         for note in seen.notes:
             err.say("[yellow]note:[/] {}", note)
@@ -122,8 +123,8 @@ async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: boo
         return None
 
 
-async def _apply(store: str, login: Login, name: str) -> r.Plan:
-    async with opened(store, login) as fleet:
+async def _apply(store: str, login: Login, name: str, prometheus: str) -> r.Plan:
+    async with opened(store, login, prometheus=prometheus) as fleet:
         await approve(fleet.state, name, by=_by())
         return await follow_plan(fleet, name)
 

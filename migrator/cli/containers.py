@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from migrator.api import containers
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported, table_of
 from migrator.cli.parameters import Name, Target
+from migrator.cli.watching import Interval, Watch, interval_of, watched
 from migrator.text import duration, size
 
 _COLUMNS = ("NAME", "HOST", "STATE", "PID", "TASKS", "MEMORY", "DIRTY", "AGE", "ADDRESSES")
@@ -67,19 +69,20 @@ def ps(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     rate: Annotated[float, typer.Option(help="Seconds over which to measure dirty rates; 0 for none.")] = 0.0,
     everywhere: Annotated[bool, typer.Option("--all", "-a", help="Those of all hosts of the fleet.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until interrupted.")] = False,
+    watch: Watch = False,
+    interval: Interval = None,
     store: Annotated[str, typer.Option(metavar="URL", envvar="MIGRATOR_STORE", help="With --all: the fleet's.")] = "",
 ) -> None:
     """List the containers of this host: state, memory, and how fast they write to it. Or of a whole fleet."""
     if everywhere:
         from migrator.cli.fleet import ps_all
 
-        ps_all(store, as_json=as_json, rate=rate, watch=watch)
+        ps_all(store, as_json=as_json, rate=rate, watch=watch, interval=interval)
         return
+    with reported():
+        every = interval_of(watch, interval)
     if watch:
-        from migrator.cli.watching import watched
-
-        watched(lambda: _table(rate))
+        watched(lambda: _tables(rate), every=every)
         return
     with reported():
         rows = interrupts.run(lambda _: containers.list(rate=rate))
@@ -89,9 +92,10 @@ def ps(
             out.table(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
 
 
-async def _table(rate: float) -> Table:
-    rows = await containers.list(rate=rate)
-    return table_of(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
+async def _tables(rate: float) -> AsyncIterator[Table]:
+    while True:
+        rows = await containers.list(rate=rate)
+        yield table_of(_COLUMNS, map(_cells, rows), right=("PID", "TASKS", "MEMORY", "DIRTY"))
 
 
 def _cells(row: containers.Row) -> list[object]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from migrator.cli.fleet import StoreUrl
+from migrator.cli.fleet import PrometheusUrl, StoreUrl
 from migrator.cli.output import log_to_stderr, reported
 from migrator.cli.parameters import logs_in
 from migrator.errors import UsageError
@@ -30,10 +30,7 @@ def controller(
     web_token: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token with which one may act on the page.")
     ] = None,
-    prometheus: Annotated[
-        str,
-        typer.Option(metavar="URL", help="Its node exporters say how loaded hosts are; else the agents."),
-    ] = "",
+    prometheus: PrometheusUrl = "",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every step.")] = False,
     store: StoreUrl = "",
 ) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from migrator.cli import interrupts
 from migrator.cli.output import err, out, reported, table_of
 from migrator.cli.parameters import logs_in
-from migrator.cli.watching import watched
+from migrator.cli.watching import Interval, Watch, interval_of, watched
 from migrator.errors import UsageError
 from migrator.fleet import membership
 from migrator.fleet.cluster import Seen
 from migrator.fleet.membership import Fleet
 from migrator.host import Login
-from migrator.text import duration, size
+from migrator.text import duration, printable, size
 from policies.model import Host, HostState, Workload
 
 StoreUrl = Annotated[
@@ -31,8 +31,16 @@ StoreUrl = Annotated[
         help="Where the fleet's state is: sqlite:FILE, or etcd:http://HOST:2379,…",
     ),
 ]
+PrometheusUrl = Annotated[
+    str,
+    typer.Option(
+        "--prometheus",
+        metavar="URL",
+        envvar="MIGRATOR_PROMETHEUS",
+        help="Its node exporters say how loaded hosts are; else the agents.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-Watch = Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until interrupted.")]
 HostName = Annotated[str, typer.Argument(metavar="HOST", help="A host of the fleet, by its name.")]
 
 _BAR = 6
@@ -47,34 +55,24 @@ _STYLES = {
 
 
 @logs_in(unattended=True)
-def hosts(login: Login, as_json: AsJson = False, watch: Watch = False, store: StoreUrl = "") -> None:
+def hosts(
+    login: Login,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    interval: Interval = None,
+    prometheus: PrometheusUrl = "",
+    store: StoreUrl = "",
+) -> None:
     """List the hosts of the fleet: state, load, pressure, and how many workloads each has."""
-    with reported():
-        if as_json:
-            _, seen = interrupts.run(lambda _: _look(store, login))
-            out.json([_host_json(host, seen) for host in seen.cluster.hosts])
-            return
-        if not watch:
-            fleet, seen = interrupts.run(lambda _: _look(store, login))
-            out.show(_hosts_table(seen))
-            _tell(fleet, seen)
-            return
-    _watch(store, login, _hosts_table)
+    rows = _hosts_json if as_json else None
+    _show(store, login, _hosts_table, rows, watch=watch, interval=interval, prometheus=prometheus)
 
 
-def ps_all(store: str, *, as_json: bool, rate: float, watch: bool) -> None:
+def ps_all(store: str, *, as_json: bool, rate: float, watch: bool, interval: float | None) -> None:
     """`migrator ps --all`."""
     login = Login(**_login_of_environment())
-    with reported():
-        if not watch:
-            fleet, seen = interrupts.run(lambda _: _look(store, login, rate=rate))
-            if as_json:
-                out.json([_workload_json(one, fleet) for one in seen.cluster.workloads])
-            else:
-                out.show(_workloads_table(seen))
-                _tell(fleet, seen)
-            return
-    _watch(store, login, _workloads_table)
+    as_rows = _workloads_json if as_json else None
+    _show(store, login, _workloads_table, as_rows, rate=rate, watch=watch, interval=interval)
 
 
 @logs_in(unattended=True)
@@ -117,38 +115,57 @@ def leave(login: Login, name: HostName, store: StoreUrl = "") -> None:
         interrupts.run(lambda _: forget())
 
 
-async def _look(store: str, login: Login, *, rate: float = 0.0) -> tuple[Fleet, Seen]:
-    async with membership.opened(store, login) as fleet:
-        seen = await fleet.observer.look(rate=rate)
-        if not seen.cluster.hosts:
-            raise UsageError("the fleet has no hosts", hint="`migrator join HOST` takes one in, `migrator init` many")
-        return fleet, seen
+def _show(
+    store: str,
+    login: Login,
+    table: Callable[[Seen], Table],
+    rows: Callable[[Seen], list[dict[str, object]]] | None,
+    *,
+    watch: bool,
+    interval: float | None,
+    rate: float = 0.0,
+    prometheus: str = "",
+) -> None:
+    """Once, or again and again; with `rows` for programs, each look a line of JSON if there are several."""
+    with reported():
+        every = interval_of(watch, interval)
+
+        async def once() -> None:
+            async with membership.opened(store, login, prometheus=prometheus) as fleet:
+                seen = await _look(fleet, rate)
+            if rows is not None:
+                out.json(rows(seen))
+            else:
+                out.show(table(seen))
+                for note in _notes(fleet, seen):
+                    err.show(note)
+
+        if not watch:
+            interrupts.run(lambda _: once())
+            return
+
+    async def again() -> AsyncIterator[Group | None]:
+        async with membership.opened(store, login, prometheus=prometheus) as fleet:
+            while True:
+                seen = await _look(fleet, rate)
+                if rows is not None:
+                    out.json(rows(seen), indent=None)
+                yield Group(table(seen), *_notes(fleet, seen)) if rows is None else None
+
+    watched(again, every=every)
 
 
-def _watch(store: str, login: Login, table: Any) -> None:
-    @contextlib.asynccontextmanager
-    async def opened() -> AsyncIterator[Fleet]:
-        async with membership.opened(store, login) as fleet:
-            yield fleet
-
-    stack = contextlib.AsyncExitStack()
-    kept: list[Fleet] = []
-
-    async def look() -> Table:
-        if not kept:
-            kept.append(await stack.enter_async_context(opened()))
-        made: Table = table(await kept[0].observer.look())
-        return made
-
-    watched(look)
+async def _look(fleet: Fleet, rate: float) -> Seen:
+    seen = await fleet.observer.look(rate=rate)
+    if not seen.cluster.hosts:
+        raise UsageError("the fleet has no hosts", hint="`migrator join HOST` takes one in, `migrator init` many")
+    return seen
 
 
-def _tell(fleet: Fleet, seen: Seen) -> None:
+def _notes(fleet: Fleet, seen: Seen) -> list[Text]:
     """What a person should know about what was shown."""
-    for note in seen.notes:
-        err.say("[yellow]note:[/] {}", note)
-    for name, error in sorted(fleet.observer.errors.items()):
-        err.say("[yellow]note:[/] {} does not answer: {}", name, error)
+    silent = (f"{name} does not answer: {error}" for name, error in sorted(fleet.observer.errors.items()))
+    return [Text.assemble(("note:", "yellow"), " ", printable(text)) for text in (*seen.notes, *silent)]
 
 
 def _hosts_table(seen: Seen) -> Table:
@@ -217,6 +234,10 @@ def _workloads_table(seen: Seen) -> Table:
     return table_of(columns, rows, right=("CPU", "MEMORY", "DIRTY", "NETWORK"))
 
 
+def _hosts_json(seen: Seen) -> list[dict[str, object]]:
+    return [_host_json(host, seen) for host in seen.cluster.hosts]
+
+
 def _host_json(host: Host, seen: Seen) -> dict[str, object]:
     return {
         "name": host.name,
@@ -237,7 +258,11 @@ def _amount(amount: Any) -> dict[str, float]:
     return {"cpu": amount.cpu, "memory": amount.memory, "network": amount.network}
 
 
-def _workload_json(one: Workload, fleet: Fleet) -> dict[str, object]:
+def _workloads_json(seen: Seen) -> list[dict[str, object]]:
+    return [_workload_json(one) for one in seen.cluster.workloads]
+
+
+def _workload_json(one: Workload) -> dict[str, object]:
     return {
         "name": one.name,
         "host": one.host,

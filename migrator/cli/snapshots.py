@@ -32,7 +32,12 @@ def snapshot(
         float | None,
         typer.Option(parser=seconds, metavar="DURATION", help="On a schedule; once and now, if not."),
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, max=100_000, help="So many; older ones are removed.")] = 10,
+    keep: Annotated[
+        int, typer.Option(min=1, max=100_000, help="So many; older ones are removed once none of these needs them.")
+    ] = 10,
+    whole_every: Annotated[
+        int, typer.Option(min=1, max=1000, help="Each so many-th is whole, the others have only what is new; 1: all.")
+    ] = r.WHOLE_EVERY,
     restart_when_lost: Annotated[
         bool, typer.Option("--restart-when-lost", help="`migrator recover` restarts it if its host is lost.")
     ] = False,
@@ -48,7 +53,11 @@ def snapshot(
                 out.say("{} is not saved on a schedule any more", workload)
             elif every is not None:
                 made = r.SnapshotSchedule(
-                    workload=workload, every=every, keep=keep, restart_when_lost=restart_when_lost
+                    workload=workload,
+                    every=every,
+                    keep=keep,
+                    whole_every=whole_every,
+                    restart_when_lost=restart_when_lost,
                 )
                 await fleet.state.schedules.put(workload, made)
                 out.say(
@@ -56,7 +65,9 @@ def snapshot(
                 )
             else:
                 async with standing_in(fleet) as lock:
-                    place, made_now = await api.take(fleet.state, fleet.observer, workload, lock, keep=keep)
+                    place, made_now = await api.take(
+                        fleet.state, fleet.observer, workload, lock, keep=keep, whole_every=whole_every
+                    )
                 out.say("[green]saved[/] on {}: {}, {}", place, made_now.image, size(made_now.bytes))
 
     with reported():
@@ -89,10 +100,10 @@ def snapshots(
             return
         rows = [
             [one.image.workload, one.image.image, duration(max(time.time() - one.image.at, 0.0)) + " ago",
-             size(one.image.bytes), " ".join(one.hosts)]
+             size(one.image.bytes), one.image.base or "-", " ".join(one.hosts)]
             for one in found
         ]  # fmt: skip
-        out.table(("WORKLOAD", "IMAGE", "SAVED", "SIZE", "ON"), rows, right=("SIZE",))
+        out.table(("WORKLOAD", "IMAGE", "SAVED", "SIZE", "ADDS TO", "ON"), rows, right=("SIZE",))
         for one in schedules:
             if workload in ("", one.workload):
                 out.say("{}: every {}, {} are kept", one.workload, duration(one.every), one.keep, end="")

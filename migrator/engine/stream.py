@@ -142,7 +142,7 @@ class RecordReader:
         size = Pages._packer.size
         if length < size:
             raise ImageError(f"record {self.records}: a chunk of pages of {length} bytes")
-        fixed = bytes(self._take(size))
+        fixed = self._take(size)
         objref, crc, nr_ranges, nr_data = Pages._packer.unpack(fixed)
         if size + nr_ranges * PageRange._packer.size + nr_data != length or nr_data % 8:
             raise ImageError(f"record {self.records}: a chunk of pages does not add up")
@@ -166,7 +166,7 @@ class RecordReader:
             )
         return Pages(objref=objref, crc=crc, ranges=ranges, data=view)  # type: ignore[arg-type]
 
-    def _take(self, count: int) -> memoryview:
+    def _take(self, count: int) -> bytes:
         while self._end - self._start < count:
             if self._start:
                 left = self._end - self._start
@@ -182,7 +182,8 @@ class RecordReader:
             self._end += got
         start = self._start
         self._start += count
-        return memoryview(bytes(self._buffer[start : self._start]))
+        with memoryview(self._buffer) as view:
+            return bytes(view[start : self._start])
 
     def _truncated(self) -> ImageError:
         return ImageError(

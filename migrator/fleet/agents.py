@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from migrator.errors import MigratorError, TransportError
 from migrator.fleet import records as r
@@ -72,10 +73,13 @@ class Agent:
             answer = await self._receive(link)
             if not isinstance(answer, f.Observed):
                 raise m.MessageError(f"{self.host.name}: a {type(answer).__name__} is no answer to a question")
+            names = [request.after, *(one.name for one in answer.workloads)]
+            if any(one >= other for one, other in pairwise(names)) or (answer.more and not answer.workloads):
+                raise m.MessageError(f"{self.host.name}: its list of workloads is in no order")
             workloads += answer.workloads
             if not answer.more:
                 return Observation(answer.host, tuple(workloads), time.time(), time.monotonic())
-            request = f.Observe(request.fleet, request.token, answer.workloads[-1].name if workloads else "", 0.0)
+            request = f.Observe(request.fleet, request.token, names[-1], 0.0)
         raise m.MessageError(f"{self.host.name}: its list of workloads does not end")
 
     async def depart(self, order: f.Depart) -> AsyncIterator[f.Departing | f.Departed]:

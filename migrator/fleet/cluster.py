@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from migrator.fleet import records as r
 from migrator.fleet.agents import Observation
 from migrator.protocol.fleet import HostReport, WorkloadReport
+from policies.experience import Experience
 from policies.model import Cluster, Host, HostState, Pressure, Resources, Workload
 
 LOST_AFTER = 30.0  # seconds of silence
@@ -32,6 +33,7 @@ class Known:
     moves: Mapping[str, r.Move] = field(default_factory=dict)
     rules: Mapping[str, r.Rule] = field(default_factory=dict)
     last_moved: Mapping[str, float] = field(default_factory=dict)
+    experience: Experience = field(default_factory=Experience)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _workload(
         anti_affinity=rule.anti_affinity,
         pinned=rule.pinned or held,
         last_moved=known.last_moved.get(report.name),
+        factors=known.experience.factors(report.name),
         moving_to=target,
         value=rule.value,
     )

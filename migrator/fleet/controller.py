@@ -100,6 +100,7 @@ class Controller:
 
     async def _lead(self, lock: Lock) -> None:
         self.lock, self._hold, self._leases = lock, HOLD, {}
+        self.observer.read_history_again()
         ends: list[Callable[[r.FinishedMove], None]] = [self._told]
 
         def finished(one: r.FinishedMove) -> None:
@@ -137,6 +138,7 @@ class Controller:
         measure = not mover.busy and time.monotonic() - self._rated_at > _RATE_EVERY
         if measure:
             self._rated_at = time.monotonic()
+            await self.state.trim_history()
         seen = await self.observer.look(token=lock.token, rate=_RATE_SECONDS if measure else 0.0)
         await self._beat()
         for stored in (await self.state.moves.all()).values():

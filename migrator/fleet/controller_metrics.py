@@ -15,7 +15,7 @@ from policies.model import HostState
 from policies.plan import Cause
 
 _CAUSES = tuple(cause.value for cause in Cause)
-_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 10.0)
+_RATIO_BUCKETS = (0.01, 0.03, 0.1, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 10.0)
 
 
 class ControllerMetrics:
@@ -54,6 +54,12 @@ class ControllerMetrics:
             buckets=_RATIO_BUCKETS,
             registry=own,
         )
+        self._sent_ratio = Histogram(
+            "migrator_fleet_move_bytes_ratio",
+            "Bytes that a move sent over the predicted ones: above 1 the prediction was too good.",
+            buckets=_RATIO_BUCKETS,
+            registry=own,
+        )
         for state in HostState:
             self._hosts.labels(state.value)
         for drain in State:
@@ -85,6 +91,8 @@ class ControllerMetrics:
         cause = finished.move.cause if finished.move.cause in _CAUSES else Cause.BALANCE.value
         self._moves.labels(cause, finished.outcome.value).inc()
         self._bytes.inc(finished.bytes)
+        if finished.outcome is r.Outcome.MIGRATED and finished.bytes and finished.move.predicted_bytes:
+            self._sent_ratio.observe(finished.bytes / finished.move.predicted_bytes)
         if finished.outcome is r.Outcome.MIGRATED and finished.downtime:
             self._downtime.labels("predicted").observe(finished.move.predicted_downtime)
             self._downtime.labels("achieved").observe(finished.downtime)

@@ -22,6 +22,7 @@ from migrator.errors import MigratorError, UsageError
 
 DEFAULT_DIRECTORY = Path("/var/lib/migrator/fencing")
 MAX_TOKEN = (1 << 63) - 1
+MOST_FLEETS = 64  # that a host remembers
 
 _FLEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD = re.compile(rb"([0-9]{1,19}) ([0-9a-f]{8})\n")
@@ -74,6 +75,8 @@ class Fence:
             if token < seen:
                 raise TokenRefused(self.fleet, token, seen)
             if token > seen:
+                if not seen:
+                    self._check_room()
                 self._write(token)
 
     def seen(self) -> int:
@@ -118,6 +121,14 @@ class Fence:
                 hint="make sure that a single controller runs, then delete that file",
             )
         return int(match[1])
+
+    def _check_room(self) -> None:
+        """Whoever may order something could else fill the disk with fleets that nobody has."""
+        if not self.path.exists() and len(list(self.path.parent.glob("*.token"))) >= MOST_FLEETS:
+            raise FencingError(
+                f"{MOST_FLEETS} fleets have moved something here: there is no room for {self.fleet}",
+                hint=f"delete the files of those in {self.path.parent} that are no more",
+            )
 
     def _write(self, token: int) -> None:
         digits = b"%d" % token

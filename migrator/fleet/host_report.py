@@ -38,7 +38,7 @@ class Capacity:
     @classmethod
     def parse(cls, cpus: float, memory: float) -> Capacity:
         """Raises UsageError for what can hold nothing."""
-        if not 0 < cpus <= 1e6 or not 0 < memory < 1 << 60:
+        if not 1e-3 < cpus <= 1e6 or not 1 <= memory <= 1 << 58:
             raise UsageError(f"{cpus:g} processors and {memory:g} bytes are no capacity for workloads")
         return cls(cpus, int(memory))
 
@@ -84,7 +84,8 @@ class HostSurvey:
 
     def _report(self, rows: list[containers.Row]) -> tuple[HostReport, list[WorkloadReport]]:
         load = self._load
-        workloads = [self._workload(row) for row in rows if row.state != "exited"]
+        living = [row for row in rows if row.state != "exited"]
+        workloads = [self._workload(row) for row in sorted(living, key=lambda row: row.name)]
         cpus, memory = float(self._signals.cpus), self._signals.memory().total
         if self._capacity is not None:
             cpus, memory = self._capacity.cpus, self._capacity.memory

@@ -69,6 +69,7 @@ class Mover:
             predicted_downtime=max(move.cost.downtime, 0.0),
             predicted_bytes=int(move.cost.bytes),
             predicted_seconds=max(move.cost.seconds, 0.0),
+            factors=move.cost.factors,
         )
         try:
             revision = await self._state.begin(claim, guard=self._lock)

@@ -20,6 +20,7 @@ from migrator.fleet.cluster import LOST_AFTER, Known, Seen, build
 from migrator.fleet.signals import SignalsError
 from migrator.fleet.state import FleetState, R, Stored
 from migrator.host import Login
+from policies.experience import Ended, Experience
 
 _AT_ONCE = 64  # hosts
 
@@ -42,6 +43,7 @@ class Observer:
         self._notes: list[str] = []
         self._rates: dict[str, float] = {}
         self._last_moved: dict[str, float] | None = None
+        self._experience = Experience()
         self.agents: dict[str, Agent] = {}
         self.observations: dict[str, Observation] = {}
         self.errors: dict[str, str] = {}
@@ -81,6 +83,7 @@ class Observer:
             records(await state.moves.all()),
             records(await state.rules.all()),
             self._last_moved,
+            self._experience,
         )
         for name in [name for name, agent in self.agents.items() if hosts.get(name) != agent.host]:
             await self.agents.pop(name).close()
@@ -90,10 +93,25 @@ class Observer:
             if name not in self.agents:
                 self.agents[name] = Agent(host, self._login)
 
+    def read_history_again(self) -> None:
+        """At the next look: others may have moved workloads since."""
+        self._last_moved, self._experience = None, Experience()
+
     def moved(self, finished: r.FinishedMove) -> None:
-        """Remember when a workload was moved."""
+        """Remember when a workload was moved, and what that teaches."""
         if self._last_moved is not None and finished.outcome is r.Outcome.MIGRATED:
-            self._last_moved[finished.move.workload] = finished.ended_at
+            move = finished.move
+            self._last_moved[move.workload] = finished.ended_at
+            self._experience.learn(
+                Ended(
+                    workload=move.workload,
+                    predicted_bytes=move.predicted_bytes,
+                    predicted_downtime=move.predicted_downtime,
+                    bytes=finished.bytes,
+                    downtime=finished.downtime,
+                    used=move.factors,
+                )
+            )
 
     async def _ask(self, agent: Agent, token: int, rate: float) -> None:
         name = agent.host.name

@@ -15,6 +15,7 @@ from msgspec import Meta
 from policies import balance as policy_balance
 from policies import drain_record
 from policies import plan as policy_plan
+from policies.experience import NONE, Factors
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
@@ -140,7 +141,8 @@ class Plan(Record, frozen=True, kw_only=True):
 
 
 class Move(Record, frozen=True, kw_only=True):
-    """A move under way: there is at most one of a workload. `token` is that of the controller that began it."""
+    """A move under way: there is at most one of a workload. `token` is that of the controller that began it; `factors`
+    are those of experience in what was predicted."""
 
     workload: Name
     source: Name
@@ -155,6 +157,7 @@ class Move(Record, frozen=True, kw_only=True):
     predicted_downtime: Seconds = 0.0
     predicted_bytes: Count = 0
     predicted_seconds: Seconds = 0.0
+    factors: Factors = NONE
 
 
 class Outcome(Enum):
@@ -189,9 +192,13 @@ class Rule(Record, frozen=True, kw_only=True):
     value: Seconds = 1.0
 
 
+WHOLE_EVERY = 10
+
+
 class SnapshotSchedule(Record, frozen=True, kw_only=True):
     """Periodic checkpoints of a workload into the storage of its host.
 
+    whole_every:       each so many-th one is whole, the others are increments
     restart_when_lost: if its host is lost, whoever says that it is off has the newest one restarted elsewhere
     host, last_at:     where and when the last one was taken
     """
@@ -199,6 +206,7 @@ class SnapshotSchedule(Record, frozen=True, kw_only=True):
     workload: Name
     every: Annotated[float, Meta(ge=1.0, le=31_536_000.0)]  # seconds
     keep: Annotated[int, Meta(ge=1, le=100_000)] = 10
+    whole_every: Annotated[int, Meta(ge=1, le=1000)] = WHOLE_EVERY
     restart_when_lost: bool = False
     host: MaybeName = ""
     last_at: Seconds = 0.0

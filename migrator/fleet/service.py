@@ -59,7 +59,9 @@ class FleetService:
                     yield now
             case f.Save():
                 await self._fenced(request.fleet, request.token)
-                yield await self._storage.save(request.workload, end=request.end, keep=request.keep)
+                yield await self._storage.save(
+                    request.workload, end=request.end, keep=request.keep, whole_every=request.whole_every
+                )
             case f.Images():
                 yield f.ImageList(await asyncio.to_thread(self._storage.images, request.workload))
             case f.Revive():

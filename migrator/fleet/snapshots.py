@@ -1,7 +1,8 @@
 """Time travel: checkpoints of containers on a schedule, and restarting one of them.
 
-Each is a whole checkpoint in the storage of the host where the workload runs, which may be shared. The container stands
-still while it is taken. What is restarted must run nowhere else: that is looked for on every host, and where a host
+Each is in the storage of the host where the workload runs, which may be shared: a whole checkpoint, or an increment to
+those before it (`migrator.fleet.increments`). The container stands still while it is taken, and runs while an increment
+is made of it. What is restarted must run nowhere else: that is looked for on every host, and where a host
 does not answer only a person can know (`recover`).
 """
 
@@ -64,7 +65,13 @@ class Snapshots:
         name, error = schedule.workload, ""
         try:
             answer = await self._observer.agents[host].ask(
-                Save(name, self._state.fleet.id, self._lock.token, keep=schedule.keep)
+                Save(
+                    name,
+                    self._state.fleet.id,
+                    self._lock.token,
+                    keep=schedule.keep,
+                    whole_every=schedule.whole_every,
+                )
             )
             if not isinstance(answer, Saved):
                 raise TransportError(f"{host} gave another answer than to what it was asked")
@@ -91,13 +98,17 @@ class Snapshots:
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
 
-async def take(state: FleetState, observer: Observer, workload: str, lock: Lock, *, keep: int) -> tuple[str, Saved]:
+async def take(
+    state: FleetState, observer: Observer, workload: str, lock: Lock, *, keep: int, whole_every: int
+) -> tuple[str, Saved]:
     """Save a container now, where it runs; that host, and what was saved. Raises UsageError, TransportError."""
     seen = await observer.look(token=lock.token)
     place = next((one.host for one in seen.cluster.workloads if one.name == workload), None)
     if place is None:
         raise UsageError(f"there is no container {workload!r} in the fleet", hint="`migrator ps --all` lists them")
-    answer = await observer.agents[place].ask(Save(workload, state.fleet.id, lock.token, keep=keep))
+    answer = await observer.agents[place].ask(
+        Save(workload, state.fleet.id, lock.token, keep=keep, whole_every=whole_every)
+    )
     if not isinstance(answer, Saved):
         raise TransportError(f"{place} gave another answer than to what it was asked")
     return place, answer

@@ -1,22 +1,29 @@
 """Checkpoints of containers on this host: taken, listed, restarted, and the oldest of them removed.
 
-An image is a file `NAME@YYYYMMDDTHHMMSS.mmm.image` in one directory, whole and durable, or not there.
+An image is a file `NAME@YYYYMMDDTHHMMSS.mmm.image` in one directory, whole and durable, or not there. One that ends in
+`.increment` instead has what was new since the one before (`migrator.fleet.increments`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
-import time
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import migrator
-from migrator.errors import UsageError
+from migrator.errors import ImageError, UsageError
+from migrator.fleet.increments import Room, read_header, write
 from migrator.protocol.fleet import ImageReport, Saved
+
+log = logging.getLogger("migrator.fleet")
 
 DEFAULT_STORAGE = Path("/var/lib/migrator/saved")
 
-_IMAGE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})@([0-9]{8}T[0-9]{6}\.[0-9]{3})\.image")
+_IMAGE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})@([0-9]{8}T[0-9]{6}\.[0-9]{3})\.(image|increment)")
 _TIME = "%Y%m%dT%H%M%S.%f"
 _LISTED = 4096
 
@@ -28,8 +35,9 @@ class Storage:
         self._directory = directory
         self._bridge = bridge
 
-    async def save(self, workload: str, *, end: bool, keep: int = 0) -> Saved:
-        """Checkpoint a container, which runs on unless `end`. Only `keep` images of it stay then, if not 0.
+    async def save(self, workload: str, *, end: bool, keep: int = 0, whole_every: int = 1) -> Saved:
+        """Checkpoint a container, which runs on unless `end`; as an increment to the one before, but for each
+        `whole_every`-th. Only `keep` images of it stay then, if not 0, and those that they need.
 
         Raises UsageError, Refused or CheckpointFailed: the container runs on, and no image was added.
         """
@@ -38,34 +46,87 @@ class Storage:
         if not _IMAGE.fullmatch(name):
             raise UsageError(f"{workload[:80]!r} is no name of a container")
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        before = self.images(workload)[:1]
         after = migrator.AfterCheckpoint.KILL if end else migrator.AfterCheckpoint.RUN
         await migrator.checkpoint(workload, self._directory / name, after=after)
+        if before and whole_every > 1:
+            name = await asyncio.to_thread(self._shrink, name, before[0].image, whole_every)
         size = (self._directory / name).stat().st_size
         if keep:
-            for old in self.images(workload)[keep:]:
-                (self._directory / old.image).unlink(missing_ok=True)
+            await asyncio.to_thread(self._forget, workload, keep)
         return Saved(workload, name, size)
+
+    def _shrink(self, name: str, before: str, whole_every: int) -> str:
+        """Keep of a whole image what is new, where that is possible and pays; the name of what is there then."""
+        increment = name.removesuffix(".image") + ".increment"
+        try:
+            if 1 + len(self._needs(before)) >= whole_every:
+                return name
+            with Room(self._directory, before) as room:
+                if not write(self._directory / name, room, self._directory / increment):
+                    return name
+        except (ImageError, OSError) as error:
+            log.warning("%s stays whole: %s", name, error)
+            return name
+        (self._directory / name).unlink()
+        return increment
+
+    def _needs(self, name: str) -> tuple[str, ...]:
+        """The images that an increment is put together from, besides itself. Raises ImageError, OSError."""
+        if name.endswith(".image"):
+            return ()
+        header = read_header(self._directory / name)
+        return (header.base, *header.chain)
+
+    def _forget(self, workload: str, keep: int) -> None:
+        found = [one.image for one in self.images(workload)]
+        needed = set(found[:keep])
+        for name in found[:keep]:
+            try:
+                needed.update(self._needs(name))
+            except (ImageError, OSError) as error:
+                log.warning("no older images of %s are removed: %s", workload, error)
+                return
+        for name in found:
+            if name not in needed:
+                (self._directory / name).unlink(missing_ok=True)
 
     def images(self, workload: str = "") -> list[ImageReport]:
         """Of one workload, or all; the newest first."""
-        found = []
+        found: dict[tuple[str, str], ImageReport] = {}
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
             match = _IMAGE.fullmatch(path.name)
             if match is None or (workload and match[1] != workload):
                 continue
-            at = datetime.strptime(match[2] + "000", _TIME).replace(tzinfo=UTC).timestamp()
-            found.append(ImageReport(workload=match[1], image=path.name, at=max(at, 0.0), bytes=path.stat().st_size))
-        return sorted(found, key=lambda one: (-one.at, one.image))[:_LISTED]
+            if match[3] == "increment" and path.with_suffix(".image").exists():
+                continue  # the whole image of which it was made is still there
+            try:
+                at = datetime.strptime(match[2] + "000", _TIME).replace(tzinfo=UTC).timestamp()
+                needs, size = self._needs(path.name), path.stat().st_size
+            except (ImageError, OSError, ValueError) as error:
+                log.warning("%s is left out: %s", path, error)
+                continue
+            found[match[1], match[2]] = ImageReport(
+                workload=match[1], image=path.name, at=max(at, 0.0), bytes=size, base=needs[0] if needs else ""
+            )
+        return sorted(found.values(), key=lambda one: (-one.at, one.image))[:_LISTED]
 
     async def revive(self, image: str) -> int:
         """Restart a container from an image here; the pid of its process 1. Raises UsageError, ImageError or
         RestartFailed: nothing of it runs then."""
-        if not _IMAGE.fullmatch(image) or not (self._directory / image).is_file():
+        path = self._directory / image
+        if not _IMAGE.fullmatch(image) or not path.is_file():
             raise UsageError(f"there is no image {image[:160]!r} in {self._directory}")
-        made = await migrator.restart(self._directory / image, bridge=self._bridge)
-        return made.pid
+        if path.suffix == ".image":
+            return (await migrator.restart(path, bridge=self._bridge)).pid
+        with tempfile.TemporaryFile(dir=self._directory) as whole:
+            await asyncio.to_thread(self._put_together, image, whole)
+            whole.seek(0)
+            return (await migrator.restart(whole.fileno(), bridge=self._bridge)).pid
 
-
-def age(report: ImageReport) -> float:
-    """Seconds."""
-    return max(time.time() - report.at, 0.0)
+    def _put_together(self, image: str, to: BinaryIO) -> None:
+        try:
+            with Room(self._directory, image) as room:
+                room.put_together(to)
+        except OSError as error:
+            raise ImageError(f"{image} cannot be put together: {error}") from error

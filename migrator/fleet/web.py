@@ -9,15 +9,18 @@ files and no build; it loads nothing from elsewhere.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from migrator.errors import MigratorError, UsageError
 from migrator.fleet import records as r
@@ -27,6 +30,9 @@ from migrator.fleet.snapshot import snapshot
 from policies import drain
 
 T = TypeVar("T")
+log = logging.getLogger("migrator.page")
+# What is no HTTP is answered with 400, and no failure of ours that needs a traceback.
+log.addFilter(lambda record: not isinstance((record.exc_info or (None, None))[1], HttpProcessingError))
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _FILES = {
@@ -44,6 +50,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 _MOST = 4096  # bytes of a request
+_CONNECTIONS = 64  # at a time; a new one puts an end to the oldest
 _FRESH = 0.5  # seconds for which an answer holds, for however many that look
 
 
@@ -116,7 +123,7 @@ class Page:
     async def _asked(self, request: web.Request, kind: type[T]) -> T:
         """What is asked, by somebody who may. Raises HTTPForbidden, UsageError."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        good = hmac.compare_digest(given.encode(), self._token.encode())
+        good = hmac.compare_digest(given.encode(errors="surrogateescape"), self._token.encode())
         if not self._token or scheme != "Bearer" or not good:
             raise web.HTTPForbidden(reason="the token is missing or wrong")
         try:
@@ -152,13 +159,38 @@ async def serve_page(controller: Controller, address: str, *, token: str = "") -
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"{address!r} is no ADDRESS:PORT", hint="such as 127.0.0.1:9742")
-    runner = web.AppRunner(Page(controller, token).application(), access_log=None)
+    runner = web.AppRunner(Page(controller, token).application(), access_log=None, logger=log)
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, host.strip("[]") or None, int(port)).start()
+            assert runner.server is not None
+            listening = await asyncio.get_running_loop().create_server(
+                _Bounded(runner.server), host.strip("[]") or None, int(port), reuse_address=True
+            )
         except OSError as error:
             raise UsageError(f"cannot serve the page at {address}: {error.strerror}") from error
-        yield f"http://{runner.addresses[0][0]}:{runner.addresses[0][1]}/"
+        try:
+            at = listening.sockets[0].getsockname()
+            yield f"http://{at[0]}:{at[1]}/"
+        finally:
+            listening.close()
     finally:
         await runner.cleanup()
+
+
+class _Bounded:
+    """Makes the protocol of each connection, and ends the oldest ones where there are too many: aiohttp waits for
+    ever for a request that never comes."""
+
+    def __init__(self, make: Callable[[], asyncio.Protocol]) -> None:
+        self._make = make
+        self._open: list[Any] = []
+
+    def __call__(self) -> asyncio.Protocol:
+        made = self._make()
+        # Those that have ended have no transport any more; the last one has none yet.
+        self._open = [one for one in self._open if one.transport is not None]
+        for oldest in self._open[: max(len(self._open) - _CONNECTIONS + 1, 0)]:
+            oldest.transport.abort()
+        self._open.append(made)
+        return made

@@ -23,6 +23,7 @@ from __future__ import annotations
 import struct as _struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import (
     Annotated,
     Any,
@@ -68,6 +69,8 @@ class Struct:
     _gaps: ClassVar[tuple[tuple[int, int], ...]]  # (start, end) of the compiler's paddings in the fixed part
     _plain: ClassVar[tuple[str, ...]]  # fields in the fixed part, in order
     _tails: ClassVar[tuple[tuple[str, Any], ...]]  # (field, bytes | str | item class)
+    _values: ClassVar[Callable[[Any], tuple[int, ...]]]  # those of the fixed part, in order
+    _in_order: ClassVar[bool]  # the tails are the last fields
 
 
 class Record(Struct):
@@ -162,11 +165,19 @@ def _lay_out(cls: Any) -> None:
         gaps.append((offset, offset + -offset % 8))
     cls._members, cls._plain, cls._tails, cls._gaps = tuple(members), tuple(plain), tuple(tails), tuple(gaps)
     cls._packer = _struct.Struct(form)
+    cls._values = staticmethod(_getter(cls._plain))
+    cls._in_order = [f.name for f in fields(cls)] == [*plain, *(name for name, _ in tails)]
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[int, ...]]:
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda rec: tuple(getattr(rec, name) for name in names)
 
 
 def _encode_payload(rec: Struct) -> bytes:
     cls = type(rec)
-    values: list[int] = [getattr(rec, name) for name in cls._plain]
+    values: list[int] = [*cls._values(rec)]
     parts: list[bytes] = []
     for name, kind in cls._tails:
         value = getattr(rec, name)
@@ -179,8 +190,8 @@ def _encode_payload(rec: Struct) -> bytes:
         else:
             values.append(len(value))
             pack = kind._packer.pack
-            names = kind._plain
-            value = b"".join(pack(*[getattr(item, n) for n in names]) for item in value)
+            get = kind._values
+            value = b"".join([pack(*get(item)) for item in value])
         if value:
             parts.append(value)
             if len(value) % 8:
@@ -203,7 +214,7 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
         if any(payload[start:end]):
             raise ImageError(f"{cls.__name__}: padding is not zero")
     nr_plain = len(cls._plain)
-    out = dict(zip(cls._plain, values[:nr_plain], strict=True))
+    tails: list[Any] = []
     position = size
     for (name, kind), count in zip(cls._tails, values[nr_plain:], strict=True):
         length = count if kind is bytes or kind is str else count * kind._packer.size
@@ -213,23 +224,26 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
             left = len(payload) - position
             raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {left} are left")
         raw = bytes(payload[position:end])
-        if any(payload[end:padded]):
+        if end < padded and any(payload[end:padded]):
             raise ImageError(f"{cls.__name__}.{name}: padding is not zero")
         if kind is bytes:
-            out[name] = raw
+            tails.append(raw)
         elif kind is str:
             if b"\0" in raw:
                 raise ImageError(f"{cls.__name__}.{name}: a text holds a NUL")
             try:
-                out[name] = raw.decode("utf-8", "surrogateescape")
+                tails.append(raw.decode("utf-8", "surrogateescape"))
             except UnicodeDecodeError as error:  # pragma: no cover - surrogateescape takes every byte
                 raise ImageError(f"{cls.__name__}.{name}: {error}") from error
         else:
-            out[name] = [kind(*item) for item in kind._packer.iter_unpack(raw)]
+            tails.append([kind(*item) for item in kind._packer.iter_unpack(raw)])
         position = padded
     if position != len(payload):
         raise ImageError(f"{cls.__name__}: {len(payload) - position} bytes too many")
-    return cls(**out)
+    if cls._in_order:
+        return cls(*values[:nr_plain], *tails)
+    named = dict(zip(cls._plain, values[:nr_plain], strict=True))
+    return cls(**named, **{name: value for (name, _), value in zip(cls._tails, tails, strict=True)})
 
 
 def layouts() -> Iterator[tuple[str, int, tuple[Member, ...], int]]:

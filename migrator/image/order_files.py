@@ -21,20 +21,24 @@ NSIG = 64
 _Kind = f.FileKind
 # The object that a File of each kind is opened on; the others are opened on their path.
 _INODES = {
-    _Kind.DELETED: "DeletedFile",
-    _Kind.PIPE: "Pipe",
-    _Kind.FIFO: "Pipe",
-    _Kind.EVENTFD: "EventFd",
-    _Kind.TIMERFD: "TimerFd",
-    _Kind.SIGNALFD: "SignalFd",
-    _Kind.MEMFD: "Shm",
-    _Kind.SOCKET: "Socket",
-    _Kind.PIDFD: "PidFd",
+    int(_Kind.DELETED): "DeletedFile",
+    int(_Kind.PIPE): "Pipe",
+    int(_Kind.FIFO): "Pipe",
+    int(_Kind.EVENTFD): "EventFd",
+    int(_Kind.TIMERFD): "TimerFd",
+    int(_Kind.SIGNALFD): "SignalFd",
+    int(_Kind.MEMFD): "Shm",
+    int(_Kind.SOCKET): "Socket",
+    int(_Kind.PIDFD): "PidFd",
 }
 # What it may be instead: a deleted file that is mapped as well.
-_OTHERS = {_Kind.DELETED: ("SharedFile",)}
-_RESENT = (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE)  # have no state but offset and flags
-_BY_PATH = (*_RESENT, _Kind.FIFO)
+_OTHERS = {int(_Kind.DELETED): ("SharedFile",)}
+_LAST_OWNER = int(max(f.OwnerType))
+_NAMES = {int(kind): kind.name for kind in _Kind}
+_RESENT = tuple(
+    map(int, (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE))
+)  # have no state but offset and flags
+_BY_PATH = (*_RESENT, int(_Kind.FIFO))
 
 
 class FilesOrder:
@@ -78,14 +82,14 @@ class FilesOrder:
             last = item.fd
 
     def _file(self, file: f.File) -> None:
-        if file.kind not in _Kind._value2member_map_:
-            self._fail(f"unknown kind {file.kind}")
-        kind = _Kind(file.kind)
+        kind = file.kind
+        if kind not in _NAMES:
+            self._fail(f"unknown kind {kind}")
         wanted = _INODES.get(kind)
         if wanted is not None:
-            self._references.use(file.inode_objref, wanted, f"a file of kind {kind.name}", *_OTHERS.get(kind, ()))
+            self._references.use(file.inode_objref, wanted, f"a file of kind {_NAMES[kind]}", *_OTHERS.get(kind, ()))
         elif file.inode_objref:
-            self._fail(f"a file of kind {kind.name} has no object of its own")
+            self._fail(f"a file of kind {_NAMES[kind]} has no object of its own")
         if kind in _BY_PATH and not file.path.startswith("/"):
             self._fail(f"path {file.path!r} is not absolute")
         if file.pos < 0 or file.size > MAX_OFFSET:
@@ -94,11 +98,11 @@ class FilesOrder:
         if self._opened.get(file.objref, opened) != opened:
             self._fail(f"file {file.objref} comes again as another one")
         if file.objref in self._opened and kind not in _RESENT:
-            self._fail(f"a file of kind {kind.name} comes twice")
+            self._fail(f"a file of kind {_NAMES[kind]} comes twice")
         self._opened[file.objref] = opened
         if file.lock > 2:
             self._fail(f"unknown lock {file.lock}")
-        if file.owner_type > max(f.OwnerType) or not 0 <= file.owner_signal <= NSIG:
+        if file.owner_type > _LAST_OWNER or not 0 <= file.owner_signal <= NSIG:
             self._fail(f"owner of type {file.owner_type} with signal {file.owner_signal}")
         if not 0 <= file.owner_pid <= MAX_PID:
             self._fail(f"owned by impossible pid {file.owner_pid}")

@@ -2,7 +2,8 @@
 
 Three restrictions pass from parent to child and cannot be taken off again: a capability that is not in the
 bounding set (capabilities(7)), no_new_privs, and filters of system calls (seccomp(2)). A copy that is made under
-one of them has it as well, whether or not its original had: so an agent must know what confines it.
+one of them has it as well, whether or not its original had: so an agent must know what confines it. A mount namespace
+passes on too: what is restored from one of a service's own has other files than the rest of the host.
 """
 
 from __future__ import annotations
@@ -73,3 +74,30 @@ def give_up(unused: Iterable[str] = UNUSED) -> None:
     sets = (effective, permitted, inheritable)
     data = ctypes.create_string_buffer(struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 for s in sets]))
     sys.call(_CAPSET, ctypes.addressof(header), ctypes.addressof(data), name="capset")
+
+
+def own_mounts() -> list[str] | None:
+    """Of a service whose mount namespace is not that of the manager that has started it: the mount points that
+    differ (there may be none yet). None if it is the same, or if somebody else has started this process, who may
+    have meant just that."""
+    if os.getppid() != 1:
+        return None
+    return differing(*(procfs.read_text(f"/proc/{pid}/mountinfo") for pid in (1, os.getpid())))
+
+
+def differing(one: str, other: str) -> list[str] | None:
+    """Where the mount namespaces differ that two texts of /proc/PID/mountinfo are of: mount points, as they are
+    escaped there. None if it is one namespace: a mount has its id in no other. Reading ns/mnt of process 1 would
+    need all capabilities that it has."""
+    if {line.split()[0] for line in one.splitlines()} & {line.split()[0] for line in other.splitlines()}:
+        return None
+    return sorted({mount[2] for mount in _mounts(one) ^ _mounts(other)})
+
+
+def _mounts(mountinfo: str) -> set[tuple[str, ...]]:
+    """Device, root, mount point, options, and file system of each mount; not its ids and peers (proc(5))."""
+    found = set()
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        found.add((*before.split()[2:6], *after.split()[:2]))
+    return found

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
 
 from migrator.linux import sys
-from migrator.linux.batch import Strings, each
 
 _NR_OPENAT2 = 437
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
@@ -20,16 +18,6 @@ def open_in_root(root_fd: int, path: str, flags: int, mode: int = 0, *, links: b
     (ELOOP). Close-on-exec. Raises OSError."""
     resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS | (0 if links else _RESOLVE_NO_SYMLINKS)
     return _open(root_fd, path, flags, mode, resolve)
-
-
-def open_all_in_root(root_fd: int, paths: Sequence[str], flags: int) -> list[int]:
-    """open_in_root() of many, in one go: descriptors, or negative errnos."""
-    how = ctypes.create_string_buffer(
-        struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS), 24
-    )
-    names = Strings([os.fsencode(path) for path in paths])
-    (fds,) = each(len(paths), (_NR_OPENAT2, root_fd, names.addresses, ctypes.addressof(how), 24))
-    return fds
 
 
 def open_beneath(fd: int, path: bytes, flags: int, mode: int = 0) -> int:

@@ -20,30 +20,41 @@ from migrator.linux.sys import pidfd_getfd
 
 TCP_REPAIR, TCP_REPAIR_QUEUE = 19, 20
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
-_ON, _OFF, _OFF_NO_WP = 1, 0, -1
+_ON, _OFF, OFF_WITHOUT_PROBE = 1, 0, -1
 _FORCE_REUSE = 2  # what SO_REUSEADDR reads while nobody has put it back (SK_FORCE_REUSE in net/sock.h)
 _TCP = socket.IPPROTO_TCP
 
 
-def repair(sock: socket.socket) -> None:
+def repair(sock: socket.SocketType) -> None:
     """Enter repair mode. SO_REUSEADDR is forced from here on, and lost on the way out: see `reuse_address()`."""
     sock.setsockopt(_TCP, TCP_REPAIR, _ON)
 
 
-def reuse_address(sock: socket.socket, value: int) -> None:
+def reuse_address(sock: socket.SocketType, value: int) -> None:
     """Say what SO_REUSEADDR is to be after repair: done early, also another agent can tell."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
 
 
-def leave(sock: socket.socket, *, probe: bool) -> None:
+def leave(sock: socket.SocketType, *, probe: bool) -> None:
     """Leave repair mode. With `probe` the peer is asked at once for what it has acknowledged.
 
     SO_REUSEADDR is what it was before, if `reuse_address()` has told; else set: without it, a server that is
     started again could not have its port."""
     reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-    sock.setsockopt(_TCP, TCP_REPAIR, _OFF if probe else _OFF_NO_WP)
+    sock.setsockopt(_TCP, TCP_REPAIR, _OFF if probe else OFF_WITHOUT_PROBE)
     reuse_address(sock, 1 if reuse == _FORCE_REUSE else reuse)
+
+
+def push(sock: socket.SocketType) -> None:
+    """Send what waits in the sending queue, as far as the peer's window goes.
+
+    What a filter or a device without carrier did not let go is tried again by the kernel only when a timer ends,
+    after a second or more, and the probe of `leave()` does not help a connection that is half closed: the kernel
+    sends it in the established state alone. Setting TCP_NODELAY pushes (__tcp_sock_set_nodelay() in net/ipv4/tcp.c)."""
+    before = sock.getsockopt(_TCP, socket.TCP_NODELAY)
+    sock.setsockopt(_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(_TCP, socket.TCP_NODELAY, before)
 
 
 def revive(pids: Iterable[int]) -> int:
@@ -83,6 +94,7 @@ def _revive(sock: socket.socket) -> bool:
     if not sock.getsockopt(_TCP, TCP_REPAIR):
         return False
     leave(sock, probe=True)
+    push(sock)
     return True
 
 

@@ -21,6 +21,10 @@ Token = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 WallTime = Annotated[float, Meta(ge=0.0, le=1e12)]  # seconds since 1970
 Cores = Annotated[float, Meta(ge=0.0, le=1e6)]
 Peer = Annotated[str, Meta(min_length=1, max_length=300)]
+# Within what a plan is made for: one host that says nonsense must not keep a controller from planning for the others.
+Capacity = Annotated[float, Meta(gt=1e-3, le=1e6)]
+Memory = Annotated[int, Meta(ge=0, le=1 << 58)]
+Container = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
 
 
 class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -38,10 +42,10 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kernel: Name
     engine: Name
     cpu_features: Features = frozenset()
-    cpus: Cores
-    memory: Count
+    cpus: Capacity
+    memory: Annotated[int, Meta(ge=1, le=1 << 58)]
     cpu_used: Cores = 0.0
-    memory_used: Count = 0
+    memory_used: Memory = 0
     network_used: Rate = 0.0
     cpu_pressure: Share | None = None
     memory_pressure: Share | None = None
@@ -55,11 +59,11 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dirty_rate:  bytes per second that it writes to its memory; None where that was not measured
     """
 
-    name: Name
+    name: Container
     state: Name
     tasks: Count = 0
     cpu: Cores = 0.0
-    memory: Count = 0
+    memory: Memory = 0
     network: Rate = 0.0
     age: Seconds = 0.0
     dirty_rate: Rate | None = None
@@ -134,13 +138,15 @@ class Departed(Message, tag="departed", frozen=True):
 
 
 class Save(Message, tag="save", frozen=True):
-    """Checkpoint this container into the agent's storage; `end`: and end it then, else it runs on."""
+    """Checkpoint this container into the agent's storage; `end`: and end it then, else it runs on. `whole_every`: each
+    so many-th one is whole, the others are increments."""
 
     workload: Name
     fleet: FleetId
     token: Token
     end: bool = False
     keep: Annotated[int, Meta(ge=0, le=100_000)] = 0  # only so many of this workload afterwards; 0 for all
+    whole_every: Annotated[int, Meta(ge=1, le=1000)] = 1
 
 
 class Saved(Message, tag="saved", frozen=True):
@@ -158,12 +164,13 @@ class Images(Message, tag="images", frozen=True):
 
 
 class ImageReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A checkpoint in a host's storage; `at` by that host's clock."""
+    """A checkpoint in a host's storage; `at` by that host's clock. `base`: the whole one that it is an increment to."""
 
     workload: Name
     image: Name
     at: WallTime
     bytes: Count = 0
+    base: Name = ""
 
 
 class ImageList(Message, tag="image-list", frozen=True):

@@ -19,13 +19,13 @@ Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=_LARGEST)]
 Stamp = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]  # ns since 1970
 Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
-Rate = Annotated[float, Meta(ge=0.0, le=1e18)]  # per second
+Rate = Annotated[float, Meta(ge=0.0, le=1e17)]  # per second
 Pid = Annotated[int, Meta(ge=1, le=1 << 22)]  # PID_MAX_LIMIT
 Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
 Mode = Annotated[int, Meta(ge=0, le=0o177777)]
 FileName = Annotated[bytes, Meta(max_length=255)]
 FilePath = Annotated[bytes, Meta(max_length=4095)]
-Features = Annotated[frozenset[Annotated[str, Meta(max_length=64)]], Meta(max_length=1024)]
+Features = Annotated[frozenset[Annotated[str, Meta(max_length=64)]], Meta(max_length=512)]
 XattrValue = Annotated[bytes, Meta(max_length=1 << 16)]  # XATTR_SIZE_MAX
 
 MAX_MESSAGE = 1 << 20  # bytes, as the transport allows

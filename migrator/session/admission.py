@@ -6,7 +6,6 @@ All of it on a thread of its own. A peer may ask for much; stop() ends it betwee
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 from migrator.errors import MigratorError
 from migrator.filesync.receiver import FileReceiver
@@ -15,13 +14,15 @@ from migrator.protocol.trees import SyncTree, TreeAnswer, TreeList, TreeOps
 from migrator.runtime.thread import OwnThread
 from migrator.session import preflight
 from migrator.session.file_facts import collect_files
+from migrator.session.settings import DestinationSettings
 
 
 class Admission:
     """`files` are those that the source sends along. Raises what `FileReceiver` raises."""
 
-    def __init__(self, proposal: m.Propose, host: m.HostFacts, root_of: Callable[[m.Propose], str]) -> None:
-        self._proposal, self._host, self._root_of = proposal, host, root_of
+    def __init__(self, proposal: m.Propose, settings: DestinationSettings) -> None:
+        self._proposal, self._host = proposal, settings.host
+        self._root_of, self._log_of = settings.root_of, settings.log_of
         self._files = FileReceiver([], "", "")
         self._thread = OwnThread("files")
         self._stopped = threading.Event()
@@ -40,7 +41,7 @@ class Admission:
             told = [fact.value() for fact in proposal.survey.files]
             here = collect_files(told, root, stopped=self._stopped.is_set)
             taken = preflight.taken(proposal.survey.wanted_pids)
-            reasons, wanted = preflight.compare(proposal, self._host, here, taken)
+            reasons, wanted = preflight.compare(proposal, self._host, here, taken, self._log_of(proposal))
             self._files.want(wanted)
             for tree in self._files.shared():
                 remedy = "it needs no copy: leave --copy-files and --copy-path away"

@@ -72,7 +72,7 @@ class DestinationSession:
         Raises nothing for what the peer does: see `outcome` and `reason` of the result.
         """
         self._proposal, self._migration = proposal, proposal.migration
-        self._admission = Admission(proposal, self.settings.host, self.settings.root_of)
+        self._admission = Admission(proposal, self.settings)
         self._journal = DestinationJournal(self.settings.journal, proposal.migration, self._link)
         self._driver = Driver(
             Machine(destination_step, DestinationState.START),
@@ -206,11 +206,11 @@ class DestinationSession:
         async def tell() -> None:
             await self._send(m.Standing(self._migration, number))
 
-        self._driver.spawn(self._quietly(tell()))
+        self._driver.spawn(self._quietly(tell))
 
-    async def _quietly(self, work: Awaitable[None]) -> None:
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except (MigratorError, OSError) as error:
             log.debug("%s: %s", self._migration, error)  # the listener knows what it means
 

@@ -36,9 +36,9 @@ MEASURED = {
     "processes": 0.0008,
     "threads": 0.00018,
     "mappings": 0.000007,
-    "files": 0.00005,
-    "pipes": 0.00008,
-    "sockets": 0.0002,
+    "files": 0.000016,
+    "pipes": 0.00004,
+    "sockets": 0.00014,
     "others": 0.00008,
 }
 

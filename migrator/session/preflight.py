@@ -58,8 +58,10 @@ def compare(
     here: HostFacts,
     files: Mapping[str, FileFact | None],
     taken_pids: Collection[int] = (),
+    log: str = "",
 ) -> tuple[list[Reason], list[str]]:
-    """(reasons, paths of files to be sent). `files` has what this host has under each path asked for."""
+    """(reasons, paths of files to be sent). `files` has what this host has under each path asked for.
+    `log` is that of the container, which is sent in any case."""
     reasons = _hosts(proposal, here)
     for pid in sorted(taken_pids):
         reasons.append(
@@ -72,7 +74,7 @@ def compare(
     wanted = []
     for fact in (told.value() for told in proposal.survey.files):
         problem = file_problem(fact, files.get(fact.path))
-        if problem and proposal.copy_files:
+        if problem and (proposal.copy_files or fact.path == log):
             wanted.append(fact.path)
         elif problem:
             remedy = "install the same version there, or use --copy-files"

@@ -26,7 +26,7 @@ class Proposal:
     """One proposal.
 
     report:  of the preflight; None before the verdict
-    files:   those that go along; None without `copy_files`
+    files:   those that go along; None if none may
     survey:  what the engine saw
     costs:   of a stop between these two hosts
     """
@@ -49,9 +49,9 @@ class Proposal:
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await self._thread.run(with_digests, survey.files, root, stopped=self._stopped.is_set)
-        if settings.copy_files:
+        if settings.copy_files or settings.log:
             self.files = FileSync(
-                files,
+                [fact for fact in files if settings.copy_files or fact.path == settings.log],
                 settings.trees,
                 root,
                 send=self._peer.send_within_cap,

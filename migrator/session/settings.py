@@ -28,6 +28,7 @@ class SourceSettings:
     cold:          no pre-copy: freeze at once, as every tool without it must
     copy_files:    carry open and mapped files along that differ there
     trees:         what is carried along as a whole, with `copy_files`
+    log:           the file that a container writes its output to; carried along in any case
     fleet, token:  of the controller that wants it, for the destination to check
     verify:        have the copy looked at before it runs: see DestinationOptions
     """
@@ -46,6 +47,7 @@ class SourceSettings:
     cold: bool = False
     copy_files: bool = False
     trees: tuple[SyncTree, ...] = ()
+    log: str = ""
     fleet: str = ""
     token: int = 0
     verify: bool = False
@@ -75,12 +77,14 @@ class DestinationSettings:
     prepare:  checks that the proposal fits this host and makes it ready; raises Refused. Called on the
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
+    log_of:   the log of a proposed container, which comes along whatever else does; "" for none
     limit:    seconds from BEGIN until the copy must have been told to run or to go
     """
 
     host: m.HostFacts
     prepare: Callable[[m.Propose], Prepared]
     root_of: Callable[[m.Propose], str] = lambda proposal: ""
+    log_of: Callable[[m.Propose], str] = lambda proposal: ""
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -92,17 +92,18 @@ class FleetStage:
 
     # ------------------------------------------------------------------ agents
 
-    def start_agent(self, label: str) -> None:
+    def start_agent(self, label: str, *, env: Mapping[str, str] | None = None, capacity: str = "") -> None:
+        """`env` and `capacity` of this one, if they are not those of the others."""
         host = self.hosts[label]
         argv = [
             *MIGRATOR, "agent", "--listen", f"{host.address}:{AGENT_PORT}",
             "--host-key", str(host.folder / "host_key"),
             "--authorized-keys", str(host.folder / "authorized_keys"),
-            "--capacity", self._capacity,
+            "--capacity", capacity or self._capacity,
             "--storage", str(self.lan.folder / "saved"),
         ]  # fmt: skip
         with open(host.folder / "agent.log", "ab") as log:
-            self._agents[label] = host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._agents[label] = host.popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         await_listener(host, self._agents[label], lambda: self.agent_log(label))
 
     def stop_agent(self, label: str, *, kill: bool = False) -> None:

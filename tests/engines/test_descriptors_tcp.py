@@ -11,14 +11,14 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import pytest
 from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
-from migrator.engine.user.descriptors import DescriptorDump, Transients, survey
+from migrator.engine.user.descriptors import DescriptorDump, Transients, packet, survey
 from migrator.engine.user.descriptors.tcp import state_of
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
@@ -32,8 +32,8 @@ TAG = f"dsc{os.getpid() % 10000}"
 V4, V6 = "10.98.0.1", "fd98::1"
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 @dataclass
@@ -41,20 +41,36 @@ class Net:
     src: str = f"{TAG}s"
     dst: str = f"{TAG}d"
     peer: str = f"{TAG}p"
+    shut: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> str:
         return f"/run/netns/{name}"
 
     def switch(self) -> None:
-        """From here on the address is at the destination."""
+        """From here on the address is at the destination, and whatever was shut is open."""
         ip("-n", self.peer, "link", "set", "toa", "down")
+        self.mend()
         ip("-n", self.peer, "link", "set", "tob", "up")
 
     def cut(self) -> None:
-        ip("-n", self.peer, "link", "set", "toa", "down")
+        """What either side sends is lost on its way."""
+        for name in (self.src, self.peer):
+            self._drop(name, "input")
+
+    def close(self) -> None:
+        """What the program sends does not even leave its host."""
+        for name in (self.src, self.dst):
+            self._drop(name, "output")
 
     def mend(self) -> None:
-        ip("-n", self.peer, "link", "set", "toa", "up")
+        for name in self.shut:
+            ip("netns", "exec", name, "nft", "delete table inet shut")
+        self.shut.clear()
+
+    def _drop(self, name: str, hook: str) -> None:
+        chain = f"add chain inet shut everything {{ type filter hook {hook} priority 0; policy drop; }}"
+        ip("netns", "exec", name, "nft", f"add table inet shut; {chain}")
+        self.shut.append(name)
 
     def outside(self, family: int = socket.AF_INET) -> socket.socket:
         with entered(self.path(self.peer)):
@@ -99,6 +115,20 @@ def net() -> Iterator[Net]:
     finally:
         for name in (made.src, made.dst, made.peer):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.fixture
+def delivered(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The packets that the restart itself has made."""
+    packets: list[bytes] = []
+    deliver = packet.Injector.deliver
+
+    def noted(self: packet.Injector, raw: bytes, to: bytes) -> None:
+        packets.append(raw)
+        deliver(self, raw, to)
+
+    monkeypatch.setattr(packet.Injector, "deliver", noted)
+    return packets
 
 
 def connected(net: Net, server: Child, family: int = socket.AF_INET) -> socket.socket:
@@ -323,7 +353,7 @@ def test_our_end_was_closed_and_the_peer_does_not_know_yet(net: Net) -> None:
             assert copy.ask("c.recv(99)") == b"heard"
 
 
-def test_what_was_lost_on_its_way_is_sent_again_at_once(net: Net) -> None:
+def test_what_was_lost_on_its_way_is_sent_again_at_once(net: Net, delivered: list[bytes]) -> None:
     with net.child() as server:
         client = connected(net, server)
         net.cut()
@@ -331,20 +361,31 @@ def test_what_was_lost_on_its_way_is_sent_again_at_once(net: Net) -> None:
         with Moved(server, context=net.context()) as moved:
             net.switch()
             moved.restore([server])
-            # ahead of the kernel's own first retransmission, a second after the restart
-            client.settimeout(0.5)
+            client.settimeout(10)
             assert receive(client, 4) == b"lost"
+            # ahead of the kernel's own first retransmission, a second after the restart
+            assert any(raw.endswith(b"lost") for raw in delivered)
 
 
-def test_what_the_copy_says_into_a_shut_network_is_said_again_when_it_opens(net: Net) -> None:
+@pytest.mark.parametrize("shut", [Net.cut, Net.close])
+def test_what_the_copy_says_into_a_shut_network_is_said_again_when_it_opens(
+    net: Net, shut: Callable[[Net], None], delivered: list[bytes]
+) -> None:
     with net.child() as server:
         client = connected(net, server)
-        net.cut()
+        shut(net)
         server.run("c.setblocking(False); c.send(b'first'); sent = c.send(os.urandom(400000)); c.shutdown(1)")
         with Moved(server, context=net.context()) as moved:
             (state,) = moved.saved.of(SocketTcp)
-            moved.restore([server], built=net.switch)
-            client.settimeout(0.7)  # ahead of the kernel's own first retransmission
+            assert (state.unsent == len(state.sent)) is (shut is Net.close)
+            (copy,) = moved.restore([server], built=net.switch)
+            copy.run("import fcntl; c = adopt(1)")
+            if shut is Net.cut:
+                assert delivered
+            else:  # at once, not when a timer of the kernel's ends
+                waiting = copy.ask("int.from_bytes(fcntl.ioctl(c, 0x894B, bytes(4)), 'little')")
+                assert waiting < state.unsent and not delivered
+            client.settimeout(10)
             assert receive(client, len(state.sent)) == state.sent
             assert client.recv(1) == b""
 

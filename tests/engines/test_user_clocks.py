@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pidhosts import HostedWorkload, PidHost, migrate, restore_from_file, save_to_file
 
-from migrator.engine.user.dump.header import clock_offsets
+from migrator.engine.clocks import clock_offsets
 from migrator.linux import procfs, sys
 
 pytestmark = pytest.mark.root

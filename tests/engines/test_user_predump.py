@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pidhosts import PidHost, Program, migrate
+from pidhosts import PidHost, Program, migrate, restore_from_file, save_to_file
 
-from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles
+from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles, collection
 from migrator.engine.user.descriptors import Holder as Owner
 from migrator.image.codec import HEADER, REGISTRY, Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import File, FileTable
+from migrator.linux import file_locks
 
 pytestmark = pytest.mark.root
 
@@ -97,9 +100,16 @@ int main(int argc, char **argv)
 """
 
 
-@pytest.fixture
-def hosts() -> Iterator[tuple[PidHost, PidHost]]:
+def take_for_many(least: int) -> None:
+    collection.MANY = least
+
+
+@pytest.fixture(params=[collection.MANY, 0], ids=["few", "as of many"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[tuple[PidHost, PidHost]]:
+    """Both ways to look at descriptors: one by one, and by what was known of them."""
     with PidHost("a") as a, PidHost("b") as b:
+        for host in (a, b):
+            host.call("run", take_for_many, request.param)
         yield a, b
 
 
@@ -254,3 +264,104 @@ def test_descriptors_that_were_given_early_are_those_of_the_end(
             program.check_alive_and_progressing(ticks=1)
             here, there = there, here
         program.finish()
+
+
+LOCKED = """
+#include <sys/file.h>
+#include <sys/wait.h>
+#include "workload.h"
+/* What only descriptors and locks know changes all the time; each change is still there a moment later. */
+int main(int argc, char **argv)
+{
+	int whole, range, part, pipes[2], other;
+
+	wl_start(argc, argv);
+	whole = TRY(open(wl_beside("whole"), O_RDWR | O_CREAT | O_TRUNC, 0600));
+	range = TRY(open(wl_beside("range"), O_RDWR | O_CREAT | O_TRUNC, 0600));
+	part = TRY(open(wl_beside("part"), O_RDWR | O_CREAT | O_TRUNC, 0600));
+	other = TRY(open(wl_beside("range"), O_RDWR));
+	TRY(pipe(pipes));
+	wl_ready();
+	for (unsigned long turn = 0; !wl_stopping; turn++) {
+		struct flock lock = { .l_type = turn % 3 ? F_WRLCK : F_UNLCK, .l_start = turn % 50, .l_len = 5 };
+		struct flock all = { .l_type = F_UNLCK }, seen;
+		int fd;
+
+		TRY(flock(whole, turn % 2 ? LOCK_EX : LOCK_UN));
+		TRY(fcntl(range, F_OFD_SETLK, &all));
+		TRY(fcntl(range, F_OFD_SETLK, &lock));
+		TRY(fcntl(part, F_SETLK, &all));
+		TRY(fcntl(part, F_SETLK, &lock));
+		TRY(fcntl(part, F_SETFL, turn % 5 ? O_APPEND : 0));
+		TRY(fcntl(whole, F_SETFD, turn % 7 ? FD_CLOEXEC : 0));
+		TRY(fcntl(range, F_SETOWN, turn % 3 ? getpid() : 0));
+		TRY(ftruncate(part, turn % 1000));
+		TRY(fcntl(pipes[1], F_SETFL, turn % 2 ? O_NONBLOCK : 0));
+		wl_sleep_us(1500);
+		fd = TRY(open(wl_beside("whole"), O_RDWR));
+		CHECK((flock(fd, LOCK_EX | LOCK_NB) != 0) == turn % 2, "turn %lu", turn);
+		TRY(close(fd));
+		seen = (struct flock){ .l_type = F_WRLCK };
+		TRY(fcntl(other, F_OFD_GETLK, &seen));
+		CHECK(seen.l_type == lock.l_type && (seen.l_type == F_UNLCK || seen.l_start == lock.l_start), "turn %lu", turn);
+		if (turn % 10 == 0) {
+			pid_t child = TRY(fork());
+			int status;
+
+			if (!child) {
+				seen = (struct flock){ .l_type = F_WRLCK };
+				fcntl(part, F_GETLK, &seen);
+				_exit(seen.l_type == lock.l_type && (seen.l_type == F_UNLCK || seen.l_pid == getppid()) ? 0 : 1);
+			}
+			CHECK(waitpid(child, &status, 0) == child && status == 0, "the lock of turn %lu: %x", turn, status);
+		}
+		CHECK((fcntl(part, F_GETFL) & O_APPEND) == (turn % 5 ? O_APPEND : 0), "turn %lu", turn);
+		CHECK(fcntl(whole, F_GETFD) == (turn % 7 ? FD_CLOEXEC : 0), "turn %lu", turn);
+		CHECK(fcntl(range, F_GETOWN) == (turn % 3 ? getpid() : 0), "turn %lu", turn);
+		CHECK((fcntl(pipes[1], F_GETFL) & O_NONBLOCK) == (turn % 2 ? O_NONBLOCK : 0), "turn %lu", turn);
+		if (turn % 20 == 0)
+			wl_line("tick %lu", turn);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_locks_and_flags_that_change_all_the_time_are_those_of_the_end(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    here, there = hosts
+    with Program(here, LOCKED, tmp_path) as program:
+        for _ in range(5):
+            save_to_file(program, here, tmp_path / "image")  # gone, and its locks with it, when the copy is made
+            restore_from_file(program, there, tmp_path / "image")
+            program.check_alive_and_progressing(ticks=1)
+            here, there = there, here
+        program.finish()
+
+
+def test_a_list_of_locks_names_the_inodes_of_all_that_are_locked(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        inode = os.fstat(file.fileno()).st_ino
+        before = file_locks.LockList().inodes()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        after = file_locks.LockList().inodes()
+    assert before is not None and after is not None and inode in after - before
+
+
+def test_a_list_that_is_not_one_of_all_locks_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_locks, "complete", lambda: False)
+    assert file_locks.locked_inodes() is None
+
+
+def test_a_long_list_of_locks_that_keeps_changing_tells_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "{}: POSIX  ADVISORY  WRITE 3568 fd:00:{} 0 EOF\n"
+    stable = tmp_path / "locks"
+    stable.write_text("".join(line.format(n, 1000 + n) for n in range(100)))
+    monkeypatch.setattr(file_locks, "PATH", str(stable))
+    assert file_locks.locked_inodes() == set(range(1000, 1100))
+    serial = itertools.count()
+    monkeypatch.setattr(file_locks, "_read_all", lambda: stable.read_bytes() + line.format(1, next(serial)).encode())
+    assert file_locks.locked_inodes() is None

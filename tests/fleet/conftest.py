@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +14,20 @@ from migrator.fleet.store import Store, open_store
 from migrator.testing.etcd import EtcdCluster
 
 Opener = Callable[[], Awaitable[Store]]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package of this checkout."""
+    done = subprocess.run(
+        [ROOT / "deploy/debian/build.sh", tmp_path_factory.mktemp("deb")],
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COMPRESS": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="session")

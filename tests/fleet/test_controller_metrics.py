@@ -17,6 +17,7 @@ MOVE = r.Move(
     started_at=1.0,
     cause="drain",
     predicted_downtime=0.02,
+    predicted_bytes=4000,
 )
 
 
@@ -42,6 +43,8 @@ def test_what_was_predicted_is_held_against_what_was_achieved() -> None:
     assert value("migrator_fleet_move_downtime_seconds_sum", {"kind": "achieved"}) == pytest.approx(0.03)
     assert value("migrator_fleet_move_downtime_ratio_sum") == pytest.approx(1.5)
     assert value("migrator_fleet_move_downtime_ratio_count") == 1
+    assert value("migrator_fleet_move_bytes_ratio_sum") == pytest.approx(0.25)
+    assert value("migrator_fleet_move_bytes_ratio_count") == 1
 
 
 def test_every_series_is_there_before_anything_happened() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -278,3 +279,43 @@ async def test_it_says_when_the_controller_is_gone_and_shows_what_was(controller
     await browser.until("!document.querySelector('#error').hidden")
     assert "as it was" in await browser.value("document.querySelector('#error').textContent")
     assert await browser.value("document.querySelectorAll('#hosts tbody tr').length") == 3
+
+
+async def test_a_crowd_of_silent_connections_keeps_nobody_out(url: str) -> None:
+    host, port = re.fullmatch(r"http://(.+):(\d+)/", url).groups()  # type: ignore[union-attr]
+    crowd = [await asyncio.open_connection(host, int(port)) for _ in range(200)]
+    try:
+        ended = [reader for reader, _ in crowd[: 200 - 64]]
+        for reader in ended:
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(1), 30) == b""
+        async with aiohttp.ClientSession() as session, session.get(f"{url}api/state") as answer:
+            assert answer.status == 200
+        assert not crowd[-1][0].at_eof()
+    finally:
+        for _, writer in crowd:
+            writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"Authorization: Bearer \xff\xfe",
+        b"Authorization: Bearer " + TOKEN.encode() + b"\xed\xb2\x80",
+        b"Authorization: " + b"x" * 9000,
+        b"Authorization: basic " + TOKEN.encode(),
+        b"Content-Length: 99999999999999999999",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 3",
+        b"Host: \0",
+    ],
+)
+async def test_no_request_is_a_failure_of_the_controller(
+    acting_url: str, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = re.fullmatch(r"http://(.+):(\d+)/", acting_url).groups()  # type: ignore[union-attr]
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /api/drain HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + sent + b"\r\n\r\n")
+    line = await asyncio.wait_for(reader.readline(), 30)
+    assert re.match(rb"HTTP/1.[01] 4\d\d ", line), line
+    assert not [one for one in caplog.records if "Traceback" in (one.exc_text or "")]
+    writer.close()

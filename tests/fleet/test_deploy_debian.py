@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(500)]
 
 # In a mount and network namespace of its own: the system is an overlay that is thrown away, and there is no network.
@@ -24,19 +21,6 @@ mount -t tmpfs tmpfs "$1/root/run"
 mount -t tmpfs tmpfs "$1/root/tmp"
 exec chroot "$1/root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root sh -eu -c "$3"
 """
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deb")
-    done = subprocess.run(
-        [ROOT / "deploy/debian/build.sh", folder],
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COMPRESS": "none"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
 
 
 def inside(package: Path, tmp_path: Path, script: str) -> str:

@@ -54,6 +54,18 @@ def test_a_number_that_is_no_token_is_refused(token: int, tmp_path: Path) -> Non
     assert Fence("f", tmp_path).seen() == 0
 
 
+def test_a_disk_is_not_filled_with_fleets_that_nobody_has(tmp_path: Path) -> None:
+    for number in range(fencing.MOST_FLEETS):
+        Fence(f"f{number}", tmp_path).check(1)
+    with pytest.raises(FencingError, match="no room for another"):
+        Fence("another", tmp_path).check(1)
+    Fence("f0", tmp_path).check(2)
+    with pytest.raises(TokenRefused):
+        Fence("f0", tmp_path).check(1)
+    (tmp_path / "f1.token").unlink()
+    Fence("another", tmp_path).check(1)
+
+
 def test_the_largest_token_is_taken(tmp_path: Path) -> None:
     Fence("f", tmp_path).check(MAX_TOKEN)
     assert Fence("f", tmp_path).seen() == MAX_TOKEN

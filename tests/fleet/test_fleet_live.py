@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from migrator.testing.etcd import EtcdCluster
 from migrator.testing.fleet import CommandFailed, FleetStage, busy
+from migrator.testing.stage import MIGRATOR
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -59,6 +61,23 @@ def test_hosts_and_workloads_are_shown_as_they_are(fleet: FleetStage) -> None:
     assert "active" in text and "busy" in text
 
 
+def test_what_is_watched_is_looked_at_again(fleet: FleetStage) -> None:
+    watching = fleet.client.popen(
+        [*MIGRATOR, "hosts", "--watch", "--json", "--interval", "0.2s"], stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None
+
+    def on_a() -> Any:
+        assert watching.stdout is not None
+        return next(host for host in json.loads(watching.stdout.readline()) if host["name"] == "a")["workloads"]
+
+    assert on_a() == []
+    fleet.run("a", "late", busy(20))
+    until(lambda: on_a() == ["late"], "it shows what was")
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(20) == 0
+
+
 def test_a_busy_container_goes_where_there_is_room(fleet: FleetStage) -> None:
     for number, size in enumerate((220, 120, 60)):
         fleet.run("a", f"w{number}", busy(size, 0.1))
@@ -95,6 +114,53 @@ def test_a_plan_of_another_moment_is_not_carried_out(fleet: FleetStage) -> None:
     with pytest.raises(CommandFailed, match=r"is stale.*is gone") as caught:
         fleet.command("balance", "--apply", kept["id"])
     assert caught.value.code == 18
+
+
+def test_a_plan_that_was_rejected_is_not_carried_out(fleet: FleetStage) -> None:
+    fleet.run("a", "w0", busy(150))
+    fleet.run("a", "w1", busy(150))
+    fleet.command("balance")
+    (kept,) = fleet.json("plans")
+    assert "is rejected" in fleet.command("balance", "--reject", kept["id"])
+    for words in (("--reject",), ("--apply",)):
+        with pytest.raises(CommandFailed, match="rejected"):
+            fleet.command("balance", *words, kept["id"])
+    (kept,) = fleet.json("plans")
+    assert kept["state"] == "rejected" and "rejected by" in kept["why"]
+    assert fleet.where()["a"] == ["w0", "w1"]
+
+
+def test_nothing_is_moved_outside_of_the_windows_and_no_more_at_once_than_may(fleet: FleetStage) -> None:
+    for number in range(3):
+        fleet.run("a", f"w{number}", busy(200))
+    tomorrow = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")[(time.gmtime().tm_wday + 2) % 7]
+    fleet.command(
+        "balance", "--mode", "automatic", "--every", "1s", "--hold", "1", "--window", f"{tomorrow}/01:00-02:00"
+    )
+    log = fleet.lan.folder / "windows.log"
+    fleet.controller(name="windows")
+    until(lambda: leads(fleet, "windows"), "nobody leads")
+    plan = fleet.json("balance", "--dry-run")
+    assert plan["moves"] == [] and "no window is open" in plan["notes"]
+    assert fleet.json("plans") == [], log.read_text()
+    fleet.command("balance", "--mode", "automatic", "--window", "00:00-24:00", "--at-once", "1,1")
+    until(lambda: fleet.count("a") <= 1, "nothing was moved")
+    until(lambda: all(plan["state"] == "done" for plan in fleet.json("plans")), "the plan does not end")
+    plans = fleet.json("plans")
+    assert [len(plan["plan"]["moves"]) for plan in plans] == [1] * len(plans), "one at once is one in a plan"
+    assert names(fleet.where()) == ["w0", "w1", "w2"]
+
+
+def test_at_the_deadline_force_moves_what_its_downtime_budget_kept(fleet: FleetStage) -> None:
+    fleet.run("a", "careful", busy(20))
+    fleet.command("rule", "careful", "--max-downtime", "1us")
+    fleet.command("drain", "a", "--dry-run")
+    with pytest.raises(CommandFailed, match="careful") as caught:
+        fleet.command("drain", "a")
+    assert caught.value.code == 17 and fleet.where()["a"] == ["careful"]
+    done = fleet.json("drain", "a", "--deadline", "2s", "--at-deadline", "force")
+    assert done["state"] == "empty" and list(done["moved"]) == ["careful"]
+    assert names(fleet.where()) == ["careful"]
 
 
 def test_a_controller_balances_by_itself_once_it_may(fleet: FleetStage) -> None:
@@ -244,6 +310,13 @@ def test_a_host_that_vanishes_is_lost_and_gets_nothing(fleet: FleetStage) -> Non
         (["balance", "--mode", "sometimes"], "off, recommend or automatic"),
         (["balance", "--dry-run", "--now"], "exclude one another"),
         (["join", "10.77.0.77"], "10.77.0.77"),
+        (["hosts", "--interval", "1s"], "--interval is for --watch"),
+        (["ps", "--all", "--watch", "--interval", "1ms"], "from 0.1 s to a day"),
+        (["balance", "--reject", "nowhere"], "no plan 'nowhere'"),
+        (["balance", "--mode", "automatic", "--window", "25:00-26:00"], "no window"),
+        (["balance", "--mode", "automatic", "--at-once", "2,8"], "no ALL,HOST"),
+        (["balance", "--window", "01:00-02:00"], "together with --mode"),
+        (["balance", "--mode", "automatic", "--window", "noon"], "such as 01:00-05:00"),
         (["rule", "w", "--apart", "x", "--with", "x"], "cannot be both"),
     ],
 )
@@ -333,7 +406,7 @@ def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> No
 
 def test_what_was_saved_on_a_schedule_is_gone_back_to(fleet: FleetStage) -> None:
     fleet.run("a", "diary", busy(20))
-    fleet.command("snapshot", "diary", "--every", "1s", "--keep", "2", "--restart-when-lost")
+    fleet.command("snapshot", "diary", "--every", "1s", "--keep", "2", "--whole-every", "1")
     fleet.controller()
     until(lambda: len(saved(fleet)) == 2, "nothing is saved")
     listed = fleet.json("snapshots")
@@ -351,10 +424,26 @@ def test_what_was_saved_on_a_schedule_is_gone_back_to(fleet: FleetStage) -> None
     clear_saved(fleet)
 
 
+def test_increments_cost_what_is_new_and_any_of_them_is_gone_back_to_on_any_host(fleet: FleetStage) -> None:
+    fleet.run("a", "diary", busy(20))
+    for _ in range(4):
+        fleet.command("snapshot", "diary", "--keep", "2", "--whole-every", "3")
+    images = fleet.json("snapshots")["images"]
+    # Two are kept, the newer of which begins anew, and what the older one builds on.
+    assert ["base" in image for image in images] == [False, True, True, False]
+    assert images[1]["base"] == images[2]["base"] == images[3]["image"]
+    assert max(image["bytes"] for image in images[1:3]) < images[3]["bytes"] / 4
+    assert images[1]["image"] in fleet.command("snapshots", "diary")
+    fleet.hosts["a"].run(["migrator", "stop", "diary"])
+    fleet.command("revive", images[1]["image"], "--on", "b")
+    assert fleet.where() == {"a": [], "b": ["diary"], "c": []}
+    clear_saved(fleet)
+
+
 def test_a_lost_host_is_recovered_only_when_somebody_says_that_it_is_off(fleet: FleetStage) -> None:
     fleet.run("a", "wanted", busy(20))
     fleet.run("a", "other", busy(20))
-    fleet.command("snapshot", "wanted", "--every", "1s", "--restart-when-lost")
+    fleet.command("snapshot", "wanted", "--every", "1s", "--whole-every", "1", "--restart-when-lost")
     controller = fleet.controller()
     until(lambda: len(saved(fleet)) >= 1, "nothing is saved")
     with pytest.raises(CommandFailed, match="a answers: it is not off"):
@@ -381,5 +470,5 @@ def saved(fleet: FleetStage) -> list[str]:
 
 
 def clear_saved(fleet: FleetStage) -> None:
-    for image in (fleet.lan.folder / "saved").glob("*.image"):
+    for image in (fleet.lan.folder / "saved").glob("*@*"):
         image.unlink()

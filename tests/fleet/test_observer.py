@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from migrator.errors import TransportError
@@ -93,3 +94,20 @@ async def test_the_load_is_what_prometheus_says_or_what_the_agent_says_with_a_no
     assert seen.notes == ("the load of a is what its agent says: its newest sample is 300 s old",)
     seen = await observer.look()
     assert seen.cluster.hosts[0].load.cpu == 1.0 and "http://p does not answer" in seen.notes[0]
+
+
+async def test_what_a_move_sent_is_what_the_next_one_is_predicted_to_send(state: FleetState) -> None:
+    move = r.Move(
+        workload="of-a", source="b", destination="a", migration="m1", token=1, started_at=1.0,
+        predicted_bytes=1000, predicted_downtime=0.1,
+    )  # fmt: skip
+    done = r.FinishedMove(move=move, outcome=r.Outcome.MIGRATED, ended_at=2.0, bytes=20, downtime=0.2)
+    await state.history.put("1", done)
+    observer = Observer(state, Login())
+    (workload,) = (await observer.look()).cluster.workloads
+    assert workload.factors.bytes == pytest.approx(0.02) and workload.factors.downtime == pytest.approx(2.0)
+    again = msgspec.structs.replace(done, bytes=1000)
+    await state.history.put("2", again)
+    assert (await observer.look()).cluster.workloads[0].factors.bytes == pytest.approx(0.02)
+    observer.read_history_again()
+    assert (await observer.look()).cluster.workloads[0].factors.bytes == pytest.approx(1.0)

@@ -11,9 +11,9 @@ import argparse
 import random
 import sys
 
-from tests.fuzz import decoder, protocol, restart
+from tests.fuzz import decoder, protocol, restart, ssh
 
-KINDS = {"decoder": decoder.fuzz, "restart": restart.fuzz, "protocol": protocol.fuzz}
+KINDS = {"decoder": decoder.fuzz, "restart": restart.fuzz, "protocol": protocol.fuzz, "ssh": ssh.fuzz}
 
 
 def main() -> None:

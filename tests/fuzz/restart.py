@@ -1,9 +1,10 @@
 """Hostile images for the restart itself: built as far as they can be, never run, and nothing of them is left.
 
-    python -m tests.fuzz.restart SECONDS SEED IMAGE…
+    python -m tests.fuzz.restart TAG SECONDS SEED IMAGE…
 
-The program is in a pid namespace of its own, below an init that collects orphans, so that no pid of the machine is in
-the way of an image, and what should be left of one ends with it. Images of real programs are made first, outside.
+`TAG` is in the name of every cgroup and container of it, so that what others make on this machine is not taken for its
+own. The program is in a pid namespace of its own, below an init that collects orphans, so that no pid of the machine is
+in the way of an image, and what should be left of one ends with it. Images of real programs are made first, outside.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from migrator.engine.base import DestinationOptions
@@ -54,19 +57,9 @@ def fuzz(seconds: float, seed: int) -> Counts:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         images.append(str(Path(folder) / "container.image"))
         stack.enter_context(_container(Path(folder), images[-1]))
-        inside = [
-            "unshare",
-            "--pid",
-            "--mount",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "sh",
-            "-c",
-            '"$@"; exit $?',
-            "init",
-        ]
-        command = [sys.executable, "-m", __name__, str(seconds), str(seed), *images]
+        spaces = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+        inside = [*spaces, "sh", "-c", '"$@"; exit $?', "init"]
+        command = [sys.executable, "-m", __name__, _tag(), str(seconds), str(seed), *images]
         environment = {**os.environ, "MIGRATOR_STATE_DIR": f"{folder}/inside"}
         done = subprocess.run(
             [*inside, *command], env=environment, capture_output=True, text=True, timeout=seconds + 600
@@ -76,11 +69,15 @@ def fuzz(seconds: float, seed: int) -> Counts:
         return Counts.of(done.stdout.splitlines()[-1])
 
 
+def _tag() -> str:
+    return f"fuzz-{os.getpid()}"
+
+
 @contextlib.contextmanager
 def _container(folder: Path, image: str) -> Iterator[None]:
     """One that runs for as long as the block takes, and its image."""
     environment = {**os.environ, "MIGRATOR_STATE_DIR": str(folder / "outside")}
-    name, program = f"fuzz-{os.getpid()}", [str(build(CONTAINED)), str(folder / "container.out"), "5"]
+    name, program = _tag(), [str(build(CONTAINED)), str(folder / "container.out"), "5"]
 
     def migrator(*words: str) -> None:
         command = [sys.executable, "-m", "migrator", *words]
@@ -94,25 +91,25 @@ def _container(folder: Path, image: str) -> Iterator[None]:
         migrator("stop", name)
 
 
-def inside(seconds: float, seed: int, seeds: list[Parts]) -> Counts:
+def inside(tag: str, seconds: float, seed: int, seeds: list[Parts]) -> Counts:
     counts, end = Counts(), time.monotonic() + seconds
-    _attempt(b"".join(()), "nothing", 0, counts)  # what is made once only is made now
+    _attempt(tag, b"", "nothing", 0, counts)  # what is made once only is made now
     while time.monotonic() < end:
         rng = random.Random(seed)
         image, made = mutated(rng, seeds)
-        _attempt(image, made, seed, counts)
+        _attempt(tag, image, made, seed, counts)
         seed += 1
     if (most := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) > MOST_MEMORY:
         counts.found.append(f"restart: it had {most >> 20} MiB of memory")
     return counts
 
 
-def _attempt(image: bytes, made: str, seed: int, counts: Counts) -> None:
-    before = _around()
+def _attempt(tag: str, image: bytes, made: str, seed: int, counts: Counts) -> None:
+    before = Around.now(tag)
     about = f"restart {seed} ({made})"
     with _opened(image) as fd:
         options = DestinationOptions(
-            cgroup_name=f"fuzz-{seed}", sandbox=SandboxMaker(), verify=seed % 4 == 0, live=seed % 3 == 0
+            cgroup_name=f"{tag}-{seed}", sandbox=SandboxMaker(), verify=seed % 4 == 0, live=seed % 3 == 0
         )
         try:
             with _bounded(), UserEngine().destination(fd, options) as destination:
@@ -129,26 +126,47 @@ def _attempt(image: bytes, made: str, seed: int, counts: Counts) -> None:
         except Exception:
             counts.found.append(f"{about}: {traceback.format_exc()}")
     end = time.monotonic() + 2  # orphans are collected by somebody else
-    while (after := _around()) != before and time.monotonic() < end:
+    while (changed := Around.now(tag).changed(before)) and time.monotonic() < end:
         time.sleep(0.01)
-    if after != before:
-        left = [f"{x} -> {y}" for x, y in zip(before, after, strict=True) if x != y]
-        counts.found.append(f"{about}: something is left: {'; '.join(left)}")
+    if changed:
+        counts.found.append(f"{about}: something is left: {'; '.join(changed)}")
         _end_children()
 
 
-def _around() -> tuple[list[str], ...]:
-    """Descriptors, children, cgroups, mounts and containers: what must be the same afterwards."""
-    fds = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
-    pids = sorted(name for name in os.listdir("/proc") if name.isdigit())
-    groups = [str(path) for base in ("/sys/fs/cgroup", "/sys/fs/cgroup/*") for path in _groups(base)]
-    mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/run/netns/" not in line]
-    names = sorted(path.name for path in Path(os.environ["MIGRATOR_STATE_DIR"]).rglob("*") if path.is_file())
-    return fds, pids, sorted(groups), mounts, names
+@dataclass(frozen=True)
+class Around:
+    """What must be the same afterwards."""
 
+    descriptors: Counter[str]
+    processes: Counter[str]
+    cgroups: Counter[str]
+    mounts: Counter[str]
+    states: Counter[str]
 
-def _groups(base: str) -> Iterator[Path]:
-    return Path("/").glob(f"{base[1:]}/migrator/*fuzz-*")
+    @classmethod
+    def now(cls, tag: str) -> Around:
+        return cls(
+            Counter(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)),
+            Counter(name for name in os.listdir("/proc") if name.isdigit()),
+            Counter(
+                str(path) for below in ("", "/*") for path in Path("/").glob(f"sys/fs/cgroup{below}/migrator/*{tag}*")
+            ),
+            Counter(Path("/proc/self/mountinfo").read_text().splitlines()),
+            Counter(path.name for path in Path(os.environ["MIGRATOR_STATE_DIR"]).rglob("*") if path.is_file()),
+        )
+
+    def changed(self, before: Around) -> list[str]:
+        """What there is more and less of. A mount whose directory somebody removes is taken away in every namespace
+        (rmdir(2) since Linux 3.18): that is nobody's doing here."""
+        changes = []
+        for field in fields(self):
+            here, there = getattr(self, field.name), getattr(before, field.name)
+            more, less = sorted((here - there).elements()), sorted((there - here).elements())
+            if field.name == "mounts":
+                less = [line for line in less if os.path.lexists(line.split()[4])]
+            if more or less:
+                changes.append(f"{field.name}: {more} more, {less} less")
+        return changes
 
 
 def _is_open(fd: str) -> bool:
@@ -190,4 +208,5 @@ def _bounded() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    print(inside(float(sys.argv[1]), int(sys.argv[2]), [cut(Path(path).read_bytes()) for path in sys.argv[3:]]).json())
+    images = [cut(Path(path).read_bytes()) for path in sys.argv[4:]]
+    print(inside(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), images).json())

@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -271,7 +272,8 @@ async def test_what_is_judged_is_judged_on_a_thread_of_its_own(tmp_path: Path) -
         return ""
 
     calls: list[Awaitable[object]] = []
-    admissions = [Admission(proposal(), host_facts("b"), root_of) for _ in range(2)]
+    settings = replace(fakes(tmp_path), root_of=root_of)
+    admissions = [Admission(proposal(), settings) for _ in range(2)]
     for admission in admissions:
         calls.append(admission.judge())
     await asyncio.gather(*calls)

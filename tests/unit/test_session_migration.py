@@ -421,9 +421,11 @@ async def test_a_peer_that_talks_nonsense_is_a_clean_abort(hosts: Hosts) -> None
     assert hosts.world.check() == ("run", "none")
 
 
+@pytest.mark.parametrize("asked", ["copy_files", "log"])
 async def test_files_are_carried_along_with_what_changed_until_the_freeze(
-    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
+    """All of them if that is wanted; the log of a container in any case."""
     data, root = tmp_path / "data", tmp_path / "root-of-b"
     data.write_text("before\n")
     status = data.stat()
@@ -437,11 +439,32 @@ async def test_files_are_carried_along_with_what_changed_until_the_freeze(
 
     monkeypatch.setattr(FakeSource, "freeze", write_and_freeze)
     monkeypatch.setattr(sync, "mapped_files", lambda pids: Mapped())  # the fake engine's pids are nobody's
-    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), root_of=lambda proposal: str(root)))
-    await hosts.migrate(copy_files=True)
+    log = str(data) if asked == "log" else ""
+    here = {"root_of": lambda proposal: str(root), "log_of": lambda proposal: log}
+    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), **here))
+    await hosts.migrate(copy_files=asked == "copy_files", log=log)
     assert (root / str(data).lstrip("/")).read_text() == "before\nafter\n"
     assert hosts.world.check() == ("none", "run")
     assert model.Transferred(ID, "files", 7, 0) in hosts.events
+
+
+async def test_no_file_but_the_log_of_a_container_comes_along_unasked(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("log", "data"):
+        (tmp_path / name).write_text(name)
+    root = tmp_path / "root-of-b"
+    files = [tmp_path / "log", tmp_path / "data"]
+    hosts.source.files = [
+        FileFact(str(f), f.stat().st_size, f.stat().st_mode, f.stat().st_mtime_ns, "", False) for f in files
+    ]
+    here = {"root_of": lambda proposal: str(root), "log_of": lambda proposal: str(tmp_path / "log")}
+    monkeypatch.setattr(Hosts, "taking", lambda self: replace(TAKING(self), **here))
+    with pytest.raises(Refused) as caught:
+        await hosts.migrate(log=str(tmp_path / "log"))
+    assert len(caught.value.reasons) == 1 and str(tmp_path / "data") in caught.value.reasons[0]
+    assert not root.exists()
+    assert hosts.world.check() == ("run", "none")
 
 
 @pytest.mark.root

@@ -30,7 +30,27 @@ def test_a_target_is_read_as_ssh_reads_it(text: str, target: Target) -> None:
     assert parse_target(text) == target
 
 
-@pytest.mark.parametrize("text", ["", "root@", "host:", "host:0x", "host:0", "host:70000", "[::1", "-oProxy"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "root@",
+        "host:",
+        "host:0x",
+        "host:0",
+        "host:70000",
+        "host:²",
+        "[::1",
+        "-oProxy",
+        "root@h;id",
+        "root@$(id)",
+        "`id`",
+        "-l@h",
+        "root@a b",
+        "a\nb",
+        "x" * 300 + "|",
+    ],
+)
 def test_what_is_no_target_is_refused(text: str) -> None:
     if text == "host:":
         assert parse_target(text) == Target(None, "host", None)

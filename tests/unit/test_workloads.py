@@ -128,7 +128,12 @@ def test_an_unknown_workload_is_an_error() -> None:
 
 def test_every_program_has_a_case_here() -> None:
     both_ends = {"tcpserver", "tcpclient"}
-    elsewhere = {"locker.py", "pools.py", "ledger.py"}  # in tests/migration: they go on until they are ended
+    elsewhere = {
+        "locker.py",
+        "pools.py",
+        "ledger.py",
+        "uploads.py",
+    }  # in tests/migration: they go on until they are ended
     scripts = {path.name for path in (*SOURCES.glob("*.py"), *SOURCES.glob("*.sh"))}
     assert set(CASES) | both_ends | elsewhere == set(names()) | scripts
 

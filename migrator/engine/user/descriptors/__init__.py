@@ -3,16 +3,18 @@
 What is carried and what is refused is listed in docs/descriptors.md.
 """
 
+from migrator.engine.user.descriptors.collection import begin
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.private_root import finish_moves
-from migrator.engine.user.descriptors.restore import Context, DescriptorRestore
+from migrator.engine.user.descriptors.restore import OF_DESCRIPTORS, Context, DescriptorRestore
 from migrator.engine.user.descriptors.survey import survey
 from migrator.engine.user.descriptors.survey_notes import notes
 from migrator.engine.user.descriptors.transients import Transients
 
 __all__ = [
+    "OF_DESCRIPTORS",
     "Context",
     "DescriptorDump",
     "DescriptorRestore",
@@ -20,6 +22,7 @@ __all__ = [
     "Memfd",
     "PredumpedFiles",
     "Transients",
+    "begin",
     "finish_moves",
     "notes",
     "survey",

@@ -128,9 +128,7 @@ def _anon(name: str, info: FdInfo) -> Classification:
 def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classification:
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
-    for lock in info.locks:
-        if lock.split()[1] not in ("FLOCK", "POSIX", "OFDLCK"):
-            raise Obstacle(f"{link} has a lock that cannot be carried ({' '.join(lock.split()[1:4])})")
+    check_locks(link, info)
     if status.st_nlink == 0 and link.endswith(DELETED):
         if link.startswith(_MEMFD):
             if status.st_blksize > _HUGE:
@@ -140,6 +138,13 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
             raise Obstacle(f"{link} is memory that cannot be carried")
         return Classification(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
     return Classification(FileKind.REGULAR, _path(link, status, root))
+
+
+def check_locks(link: str, info: FdInfo) -> None:
+    """Raises Obstacle for a lock on a file that cannot be carried."""
+    for lock in info.locks:
+        if lock.split()[1] not in ("FLOCK", "POSIX", "OFDLCK"):
+            raise Obstacle(f"{link} has a lock that cannot be carried ({' '.join(lock.split()[1:4])})")
 
 
 def _device(link: str, status: FileStatus, root: Root) -> Classification:

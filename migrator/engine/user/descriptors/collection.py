@@ -6,26 +6,35 @@ in one go (migrator.linux.batch).
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+import socket
+import stat
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 from migrator.engine.user.descriptors import fdinfo
-from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
+from migrator.engine.user.descriptors.classify import Classification, Obstacle, Root, check_locks, classify
 from migrator.engine.user.descriptors.description import Description, DescriptorTable, Holder, Slot
 from migrator.engine.user.descriptors.fdinfo import FdInfo
+from migrator.engine.user.descriptors.predumped import Known, Place
 from migrator.errors import CheckpointFailed
 from migrator.linux import descriptors
 from migrator.linux.batch import Area, Strings, each, raise_first
-from migrator.linux.stat import STAT_SIZE, Status
+from migrator.linux.file_locks import LockList
+from migrator.linux.stat import STAT_SIZE, Status, fingerprints
 from migrator.linux.sys import KCMP_FILE
 from migrator.linux.x86_64 import NR
 
 T = TypeVar("T")
+Flags = Callable[[Holder, Sequence[int]], list[int]]
 
 _AT_ONCE = 1024  # descriptors that are looked at in one go: each needs one more of ours meanwhile
 _INFO, _LINK = 1024, 512  # bytes that are enough for most of fdinfo and for most paths
+MANY = 1000  # numbers of a process from which it pays to ask it, and to read the list of locks
+_NAMELESS = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe"}
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
 
 
@@ -33,29 +42,77 @@ class _Item(NamedTuple):
     table: DescriptorTable
     process: Holder
     number: int
+    flags: int  # FD_CLOEXEC or 0; negative: not known yet
 
     def __str__(self) -> str:
         return f"pid {self.process.pid} fd {self.number}"
 
 
-class _Seen(NamedTuple):
-    """What a fetched descriptor is, by what the kernel says of it."""
+class _Fetched:
+    """Descriptors fetched together, and what the kernel says of each without words. `fds` are ours; one that became a
+    description's, or was closed, is -1."""
 
-    fd: int  # ours
-    status: Status
-    link: str
-    owned: bool
+    def __init__(self, items: Sequence[_Item]) -> None:
+        count = len(items)
+        self.items = items
+        (self.fds,) = each(count, (NR["pidfd_getfd"], [i.process.pidfd for i in items], [i.number for i in items], 0))
+        try:
+            raise_first(self.fds, "pidfd_getfd", items)
+            self._states, owners = Area(STAT_SIZE, count), Area(8, count)
+            results, self.flags, _ = each(
+                count,
+                (NR["fstat"], self.fds, self._states.addresses),
+                (NR["fcntl"], self.fds, fcntl.F_GETFL),
+                (NR["fcntl"], self.fds, descriptors.F_GETOWN_EX, owners.addresses),  # EBADF of O_PATH: nobody
+            )
+            raise_first(results, "fstat", items)
+            raise_first(self.flags, "F_GETFL", items)
+        except BaseException:
+            self.close()
+            raise
+        self.owners = owners.view.cast("i")[1::2].tolist()
+        self.fingerprints = fingerprints(self._states.view)
+
+    def status(self, at: int) -> Status:
+        return Status.unpack(self._states.view, at * self._states.stride)
+
+    def take(self, at: int) -> int:
+        fd, self.fds[at] = self.fds[at], -1
+        return fd
+
+    def close(self) -> None:
+        for fd in self.fds:
+            if fd >= 0:
+                os.close(fd)
+        self.fds = []
+
+
+def begin(processes: Sequence[Holder]) -> LockList | None:
+    """As soon as all are stopped: begin with what takes a while, if there are enough descriptors for it."""
+    return LockList() if any(fdinfo.count(process.pid) >= MANY for process in processes) else None
 
 
 class Collection:
     """All descriptors of stopped processes, fetched. `close()` gives back what was fetched.
 
+    `known` is what was found of them while they ran, and what is still so is not looked into again. `flags` asks a
+    process for F_GETFD of its numbers: with that and the `locks` of this host, begun to be read when all had stopped,
+    fdinfo, which takes longer than all other questions together, need not be read of most.
+
     Raises CheckpointFailed naming pid and descriptor if one cannot be carried; the workload is untouched.
     """
 
-    def __init__(self, processes: Sequence[Holder]) -> None:
+    def __init__(
+        self,
+        processes: Sequence[Holder],
+        known: Mapping[Place, Known] | None = None,
+        flags: Flags | None = None,
+        locks: LockList | None = None,
+    ) -> None:
         self.tables: list[DescriptorTable] = []
         self.descriptions: list[Description] = []
+        self._known = known or {}
+        self._unread: list[tuple[_Item, Slot]] = []  # those whose fdinfo was not read
         self._buckets: dict[tuple[int, int, int], list[Description]] = {}
         self._last: dict[int, tuple[int, Description]] = {}  # number -> (pid, description) met last
         descriptors.allow_many_files()
@@ -63,16 +120,18 @@ class Collection:
         ordered: list[DescriptorTable] = []
         try:
             for process in processes:
-                place, known = search(ordered, partial(_order_tables, process))
-                if known:
+                place, there = search(ordered, partial(_order_tables, process))
+                if there:
                     ordered[place].processes.append(process)
                 else:
                     self.tables.append(DescriptorTable([process]))
                     ordered.insert(place, self.tables[-1])
-            owners = [(table, table.processes[0]) for table in self.tables]
-            items = [_Item(t, p, number) for t, p in owners for number in fdinfo.numbers(p.pid)]
+            items = [item for table in self.tables for item in _items(table, flags if locks is not None else None)]
             for first in range(0, len(items), _AT_ONCE):
                 self._add(items[first : first + _AT_ONCE])
+            if self._unread:
+                assert locks is not None
+                self._read_of_locked(locks.inodes())
         except BaseException:
             self.close()
             raise
@@ -86,20 +145,128 @@ class Collection:
             self.root.fd = -1
 
     def _add(self, items: Sequence[_Item]) -> None:
-        infos = _infos(items)
         inherited = self._inherited(items)
-        seen = iter(self._fetch([item for i, item in enumerate(items) if i not in inherited]))
+        fetched = _Fetched([item for i, item in enumerate(items) if i not in inherited] if inherited else items)
         try:
-            for i, (item, info) in enumerate(zip(items, infos, strict=True)):
-                known = self._last[item.number][1] if i in inherited else None
-                description = known or self._description(item, next(seen), info)
+            quick = self._quick(fetched)
+            plain = self._plain(fetched, quick)
+            rest = [at for at in range(len(fetched.items)) if at not in quick and at not in plain]
+            links = dict(zip(rest, self._links([fetched.fds[at] for at in rest]), strict=True))
+            infos = iter(_infos([item for i, item in enumerate(items) if i in inherited]))
+            more = dict(zip(rest, _infos([fetched.items[at] for at in rest]), strict=True))
+            at = -1
+            for i, item in enumerate(items):
+                if i in inherited:
+                    info = next(infos)
+                    description, cloexec = self._last[item.number][1], info.cloexec
+                else:
+                    at += 1
+                    if at in quick:
+                        description, info = self._as_known(fetched, at, *quick[at])
+                    elif at in plain:
+                        info = FdInfo(0, fetched.flags[at], bool(item.flags), {}, ino=fetched.fingerprints[at][1])
+                        description = self._described(fetched, at, plain[at], info)
+                    else:
+                        info = more[at]
+                        description = self._described(fetched, at, links[at], info)
+                    cloexec = bool(item.flags) if item.flags >= 0 else info.cloexec
                 description.holders.append((item.process, item.number))
                 self._last[item.number] = item.process.pid, description
-                item.table.slots.append(Slot(item.number, description, info.cloexec, info.locks))
+                slot = Slot(item.number, description, cloexec, info.locks)
+                item.table.slots.append(slot)
+                if i not in inherited and (at in quick or at in plain):
+                    self._unread.append((item, slot))
         finally:
             self.root.known.clear()
-            for left in seen:
-                os.close(left.fd)
+            fetched.close()
+
+    def _read_of_locked(self, locked: set[int] | None) -> None:
+        """Read the fdinfo of those that are locked after all; of all, if that cannot be told."""
+        doubtful = [pair for pair in self._unread if locked is None or pair[1].description.info.ino in locked]
+        for first in range(0, len(doubtful), _AT_ONCE):
+            part = doubtful[first : first + _AT_ONCE]
+            for (item, slot), info in zip(part, _infos([item for item, _ in part]), strict=True):
+                slot.locks = info.locks
+                if info.locks:
+                    description = slot.description
+                    description.info, description.known = info, None
+                    with _refused(item):
+                        check_locks(description.path, info)
+
+    def _quick(self, fetched: _Fetched) -> dict[int, tuple[Known, int]]:
+        """Which are open on the file that was found there before, which is where it was; and their offsets. But they
+        may be locked."""
+        get, prints, flags = self._known.get, fetched.fingerprints, fetched.flags
+        met = [
+            (at, known)
+            for at, (_, process, number, asked) in enumerate(fetched.items)
+            if asked >= 0
+            and (known := get((process.pid, number))) is not None
+            and prints[at][:2] == known.fingerprint[:2]
+            and not (flags[at] ^ known.info.flags) & os.O_PATH
+        ]
+        names, there = Strings([known.name for _, known in met]), Area(STAT_SIZE, len(met))
+        found, offsets = each(
+            len(met),
+            (NR["newfstatat"], self.root.fd, names.addresses, there.addresses, _AT_SYMLINK_NOFOLLOW),
+            (NR["lseek"], [fetched.fds[at] for at, _ in met], 0, os.SEEK_CUR),
+        )
+        places = fingerprints(there.view) if met else []
+        return {
+            at: (known, offset)
+            for (at, known), result, offset, place in zip(met, found, offsets, places, strict=True)
+            if result == 0 and offset >= 0 and place[:2] == known.fingerprint[:2]
+        }
+
+    def _plain(self, fetched: _Fetched, quick: Container[int]) -> dict[int, str]:
+        """Which are sockets or pipes without names, and their links: but for locks all is known of them."""
+        out = {}
+        for at, item in enumerate(fetched.items):
+            if at in quick or item.flags < 0 or fetched.flags[at] & os.O_PATH:
+                continue
+            status = fetched.status(at)
+            kind = _NAMELESS.get(stat.S_IFMT(status.st_mode))
+            if kind and status.st_dev == _device_of(kind):
+                out[at] = f"{kind}:[{status.st_ino}]"
+        return out
+
+    def _as_known(self, fetched: _Fetched, at: int, known: Known, pos: int) -> tuple[Description, FdInfo]:
+        flags, info = fetched.flags[at], known.info
+        same = pos == info.pos and flags == info.flags and not info.locks
+        if not same:
+            info = FdInfo(pos, flags, bool(fetched.items[at].flags), info.fields, ino=info.ino)
+        elif not fetched.owners[at] and fetched.fingerprints[at] == known.fingerprint:
+            return self._join(fetched, at, known.status, info, known), info
+        return self._join(fetched, at, fetched.status(at), info, Classification(known.kind, known.path)), info
+
+    def _described(self, fetched: _Fetched, at: int, link: str, info: FdInfo) -> Description:
+        return self._join(fetched, at, fetched.status(at), info, link)
+
+    def _join(
+        self, fetched: _Fetched, at: int, status: Status, info: FdInfo, what: Known | Classification | str
+    ) -> Description:
+        """The description that a fetched descriptor is of: one that was met under another number, or a new one.
+
+        `what` it is, or where its link points."""
+        key = status.st_dev, status.st_ino, info.flags
+        bucket = self._buckets.get(key)
+        place = 0
+        if bucket is None:
+            bucket = self._buckets[key] = []
+        else:
+            place, there = search(bucket, partial(_order_files, fetched.fds[at]))
+            if there:
+                return bucket[place]
+        if isinstance(what, str):
+            with _refused(fetched.items[at]):
+                what = classify(what, status, info, self.root)
+        known = what if isinstance(what, Known) else None
+        owned = fetched.owners[at] != 0
+        fd = fetched.take(at)
+        made = Description(fd, status, info.flags, info, what.kind, what.path, self.root, owned=owned, known=known)
+        bucket.insert(place, made)
+        self.descriptions.append(made)
+        return made
 
     def _inherited(self, items: Sequence[_Item]) -> set[int]:
         """Which are the same description as what was met last under that number: a child mostly has its parent's."""
@@ -116,35 +283,18 @@ class Collection:
         raise_first(orders, "kcmp", [items[i] for i in asked])
         return {i for i, order in zip(asked, orders, strict=True) if order == 0}
 
-    def _fetch(self, items: Sequence[_Item]) -> list[_Seen]:
-        count = len(items)
-        (fds,) = each(count, (NR["pidfd_getfd"], [i.process.pidfd for i in items], [i.number for i in items], 0))
-        try:
-            raise_first(fds, "pidfd_getfd", items)
-            links, states, owners = Area(_LINK, count), Area(STAT_SIZE, count), Area(8, count)
-            paths = Strings([b"/proc/self/fd/%d" % fd for fd in fds])
-            lengths, results, _ = each(
-                count,
-                (NR["readlink"], paths.addresses, links.addresses, _LINK),
-                (NR["fstat"], fds, states.addresses),
-                (NR["fcntl"], fds, descriptors.F_GETOWN_EX, owners.addresses),  # EBADF of O_PATH: nobody
-            )
-            raise_first(lengths, "readlink", items)
-            raise_first(results, "fstat", items)
-            texts = [
-                os.fsdecode(links.get(i, length)) if length < _LINK else os.readlink(f"/proc/self/fd/{fds[i]}")
-                for i, length in enumerate(lengths)
-            ]
-            self._look_up(texts)
-        except BaseException:
-            for fd in fds:
-                if fd >= 0:
-                    os.close(fd)
-            raise
-        pids = owners.view.cast("i")[1::2].tolist()
-        return [
-            _Seen(fds[i], Status.unpack(states.view, i * states.stride), texts[i], pids[i] != 0) for i in range(count)
+    def _links(self, fds: Sequence[int]) -> list[str]:
+        """Where /proc has the links of descriptors of ours; what is there is looked up for classify()."""
+        count = len(fds)
+        links, paths = Area(_LINK, count), Strings([b"/proc/self/fd/%d" % fd for fd in fds])
+        (lengths,) = each(count, (NR["readlink"], paths.addresses, links.addresses, _LINK))
+        raise_first(lengths, "readlink", fds)
+        texts = [
+            os.fsdecode(links.get(i, length)) if length < _LINK else os.readlink(f"/proc/self/fd/{fds[i]}")
+            for i, length in enumerate(lengths)
         ]
+        self._look_up(texts)
+        return texts
 
     def _look_up(self, links: Sequence[str]) -> None:
         """What the paths lead to in the tree: classify() asks for it one by one."""
@@ -158,24 +308,34 @@ class Collection:
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
             self.root.known[path] = Status.unpack(states.view, i * states.stride) if result == 0 else None
 
-    def _description(self, item: _Item, seen: _Seen, info: FdInfo) -> Description:
-        status = seen.status
-        try:
-            bucket = self._buckets.setdefault((status.st_dev, status.st_ino, info.flags), [])
-            place, known = search(bucket, partial(_order_files, seen.fd)) if bucket else (0, False)
-            if known:
-                os.close(seen.fd)
-                return bucket[place]
-            verdict = classify(seen.link, status, info, self.root)
-        except BaseException as error:
-            os.close(seen.fd)
-            if not isinstance(error, Obstacle):
-                raise
-            raise CheckpointFailed(f"{item}: {error}", hint="the workload runs on, untouched") from None
-        made = Description(seen.fd, status, info.flags, info, verdict.kind, verdict.path, self.root, owned=seen.owned)
-        bucket.insert(place, made)
-        self.descriptions.append(made)
-        return made
+
+@contextmanager
+def _refused(item: _Item) -> Iterator[None]:
+    try:
+        yield
+    except Obstacle as error:
+        raise CheckpointFailed(f"{item}: {error}", hint="the workload runs on, untouched") from None
+
+
+def _items(table: DescriptorTable, flags: Flags | None) -> Iterator[_Item]:
+    process = table.processes[0]
+    numbers = fdinfo.numbers(process.pid)
+    asked = flags(process, numbers) if flags is not None and len(numbers) >= MANY else [-1] * len(numbers)
+    return (_Item(table, process, *pair) for pair in zip(numbers, asked, strict=True))
+
+
+@cache
+def _device_of(kind: str) -> int:
+    """The device that all pipes without names, or all sockets, are on."""
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            return os.fstat(made.fileno()).st_dev
+    ends = os.pipe()
+    try:
+        return os.fstat(ends[0]).st_dev
+    finally:
+        os.close(ends[0])
+        os.close(ends[1])
 
 
 def _infos(items: Sequence[_Item]) -> list[FdInfo]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
 from migrator.linux.stat import Status
+
+if TYPE_CHECKING:
+    from migrator.engine.user.descriptors.predumped import Known
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class Description:
     inode_objref: int = 0
     locks_saved: bool = False
     owned: bool = False  # somebody gets its signals (F_SETOWN)
+    known: Known | None = None  # it is just what was found while the tasks ran
 
     @property
     def inode(self) -> tuple[int, int]:

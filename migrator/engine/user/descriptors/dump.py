@@ -8,15 +8,16 @@ from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
-from migrator.engine.user.descriptors.collection import Collection
+from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.inet_dump import Still
-from migrator.engine.user.descriptors.predumped import PredumpedFiles
+from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
-from migrator.image.records_files import Descriptor, File, FileKind, FileTable, PidFd
+from migrator.image.records_files import File, FileKind, PidFd
 from migrator.linux import descriptors
+from migrator.linux.file_locks import LockList
 
 _F_GET_SEALS = 1034
 _OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})
@@ -62,9 +63,12 @@ class DescriptorDump:
         still: Still = nullcontext,
         predumped: PredumpedFiles | None = None,
         shared: Container[tuple[int, int]] = (),
+        flags: Flags | None = None,
+        locks: LockList | None = None,
     ) -> None:
         """`predumped`: what was written of them while they ran. `shared`: (st_dev, st_ino) of files without a name
-        whose contents are somebody else's to save, under ("shm", dev, ino)."""
+        whose contents are somebody else's to save, under ("shm", dev, ino). `flags`, `locks`: see Collection."""
+        self._flags, self._locks = flags, locks
         self._shared = shared
         self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
@@ -72,6 +76,7 @@ class DescriptorDump:
         self._objhash = objhash
         self._writer = writer
         self._collection: Collection | None = None
+        self._nameless: list[Description] = []  # those that are no files that were opened by path
         self._sockets: SocketDump | None = None
         self.memfds: list[Memfd] = []
 
@@ -82,9 +87,10 @@ class DescriptorDump:
         if not self._processes:
             return
         try:
-            collection = self._collection = Collection(self._processes)
+            collection = self._collection = Collection(self._processes, self._predumped.known, self._flags, self._locks)
+            self._nameless = [d for d in collection.descriptions if d.known is None and d.kind not in BY_PATH]
             self._memfds()
-            sockets = [d for d in collection.descriptions if d.kind == FileKind.SOCKET]
+            sockets = [d for d in self._nameless if d.kind == FileKind.SOCKET]
             self._sockets = SocketDump(sockets, self._processes[0].pid, self._still)
             self._sockets.collect()
         except BaseException as error:
@@ -127,9 +133,8 @@ class DescriptorDump:
     # ------------------------------------------------------------------ inside
 
     def _memfds(self) -> None:
-        assert self._collection is not None
         met = set()
-        for item in self._collection.descriptions:
+        for item in self._nameless:
             if item.inode in met:
                 continue
             if item.kind == FileKind.MEMFD or (item.kind == FileKind.DELETED and item.inode in self._shared):
@@ -139,15 +144,16 @@ class DescriptorDump:
 
     def _write(self, collection: Collection) -> dict[int, int]:
         write = self._writer.write
-        self._inodes(collection)
+        self._inodes()
         assert self._sockets is not None
         for rec in self._sockets.records(self._objref):
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
         for item in collection.descriptions:
             item.objref = self._predumped.objref_of(item)
-            self._predumped.put(self._file(item, pids))
-        for item in collection.descriptions:
+            if not self._predumped.stands(item):
+                self._predumped.put(self._file(item, pids))
+        for item in self._nameless:
             if item.kind == FileKind.EPOLL:
                 items = epolls.save(item, collection.tables, collection.descriptions)
                 if items is not None:
@@ -158,18 +164,17 @@ class DescriptorDump:
         out = {}
         for table in collection.tables:
             objref, _ = self._objhash.get(("files", table.processes[0].pid))
-            entries = [Descriptor(s.number, s.description.objref, int(s.cloexec), 0) for s in table.slots]
-            self._predumped.put(FileTable(objref, 0, entries))
+            self._predumped.put_table(objref, [(s.number, s.description.objref, s.cloexec) for s in table.slots])
             out.update({process.pid: objref for process in table.processes})
         return out
 
     def _objref(self, key: Hashable) -> int:
         return self._objhash.get(key)[0]
 
-    def _inodes(self, collection: Collection) -> None:
+    def _inodes(self) -> None:
         """Write the objects that files are opened on, and note their objrefs."""
         pipe_ends: dict[tuple[int, int], list[Description]] = {}
-        for item in collection.descriptions:
+        for item in self._nameless:
             if item.kind in (FileKind.PIPE, FileKind.FIFO):
                 pipe_ends.setdefault(item.inode, []).append(item)
         for key, ends in pipe_ends.items():
@@ -177,8 +182,8 @@ class DescriptorDump:
             objref = self._objref(("pipe", *key))
             for end in ends:
                 end.inode_objref = objref
-            self._write_all(pipes.save(objref, ends))
-        for item in collection.descriptions:
+        self._write_all(pipes.save_all([(ends[0].inode_objref, ends) for ends in pipe_ends.values()]))
+        for item in self._nameless:
             self._inode(item)
 
     def _inode(self, item: Description) -> None:

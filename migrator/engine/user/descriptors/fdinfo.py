@@ -28,12 +28,18 @@ class FdInfo:
     cloexec: bool
     fields: dict[str, str]
     locks: tuple[str, ...] = ()
+    ino: int = 0  # the kernel's own number, as /proc/locks has it; not always that of stat(2)
     targets: tuple[EpollTarget, ...] = ()
 
 
 def numbers(pid: int) -> list[int]:
     """The open descriptors of a process, in order."""
     return sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
+
+
+def count(pid: int) -> int:
+    """How many it has open: so proc(5) has the size of that directory."""
+    return os.stat(f"/proc/{pid}/fd").st_size
 
 
 class Reader:
@@ -79,8 +85,9 @@ def parse(raw: bytes) -> FdInfo:
     pos, flags = int(lines[0][4:]), int(lines[1][6:], 8)
     cloexec = bool(flags & _O_CLOEXEC)
     flags &= ~_O_CLOEXEC
+    ino = int(lines[3][4:]) if len(lines) > 3 and lines[3][:4] == b"ino:" else 0
     if len(lines) <= 5:  # mnt_id, ino, and the end: nothing special
-        return FdInfo(pos, flags, cloexec, _NONE)
+        return FdInfo(pos, flags, cloexec, _NONE, ino=ino)
     fields: dict[str, str] = {}
     locks: list[str] = []
     targets: list[EpollTarget] = []
@@ -95,7 +102,7 @@ def parse(raw: bytes) -> FdInfo:
             locks.append(value.strip())
         else:
             fields[key] = value.strip()
-    return FdInfo(pos, flags, cloexec, fields, tuple(locks), tuple(targets))
+    return FdInfo(pos, flags, cloexec, fields, tuple(locks), ino, tuple(targets))
 
 
 def _target(text: str) -> EpollTarget:

@@ -13,15 +13,14 @@ from migrator.engine.user.descriptors.description import Description
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, DeletedFile, File, FileData, FileKind
 from migrator.linux import descriptors
-from migrator.linux.batch import Area, each
-from migrator.linux.openat2 import open_all_in_root, open_in_root
-from migrator.linux.stat import STAT_SIZE
+from migrator.linux.batch import Area, Strings, each
+from migrator.linux.openat2 import open_in_root
+from migrator.linux.stat import STAT_SIZE, fingerprints
 from migrator.linux.x86_64 import NR
 
 # flags that act once, when a file is opened
 _ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | descriptors.O_TMPFILE_BIT
-_AT_ONCE = 1024  # files that are looked at in one go: each needs one more descriptor meanwhile
-_IDENTITY = 16  # bytes of struct stat: st_dev, st_ino
+_HOW = os.O_ACCMODE | os.O_SYNC | os.O_PATH  # what only opening decides
 _KNOWN = 0o37777777  # all flags up to O_TMPFILE's
 _FORMATS = {
     FileKind.REGULAR: (stat.S_IFREG,),
@@ -101,30 +100,36 @@ def adjust(fd: int, rec: File) -> None:
 
 def still_there(opened: Sequence[tuple[int, File]], root_fd: int) -> list[bool]:
     """Of each whether the path of the record still leads to what was opened for it, opened in the same way."""
-    out: list[bool] = []
-    for first in range(0, len(opened), _AT_ONCE):
-        out += _still_there(opened[first : first + _AT_ONCE], root_fd)
+    fds = [fd for fd, _ in opened]
+    names = Strings([os.fsencode(rec.path.lstrip("/") or ".") for _, rec in opened])
+    there, ours = Area(STAT_SIZE, len(fds)), Area(STAT_SIZE, len(fds))
+    # an absolute link leads out of the root here: then it is another file, and asked again
+    *found, flags = each(
+        len(fds),
+        (NR["newfstatat"], root_fd, names.addresses, there.addresses, 0),
+        (NR["fstat"], fds, ours.addresses),
+        (NR["fcntl"], fds, fcntl.F_GETFL),
+    )
+    places = zip(fingerprints(there.view), fingerprints(ours.view), *found, flags, strict=True) if fds else ()
+    out = [
+        place[:2] == own[:2] and there == ours == 0 and how & _HOW == rec.flags & _HOW
+        for (place, own, there, ours, how), (_, rec) in zip(places, opened, strict=True)
+    ]
+    for at, (fd, rec) in enumerate(opened):
+        if not out[at]:
+            out[at] = _is_still_there(fd, rec, root_fd)
     return out
 
 
-def _still_there(opened: Sequence[tuple[int, File]], root_fd: int) -> list[bool]:
-    fds = [fd for fd, _ in opened]
-    places = open_all_in_root(root_fd, [rec.path.lstrip("/") or "." for _, rec in opened], os.O_PATH)
-    there, ours = Area(STAT_SIZE, len(fds)), Area(STAT_SIZE, len(fds))
-    *found, flags, _ = each(
-        len(fds),
-        (NR["fstat"], places, there.addresses),
-        (NR["fstat"], fds, ours.addresses),
-        (NR["fcntl"], fds, fcntl.F_GETFL),
-        (NR["close"], places),
-    )
-    how = os.O_ACCMODE | os.O_SYNC | os.O_PATH
-    return [
-        found[0][i] == found[1][i] == 0
-        and flags[i] & how == rec.flags & how
-        and there.get(i, _IDENTITY) == ours.get(i, _IDENTITY)
-        for i, (_, rec) in enumerate(opened)
-    ]
+def _is_still_there(fd: int, rec: File, root_fd: int) -> bool:
+    try:
+        place = open_in_root(root_fd, rec.path.lstrip("/") or ".", os.O_PATH)
+    except OSError:
+        return False
+    try:
+        return os.path.sameopenfile(place, fd) and fcntl.fcntl(fd, fcntl.F_GETFL) & _HOW == rec.flags & _HOW
+    finally:
+        os.close(place)
 
 
 def _verify(fd: int, rec: File, where: str) -> None:

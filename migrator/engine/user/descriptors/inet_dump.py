@@ -15,12 +15,14 @@ from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState, SocketTcp
 from migrator.linux import repair
+from migrator.linux.sockets import Ask
 
 _WHOLE = 1
 _RDHUP = 0x2000
 _BIG = 1 << 16
+_SIZES = (sockopts.SO_SNDBUF, sockopts.SO_RCVBUF, sockopts.SO_BUF_LOCK)
 
-Item = tuple[Description, socket.socket]
+Item = tuple[Description, socket.SocketType]
 Still = Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -34,22 +36,38 @@ class InetDump:
         self._defaults = defaults
         self._pid = pid
         self._still = still
-        self._connections: list[socket.socket] = []
+        self._connections: list[socket.SocketType] = []
         self._sockets: list[Socket] = []
         self._buffers: list[SocketBuffer | SocketTcp] = []
+        self._states: list[int] = []
+        self._numbers: list[tuple[int, ...]] = []
+        self._own: list[bytes] = []
+        self._peers: list[bytes] = []
+        self._devices: list[str] = []
+        self._congestion: list[str] = []
 
     def collect(self) -> None:
         connections = []
-        for item, sock in self._items:
+        self._ask()
+        for at, (item, sock) in enumerate(self._items):
             if sock.proto == socket.IPPROTO_TCP:
-                state = tcp.state_of(sock)
-                rec = self._tcp_socket(item, sock, state)
+                state = self._states[at]
+                rec = self._tcp_socket(at, state)
                 if state in tcp.CONNECTED:
                     connections.append((item, sock))
             else:
-                rec = self._udp_socket(item, sock)
+                rec = self._udp_socket(at)
                 self._buffers += self._datagrams(item, sock)
             self._sockets.append(rec)
+        if self._sockets:
+            peers = {
+                at
+                for at, rec in enumerate(self._sockets)
+                if rec.state in (SocketState.CONNECTED, SocketState.PEER_GONE)
+            }
+            options = self._defaults.changed([sock for _, sock in self._items], peers)
+            for rec, changed in zip(self._sockets, options, strict=True):
+                rec.options = changed
         self._shutdowns()
         self._connections = [sock for _, sock in connections]
         if connections:
@@ -84,13 +102,28 @@ class InetDump:
                     repair.repair(sock)
         self._connections.clear()
 
+    def _ask(self) -> None:
+        """Of all sockets what getsockopt(2) and the like tell, one list each."""
+        ask = Ask([item.fd for item, _ in self._items])
+        states = ask.option(socket.IPPROTO_TCP, tcp.TCP_INFO, 8)
+        sizes = [ask.option(sockopts.SOL_SOCKET, name) for name in _SIZES]
+        own, peers = ask.own_name(), ask.peer_name()
+        devices = ask.option(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, 64)
+        congestion = ask.option(sockopts.SOL_TCP, sockopts.TCP_CONGESTION, 64)
+        ask.make()
+        for answers in (*sizes, own):
+            answers.check("looking at a socket")
+        self._states = [raw[0] if raw else 0 for raw in states.all()]
+        self._numbers = list(zip(*(answers.numbers() for answers in sizes), strict=True))
+        self._own, self._peers = own.all(), peers.all()
+        self._devices, self._congestion = devices.texts(), congestion.texts()
+
     # objrefs of the records are inode numbers until they are written
 
-    def _record(
-        self, item: Description, sock: socket.socket, state: SocketState, peer: bytes, backlog: int = 0
-    ) -> Socket:
-        query = sock.getsockopt
-        stream = sock.proto == socket.IPPROTO_TCP
+    def _record(self, at: int, state: SocketState, peer: bytes, backlog: int = 0) -> Socket:
+        """Without its options: those are asked of all together."""
+        item, sock = self._items[at]
+        sndbuf, rcvbuf, buf_lock = self._numbers[at]
         return Socket(
             objref=item.stat.st_ino,
             family=sock.family,
@@ -100,22 +133,23 @@ class InetDump:
             shutdown=0,
             backlog=backlog,
             peer_objref=0,
-            sndbuf=query(sockopts.SOL_SOCKET, sockopts.SO_SNDBUF),
-            rcvbuf=query(sockopts.SOL_SOCKET, sockopts.SO_RCVBUF),
-            buf_lock=query(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK),
+            sndbuf=sndbuf,
+            rcvbuf=rcvbuf,
+            buf_lock=buf_lock,
             mode=0,
             uid=item.stat.st_uid,
             gid=item.stat.st_gid,
             error=0,
-            local=addresses.pack(sock.family, sock.getsockname()),
+            local=self._own[at],
             peer=peer,
             path="",
-            device=sockopts.text(sock, sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE),
-            congestion=sockopts.text(sock, sockopts.SOL_TCP, sockopts.TCP_CONGESTION) if stream else "",
-            options=self._defaults.changed(sock, connected=state in (SocketState.CONNECTED, SocketState.PEER_GONE)),
+            device=self._devices[at],
+            congestion=self._congestion[at] if sock.proto == socket.IPPROTO_TCP else "",
+            options=[],
         )
 
-    def _tcp_socket(self, item: Description, sock: socket.socket, state: int) -> Socket:
+    def _tcp_socket(self, at: int, state: int) -> Socket:
+        item, sock = self._items[at]
         if state == tcp.LISTEN:
             waiting, backlog = tcp.listening(sock)
             if waiting:
@@ -123,25 +157,27 @@ class InetDump:
                     f"{item}: {waiting} connections to {_own_name(sock)} wait to be accepted",
                     hint="try again: a moment later the program will have accepted them",
                 )
-            return self._record(item, sock, SocketState.LISTENING, b"", backlog)
+            return self._record(at, SocketState.LISTENING, b"", backlog)
         if state in tcp.CONNECTED:
-            peer = addresses.pack(sock.family, sock.getpeername())
-            return self._record(item, sock, SocketState.CONNECTED, peer)
+            if not self._peers[at]:
+                raise CheckpointFailed(f"{item}: the connection of {_own_name(sock)} has just ended")
+            return self._record(at, SocketState.CONNECTED, self._peers[at])
         if state == tcp.SYN_SENT:
             peer = diag.peer_of_connecting(self._pid, item.stat.st_ino)
-            return self._record(item, sock, SocketState.CONNECTING, peer)
+            return self._record(at, SocketState.CONNECTING, peer)
         if state != tcp.CLOSE:
             raise CheckpointFailed(f"{item}: a connection of {_own_name(sock)} in TCP state {state}")
-        return self._closed(item, sock)
+        return self._closed(at)
 
-    def _closed(self, item: Description, sock: socket.socket) -> Socket:
+    def _closed(self, at: int) -> Socket:
         """Never connected, or at its end: what was received may still be there to be read."""
+        item, sock = self._items[at]
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN | _RDHUP)
         events = sum(event for _, event in poll.poll(0))
         if not events & _RDHUP:
-            return self._record(item, sock, SocketState.UNCONNECTED, b"")
-        rec = self._record(item, sock, SocketState.PEER_GONE, b"")
+            return self._record(at, SocketState.UNCONNECTED, b"")
+        rec = self._record(at, SocketState.PEER_GONE, b"")
         rec.shutdown = 3
         # which error it is cannot be asked without taking it; a reset is the one that happens
         rec.error = errno.ECONNRESET if events & select.POLLERR else 0
@@ -152,14 +188,11 @@ class InetDump:
                 self._buffers.append(SocketBuffer(item.stat.st_ino, 0, chunk, b""))
         return rec
 
-    def _udp_socket(self, item: Description, sock: socket.socket) -> Socket:
-        try:
-            peer = addresses.pack(sock.family, sock.getpeername())
-        except OSError:
-            return self._record(item, sock, SocketState.UNCONNECTED, b"")
-        return self._record(item, sock, SocketState.CONNECTED, peer)
+    def _udp_socket(self, at: int) -> Socket:
+        peer = self._peers[at]
+        return self._record(at, SocketState.CONNECTED if peer else SocketState.UNCONNECTED, peer)
 
-    def _datagrams(self, item: Description, sock: socket.socket) -> Iterator[SocketBuffer]:
+    def _datagrams(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
         """Datagrams that wait, left in place."""
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
@@ -179,23 +212,31 @@ class InetDump:
 
 
 @contextlib.contextmanager
-def _under_repair(connections: Sequence[socket.socket]) -> Iterator[None]:
+def _under_repair(connections: Sequence[socket.SocketType]) -> Iterator[None]:
     """SO_REUSEADDR is put back at once: who finds a connection under repair reads there what it is to be."""
-    entered = []
+    fds = [sock.fileno() for sock in connections]
+    ask = Ask(fds)
+    reuse = ask.option(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    ask.make()
+    reuse.check("SO_REUSEADDR")
+    values = reuse.numbers()
+    enter = Ask(fds)
+    entered = enter.put(socket.IPPROTO_TCP, repair.TCP_REPAIR, 1)
+    enter.put(socket.SOL_SOCKET, socket.SO_REUSEADDR, values)
     try:
-        for sock in connections:
-            reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-            repair.repair(sock)
-            entered.append(sock)
-            repair.reuse_address(sock, reuse)
+        enter.make()
+        entered.check("TCP_REPAIR")
         yield
     finally:
-        for sock in entered:
-            with contextlib.suppress(OSError):  # one that was reset must not keep the others under repair
-                repair.leave(sock, probe=False)
+        inside = [at for at, result in enumerate(entered.results) if result == 0]
+        leave = Ask([fds[at] for at in inside])
+        leave.put(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.NO_QUEUE)
+        leave.put(socket.IPPROTO_TCP, repair.TCP_REPAIR, repair.OFF_WITHOUT_PROBE)
+        leave.put(socket.SOL_SOCKET, socket.SO_REUSEADDR, [values[at] for at in inside])
+        leave.make()  # of each, whatever became of the others
 
 
-def _own_name(sock: socket.socket) -> str:
+def _own_name(sock: socket.SocketType) -> str:
     try:
         return addresses.show(addresses.pack(sock.family, sock.getsockname()))
     except OSError as error:

@@ -41,7 +41,7 @@ _TRANSPARENT = {
     socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
 }
 _INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
-_PATIENCE = 0.05  # seconds for a packet to pass the loopback device
+_PATIENCE = 2.0  # seconds for a packet to pass the loopback device; on an idle machine it takes some microseconds
 
 
 class InetRestore:
@@ -53,7 +53,7 @@ class InetRestore:
     def __init__(self, net: NetNs) -> None:
         self._net = net
         self._records: dict[int, Socket] = {}
-        self._made: dict[int, socket.socket] = {}
+        self._made: dict[int, socket.SocketType] = {}
         self._tcp: dict[int, SocketTcp] = {}
         self._buffers: list[SocketBuffer] = []
         self._bytes = 0
@@ -178,6 +178,7 @@ class InetRestore:
             with contextlib.suppress(OSError):  # the peer may have reset it by now
                 repair.leave(sock, probe=True)
                 self._send_again(owner, sock, rec)
+                repair.push(sock)
 
     def close(self) -> None:
         for objref, sock in self._made.items():
@@ -192,8 +193,8 @@ class InetRestore:
 
     # ------------------------------------------------------------------ making
 
-    def _open(self, rec: Socket) -> socket.socket:
-        sock = self._made[rec.objref] = self._net.socket(rec.family, rec.type, rec.protocol)
+    def _open(self, rec: Socket) -> socket.SocketType:
+        sock = self._made[rec.objref] = self._net.plain(rec.family, rec.type, rec.protocol)
         os.fchown(sock.fileno(), rec.uid, rec.gid)
         if rec.device:
             sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, rec.device.encode())
@@ -201,7 +202,7 @@ class InetRestore:
         return sock
 
     @staticmethod
-    def _options(rec: Socket, sock: socket.socket, *, early: bool) -> None:
+    def _options(rec: Socket, sock: socket.SocketType, *, early: bool) -> None:
         for option in rec.options:
             if ((option.level, option.name) in _EARLY) == early:
                 sockopts.put(sock, option)
@@ -221,12 +222,12 @@ class InetRestore:
             InetRestore._sizes(rec, sock, 0)
 
     @staticmethod
-    def _sizes(rec: Socket, sock: socket.socket, extra: int) -> None:
+    def _sizes(rec: Socket, sock: socket.SocketType, extra: int) -> None:
         sockopts.force_buffers(sock, rec.sndbuf + 4 * extra, rec.rcvbuf)
         sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK, rec.buf_lock & 3)
 
     @contextlib.contextmanager
-    def _named(self, rec: Socket, sock: socket.socket) -> Iterator[None]:
+    def _named(self, rec: Socket, sock: socket.SocketType) -> Iterator[None]:
         """Inside, addresses may be used that this host does not have yet. Errors name the addresses."""
         level, name = _TRANSPARENT[socket.AddressFamily(rec.family)]
         sock.setsockopt(level, name, 1)
@@ -241,11 +242,11 @@ class InetRestore:
         sock.setsockopt(level, name, _option(rec, level, name))
 
     @staticmethod
-    def _bind(rec: Socket, sock: socket.socket) -> None:
+    def _bind(rec: Socket, sock: socket.SocketType) -> None:
         if not addresses.is_any(rec.local):
             sock.bind(addresses.unpack(rec.local))
 
-    def _queue_rest(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+    def _queue_rest(self, owner: Socket, sock: socket.SocketType, rec: SocketTcp) -> None:
         """Put what was never sent into the queue, and our FIN behind it; under repair again at the end.
 
         In repair mode the kernel would take it for sent."""
@@ -275,7 +276,7 @@ class InetRestore:
                 self._injector = packet.Injector()
         self._injector.deliver(raw, to)
 
-    def _send_again(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+    def _send_again(self, owner: Socket, sock: socket.SocketType, rec: SocketTcp) -> None:
         """The first of what the peer has not acknowledged, past the socket: a duplicate does no harm."""
         ends = rec.state in tcp.FIN_UNACKED
         size = min(rec.mss_clamp, _MAX_SEGMENT) - 12
@@ -303,7 +304,7 @@ class InetRestore:
             )
             self._deliver(raw, owner.peer)
 
-    def _half_close(self, owner: Socket, sock: socket.socket, rec: SocketTcp) -> None:
+    def _half_close(self, owner: Socket, sock: socket.SocketType, rec: SocketTcp) -> None:
         """The FIN that had come from the peer comes again; or ours is acknowledged again."""
         oldest = (rec.snd_seq - len(rec.sent)) & 0xFFFFFFFF
         if rec.state == tcp.FIN_WAIT2:
@@ -370,7 +371,7 @@ def _option(rec: Socket, level: int, name: int) -> int:
     return 0 if found is None else found.value
 
 
-def _await_state(sock: socket.socket, wanted: int) -> bool:
+def _await_state(sock: socket.SocketType, wanted: int) -> bool:
     end = time.monotonic() + _PATIENCE
     while tcp.state_of(sock) != wanted:
         if time.monotonic() > end:
@@ -379,11 +380,11 @@ def _await_state(sock: socket.socket, wanted: int) -> bool:
     return True
 
 
-def _connect_without_waiting(sock: socket.socket, rec: Socket) -> None:
-    flags = fcntl.fcntl(sock, fcntl.F_GETFL)
-    fcntl.fcntl(sock, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+def _connect_without_waiting(sock: socket.SocketType, rec: Socket) -> None:
+    flags = fcntl.fcntl(sock.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(sock.fileno(), fcntl.F_SETFL, flags | os.O_NONBLOCK)
     code = sock.connect_ex(addresses.unpack(rec.peer))
-    fcntl.fcntl(sock, fcntl.F_SETFL, flags)
+    fcntl.fcntl(sock.fileno(), fcntl.F_SETFL, flags)
     if code not in (0, errno.EINPROGRESS):
         raise RestartFailed(
             f"the connection to {addresses.show(rec.peer)}, which was being made, cannot be begun anew:"

@@ -48,6 +48,8 @@ def flock_of(description: Description) -> int:
 def save(table: DescriptorTable) -> Iterator[FileLock]:
     """The locks on ranges of the processes of a table, and those of its files: each of these once."""
     for slot in table.slots:
+        if not slot.locks:
+            continue
         for line in slot.locks:
             _, kind, _, access, _, _, first, last = line.split()[:8]
             start = int(first)

@@ -45,7 +45,7 @@ def _igmp6(pid: int) -> Iterator[Group]:
             yield Group(socket.AF_INET6, int(fields[0]), bytes.fromhex(fields[2]))
 
 
-def membership(sock: socket.socket, groups: list[Group]) -> str:
+def membership(sock: socket.SocketType, groups: list[Group]) -> str:
     """A group of these that a UDP socket is a member of, in words; "" for none."""
     for group in groups:
         if group.family == sock.family and _is_member(sock, group):
@@ -53,7 +53,7 @@ def membership(sock: socket.socket, groups: list[Group]) -> str:
     return ""
 
 
-def _is_member(sock: socket.socket, group: Group) -> bool:
+def _is_member(sock: socket.SocketType, group: Group) -> bool:
     if group.family == socket.AF_INET:
         level, address = socket.IPPROTO_IP, struct.pack("<HH", group.family, 0) + group.address
     else:

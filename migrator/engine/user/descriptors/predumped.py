@@ -6,19 +6,38 @@ unreferenced ones are ignored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.description import Description, Holder
+from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
 from migrator.linux import descriptors
+from migrator.linux.stat import Fingerprint, Status
 
-BY_PATH = frozenset({FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE})
+BY_PATH = (FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE)  # few: faster than by a hash
 
 Place = tuple[int, int]  # pid, number
+
+
+class Known(NamedTuple):
+    """What was found under a number while the process ran, and was written of it."""
+
+    objref: int
+    kind: FileKind
+    path: str
+    name: bytes  # the path from the tree's root, for the kernel
+    status: Status
+    fingerprint: Fingerprint  # of it
+    info: FdInfo
+    written: bytes  # the File record
+
+
+Entry = tuple[int, int, bool]  # number, objref, close-on-exec
 
 
 class Refs(Protocol):
@@ -43,26 +62,31 @@ class PredumpedFiles:
         self._predumped: dict[Place, int] = {}
         self._inodes: dict[tuple[int, int, int], list[Place]] = {}
         self._taken: set[int] = set()
+        self._tables: dict[int, list[Entry]] = {}  # as written last
+        self.known: dict[Place, Known] = {}
 
     def predump(self, process: Holder) -> int:
         """Write what a running process has open by path; the objref that its table will have.
 
         Raises OSError if the tree ends."""
-        entries = []
+        entries: list[Entry] = []
         root = Root(self._root_pid)
         try:
             for item in look(process, root, []):
                 if item.verdict.kind in BY_PATH:
-                    objref = self._predump(item)
-                    entries.append(Descriptor(item.number, objref, int(item.info.cloexec), 0))
+                    entries.append((item.number, self._predump(item), item.info.cloexec))
         finally:
             root.close()
         table, _ = self._objhash.get(("files", process.pid))
-        self.put(FileTable(table, 0, entries))
+        self.put_table(table, entries)
         return table
 
     def objref_of(self, description: Description) -> int:
         """The objref of a description of the stopped tree; the pre-dumped one if there is one that fits."""
+        known = description.known
+        if known is not None and known.objref not in self._taken:
+            self._taken.add(known.objref)
+            return known.objref
         for process, number in description.holders:
             objref = self._predumped.get((process.pid, number), 0)
             if objref not in self._taken and self._kinds.get(objref) == (description.kind, description.path):
@@ -70,12 +94,28 @@ class PredumpedFiles:
                 return objref
         return self._new()
 
-    def put(self, rec: File | FileTable) -> None:
-        """Write a record, unless it stands in the stream as it is."""
+    def stands(self, description: Description) -> bool:
+        """Whether what the stream has of a description is all that there is to say of it."""
+        known = description.known
+        return known is not None and description.objref == known.objref and self._sent[known.objref] is known.written
+
+    def put(self, rec: File) -> bytes:
+        """Write a record, unless it stands in the stream as it is; what stands there then."""
         raw = rec.encode()
-        if self._sent.get(rec.objref) != raw:
-            self._sent[rec.objref] = raw
-            self._writer.encoded(raw)
+        before = self._sent.get(rec.objref)
+        if before == raw:
+            return before
+        self._sent[rec.objref] = raw
+        self._writer.encoded(raw)
+        return raw
+
+    def put_table(self, objref: int, entries: list[Entry]) -> None:
+        """The same of a table."""
+        if self._tables.get(objref) != entries:
+            self._tables[objref] = entries
+            self._writer.encoded(
+                FileTable(objref, 0, [Descriptor(n, file, int(c), 0) for n, file, c in entries]).encode()
+            )
 
     # ------------------------------------------------------------------ inside
 
@@ -88,7 +128,7 @@ class PredumpedFiles:
         objref = self._objref(item)
         self._predumped[item.process.pid, item.number] = objref
         self._kinds[objref] = verdict.kind, verdict.path
-        self.put(
+        written = self.put(
             File(
                 objref=objref,
                 kind=verdict.kind,
@@ -109,6 +149,12 @@ class PredumpedFiles:
                 path=verdict.path,
             )
         )
+        place = item.process.pid, item.number
+        self.known.pop(place, None)
+        if verdict.kind == FileKind.REGULAR and info.ino:
+            name = os.fsencode(verdict.path.lstrip("/"))
+            known = Status.of(status)
+            self.known[place] = Known(objref, verdict.kind, verdict.path, name, known, known.fingerprint, info, written)
         return objref
 
     def _objref(self, item: Found) -> int:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from migrator.engine.base import LateLock, LockKind
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks
@@ -25,8 +25,17 @@ from migrator.linux.x86_64 import NR
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 T = TypeVar("T")
-Contents = list[tuple[int, int, int, int]]  # number, close-on-exec, objref of a File, how often that was opened
-_ANONYMOUS = frozenset({r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD})
+OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
+_ANONYMOUS = frozenset(map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD)))
+
+
+class _Given(NamedTuple):
+    """What a stub was given."""
+
+    stub: Stub
+    table: r.FileTable
+    openings: int  # of any file, by then
+    contents: list[tuple[int, int, int, int]]  # number, close-on-exec, objref of a File, how often that was opened
 
 
 class Context(Protocol):
@@ -55,7 +64,8 @@ class DescriptorRestore:
         self._early: set[int] = set()  # Files that came pre-dumped
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
-        self._has_already: dict[int, tuple[Stub, Contents]] = {}  # by vpid: what it was given
+        self._openings = 0  # how often any of them was opened anew
+        self._has_already: dict[int, _Given] = {}  # by vpid
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
         self._pipes: dict[int, PipeRestore] = {}
@@ -99,16 +109,14 @@ class DescriptorRestore:
 
     def settle(self, tables: Iterable[int]) -> None:
         """Once all records are there, and ahead of install(): complete the pre-dumped files that `tables` name."""
-        named = {d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors}
-        early = list(self._early & named)
+        named = [d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors]
+        early = [objref for objref in dict.fromkeys(named) if objref in self._early]  # in order: memory is slow
         opened = [(self._files[objref], self._records[objref]) for objref in early if objref in self._files]
-        kept = {
-            rec.objref
-            for (_, rec), same in zip(opened, files.still_there(opened, self._context.root_fd), strict=True)
-            if same
-        }
+        there = files.still_there(opened, self._context.root_fd)
+        kept = {rec.objref for (_, rec), same in zip(opened, there, strict=True) if same}
         for objref in early:
-            self._make_good(self._records[objref], kept=objref in kept)
+            if objref not in kept or objref in self._changed:
+                self._make_good(self._records[objref], kept=objref in kept)
 
     def install(self, stub: Stub, files_objref: int) -> None:
         """Give a stopped stub the descriptors of a table, and no others."""
@@ -123,10 +131,13 @@ class DescriptorRestore:
 
     def _give(self, stub: Stub, table: r.FileTable) -> None:
         """Give a stub a table, unless it has just these openings of these files under these numbers."""
+        given = self._has_already.get(stub.vpid)
+        if given is not None and given.stub is stub and given.openings == self._openings and given.table is table:
+            return  # nothing has come since
         contents = [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
-        if self._has_already.get(stub.vpid) != (stub, contents):
+        if given is None or given.stub is not stub or given.contents != contents:
             stub.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
-            self._has_already[stub.vpid] = stub, contents
+        self._has_already[stub.vpid] = _Given(stub, table, self._openings, contents)
 
     def finish(self, stubs: Iterable[Stub]) -> None:
         """Once every stub has its descriptors: what epoll waits for, and who is told by signals."""
@@ -224,8 +235,6 @@ class DescriptorRestore:
 
     def _make_good(self, rec: r.File, *, kept: bool) -> None:
         """A file that was opened early, as its last record has it; opened now if that is not the file any more."""
-        if kept and rec.objref not in self._changed:
-            return
         fd = self._files.pop(rec.objref, -1)
         try:
             if kept:
@@ -235,6 +244,7 @@ class DescriptorRestore:
                     os.close(fd)
                 fd = -1
                 self._opened[rec.objref] = self._opened.get(rec.objref, 0) + 1
+                self._openings += 1
                 fd = files.open_path(rec, self._context.root_fd)
         finally:
             if fd >= 0:
@@ -315,6 +325,8 @@ class DescriptorRestore:
 
     def _take_locks(self) -> None:
         """Lock what was locked. What a live source still has is put off, if it is that very file."""
+        if not self._locks and not any(rec.lock for rec in self._records.values()):
+            return
         holders: dict[int, tuple[int, int]] = {}  # objref of a File -> pid and number of one who has it
         for stub, table in self._installed.values():
             for item in self.tables[table].descriptors:
@@ -354,6 +366,8 @@ class DescriptorRestore:
 
     def _owners(self) -> None:
         wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}
+        if not wanted:
+            return
         for stub, table in self._installed.values():
             for item in self.tables[table].descriptors:
                 rec = wanted.pop(item.file_objref, None)

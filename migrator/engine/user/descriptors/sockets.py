@@ -18,8 +18,10 @@ from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.linux import descriptors
 from migrator.linux.namespaces import entered
+from migrator.linux.sockets import Ask
 
 INET = (socket.AF_INET, socket.AF_INET6)
+_PLAIN = [(int(family), int(socket.SOCK_STREAM), socket.IPPROTO_TCP) for family in INET]
 _FAMILIES = {
     16: "a netlink socket",
     17: "a packet socket",
@@ -33,14 +35,14 @@ _SIOCOUTQ, _CARD_SECONDS = 0x5411, 0.01
 _SO_PROTOCOL_NAMES = {262: "MPTCP", 132: "SCTP", 136: "UDP-Lite", 1: "ICMP", 58: "ICMPv6"}
 
 
-def judge(sock: socket.socket) -> None:
+def judge(sock: socket.SocketType) -> None:
     """Raises Obstacle for a kind of socket that cannot be carried."""
     if sock.family == socket.AF_UNIX:
         return
     if sock.family not in INET:
         what = _FAMILIES.get(sock.family, f"a socket of family {int(sock.family)}")
         raise Obstacle(f"{what} cannot be carried")
-    wanted = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
+    wanted: dict[int, int] = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
     if wanted.get(sock.type) != sock.proto:
         kind = "raw" if sock.type == socket.SOCK_RAW else _SO_PROTOCOL_NAMES.get(sock.proto, str(sock.proto))
         raise Obstacle(f"a socket of protocol {kind} cannot be carried")
@@ -58,7 +60,7 @@ def member_of(group: str) -> str:
     return f"a member of the multicast group {group}, which cannot be carried"
 
 
-def taken_name(sock: socket.socket) -> bytes:
+def taken_name(sock: socket.SocketType) -> bytes:
     """The name in the file system that a datagram socket was bound to: who sends to it finds the last that took it."""
     try:
         name = sock.getsockname() if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_DGRAM else ""
@@ -74,17 +76,33 @@ def same_name(name: bytes, first: object) -> str:
     )
 
 
-def _corked(sock: socket.socket) -> bool:
+def _suspects(
+    items: Sequence[tuple[Description, socket.SocketType]],
+) -> Iterator[tuple[Description, socket.SocketType]]:
+    """Those of which judge() may say something: all but plain TCP without filter and upper protocol, by one question
+    to all of them."""
+    ask = Ask([item.fd for item, _ in items])
+    filters = ask.option(sockopts.SOL_SOCKET, sockopts.SO_GET_FILTER, 0)
+    uppers = ask.option(socket.IPPROTO_TCP, sockopts.TCP_ULP, 16)
+    ask.make()
+    facts = zip(items, filters.results, filters.sizes(), uppers.texts(), strict=False)
+    for (item, sock), result, length, upper in facts:
+        kind = sock.family, sock.type, sock.proto
+        if kind not in _PLAIN or result or length or upper:
+            yield item, sock
+
+
+def _corked(sock: socket.SocketType) -> bool:
     """Whether bytes stay in a UDP socket: what was sent leaves the network card in a moment."""
     deadline = time.monotonic() + _CARD_SECONDS
-    while struct.unpack("<i", fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))[0]:
+    while struct.unpack("<i", fcntl.ioctl(sock.fileno(), _SIOCOUTQ, bytes(4)))[0]:
         if time.monotonic() > deadline:
             return True
         time.sleep(0.0005)
     return False
 
 
-def has_filter(sock: socket.socket) -> bool:
+def has_filter(sock: socket.SocketType) -> bool:
     try:
         return descriptors.filter_length(sock.fileno()) > 0
     except OSError:
@@ -99,9 +117,9 @@ class SocketDump:
     def __init__(self, descriptions: Sequence[Description], pid: int, still: Still) -> None:
         self._pid = pid
         self._still = still
-        self._borrowed: list[socket.socket] = []
-        self._unix: list[tuple[Description, socket.socket]] = []
-        self._inet: list[tuple[Description, socket.socket]] = []
+        self._borrowed: list[socket.SocketType] = []
+        self._unix: list[tuple[Description, socket.SocketType]] = []
+        self._inet: list[tuple[Description, socket.SocketType]] = []
         self._descriptions = descriptions
         self._dumps: list[UnixDump | InetDump] = []
 
@@ -112,11 +130,12 @@ class SocketDump:
         for item in self._descriptions:
             sock = sockopts.borrow(item.fd)
             self._borrowed.append(sock)
+            (self._unix if sock.family == socket.AF_UNIX else self._inet).append((item, sock))
+        for item, sock in _suspects(self._inet):
             try:
                 judge(sock)
             except Obstacle as obstacle:
                 raise CheckpointFailed(f"{item}: {obstacle}", hint="the workload runs on, untouched") from None
-            (self._unix if sock.family == socket.AF_UNIX else self._inet).append((item, sock))
         self._refuse()
         with entered(f"/proc/{self._pid}/ns/net"):
             defaults = sockopts.Defaults()

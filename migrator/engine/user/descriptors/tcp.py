@@ -16,6 +16,7 @@ from migrator.errors import CheckpointFailed, ImageError
 from migrator.image.codec import MAX_RECORD
 from migrator.image.records_files import SocketTcp
 from migrator.linux.repair import NO_QUEUE, RECV_QUEUE, SEND_QUEUE, TCP_REPAIR_QUEUE
+from migrator.linux.sockets import Ask
 
 TCP_MAXSEG, TCP_INFO, TCP_QUEUE_SEQ = 2, 11, 21
 TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
@@ -32,17 +33,19 @@ _WINDOW = struct.Struct("<IIIII")
 _OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
 _TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _CHUNK = 32 << 10
+_AT_ONCE = 256  # connections whose queues are read at the same time
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _ROUNDS = 100  # two as a rule; each more needs a packet that came during the one before it
 _HELD = "the network must be held while connections are saved"
 _TCP = socket.IPPROTO_TCP
 _MASK = 0xFFFFFFFF
 
 
-def state_of(sock: socket.socket) -> int:
+def state_of(sock: socket.SocketType) -> int:
     return sock.getsockopt(_TCP, TCP_INFO, 8)[0]
 
 
-def listening(sock: socket.socket) -> tuple[int, int]:
+def listening(sock: socket.SocketType) -> tuple[int, int]:
     """(connections that wait to be accepted, backlog) of a listener: so TCP_INFO has them."""
     waiting, backlog = struct.unpack_from("<II", sock.getsockopt(_TCP, TCP_INFO, 32), 24)
     return waiting, backlog
@@ -59,20 +62,31 @@ class Amounts(NamedTuple):
     window: bytes
 
 
-def amounts(sock: socket.socket) -> Amounts:
-    """The amounts now, of a connection in repair mode. Several calls, so packets may come in between them."""
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
-    state = state_of(sock)
-    unacked, unsent = _query(sock, _SIOCOUTQ), _query(sock, _SIOCOUTQNSD)
-    if state in FIN_UNACKED:
-        unacked -= 1
-        unsent = max(0, unsent - 1)
-    rcv_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (state in GOT_FIN)) & _MASK
-    window = sock.getsockopt(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
-    return Amounts(state, unacked, unsent, _query(sock, _SIOCINQ), rcv_seq, window)
+def amounts(fds: Sequence[int]) -> list[Amounts]:
+    """The amounts now, of connections in repair mode. Of each several calls, so packets may come in between them."""
+    ask = Ask(fds)
+    ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+    info = ask.option(_TCP, TCP_INFO, 8)
+    unacked, unsent = ask.amount(_SIOCOUTQ), ask.amount(_SIOCOUTQNSD)
+    rcv_seq, window = ask.option(_TCP, TCP_QUEUE_SEQ), ask.option(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
+    unread = ask.amount(_SIOCINQ)
+    ask.make()
+    for answers, what in ((info, "TCP_INFO"), (unacked, "SIOCOUTQ"), (unsent, "SIOCOUTQNSD"), (unread, "SIOCINQ")):
+        answers.check(what)
+    rcv_seq.check("TCP_QUEUE_SEQ")
+    window.check("TCP_REPAIR_WINDOW")
+    columns = unacked.numbers(), unsent.numbers(), unread.numbers(), rcv_seq.numbers()
+    out = []
+    for state, raw, *each_of in zip(info.all(), window.all(), *columns, strict=True):
+        not_acked, not_sent, not_read, seq = each_of
+        if state[0] in FIN_UNACKED:
+            not_acked, not_sent = not_acked - 1, max(0, not_sent - 1)
+        seq = (seq - (state[0] in GOT_FIN)) & _MASK
+        out.append(Amounts(state[0], not_acked, not_sent, not_read, seq, raw))
+    return out
 
 
-def save_all(connections: Sequence[tuple[socket.socket, int, str]]) -> list[SocketTcp]:
+def save_all(connections: Sequence[tuple[socket.SocketType, int, str]]) -> list[SocketTcp]:
     """The state of (connection, objref, name for messages), all as they are at one and the same moment.
 
     All are in repair mode, and stay in it; no program that has one runs. Packets may still come: repair mode
@@ -82,24 +96,26 @@ def save_all(connections: Sequence[tuple[socket.socket, int, str]]) -> list[Sock
     which all were so."""
     records: list[SocketTcp | None] = [None] * len(connections)
     known: list[Amounts | None] = [None] * len(connections)
+    fds = [sock.fileno() for sock, _, _ in connections]
     for _ in range(_ROUNDS):
-        now = [amounts(sock) for sock, _, _ in connections]
+        now = amounts(fds)
         changed = [number for number, found in enumerate(now) if found != known[number]]
         if not changed:
             break
-        for number in changed:
-            sock, objref, _ = connections[number]
-            known[number] = now[number]
-            records[number] = save(sock, objref, now[number])
+        for first in range(0, len(changed), _AT_ONCE):
+            part = changed[first : first + _AT_ONCE]
+            saved = save([(fds[number], connections[number][1], now[number]) for number in part])
+            for number, rec in zip(part, saved, strict=True):
+                known[number], records[number] = now[number], rec
     else:
         names = ", ".join(connections[number][2] for number in changed[:3])
         raise CheckpointFailed(f"{names}: packets keep coming in", hint=_HELD)
-    saved = []
-    for (_, _, who), rec, told in zip(connections, records, known, strict=True):
-        assert rec and told  # each has changed in the first round
-        _check_whole(rec, told, who)
-        saved.append(rec)
-    return saved
+    whole = []
+    for (_, _, who), made, told in zip(connections, records, known, strict=True):
+        assert made and told  # each has changed in the first round
+        _check_whole(made, told, who)
+        whole.append(made)
+    return whole
 
 
 def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
@@ -113,43 +129,54 @@ def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
         raise CheckpointFailed(f"{who}: {len(rec.sent) + len(rec.received)} bytes wait in this connection")
 
 
-def save(sock: socket.socket, objref: int, told: Amounts) -> SocketTcp:
-    """The state of a connection in repair mode, with so much in its queues."""
-    info = sock.getsockopt(_TCP, TCP_INFO, 8)
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
-    snd_seq = (sock.getsockopt(_TCP, TCP_QUEUE_SEQ) - (told.state in SENT_FIN)) & _MASK
-    sent = _peek(sock, told.unacked)
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
-    received = _peek(sock, told.unread)
-    snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(told.window)
-    return SocketTcp(
-        objref,
-        told.state,
-        told.rcv_seq,
-        snd_seq,
-        told.unsent,
-        info[5] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
-        info[6] & 0xF,
-        info[6] >> 4,
-        sock.getsockopt(_TCP, TCP_MAXSEG),
-        sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK,
-        snd_wl1,
-        snd_wnd,
-        max_window,
-        rcv_wnd,
-        rcv_wup,
-        received,
-        sent,
-    )
+def save(connections: Sequence[tuple[int, int, Amounts]]) -> list[SocketTcp]:
+    """The state of connections in repair mode: (descriptor, objref, how much is in its queues)."""
+    ask = Ask([fd for fd, _, _ in connections])
+    info = ask.option(_TCP, TCP_INFO, 8)
+    ask.put(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+    snd_seq = ask.option(_TCP, TCP_QUEUE_SEQ)
+    sent = ask.peek([max(0, told.unacked) for _, _, told in connections], _PEEK)
+    ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+    received = ask.peek([told.unread for _, _, told in connections], _PEEK)
+    mss, clock = ask.option(_TCP, TCP_MAXSEG), ask.option(_TCP, TCP_TIMESTAMP)
+    ask.make()
+    for answers, what in ((info, "TCP_INFO"), (snd_seq, "TCP_QUEUE_SEQ"), (mss, "MAXSEG"), (clock, "TCP_TIMESTAMP")):
+        answers.check(what)
+    out = []
+    columns = zip(connections, info.all(), snd_seq.numbers(), mss.numbers(), clock.numbers(), strict=True)
+    for at, ((_, objref, told), facts, seq, segment, timestamp) in enumerate(columns):
+        snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(told.window)
+        out.append(
+            SocketTcp(
+                objref,
+                told.state,
+                told.rcv_seq,
+                (seq - (told.state in SENT_FIN)) & _MASK,
+                told.unsent,
+                facts[5] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
+                facts[6] & 0xF,
+                facts[6] >> 4,
+                segment,
+                timestamp & _MASK,
+                snd_wl1,
+                snd_wnd,
+                max_window,
+                rcv_wnd,
+                rcv_wup,
+                received.raw(at),
+                sent.raw(at),
+            )
+        )
+    return out
 
 
-def in_flight(sock: socket.socket) -> tuple[int, int]:
+def in_flight(sock: socket.SocketType) -> tuple[int, int]:
     """(what the peer has not acknowledged, what of it was sent), in bytes, a FIN counting as one."""
     unacked = _query(sock, _SIOCOUTQ)
     return unacked, unacked - _query(sock, _SIOCOUTQNSD)
 
 
-def timestamp(sock: socket.socket) -> int:
+def timestamp(sock: socket.SocketType) -> int:
     """The clock of a connection's timestamps option, now."""
     return sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK
 
@@ -162,7 +189,7 @@ def check(rec: SocketTcp) -> None:
         raise ImageError(f"socket {rec.socket_objref}: impossible queue, window scale or options of TCP")
 
 
-def before_connect(sock: socket.socket, rec: SocketTcp) -> None:
+def before_connect(sock: socket.SocketType, rec: SocketTcp) -> None:
     """Set both queues back to where their oldest bytes were. The socket is in repair mode and closed."""
     for queue, end, data in (
         (SEND_QUEUE, rec.snd_seq, rec.sent),
@@ -172,7 +199,7 @@ def before_connect(sock: socket.socket, rec: SocketTcp) -> None:
         sock.setsockopt(_TCP, TCP_QUEUE_SEQ, _signed(end - len(data)))
 
 
-def after_connect(sock: socket.socket, rec: SocketTcp) -> None:
+def after_connect(sock: socket.SocketType, rec: SocketTcp) -> None:
     """Options, contents of the queues and window; the part that was never sent is for send_rest()."""
     options = [(_TCPOPT_MSS, rec.mss_clamp)]
     if rec.options & _OPT_WSCALE:
@@ -197,14 +224,14 @@ def after_connect(sock: socket.socket, rec: SocketTcp) -> None:
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
 
 
-def send_rest(sock: socket.socket, rec: SocketTcp) -> None:
+def send_rest(sock: socket.SocketType, rec: SocketTcp) -> None:
     """Put the bytes that were never sent into the queue, outside of repair mode. Raises OSError."""
     view = memoryview(rec.sent)[len(rec.sent) - rec.unsent :]
     while view:
         view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
 
 
-def fill(sock: socket.socket, queue: int, data: bytes) -> None:
+def fill(sock: socket.SocketType, queue: int, data: bytes) -> None:
     """Put bytes into a queue of a connection in repair mode. Raises OSError."""
     if not data:
         return
@@ -214,11 +241,7 @@ def fill(sock: socket.socket, queue: int, data: bytes) -> None:
         view = view[sock.send(view[:_CHUNK], socket.MSG_DONTWAIT) :]
 
 
-def _peek(sock: socket.socket, count: int) -> bytes:
-    return sock.recv(count, socket.MSG_PEEK | socket.MSG_DONTWAIT) if count > 0 else b""
-
-
-def _query(sock: socket.socket, request: int) -> int:
+def _query(sock: socket.SocketType, request: int) -> int:
     value = array.array("i", [0])
     fcntl.ioctl(sock.fileno(), request, value)
     return value[0]

@@ -13,7 +13,7 @@ from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
 from migrator.engine.user.descriptors.classify import DELETED
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
-from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState
+from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketOption, SocketState
 
 SIOCUNIXFILE = 0x89E0
 _LISTEN = 10
@@ -21,7 +21,7 @@ _WHOLE = 1
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CONTROL = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12)
 
-Item = tuple[Description, socket.socket]
+Item = tuple[Description, socket.SocketType]
 
 
 class UnixDump:
@@ -44,8 +44,10 @@ class UnixDump:
                 raise CheckpointFailed(f"{item}: the kernel does not list this unix socket (CONFIG_UNIX_DIAG?)")
             entries.append((item, sock, entry))
         # who listens on a file has the first claim on it; connections come ahead of their listeners' names
-        for item, sock, entry in sorted(entries, key=lambda e: e[2].state != _LISTEN):
-            self._sockets.append(self._socket(item, sock, entry))
+        entries.sort(key=lambda e: e[2].state != _LISTEN)
+        options = self._defaults.changed([sock for _, sock, _ in entries])
+        for (item, sock, entry), changed in zip(entries, options, strict=True):
+            self._sockets.append(self._socket(item, sock, entry, changed))
             if entry.state != _LISTEN:
                 self._buffers += self._waiting(item, sock)
         self._sockets.sort(key=lambda rec: rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE))
@@ -66,7 +68,9 @@ class UnixDump:
 
     # objrefs of the records are inode numbers until they are written
 
-    def _socket(self, item: Description, sock: socket.socket, entry: diag.UnixSocket) -> Socket:
+    def _socket(
+        self, item: Description, sock: socket.SocketType, entry: diag.UnixSocket, options: list[SocketOption]
+    ) -> Socket:
         state, peer = self._state(item, sock, entry)
         path, mode, uid, gid = self._file(item, sock) if _named(sock) else ("", 0, 0, 0)
         try:
@@ -95,10 +99,10 @@ class UnixDump:
             path=path,
             device="",
             congestion="",
-            options=self._defaults.changed(sock, connected=False) + sockopts.peer_user(sock),
+            options=options + sockopts.peer_user(sock),
         )
 
-    def _state(self, item: Description, sock: socket.socket, entry: diag.UnixSocket) -> tuple[SocketState, int]:
+    def _state(self, item: Description, sock: socket.SocketType, entry: diag.UnixSocket) -> tuple[SocketState, int]:
         if entry.state == _LISTEN:
             if entry.waiting or entry.queued:
                 raise CheckpointFailed(
@@ -122,7 +126,7 @@ class UnixDump:
             hint="save the process that has it along, or have it disconnected first",
         )
 
-    def _file(self, item: Description, sock: socket.socket) -> tuple[str, int, int, int]:
+    def _file(self, item: Description, sock: socket.SocketType) -> tuple[str, int, int, int]:
         """(path, mode, uid, gid) of the file that a socket is bound to; "" if another record has it."""
         try:
             fd = fcntl.ioctl(sock.fileno(), SIOCUNIXFILE)
@@ -142,7 +146,7 @@ class UnixDump:
             raise CheckpointFailed(f"{item}: {path} lies outside of the root directory of the tree")
         return inside, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
-    def _waiting(self, item: Description, sock: socket.socket) -> Iterator[SocketBuffer]:
+    def _waiting(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
         """What can be received, left in place: the peek offset walks over it."""
         whole = sock.type != socket.SOCK_STREAM
         left = pipes.waiting(sock.fileno())
@@ -172,7 +176,7 @@ class UnixDump:
             sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, before)
 
 
-def _named(sock: socket.socket) -> bool:
+def _named(sock: socket.SocketType) -> bool:
     return bool(sock.getsockname())
 
 

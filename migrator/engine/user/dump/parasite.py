@@ -12,6 +12,7 @@ tables at the same time.
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import struct
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,18 @@ class Parasite:
             i_s, i_ns, v_s, v_ns = struct.unpack_from("<4q", raw, 32 * i)
             timer.interval, timer.value = i_s * 10**9 + i_ns, v_s * 10**9 + v_ns
             timer.overrun = max(0, results[len(timers) + i])
+
+    def descriptor_flags(self, leader: Stopped, numbers: Sequence[int]) -> list[int]:
+        """F_GETFD of each of `numbers`, or a negative errno, through the leader, which is as before afterwards."""
+        assert leader.regs is not None
+        remote = self._remote
+        self._prepared = False  # the table takes the place of others
+        out: list[int] = []
+        most = remote.data_size // arch.BATCH_ENTRY
+        with remote.borrowed(regs=leader.regs, mask=leader.mask, xstate=leader.xstate):
+            for first in range(0, len(numbers), most):
+                out += remote.sweep(_NR["fcntl"], numbers[first : first + most], fcntl.F_GETFD)
+        return out
 
     def threads(self, threads: Sequence[Stopped]) -> list[ThreadReply]:
         """Ask stopped threads other than the leader, all at the same time; they are as before afterwards."""

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,7 @@ from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
+from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.dump import header
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.process import Process, ask_all
@@ -238,6 +239,7 @@ class UserSource:
 
     def _final(self, silence: Callable[[], None] | None) -> None:
         living = self.tree.living
+        locks = begin_descriptors(self._owners())
         with self._phase("memory"):  # first: it is sent while the parasite runs
             states = {}
             for process in living:
@@ -270,6 +272,8 @@ class UserSource:
                 still=self._still,
                 predumped=self._predumped,
                 shared=self._memory.shared.objects,
+                flags=self._descriptor_flags,
+                locks=locks,
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
@@ -360,6 +364,11 @@ class UserSource:
 
     def _owners(self) -> list[DescriptorOwner]:
         return [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in self.tree.living]
+
+    def _descriptor_flags(self, owner: DescriptorOwner, numbers: Sequence[int]) -> list[int]:
+        process = self.tree.processes[owner.pid]
+        assert process.parasite is not None
+        return process.parasite.descriptor_flags(process.leader, numbers)
 
     def _write_tree(self, states: dict[int, dict[str, str]] | None = None) -> None:
         """Write the hierarchy, if it is not what was written last."""

@@ -16,7 +16,7 @@ from typing import Self
 from migrator.engine import clocks, spawn
 from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.stream import RecordReader
-from migrator.engine.user.descriptors import DescriptorRestore
+from migrator.engine.user.descriptors import OF_DESCRIPTORS, DescriptorRestore
 from migrator.engine.user.dump import header
 from migrator.engine.user.restore.backing import Backing
 from migrator.engine.user.restore.mappings import AddressSpace
@@ -247,6 +247,10 @@ class UserDestination:
     # ------------------------------------------------------------------ records
 
     def _take(self, rec: Record) -> None:
+        if type(rec) in OF_DESCRIPTORS:  # thousands of them
+            assert self._descriptors is not None
+            self._descriptors.record(rec)
+            return
         match rec:
             case Pages():
                 space = self._spaces.get(rec.objref)
