@@ -41,12 +41,12 @@ def test_a_workload_goes_on_from_its_image_by_whichever_engine(
 
 
 def test_what_the_kernel_refuses_is_named_and_the_program_runs_on(guest: Machine) -> None:
-    with Program(guest, "locker.py") as program:
-        program.check_progress()
-        with pytest.raises(CommandFailed, match=rf"task {program.pid}, descriptor \d+: .*lock"):
-            guest.run(f"migrator checkpoint {program.pid} --engine kernel --kill -o /tmp/image")
-        program.check_progress()
-        program.finish()
+    pid = guest.spawn("sleep 1000 < /dev/kmsg")
+    where = guest.run(f"cat /proc/{pid}/cgroup").stdout
+    with pytest.raises(CommandFailed, match=rf"exit status 3[^$]*task {pid}, descriptor 0"):
+        guest.run(f"migrator checkpoint {pid} --engine kernel --kill -o /tmp/image")
+    assert guest.run(f"cat /proc/{pid}/cgroup").stdout == where
+    guest.run(f"kill {pid} && while [ -e /proc/{pid} ]; do sleep 0.1; done")
 
 
 def test_an_image_that_was_cut_restarts_nothing(guest: Machine) -> None:
