@@ -34,7 +34,7 @@ class KernelDestination:
     def __init__(self, fd: int, options: DestinationOptions) -> None:
         self.options = options
         self.on_round: Callable[[int], None] = lambda _number: None
-        self.moves: list[Move] = []  # what would need either is refused
+        self.moves: list[Move] = []  # restart() gives sockets their names, and takes locks, itself
         self.late_locks: list[LateLock] = []
         self._fd = fd
         self._sandbox: Sandbox | None = None

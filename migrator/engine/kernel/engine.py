@@ -85,5 +85,5 @@ class KernelEngine:
         """Its copies leave none behind."""
 
     def take_locks(self, cgroup: str, locks: list[LateLock], seconds: float) -> list[LateLock]:
-        """Its copies leave none behind: whoever has files locked is refused."""
+        """restart() has given its copies their locks already."""
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -23,7 +24,16 @@ class Group(NamedTuple):
 
 def joined(pid: int) -> list[Group]:
     """All groups that are joined in the network namespace of a process. Raises FileNotFoundError if it has ended."""
-    return [*_igmp(procfs.read_text(f"/proc/{pid}/net/igmp")), *_igmp6(pid)]
+    return [*_igmp(_read(pid, "igmp")), *_igmp6(_read(pid, "igmp6"))]
+
+
+def _read(pid: int, name: str) -> str:
+    """Nothing where the kernel has no multicast (CONFIG_IP_MULTICAST), or no IPv6."""
+    try:
+        return procfs.read_text(f"/proc/{pid}/net/{name}")
+    except FileNotFoundError:
+        os.stat(f"/proc/{pid}/net")
+        return ""
 
 
 def _igmp(text: str) -> Iterator[Group]:
@@ -35,11 +45,7 @@ def _igmp(text: str) -> Iterator[Group]:
             index = int(line.split()[0])
 
 
-def _igmp6(pid: int) -> Iterator[Group]:
-    try:
-        text = procfs.read_text(f"/proc/{pid}/net/igmp6")
-    except FileNotFoundError:  # a kernel without IPv6
-        return
+def _igmp6(text: str) -> Iterator[Group]:
     for line in text.strip().split("\n"):
         if fields := line.split():
             yield Group(socket.AF_INET6, int(fields[0]), bytes.fromhex(fields[2]))
