@@ -149,7 +149,7 @@ class Machine:
         for suffix in ("commands", "qmp", "lan"):
             Path(self._path(suffix)).unlink(missing_ok=True)
 
-    def run(self, script: str, *, seconds: float = 60.0, status: int | None = 0) -> Completed:
+    def run(self, script: str, *, seconds: float = 180.0, status: int | None = 0) -> Completed:
         """Run a shell script to its end. `CommandFailed` unless it exits with `status` (None: with any);
         137 is what one exits with that was killed after `seconds`."""
         body = script.encode()

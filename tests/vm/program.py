@@ -65,7 +65,7 @@ class Program:
     def ticks(self) -> list[str]:
         return [line for line in self.lines() if line.startswith("tick ")]
 
-    def await_lines(self, start: str, count: int, *, seconds: float = 60.0) -> list[str]:
+    def await_lines(self, start: str, count: int, *, seconds: float = 180.0) -> list[str]:
         """The lines that begin so, once there are `count`."""
         deadline = time.monotonic() + seconds
         while len(found := [line for line in self.lines() if line.startswith(start)]) < count:
@@ -83,8 +83,8 @@ class Program:
         self.await_lines("tick ", len(self.ticks()) + more)
 
     def await_end(self) -> None:
-        """Returns when there is no such process any more, nor its zombie; ten seconds at most."""
-        self.guest.run(f"for i in {{1..100}}; do [ -e /proc/{self.pid} ] || exit 0; sleep 0.1; done; exit 1")
+        """Returns when there is no such process any more, nor its zombie; a minute at most."""
+        self.guest.run(f"for i in {{1..600}}; do [ -e /proc/{self.pid} ] || exit 0; sleep 0.1; done; exit 1")
 
     def finish(self) -> list[str]:
         """Ask it to stop; its last line must be "ok". Returns its lines."""

@@ -56,7 +56,7 @@ def save(guest: Machine, pid: int, image: str = "/tmp/image") -> None:
 
 
 def kill(guest: Machine, pid: int) -> None:
-    guest.run(KILL.format(pid=pid) + f"for i in {{1..100}}; do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; exit 1")
+    guest.run(KILL.format(pid=pid) + f"for i in {{1..600}}; do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; exit 1")
 
 
 @contextmanager
