@@ -60,7 +60,9 @@ def kernel_images(guest: Machine) -> dict[str, bytes]:
     for name, arguments in SEEDS:
         with Program(guest, name, *arguments) as program:
             path = f"/tmp/kernel-{name}.image"
-            guest.run(f"kill -STOP {program.pid}; sleep 0.5; {TOOLS}/ckpt {program.pid} > {path}")
+            # It takes a moment until all tasks have stopped.
+            ckpt = f"{TOOLS}/ckpt {program.pid} > {path}"
+            guest.run(f"kill -STOP {program.pid}; for i in {{1..40}}; do {ckpt} && exit; sleep 0.25; done; exit 1")
             images[path] = guest.get(path)
     return images
 
