@@ -15,6 +15,8 @@ def test_a_workload_goes_from_engine_to_engine(guest: Machine, name: str, argume
         program.check_progress()
         guest.run(f"migrator checkpoint {program.pid} --kill -o /tmp/image")
         program.await_end()
+        # Its pid is taken for as long as a child of its session is.
+        guest.run(f'until [ -z "$(ps -o pid= --sid {program.pid})" ]; do sleep 0.05; done')
         guest.run("mktree -d < /tmp/image")
         program.check_progress()
         save(guest, program.pid)

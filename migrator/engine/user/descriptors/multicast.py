@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -23,7 +24,12 @@ class Group(NamedTuple):
 
 def joined(pid: int) -> list[Group]:
     """All groups that are joined in the network namespace of a process. Raises FileNotFoundError if it has ended."""
-    return [*_igmp(procfs.read_text(f"/proc/{pid}/net/igmp")), *_igmp6(pid)]
+    try:
+        text = procfs.read_text(f"/proc/{pid}/net/igmp")
+    except FileNotFoundError:
+        os.stat(f"/proc/{pid}/net/dev")  # it is there: a kernel without CONFIG_IP_MULTICAST
+        text = ""
+    return [*_igmp(text), *_igmp6(pid)]
 
 
 def _igmp(text: str) -> Iterator[Group]:
