@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import struct
 import tempfile
 from pathlib import Path
@@ -18,9 +19,11 @@ from tests.vm import image
 from tests.vm.lab import Lab
 from tests.vm.machine import Machine
 from tests.vm.program import Program
+from tests.vm.test_calls import save
 
 TOOLS = image.ROOT / "build" / "guest"
 HEADER_X86 = 2
+OPEN = re.compile(rb"/tmp/[a-z]+-[0-9]+\.out[a-z.0-9]*")
 SEEDS = (("counter", ()), ("memory", (1, 1, "all")), ("threads", (4,)), ("signals", ()), ("fds", ()))
 
 
@@ -46,6 +49,9 @@ def fuzz(lab: Lab, seconds: int, seed: int) -> str:
         images = {path: content.replace(header_of(content), here, 1) for path, content in images.items()}
         for path, content in images.items():
             guest.put(path, content)
+        # What the programs had open has gone with them; without it no image gets far.
+        files = {name.decode() for content in images.values() for name in OPEN.findall(content)}
+        guest.run(f"touch {' '.join(sorted(files))}; chmod 666 {' '.join(sorted(files))}")
         for part in range(0, seconds, 60):
             length = min(60, seconds - part)
             done = guest.run(f"{TOOLS}/ckptfuzz {length} {seed + part} {' '.join(images)}", seconds=length + 120)
@@ -60,9 +66,7 @@ def kernel_images(guest: Machine) -> dict[str, bytes]:
     for name, arguments in SEEDS:
         with Program(guest, name, *arguments) as program:
             path = f"/tmp/kernel-{name}.image"
-            # It takes a moment until all tasks have stopped.
-            ckpt = f"{TOOLS}/ckpt {program.pid} > {path}"
-            guest.run(f"kill -STOP {program.pid}; for i in {{1..40}}; do {ckpt} && exit; sleep 0.25; done; exit 1")
+            save(guest, program.pid, path)
             images[path] = guest.get(path)
     return images
 
