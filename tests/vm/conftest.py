@@ -14,7 +14,13 @@ from tests.vm.lab import Lab, series
 from tests.vm.machine import Machine
 
 # What there is to test of a series as soon as it has patches.
-OF_THE_CALLS = ["test_fuzz.py", "test_mixed_kernels.py", "test_selftests.py", "test_walkthroughs.py"]
+OF_THE_CALLS = [
+    "test_cross_engine.py",
+    "test_fuzz.py",
+    "test_mixed_kernels.py",
+    "test_selftests.py",
+    "test_walkthroughs.py",
+]
 
 # `make test` runs without any: building a kernel takes minutes, and needs packages that nothing else does.
 collect_ignore_glob = [] if os.environ.get("MIGRATOR_TEST_KERNEL") else ["test_*.py"]
