@@ -66,10 +66,10 @@ class Console:
 
 def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
     """A table with a line of titles; the columns of `right` are adjusted to the right. Cells are anybody's texts, or
-    a `Text` of ours."""
+    a `Text` of ours; where there is no room they go on in the next line, so that a name can be copied whole."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in columns:
-        table.add_column(title, justify="right" if title in right else "left")
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(value if isinstance(value, Text) else Text(printable(value)) for value in row))
     return table

@@ -46,7 +46,7 @@ SKIPPED = {
     "Cpu.rax": "how an interrupted call is made again; or a wait that is over",
     "Cpu.r10": "what is left of epoll_wait(2)",
     "Cpu.rdx": "what is left of poll(2)",
-    "Cpu.xstate of SSE": "whether it is marked as never used: its registers are compared",
+    "Cpu.xstate header": "which components are marked as in their initial state: what is in each is compared",
     "Itimer.value": "time goes on; whether it is armed is compared, but where it is over soon",
     "PosixTimer.value": "as of Itimer",
     "PosixTimer.overrun": "told by the kernel when the signal is taken",
@@ -68,7 +68,7 @@ _RESTARTED = frozenset(range(-516, -511))  # -ERESTARTSYS to -ERESTART_RESTARTBL
 _TIMES = {("Itimer", "value"), ("PosixTimer", "value"), ("TimerFd", "value")}
 _SOON = {"Itimer": 5_000_000, "PosixTimer": 5_000_000_000, "TimerFd": 5_000_000_000}  # in the unit of the record
 _TIMER_SIGNALS, _SI_KERNEL, _SI_TIMER, _SIGINFO = (14, 26, 27), 0x80, -2, 128
-_XSAVE_HEADER, _SSE = 512, 2  # of the xsave area of x86-64: the components that are not in their initial state
+_XSAVE_HEADER = 512  # of the xsave area of x86-64: the components that are not in their initial state
 _O_TMPFILE = 0o20200000
 _NSIG = 64
 _SHOWN = 60
@@ -240,8 +240,8 @@ class _Walk:
     def _cpu(self, where: str, cpu: r.Cpu) -> None:
         for at in range(0, len(cpu.xstate), 64):
             part = cpu.xstate[at : at + 64]
-            if at == _XSAVE_HEADER and part:
-                part = bytes([part[0] | _SSE]) + part[1:]
+            if at == _XSAVE_HEADER:
+                part = bytes(8) + part[8:]  # XSTATE_BV: the kernel gives those that it leaves out their initial values
             self.out[f"{where} xstate {at}"] = part
         if cpu.arch_id != r.Arch.X86_64:
             self.out[f"{where} regs"] = cpu.regs

@@ -104,7 +104,7 @@ def _walkers() -> tuple[Walker, Walker]:
     try:
         code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError:
-        return _one_by_one, _one_by_one
+        return one_by_one, one_by_one
     code.write(arch.WALK_CODE)
     _code.append(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(code))
@@ -115,7 +115,7 @@ def _walkers() -> tuple[Walker, Walker]:
 _code: list[mmap.mmap] = []  # is never unmapped
 
 
-def _one_by_one(address: int, count: int) -> None:
+def one_by_one(address: int, count: int) -> None:
     words = (ctypes.c_uint64 * (_WORDS * count)).from_address(address)
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long

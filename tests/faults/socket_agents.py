@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from ctypes import c_int, c_uint64
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from migrator.engine.base import SourceOptions
 from migrator.engine.user.descriptors import tcp
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.source import UserSource
-from migrator.linux import procfs, repair
+from migrator.linux import batch, procfs, repair
+from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup
 from migrator.recovery.journal import Journal, JournalHeader, Role, boot_id
 
@@ -51,6 +54,21 @@ def killed_at(number: int, told: int) -> None:
 
     for owner, name in STEPS:
         setattr(owner, name, counting(name, getattr(owner, name)))
+
+    def walk(address: int, count: int, *, blocking: bool = False) -> None:
+        """One call of the table after the other; those that change a socket are steps as well."""
+        for entry in range(address, address + count * arch.BATCH_ENTRY, arch.BATCH_ENTRY):
+            call, _, level, option, value = (c_uint64 * 5).from_address(entry)
+            if call == arch.NR["setsockopt"] and (level, option) == (socket.IPPROTO_TCP, repair.TCP_REPAIR):
+                name = "repair" if c_int.from_address(value).value == 1 else "leave"
+            elif call == arch.NR["setsockopt"] and (level, option) == (socket.SOL_SOCKET, socket.SO_REUSEADDR):
+                name = "reuse_address"
+            else:
+                batch.one_by_one(entry, 1)
+                continue
+            counting(name, batch.one_by_one)(entry, 1)
+
+    batch.walk = walk
 
 
 def agent(pid: int, journals: Path, number: int, told: int) -> None:
