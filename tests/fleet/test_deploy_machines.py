@@ -112,10 +112,15 @@ def test_a_container_moves_under_load_and_back_while_agents_are_killed_and_resta
     a.run(["migrator", "run", "-d", "--name", "shop", "--bridge", "br0", "--ip", f"{SHOP}/24", "--", *SERVER])
     with machines.hosts.client.inside():
         client = VerifyingClient(SHOP, 6379, rate=500).start()
+    a.path("/srv/tree/deep").mkdir(parents=True)
+    a.path("/srv/tree/deep/file").write_text("carried along")
+    a.run(["chown", "-R", "1234:1234", "/srv/tree"])
     try:
         for source, destination in ((a, b), (b, a)):
-            moved = machines.migrate("shop", source, destination)
+            moved = machines.migrate("shop", source, destination, "--copy-path", "/srv/tree")
             assert moved["outcome"] == "migrated"
+            assert destination.path("/srv/tree/deep/file").read_text() == "carried along"
+            assert destination.path("/srv/tree/deep/file").stat().st_uid == 1234
             group = destination.path(f"/proc/{moved['pid']}/cgroup").read_text()
             assert AGENT not in group
             destination.run(["systemctl", "kill", "--signal=KILL", AGENT])
