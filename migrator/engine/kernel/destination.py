@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +12,7 @@ from migrator.engine import clocks, spawn
 from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
 from migrator.engine.kernel.caller import Caller
 from migrator.engine.kernel.passage import Passage
+from migrator.engine.phases import Phases
 from migrator.engine.stream import RecordReader
 from migrator.errors import RestartFailed
 from migrator.image.order import Order
@@ -40,7 +40,7 @@ class KernelDestination:
         self._sandbox: Sandbox | None = None
         self._cgroup: Cgroup | None = None
         self._caller: Caller | None = None
-        self._phases: list[Phase] = []
+        self._phases = Phases()
         self._held = self._done = False
 
     @property
@@ -77,7 +77,7 @@ class KernelDestination:
         try:
             begin, passage = self._begin()
             self._pass_on(begin, passage)
-            with self._phase("restart"):
+            with self._phases.step("restart"):
                 assert self._caller is not None
                 self._caller.complete()
         except OSError as error:
@@ -87,7 +87,7 @@ class KernelDestination:
     def hold(self) -> None:
         """Freeze the copy by its cgroup. Raises RestartFailed."""
         assert self._cgroup is not None
-        with self._phase("hold"):
+        with self._phases.step("hold"):
             try:
                 self._cgroup.freeze()
             except CgroupError as error:
@@ -97,7 +97,7 @@ class KernelDestination:
     def resume(self) -> None:
         """Let the copy run. Its connections, which have said nothing so far, ask their peers for what they missed."""
         assert self._cgroup is not None
-        with self._phase("resume"):
+        with self._phases.step("resume"):
             repair.revive(self._cgroup.pids())
             self._cgroup.thaw()
             self._done = True
@@ -157,7 +157,7 @@ class KernelDestination:
             elif isinstance(record, Tree):
                 break
         assert header is not None
-        with self._phase("stubs"):
+        with self._phases.step("stubs"):
             self._start(record, header, container, reader)
         return begin + reader.read_ahead(), Passage(leave_out=True)
 
@@ -199,11 +199,3 @@ class KernelDestination:
             self._caller.close()
         if self._cgroup is not None:
             self._cgroup.close()
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self._phases.append(Phase(name, start, time.monotonic_ns()))

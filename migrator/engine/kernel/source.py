@@ -17,6 +17,7 @@ from migrator.engine.adoption import Adoption
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.kernel import calls, survey
 from migrator.engine.kernel.passage import Passage
+from migrator.engine.phases import Phases
 from migrator.engine.spawn import spawn
 from migrator.engine.stream import RecordWriter
 from migrator.errors import CheckpointFailed, MigratorError, Refused
@@ -41,7 +42,7 @@ class KernelSource:
         self.options = options
         self._fd = fd
         self._adoption = Adoption(pid, options)
-        self._phases: list[Phase] = []
+        self._phases = Phases()
         self._pids = procfs.descendants(pid)
         self._prepared = self._frozen = self._held = self._done = self._ended = False
 
@@ -125,7 +126,7 @@ class KernelSource:
 
     def instrument(self) -> None:
         """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header."""
-        with self._phase("instrument"):
+        with self._phases.step("instrument"):
             self._adoption.adopt()
             self._prepared = True
 
@@ -151,7 +152,7 @@ class KernelSource:
     def freeze(self) -> None:
         if not self._prepared:
             self.instrument()
-        with self._phase("freeze"):
+        with self._phases.step("freeze"):
             self._frozen = True
             for pause in _RETRY_AFTER:
                 self._stop()
@@ -176,7 +177,7 @@ class KernelSource:
             raise CheckpointFailed("final() before freeze()")
         if silence is not None:
             silence()
-        with self._phase("checkpoint"):
+        with self._phases.step("checkpoint"):
             if self.options.container:
                 self._save_container()
             else:
@@ -225,7 +226,7 @@ class KernelSource:
     def hold(self) -> None:
         """They are frozen by their cgroup already. Their connections get silent, as whoever ends the tasks from here
         on may not be us."""
-        with self._phase("hold"):
+        with self._phases.step("hold"):
             repair.mute(self._pids)
             self._held = True
 
@@ -274,14 +275,6 @@ class KernelSource:
                 hint="run migrator from another session, or with --engine user",
             )
         return pids
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self._phases.append(Phase(name, start, time.monotonic_ns()))
 
 
 @contextmanager

@@ -7,14 +7,14 @@ import logging
 import os
 import signal
 import stat
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from migrator.engine import clocks, spawn
 from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
+from migrator.engine.phases import Phases
 from migrator.engine.stream import RecordReader
 from migrator.engine.user.descriptors import OF_DESCRIPTORS, DescriptorRestore
 from migrator.engine.user.dump import header
@@ -88,7 +88,7 @@ class UserDestination:
         self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
-        self._phases: list[Phase] = []
+        self._phases = Phases()
         self._saved = Contents() if options.verify else None
         self.pages = 0
         self._held = self._done = False
@@ -168,16 +168,16 @@ class UserDestination:
 
     def _hold(self) -> None:
         assert self._cgroup is not None and self._stub_tree is not None and self._header is not None
-        with self._phase("registers"):
+        with self._phases.step("registers"):
             clocks.catch_up(self._header, self._marked_at, self._clocks)
             passed = clocks.since_stop(self._header, self._marked_at, self._clocks) if self._live else 0
             self._tasks.passed = max(0, passed)
             stubs = list(self._stub_tree.stubs.values())
             self._tasks.finish(stubs)
         if self._saved is not None:
-            with self._phase("second look"):
+            with self._phases.step("second look"):
                 self._verify(self._saved)
-        with self._phase("hold"):
+        with self._phases.step("hold"):
             self._cgroup.freeze(wait=False)
             tids = [thread.tid for stub in stubs for thread in stub.threads.values()]
             raise_first(detach_all(tids), "ptrace detach", [f"tid {tid}" for tid in tids])
@@ -203,7 +203,7 @@ class UserDestination:
 
     def resume(self) -> None:
         """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
-        with self._phase("resume"):
+        with self._phases.step("resume"):
             assert self._cgroup is not None
             if self._descriptors is not None:
                 self._descriptors.activate()
@@ -342,7 +342,7 @@ class UserDestination:
         if contained and self.options.sandbox is None:
             raise RestartFailed("this is the image of a container, and only plain trees are taken here")
         self._stub_tree = StubTree(_CONTAINER_NAMESPACES if contained else 0, self._tasks.cloned)
-        with self._phase("stubs"):
+        with self._phases.step("stubs"):
             assert self._header is not None
             self._clocks = clocks.offsets(self._header, self._reader)
             root = self._stub_tree.grow_root(tree, self._clocks)
@@ -390,21 +390,21 @@ class UserDestination:
     def _complete(self) -> None:
         stub_tree, tree = self._stub_tree, self._tree
         assert stub_tree is not None and tree is not None and self._descriptors is not None
-        with self._phase("groups"):
+        with self._phases.step("groups"):
             stub_tree.complete()
             stub_tree.set_groups(tree)
             states = {v: s.task for v, s in self._tasks.tasks.items()}
             stub_tree.make_zombies(states, {t.pid: t.ppid for t in tree.tasks})
         stubs = list(stub_tree.stubs.values())
-        with self._phase("shared memory"):
+        with self._phases.step("shared memory"):
             self._shared.settle()
-        with self._phase("descriptors"):
+        with self._phases.step("descriptors"):
             self._descriptors.settle(self._tasks.tasks[stub.vpid].task.files_objref for stub in stubs)
             for stub in stubs:
                 self._descriptors.install(stub, self._tasks.tasks[stub.vpid].task.files_objref)
             self._descriptors.finish(stubs)
             self._shared.seal()
-        with self._phase("tasks"):
+        with self._phases.step("tasks"):
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
                 self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
@@ -442,14 +442,6 @@ class UserDestination:
         if self._cgroup is not None:
             self._cgroup.close()
         self._backing.close()
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self._phases.append(Phase(name, start, time.monotonic_ns()))
 
 
 def _failed(error: OSError) -> RestartFailed:
