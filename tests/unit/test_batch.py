@@ -20,7 +20,7 @@ NR = arch.NR
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory cannot be made executable, the same comes out."""
     if request.param == "one by one":
-        monkeypatch.setattr(batch, "_walkers", lambda: (batch._one_by_one, batch._one_by_one))
+        monkeypatch.setattr(batch, "_walkers", lambda: (batch.one_by_one, batch.one_by_one))
 
 
 @pytest.fixture
