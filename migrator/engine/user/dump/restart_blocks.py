@@ -33,7 +33,7 @@ _TIMED = {_NR["nanosleep"], _NR["clock_nanosleep"], _NR["poll"], _NR["futex"], *
 _FUTEX_WAIT, _FUTEX_CMD = 0, 0x7F
 _TIMER_ABSTIME = 1
 _LONGEST = 1 << 62
-_CALIBRATION = 1.0  # seconds that it holds
+_CALIBRATION = 10**9  # ns that it holds
 _MARGIN = 500_000  # ns by which the scheduler's clock may differ from the one that we calibrate with
 _SCHED = re.compile(r"se\.exec_start\s*:\s*(\d+)\.(\d+)\n.*?nr_voluntary_switches\s*:\s*(\d+)", re.DOTALL)
 
@@ -53,7 +53,7 @@ class RestartBlocks:
 
     def __init__(self) -> None:
         self._seen: dict[int, Wait] = {}
-        self._offsets: dict[int, tuple[int, float]] = {}  # by processor: see _clock_offset()
+        self._offsets: dict[int, tuple[int, int]] = {}  # by processor, and when each was found: see _clock_offset()
         self._stopped_at = 0
 
     def stopped(self) -> None:
@@ -70,7 +70,7 @@ class RestartBlocks:
             number = int(words[0])
             place = (int(words[7], 16), int(words[8], 16), *(int(w, 16) for w in words[1:7]))
             ran, switches = _last_ran(pid, tid)
-            offset = self._clock_offset(pid, tid)
+            offset = self._clock_offset(pid, tid, ran)
         except (OSError, ValueError):
             self._seen.pop(tid, None)
             return
@@ -148,21 +148,25 @@ class RestartBlocks:
         now = self._stopped_at or time.monotonic_ns()
         return max(0, whole - max(0, now - known.began - _MARGIN))
 
-    def _clock_offset(self, pid: int, tid: int) -> int:
-        """ns from the scheduler's clock of the processor that a task ran on last to CLOCK_MONOTONIC.
+    def _clock_offset(self, pid: int, tid: int, ran: int) -> int:
+        """ns from the scheduler's clock of the processor that a task ran on last, at `ran`, to CLOCK_MONOTONIC; rather
+        too many.
 
-        Each processor has its own: it leaves out what interrupts and the hypervisor take."""
+        Each processor has its own: it leaves out what interrupts and the hypervisor take. So it only falls behind, and
+        what it was found to be behind by *after* the task ran is not less than what it was then."""
         cpu = int(procfs.stat(pid, tid)[39])
-        offset, when = self._offsets.get(cpu, (0, 0.0))
-        if not when or time.monotonic() - when > _CALIBRATION:
+        offset, when = self._offsets.get(cpu, (0, 0))
+        now = time.monotonic_ns()
+        if not when or now - when > _CALIBRATION or ran + offset >= when:
             home = os.sched_getaffinity(0)
             try:
                 os.sched_setaffinity(0, {cpu})  # which brings our own `exec_start` up to date as well
-                now = time.monotonic_ns()
-                offset = now - _last_ran(os.getpid(), threading.get_native_id())[0]
+                ours, _ = _last_ran(os.getpid(), threading.get_native_id())
+                when = time.monotonic_ns()  # after it was read: who is held up in between makes the wait longer
             finally:
                 os.sched_setaffinity(0, home)
-            self._offsets[cpu] = offset, time.monotonic()
+            offset = when - ours
+            self._offsets[cpu] = offset, when
         return offset
 
 
