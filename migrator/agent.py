@@ -59,6 +59,7 @@ async def run_daemon(settings: AgentSettings) -> None:
     only restore wrongly."""
     host.check_mounts()
     host.give_up_capabilities()  # ahead of the first thread
+    host.load()
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)

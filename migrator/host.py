@@ -16,7 +16,7 @@ from pathlib import Path
 from msgspec import structs
 
 from migrator import container
-from migrator.container import connection_filter, state, switchover
+from migrator.container import connection_filter, rtnetlink, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
@@ -133,6 +133,11 @@ def facts(choice: Choice) -> HostFacts:
 def give_up_capabilities() -> None:
     """Take from this program what an agent has no use for; its copies have it all the same. Before any thread."""
     confinement.give_up()
+
+
+def load() -> None:
+    """Load what the first container would wait for."""
+    rtnetlink.load()
 
 
 def check_mounts() -> None:

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from migrator.container import rtnetlink
 from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
 from migrator.container.rtnetlink import netlink_error, open_route
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
@@ -70,6 +71,7 @@ def ensure_bridge(ip: IPRoute, name: str) -> int:
 def set_up(spec: ContainerSpec, init_pid: int) -> int:
     """Build the container's network around `init_pid`, its port `disabled`. Returns the index of the
     host's end, 0 for a container without a bridge. What fails leaves no link behind."""
+    rtnetlink.load()
     if not spec.bridge:
         run_in(init_pid, {"net"}, lambda: _set_up_inside(spec))
         return 0

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
+
+
+def load() -> None:
+    """Load it now, for the children that this process will fork as well."""
+    importlib.import_module("pyroute2")
 
 
 def open_route() -> IPRoute:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from migrator.linux import sys
-from migrator.linux.fresh_thread import in_fresh_thread
-from migrator.linux.namespaces import CLONE_NEWIPC, setns
+from migrator.linux.namespaces import entered
 
 T = TypeVar("T")
 
@@ -46,17 +45,9 @@ class IpcObject:
 
 
 def with_ipc_namespace(pid: int, function: Callable[[], T]) -> T:
-    """Run `function` in a thread that has entered the IPC namespace of `pid`; what it raises is raised here."""
-
-    def inside() -> T:
-        fd = os.open(f"/proc/{pid}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            setns(fd, CLONE_NEWIPC)
-        finally:
-            os.close(fd)
+    """Run `function` in the IPC namespace of `pid`, the calling thread being there meanwhile."""
+    with entered(f"/proc/{pid}/ns/ipc", "ipc"):
         return function()
-
-    return in_fresh_thread("ipc namespace", inside)
 
 
 def segments() -> list[IpcObject]:

@@ -1,6 +1,6 @@
 """Entering and leaving namespaces (namespaces(7), setns(2), unshare(2)).
 
-A thread can enter a network namespace for a while and come back; everything else is done by a child
+A thread can enter a network or IPC namespace for a while and come back; everything else is done by a child
 process that enters, acts, and answers through a pipe:
 
     with entered(f"/proc/{pid}/ns/net"):
@@ -59,28 +59,27 @@ def identity(pid: int, kind: str) -> int:
 
 
 @contextlib.contextmanager
-def entered(where: int | str, kinds: Collection[str] = ("net",)) -> Iterator[None]:
+def entered(where: int | str, kind: str = "net") -> Iterator[None]:
     """The calling thread is in the namespace inside the block, and back in its own after it.
 
-    `where` is a pidfd or a path such as /proc/PID/ns/net. Only "net" may be entered by a thread of a
-    process that has others; the rest of the process does not move.
-    """
-    if set(kinds) != {"net"}:
-        raise ValueError("a thread can enter only a network namespace and come back: use run_in()")
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    `where` is a descriptor of it, a pidfd, or a path such as /proc/PID/ns/net. Only the kinds
+    "net" and "ipc" may be entered by a thread of a process that has others; those do not move."""
+    if kind not in ("net", "ipc"):
+        raise ValueError(f"a thread cannot enter a namespace of kind {kind} and come back: use run_in()")
+    home = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if isinstance(where, int):
-            setns(where, CLONE_NEWNET)
+            setns(where, KINDS[kind])
         else:
             there = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                setns(there, CLONE_NEWNET)
+                setns(there, KINDS[kind])
             finally:
                 os.close(there)
         try:
             yield
         finally:
-            setns(home, CLONE_NEWNET)
+            setns(home, KINDS[kind])
     finally:
         os.close(home)
 
