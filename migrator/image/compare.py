@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from migrator.image import compare_sockets
 from migrator.image import records as r
 from migrator.image import records_files as f
 from migrator.image import records_shared as s
@@ -53,6 +54,8 @@ SKIPPED = {
     "TimerFd.value": "as of Itimer",
     "TimerFd.ticks": "time goes on",
     "SocketTcp.timestamp": "the clock of the connection goes on",
+    "SocketTcp within the tree": "its bytes go on from one end to the other: see migrator.image.compare_sockets",
+    "Sizes of tuned buffers": "the kernel tunes those of connections, and takes no odd ones: likewise",
     "Borders of mappings": "those that touch and are alike are one to the program, wherever the kernel keeps a border",
     "Pages of sleeps": "the kernel writes what is left of an interrupted nanosleep(2) to where its caller said",
     "Pages of rseq": "the kernel writes the processor that a thread runs on to the page of its rseq(2) area",
@@ -200,6 +203,7 @@ class _Walk:
         self._waits = waits
         self._touched = touched
         self._names: dict[int, str] = {}
+        self._paired = compare_sockets.pairs(contents.objects.values())
         self.out: dict[str, object] = {}
         if contents.container is not None:
             self._fields("container", contents.container)
@@ -265,6 +269,8 @@ class _Walk:
                 continue
             if f"{kind}.{name}" in SKIPPED and (kind, name) not in _TIMES:
                 continue
+            if isinstance(rec, f.Socket) and name in ("sndbuf", "rcvbuf"):
+                continue
             if name == "path" and isinstance(rec, f.File) and rec.kind == f.FileKind.DELETED:
                 continue
             if name == "name" and isinstance(rec, s.SharedFile) and not rec.mount:
@@ -324,6 +330,8 @@ class _Walk:
             self._memory(way, objref)
         elif isinstance(rec, (r.Shm, s.SharedFile)):
             self._shared(way, objref)
+        elif isinstance(rec, f.Socket):
+            self.out.update((f"{way}.{name}", size) for name, size in compare_sockets.sizes(rec, self._paired))
         self._parts(way, objref)
 
     def _memory(self, way: str, objref: int) -> None:
@@ -353,7 +361,7 @@ class _Walk:
     def _parts(self, way: str, objref: int) -> None:
         parts = self._contents.parts.get(objref, [])
         for tcp in (p for p in parts if isinstance(p, f.SocketTcp)):
-            self._fields(f"{way}.tcp", tcp)
+            self._tcp(f"{way}.tcp", tcp)
         for index, (key, data) in enumerate(_messages(parts)):
             self.out[f"{way} message {index}"] = key, data
         for index, piece in enumerate(_spans(parts)):
@@ -364,6 +372,15 @@ class _Walk:
         items = [item for p in parts if isinstance(p, f.EpollItems) for item in p.items]
         for index, item in enumerate(sorted(items, key=lambda i: (i.fd, i.data, i.events))):
             self._fields(f"{way} waits for {index}", item)
+
+    def _tcp(self, way: str, end: f.SocketTcp) -> None:
+        self._fields(way, end)
+        others = self._contents.parts.get(self._paired.get(end.socket_objref, 0), [])
+        other = next((p for p in others if isinstance(p, f.SocketTcp)), None)
+        if other is not None:
+            for name in (*compare_sockets.MOVING, "received", "sent"):
+                del self.out[f"{way}.{name}"]
+            self.out.update((f"{way}.{name}", value) for name, value in compare_sockets.stream(end, other))
 
 
 def _signals(pending: r.SigPending) -> Iterator[bytes]:

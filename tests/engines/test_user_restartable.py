@@ -20,10 +20,10 @@ def hosts() -> Iterator[tuple[PidHost, PidHost]]:
         yield a, b
 
 
-def restarted(source: str, hosts: tuple[PidHost, PidHost], folder: Path, *, rounds: int = 2) -> None:
+def restarted(source: str, hosts: tuple[PidHost, PidHost], folder: Path, *arguments: object, rounds: int = 2) -> None:
     """Save and kill, restart elsewhere, and back: the program must run on and end by saying that all was well."""
     a, b = hosts
-    with Program(a, source, folder) as moving:
+    with Program(a, source, folder, *arguments) as moving:
         for here, there in ((a, b), (b, a)):
             save_to_file(moving, here, folder / "image", rounds=rounds)
             here.wait_until_empty()
@@ -460,6 +460,230 @@ int main(int argc, char **argv)
 """
 
 
+LOCKS = r"""
+#include <sys/mman.h>
+#include "workload.h"
+static int files[4], asked[2], told[2]; /* by name, opened again, without a name, a memfd */
+static pid_t parent, child;
+static void lock(int fd, int start, int kind)
+{
+	struct flock one = { .l_type = kind, .l_whence = SEEK_SET, .l_start = start, .l_len = 5 };
+
+	TRY(fcntl(fd, F_SETLK, &one));
+}
+static void seen(int fd, int start, pid_t owner)
+{
+	struct flock one = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = start, .l_len = 1 };
+
+	TRY(fcntl(fd, F_GETLK, &one));
+	if (one.l_type == F_UNLCK)
+		one.l_pid = 0;
+	CHECK(one.l_pid == owner, "fd %d at %d: locked by %d, not by %d", fd, start, one.l_pid, owner);
+}
+static void others(void) /* of the child, which has the descriptors of its parent and no lock of its */
+{
+	char byte;
+
+	for (int i = 0; i < 4; i++)
+		if (i != 1)
+			lock(files[i], 10, F_WRLCK);
+	TRY(write(told[1], "x", 1));
+	while (read(asked[0], &byte, 1) == 1) {
+		for (int i = 0; i < 4; i++)
+			seen(files[i], i == 1 ? 20 : 0, parent);
+		TRY(write(told[1], "x", 1));
+	}
+	_exit(0);
+}
+static void check(void)
+{
+	char byte;
+
+	for (int i = 0; i < 4; i++) {
+		seen(files[i], 0, 0);
+		seen(files[i], 10, child);
+	}
+	TRY(write(asked[1], "x", 1));
+	TRY(read(told[0], &byte, 1));
+}
+int main(int argc, char **argv)
+{
+	char byte;
+
+	wl_start(argc, argv);
+	parent = getpid();
+	files[0] = TRY(open(wl_beside("named"), O_RDWR | O_CREAT, 0600));
+	files[1] = TRY(open(wl_beside("named"), O_RDWR));
+	files[2] = TRY(open(wl_beside("gone"), O_RDWR | O_CREAT, 0600));
+	TRY(unlink(wl_beside("gone")));
+	files[3] = TRY(memfd_create("memory", 0));
+	TRY(pipe(asked));
+	TRY(pipe(told));
+	for (int i = 0; i < 4; i++)
+		lock(files[i], i == 1 ? 20 : 0, i == 1 ? F_RDLCK : F_WRLCK);
+	child = fork();
+	if (!child) {
+		close(asked[1]);
+		others();
+	}
+	TRY(read(told[0], &byte, 1));
+"""
+
+
+# argv[2] is how it was started last: each program of a memfd is started by another one
+MEMFD_PROGRAM = r"""
+#include <sys/mman.h>
+#include <sys/sendfile.h>
+#include <sys/wait.h>
+#include "workload.h"
+static int memory;
+static void check(void)
+{
+	char *arguments[] = { "program", "none", "child", NULL };
+	int status, fd = open("/proc/self/exe", O_WRONLY);
+
+	CHECK(fd < 0 && errno == ETXTBSY, "its program can be written to: %d, %s", fd, strerror(errno));
+	if (!fork()) {
+		fexecve(memory, arguments, arguments + 3);
+		_exit(errno);
+	}
+	TRY(wait(&status));
+	CHECK(WEXITSTATUS(status) == 77, "started anew: %s", strerror(WEXITSTATUS(status)));
+	TRY(pwrite(memory, "\177ELF", 4, 0)); /* by the descriptor that it was made with */
+}
+int main(int argc, char **argv)
+{
+	char *arguments[] = { argv[0], argv[1], "7", NULL };
+	int from;
+
+	if (argc > 2 && !strcmp(argv[2], "child"))
+		return 77;
+	if (argc > 2) {
+		memory = atoi(argv[2]);
+		wl_start(argc, argv);
+	} else {
+		from = open("/proc/self/exe", O_RDONLY);
+		memory = dup2(memfd_create("program", 0), 7);
+		while (sendfile(memory, from, NULL, 1 << 20) > 0)
+			;
+		close(from);
+		fexecve(memory, arguments, arguments + 3);
+		return 1;
+	}
+"""
+
+
+DROPPABLE = r"""
+#include <sys/mman.h>
+#include "workload.h"
+#define DROPPABLE 0x8 /* MAP_DROPPABLE, Linux 6.11 */
+static char *memory;
+static int known = 1;
+static void check(void)
+{
+	char line[256];
+	unsigned long start = 0, at, end;
+	FILE *file = fopen("/proc/self/smaps", "r");
+
+	CHECK(file, "%m");
+	while (fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%lx-%lx ", &at, &end) == 2)
+			start = at;
+		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8)) {
+			CHECK(!!strstr(line, " dp") == known, "not droppable: %s", line);
+			CHECK(!*memory || *memory == 7, "contents");
+			fclose(file);
+			return;
+		}
+	}
+	wl_fail("no mapping");
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	memory = mmap(NULL, 40960, PROT_READ | PROT_WRITE, DROPPABLE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED) { /* an older kernel */
+		known = 0;
+		memory = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	}
+	*memory = 7;
+"""
+
+
+LOOPBACK = r"""
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include "workload.h"
+#define LINE 3000
+static unsigned long sent, received;
+static int ends[2];
+static char expected(unsigned long n)
+{
+	return n ^ n >> 7 ^ n >> 15;
+}
+static int waits(int fd, int events, int limit)
+{
+	struct pollfd one = { fd, events, 0 };
+
+	return TRY(poll(&one, 1, limit));
+}
+static void fill(void)
+{
+	char line[LINE];
+	long count;
+
+	while (waits(ends[0], POLLOUT, 20)) {
+		for (int i = 0; i < LINE; i++)
+			line[i] = expected(sent + i);
+		count = write(ends[0], line, LINE);
+		CHECK(count > 0 || errno == EAGAIN, "%m");
+		sent += count > 0 ? count : 0;
+	}
+}
+static void drain(void)
+{
+	char data[LINE];
+	long count;
+
+	while (received < sent) {
+		CHECK(waits(ends[1], POLLIN, 20000), "nothing comes any more: %lu of %lu", received, sent);
+		count = TRY(read(ends[1], data, sizeof(data)));
+		for (long i = 0; i < count; i++)
+			CHECK(data[i] == expected(received + i), "byte %lu", received + i);
+		received += count;
+	}
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int listener, size = argc > 2 ? atoi(argv[2]) : 0;
+
+	wl_start(argc, argv);
+	listener = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	if (size)
+		TRY(setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size)));
+	TRY(bind(listener, (void *)&address, length));
+	TRY(listen(listener, 1));
+	TRY(getsockname(listener, (void *)&address, &length));
+	ends[0] = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(connect(ends[0], (void *)&address, length));
+	ends[1] = TRY(accept(listener, NULL, NULL));
+	TRY(fcntl(ends[0], F_SETFL, O_NONBLOCK));
+	fill();
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		wl_line("tick %ld", n);
+		wl_sleep_us(50000); /* full: it is saved here, most of the time */
+		drain();
+		fill();
+	}
+	wl_ok();
+}
+"""
+
+
 POLL_OF_A_USER = (
     r"""
 #include <grp.h>
@@ -514,12 +738,22 @@ STATES = {
     "a process registered for membarrier": MEMBARRIER,
     "datagram sockets that are shut down": DATAGRAMS_SHUT,
     "a thread of an ordinary user that waits in poll": POLL_OF_A_USER,
+    "locks of a process and of its child": LOCKS,
+    "a program in a memfd, which can be executed": MEMFD_PROGRAM,
+    "memory that the kernel may drop": DROPPABLE,
 }
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     restarted(STATES[state] + TICKING * ("wl_ok" not in STATES[state]), hosts, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4000, 20000])
+def test_a_connection_within_the_tree_with_full_buffers(
+    size: int, hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    restarted(LOOPBACK, hosts, tmp_path, size)
 
 
 CHAIN = r"""

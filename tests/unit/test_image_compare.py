@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,3 +106,44 @@ def test_every_exception_has_a_reason_and_is_about_something_that_there_is() -> 
         kind, _, name = key.split(" ")[0].partition(".")
         if kind in names and name:
             assert name in names[kind], key
+
+
+HERE, THERE = (bytes([2, 0, 0, port, 127, 0, 0, 1]) + bytes(8) for port in (1, 2))
+MAPPED = bytes([10, 0, 0, 2]) + bytes(4) + bytes(10) + b"\xff\xff\x7f\0\0\1" + bytes(4)
+
+
+def connection(received: bytes, on_the_way: bytes, *, rcvbuf: int = 1000, lock: int = 0) -> list[Record]:
+    """A tree with both ends of a connection. `received`: what one end has not read yet; `on_the_way`: what it must."""
+    records = closed(body())
+    sample = next(record for record in records if isinstance(record, f.Socket))
+    state = next(record for record in records if isinstance(record, f.SocketTcp))
+    table = next(record for record in records if isinstance(record, f.FileTable))
+    file = next(record for record in records if isinstance(record, f.File))
+    whole, out = len(received) + len(on_the_way), []
+    for at, (local, peer) in enumerate([(HERE, THERE), (MAPPED if lock else THERE, HERE)]):
+        kind = {"family": local[0], "type": 1, "protocol": 6, "state": f.SocketState.CONNECTED, "peer_objref": 0}
+        sizes = {"local": local, "peer": peer, "rcvbuf": rcvbuf, "sndbuf": 1000, "buf_lock": lock}
+        out.append(replace(sample, objref=900 + at, **kind, **sizes))
+        numbers = {"rcv_seq": 50, "snd_seq": 100 + whole, "received": b"", "sent": on_the_way}
+        if at:
+            numbers = {"rcv_seq": 100 + len(received), "snd_seq": 50, "received": received, "sent": b""}
+        out.append(replace(state, socket_objref=900 + at, unsent=len(numbers["sent"]), **numbers))
+        how = {"kind": f.FileKind.SOCKET, "inode_objref": 900 + at}
+        out.append(replace(file, objref=910 + at, **how))
+        table.descriptors.append(replace(table.descriptors[-1], fd=900 + at, file_objref=910 + at))
+    records[records.index(table) : records.index(table)] = out
+    return records
+
+
+def test_bytes_between_two_ends_of_the_tree_may_arrive_but_not_change() -> None:
+    before = contents(connection(b"abc", b"defg"))
+    assert differences(before, contents(connection(b"abcde", b"fg", rcvbuf=2000))) == []
+    assert differences(before, contents(connection(b"abcdefg", b""))) == []
+    (found,) = differences(before, contents(connection(b"abcdeF", b"g")))
+    assert "to be read" in found.where
+    assert differences(before, contents(connection(b"abcd", b"fg")))
+
+
+def test_the_size_that_a_program_gave_a_buffer_is_compared() -> None:
+    found = differences(contents(connection(b"", b"", lock=2)), contents(connection(b"", b"", lock=2, rcvbuf=2000)))
+    assert found and all("rcvbuf" in difference.where for difference in found)

@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from migrator.engine.user.descriptors.files import UnnamedFile
 from migrator.engine.user.restore.sysv import SysvRestore
@@ -34,6 +34,7 @@ class SharedObjects:
         self._records: dict[int, Shm | SharedFile] = {}
         self._fds: dict[int, int] = {}
         self._unnamed: dict[int, UnnamedFile] = {}
+        self._given: set[int] = set()  # memfds whose first description the tree has
         self._takers: dict[type[Record], Callable[[Any], None]] = {
             Shm: self._take,
             SharedFile: self._take,
@@ -127,12 +128,19 @@ class SharedObjects:
             raise ImageError(f"shared memory {objref} was never described") from None
 
     def reopen(self, objref: int, flags: int) -> int:
-        """A new description, for a descriptor of the tree's."""
+        """A new description, for a descriptor of the tree's. Of a memfd the one that it was made with goes first: with
+        that, as opposed to one that was opened for writing, it can be executed (ETXTBSY)."""
+        first = self.fd(objref)
+        if _is_memfd(self._records[objref]) and flags & os.O_ACCMODE == os.O_RDWR and objref not in self._given:
+            self._given.add(objref)
+            fd = os.dup(first)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            return fd
         if objref in self._unnamed:
             return self._unnamed[objref].open(flags)
         if flags & os.O_NOFOLLOW:
             return self.tmpfs.open(objref, flags)
-        return descriptors.reopen(self.fd(objref), flags)
+        return descriptors.reopen(first, flags)
 
     def open(self, objref: int, *, private: bool) -> int:
         """A new descriptor of ours for mapping it; for `private` mappings one that keeps nobody from executing it."""
@@ -157,7 +165,7 @@ class SharedObjects:
             file.close()
         self._unnamed.clear()
         for objref, rec in self._records.items():
-            if not _is_anonymous(rec) and not _is_segment(rec):  # a file that is open for writing cannot be executed
+            if isinstance(rec, SharedFile):  # a file that is open for writing cannot be executed
                 self._fds[objref] = _replaced(self._fds[objref])
         self.tmpfs.settle()
         self.sysv.settle()
@@ -165,12 +173,8 @@ class SharedObjects:
     def seal(self) -> None:
         """Seal what was sealed: the last thing, after contents and mappings."""
         for objref, rec in self._records.items():
-            if isinstance(rec, Shm) and rec.seals and rec.kind == ShmKind.MEMFD:
-                fd = descriptors.reopen(self._fds[objref], os.O_RDWR)
-                try:
-                    fcntl.fcntl(fd, _F_ADD_SEALS, rec.seals)
-                finally:
-                    os.close(fd)
+            if _is_memfd(rec) and rec.seals:
+                fcntl.fcntl(self._fds[objref], _F_ADD_SEALS, rec.seals)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -184,6 +188,10 @@ class SharedObjects:
 
 def _is_anonymous(rec: Shm | SharedFile) -> bool:
     return isinstance(rec, Shm) and rec.kind == ShmKind.ANON
+
+
+def _is_memfd(rec: Shm | SharedFile) -> TypeGuard[Shm]:
+    return isinstance(rec, Shm) and rec.kind == ShmKind.MEMFD
 
 
 def _is_segment(rec: Shm | SharedFile) -> bool:
