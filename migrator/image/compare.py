@@ -62,7 +62,7 @@ SKIPPED = {
 }
 _OUTSIDE = -1  # a session or group that is led from outside of the tree
 _DATA = 1 << 32  # in a page's entry: it has contents, the rest is their checksum
-_ZERO = 0
+_ZERO, _GUARD = 0, 2 << 32
 _X86_64 = (
     *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
     *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
@@ -163,6 +163,8 @@ class Contents:
                     position += r.PAGE_SIZE
                 elif item.kind == r.PageKind.ZERO:
                     known[page] = _ZERO
+                elif item.kind == r.PageKind.GUARD:
+                    known[page] = _GUARD
                 else:
                     known.pop(page, None)
 

@@ -29,8 +29,13 @@ def _from_2(record: Record) -> Record:
     return record
 
 
+def _from_3(record: Record) -> Record:
+    """Revision 4 added registrations for membarrier(2) and guard regions."""
+    return record
+
+
 # What upgrades each record of a revision to the next one. A record keeps its place: their number stays.
-UPGRADES: dict[int, Callable[[Record], Record]] = {1: _from_1, 2: _from_2}
+UPGRADES: dict[int, Callable[[Record], Record]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 
 class Converter:

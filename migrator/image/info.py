@@ -330,7 +330,7 @@ def _plain(value: Any) -> Any:
 
 
 def _count_pages(record: r.Pages) -> dict[str, int]:
-    names = {r.PageKind.DATA: "data", r.PageKind.ZERO: "zero"}
+    names = {r.PageKind.DATA: "data", r.PageKind.ZERO: "zero", r.PageKind.GUARD: "guard"}
     counts: Counter[str] = Counter()
     for item in record.ranges:
         counts[names.get(item.kind, "absent")] += item.nr_pages  # type: ignore[call-overload]

@@ -43,7 +43,7 @@ _VMA_KINDS = frozenset(int(kind) for kind in r.VmaKind)
 _NEEDED = ("mm_objref", "files_objref", "fs_objref", "sighand_objref", "signal_objref", "cred_objref")
 _SHARED_BY_THREADS = ("mm_objref", "sighand_objref", "signal_objref")
 _SPECIAL_KINDS = (r.VmaKind.FILE, r.VmaKind.SHM)
-_DATA = int(r.PageKind.DATA)
+_DATA, _GUARD = int(r.PageKind.DATA), int(r.PageKind.GUARD)
 _LAST_PAGE_KIND = max(r.PageKind)
 
 
@@ -328,6 +328,8 @@ class Order:
                 nr_data += nr_pages
             elif kind > _LAST_PAGE_KIND:
                 self._fail(f"range at {start:#x}: unknown kind {kind}")
+            elif kind == _GUARD and pages.objref not in self._owners:
+                self._fail(f"range at {start:#x}: a guard outside of an address space")
         if self._contents and nr_data * r.PAGE_SIZE != len(pages.data):
             self._fail(f"{nr_data} pages announced, {len(pages.data)} bytes of contents")
 

@@ -27,7 +27,7 @@ from migrator.image.codec import (
 
 MAGIC = 0x4D49475241544F52  # "MIGRATOR" read as a big-endian number
 TRAILER_MAGIC = 0x524F544152474944  # a different one, so that a header never passes for a trailer
-REV = 3
+REV = 4
 PAGE_SIZE = 4096
 
 
@@ -289,6 +289,7 @@ class PageKind(enum.IntEnum):
     DATA = 0  # contents follow
     ZERO = 1  # reads as zeros; nothing follows
     ABSENT = 2  # dropped or never touched: whatever the mapping itself gives
+    GUARD = 3  # to touch it is a fault (MADV_GUARD_INSTALL); of an Mm
 
 
 @fixed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import threading
 
@@ -52,6 +53,19 @@ class _ScanArg(ctypes.Structure):
             "return_mask",
         )
     ]
+
+
+@functools.cache
+def guards_known() -> int:
+    """IS_GUARD where the kernel tells of it, else 0."""
+    scanner = Scanner(os.getpid())
+    try:
+        scanner.scan(0, 4096, mask=IS_GUARD, returned=IS_GUARD)
+    except OSError:
+        return 0
+    finally:
+        scanner.close()
+    return IS_GUARD
 
 
 Region = tuple[int, int, int]  # start, end, categories

@@ -154,9 +154,6 @@ STATES = {
     + 'struct sockaddr_un name = { .sun_family = AF_UNIX }; strcpy(name.sun_path, wl_beside(".sock"));'
     + "TRY(bind(TRY(socket(AF_UNIX, SOCK_STREAM, 0)), (struct sockaddr *)&name, sizeof(name)));"
     + 'TRY(mkdir(wl_beside(".root"), 0755)); TRY(chroot(wl_beside(".root")));',
-    "guard regions": MAIN
-    + "char *p = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
-    + "TRY(madvise(p, 4096, 102));",
 }
 
 

@@ -684,6 +684,86 @@ int main(int argc, char **argv)
 """
 
 
+GUARDS = r"""
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+#define INSTALL 102 /* MADV_GUARD_INSTALL, Linux 6.13 */
+#define REMOVE 103
+enum { SMALL, BIG, SHARED, LOCKED, AREAS };
+static const long pages[AREAS] = { 64, 4096, 64, 64 };
+static char *areas[AREAS];
+static int ends[2], known = 1;
+static long at;
+static int is_guard(char *page)
+{
+	char byte;
+
+	if (write(ends[1], page, 1) != 1)
+		return 1;
+	TRY(read(ends[0], &byte, 1));
+	return 0;
+}
+static void advise(int area, long page, int advice)
+{
+	if (known && madvise(areas[area] + page * PAGE, PAGE, advice))
+		known = 0;
+}
+static void look(void)
+{
+	for (int i = 0; i < AREAS; i++)
+		for (long n = 0; n < pages[i]; n += i == BIG && n > 70 ? 61 : 1) {
+			char *page = areas[i] + n * PAGE;
+			int guarded = known && (n == 1 || (i != LOCKED && n == 8 + at % 50));
+
+			CHECK(is_guard(page) == guarded, "area %d page %ld: %d", i, n, !guarded);
+			if (!guarded)
+				CHECK(*page == (n == 1 || (n > 7 && n <= 58) ? *page : 7), "area %d page %ld: %d", i, n, *page);
+		}
+}
+static void check(void) /* one guard stays where it is, another goes on from page to page */
+{
+	look();
+	for (int i = 0; i < LOCKED; i++) {
+		long page = 8 + at % 50;
+
+		advise(i, page, REMOVE);
+		areas[i][page * PAGE] = 9; /* it was zeros, and is written to at once */
+		advise(i, 8 + (at + 1) % 50, INSTALL);
+	}
+	at++;
+	look();
+	for (int i = 0; known && i < LOCKED; i++)
+		CHECK(areas[i][(8 + (at - 1) % 50) * PAGE] == 9, "area %d: what was written after its guard was gone", i);
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	TRY(pipe(ends));
+	for (int i = 0; i < AREAS; i++) {
+		int flags = i == SHARED ? MAP_SHARED | MAP_ANONYMOUS : MAP_PRIVATE | MAP_ANONYMOUS;
+
+		areas[i] = mmap(NULL, pages[i] * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+		memset(areas[i], 7, pages[i] * PAGE);
+		advise(i, 1, INSTALL);
+		if (i != LOCKED)
+			advise(i, 8, INSTALL);
+	}
+	mlock(areas[LOCKED], pages[LOCKED] * PAGE); /* which fails at the guard, and locks it all the same */
+	if (!fork()) { /* and is a guard in a child that was born with it */
+		for (long n = 0;; n++) {
+			CHECK(is_guard(areas[BIG] + PAGE) == known, "in the child");
+			CHECK(is_guard(areas[BIG] + 8 * PAGE) == known, "in the child");
+			CHECK(areas[BIG][3 * PAGE] == 7, "contents in the child");
+			usleep(3000);
+			if (getppid() == 1)
+				_exit(0);
+		}
+	}
+"""
+
+
 POLL_OF_A_USER = (
     r"""
 #include <grp.h>
@@ -741,6 +821,7 @@ STATES = {
     "locks of a process and of its child": LOCKS,
     "a program in a memfd, which can be executed": MEMFD_PROGRAM,
     "memory that the kernel may drop": DROPPABLE,
+    "guard regions that come and go": GUARDS,
 }
 
 

@@ -383,6 +383,19 @@ def full() -> list[Record]:
     return [*records[:at], *shared(), *records[at:]]
 
 
+def latest() -> list[Record]:
+    """full(), and what revision 4 added."""
+    records = full()
+    records[0].rev = 4  # type: ignore[attr-defined]
+    for record in records:
+        if isinstance(record, r.Task) and record.pid == 2:
+            record.flags |= r.TaskBits.MEMBARRIER_PRIVATE | r.TaskBits.MEMBARRIER_RSEQ
+        if isinstance(record, r.Task) and record.pid == 5:
+            record.flags |= r.TaskBits.MEMBARRIER_GLOBAL | r.TaskBits.MEMBARRIER_SYNC_CORE
+    at = next(at for at, record in enumerate(records) if isinstance(record, r.Cpu))
+    return [*records[:at], pages(3, (HEAP + 3 * 4096, 1, r.PageKind.GUARD)), *records[at:]]
+
+
 _ONLY_AT_LAST = (r.Pages, r.Cpu, r.RestartBlock, r.SigPending)
 
 

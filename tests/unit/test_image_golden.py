@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_samples import body, closed, drafted, full, stream
+from image_samples import body, closed, drafted, full, latest, stream
 
 from migrator.image import records as r
 from migrator.image.codec import REGISTRY, Record
@@ -22,6 +22,7 @@ DIGESTS = {
     "rev1.img": "1fa2b3ef0771ff19ef98d79714683491757ccdf3435e9b0a4d70bc7ff8ceadc5",
     "rev2.img": "9c7811abcc3529839dfb034bd9f890e02b5bc4b6dd25440e09a62e06146e9797",
     "rev3.img": "16c8556f3e740293f9c7327c15859d299befb0c83d986f223ce34c988cba4761",
+    "rev4.img": "18449167b9e2714eddf0fbc1d9496580c8d2a920e4362f17160578a7c4fe6a69",
 }
 
 
@@ -30,7 +31,9 @@ def test_the_golden_images_are_the_files_that_were_released() -> None:
         assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == digest
 
 
-@pytest.mark.parametrize(("name", "made"), [("rev1.img", body), ("rev2.img", drafted), ("rev3.img", full)])
+@pytest.mark.parametrize(
+    ("name", "made"), [("rev1.img", body), ("rev2.img", drafted), ("rev3.img", full), ("rev4.img", latest)]
+)
 def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], list[Record]]) -> None:
     decoder, order = Decoder(), Order()
     records = decoder.feed((GOLDEN / name).read_bytes())
@@ -41,17 +44,17 @@ def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], l
     assert records == closed(made())
 
 
-def test_revision_3_is_what_we_write() -> None:
-    assert r.REV == 3
-    assert stream(closed(full())) == (GOLDEN / "rev3.img").read_bytes()
+def test_revision_4_is_what_we_write() -> None:
+    assert r.REV == 4
+    assert stream(closed(latest())) == (GOLDEN / "rev4.img").read_bytes()
 
 
 def test_the_golden_image_has_every_kind_of_record() -> None:
-    kinds = {type(record) for record in closed(full())}
+    kinds = {type(record) for record in closed(latest())}
     assert {cls.__name__ for cls in REGISTRY.values()} - {cls.__name__ for cls in kinds} == {"Error"}
 
 
 if __name__ == "__main__":
-    raw = stream(closed(full()))
+    raw = stream(closed(latest()))
     (GOLDEN / f"rev{r.REV}.img").write_bytes(raw)
     print(hashlib.sha256(raw).hexdigest())

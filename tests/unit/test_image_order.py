@@ -57,6 +57,10 @@ def item(kind: type[Record], tail: str, which: int, /, **values: Any) -> Callabl
     return change
 
 
+def guard_in_shared_memory(stream: Stream) -> None:
+    find(stream, r.Pages, 1).ranges[1].kind = r.PageKind.GUARD
+
+
 def drop(kind: type[Record], which: int = 0) -> Callable[[Stream], None]:
     return lambda stream: stream.remove(find(stream, kind, which))
 
@@ -127,7 +131,7 @@ THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
     ("another magic", put(r.Header, magic=1), "this is no image"),
-    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 4 is not known"),
+    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 5 is not known"),
     ("revision 0", put(r.Header, rev=0), "revision 0 is not known"),
     ("another architecture", put(r.Header, arch_id=r.Arch.AARCH64), "architecture 5 is not x86-64"),
     ("other pages", put(r.Header, page_shift=16), r"pages of 2\^16 bytes"),
@@ -185,7 +189,8 @@ VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("pages past the end of the shm", put(r.Shm, size=2 * 4096), "range at 0x1000 of 2 pages"),
     ("more pages than contents", item(r.Pages, "ranges", 0, nr_pages=3), "3 pages announced, 8192 bytes"),
     ("contents of zero pages", item(r.Pages, "ranges", 0, kind=ZERO), "0 pages announced, 8192 bytes"),
-    ("an unknown kind of page", item(r.Pages, "ranges", 1, kind=3), "unknown kind 3"),
+    ("an unknown kind of page", item(r.Pages, "ranges", 1, kind=4), "unknown kind 4"),
+    ("a guard in shared memory", guard_in_shared_memory, "a guard outside of an address space"),
     ("memory of a thread", put(r.Mm, pid=3), "pid 3 is no process that lives"),
     ("memory that changes hands", put(r.Mm, 1, objref=3), "was that of pid 1, now of pid 2"),
     ("memory of another process", put(r.Task, mm_objref=5), "address space 5 is not that of pid 1"),

@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		3
+#define CKPT_REV		4
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -139,6 +139,7 @@ enum ckpt_page_kind {
 	CKPT_PAGE_KIND_DATA = 0, /* contents follow */
 	CKPT_PAGE_KIND_ZERO = 1, /* reads as zeros; nothing follows */
 	CKPT_PAGE_KIND_ABSENT = 2, /* dropped or never touched: whatever the mapping itself gives */
+	CKPT_PAGE_KIND_GUARD = 3, /* to touch it is a fault (MADV_GUARD_INSTALL); of an Mm */
 };
 
 enum ckpt_shm_kind {

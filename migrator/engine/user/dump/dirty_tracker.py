@@ -25,6 +25,7 @@ from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import (
     CHECK_WPASYNC,
     IS_FILE,
+    IS_GUARD,
     IS_PFNZERO,
     IS_PRESENT,
     IS_SWAPPED,
@@ -34,6 +35,7 @@ from migrator.linux.pagemap import (
     Region,
     Scanner,
     WriteProtection,
+    guards_known,
 )
 from migrator.linux.procfs import Vma, read_text
 
@@ -99,7 +101,9 @@ class WpAsyncTracker:
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
+        self._returned = _RETURN | guards_known()
         self.first = True  # until the first sweep is over
+        self.met_guards = False  # since the caller has looked at it last
         self._strict = False
 
     def sweep(self, vmas: Sequence[Vma], *, strict: bool = False, whole: Sequence[Span] = ()) -> Iterator[Sweep]:
@@ -181,7 +185,7 @@ class WpAsyncTracker:
 
     def _sort_out(self, start: int, end: int, out: Sweep) -> None:
         """What of a written stretch has contents."""
-        regions = self._scanner.scan(start, end, anyof=self._there, returned=_RETURN)
+        regions = self._scanner.scan(start, end, anyof=self._there | guards_known(), returned=self._returned)
         there = merge((a, b) for a, b, categories in regions if self._has_content(categories))
         out.data += there
         out.absent += subtract([(start, end)], there)
@@ -197,7 +201,9 @@ class WpAsyncTracker:
     def sweep_shared(self, vma: Vma) -> list[Span]:
         """Addresses of a shared mapping that were written through it since the last sweep."""
         try:
-            return [(a, b) for a, b, _ in self._scan(vma.start, vma.end)]
+            written = self._scan(vma.start, vma.end)
+            self.met_guards |= any(categories & IS_GUARD for _, _, categories in written)
+            return [(a, b) for a, b, _ in written]
         except NotRegistered:
             self._register(vma, self._list())
             with contextlib.suppress(NotRegistered):
@@ -236,7 +242,7 @@ class WpAsyncTracker:
             end,
             mask=IS_WRITTEN,
             anyof=IS_PRESENT | IS_SWAPPED,
-            returned=_RETURN,
+            returned=self._returned,
             flags=WP_MATCHING | CHECK_WPASYNC,
         )
 
@@ -277,6 +283,9 @@ class WpAsyncTracker:
             (out.data if self._has_content(categories) else out.absent).append((start, end))
 
     def _has_content(self, categories: int) -> bool:
+        if categories & IS_GUARD:
+            self.met_guards = True
+            return False
         return bool(categories & self._there) and not categories & (IS_FILE | IS_PFNZERO)
 
 

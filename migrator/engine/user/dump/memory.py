@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 
 from migrator.engine.stream import RecordWriter
+from migrator.engine.user.dump import guards
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
@@ -15,6 +16,7 @@ from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
+from migrator.engine.user.ranges import Span
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE
@@ -68,6 +70,7 @@ class MemoryDump:
                     thing.close()
             process.protection = process.scanner = process.mem = process.remote = process.parasite = remote = None
             process.executed += 1
+            process.guards = None
         if text != process.maps:
             process.maps = text
             scratch = remote.scratch if remote is not None else 0
@@ -130,6 +133,8 @@ class MemoryDump:
         else:
             pieces = WpAsyncTracker.everything(process.scanner, vmas)
         pieces = gathered(pieces, CHUNK // PAGE_SIZE)
+        sent: list[Span] = []
+        unreadable = self.sender.unreadable
         while True:
             try:
                 piece = next(pieces, None)
@@ -140,11 +145,17 @@ class MemoryDump:
             if piece is None:
                 break
             self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem, first=first)
-        self.sender.end(process.mm_objref)
+            if process.guards:
+                sent += [*piece.data, *piece.absent]
         for vma in vmas:
             if vma.shared and self.shared.is_shm(vma):
                 spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
                 self.shared.note_writes(process.pid, vma, spans)
+        met = tracker is None or tracker.met_guards or self.sender.unreadable > unreadable
+        guards.send(process, self.sender, sent, met=met)
+        if tracker is not None:
+            tracker.met_guards = False
+        self.sender.end(process.mm_objref)
 
 
 def _has_mapping(maps: str, start: int) -> bool:

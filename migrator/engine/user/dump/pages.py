@@ -25,6 +25,7 @@ class PageSender:
         self._buffer = memory.Buffer(CHUNK)
         self.pages = 0
         self.zero_pages = 0
+        self.unreadable = 0  # pages that were to be sent, and could not be read
 
     def send(
         self,
@@ -89,8 +90,10 @@ class PageSender:
                 view = self._buffer.view[position : position + PAGE_SIZE]
                 try:
                     if os.preadv(mem.fd, [view], page) != PAGE_SIZE:
+                        self.unreadable += 1
                         continue
                 except OSError:
+                    self.unreadable += 1
                     continue
                 got.append((page, PAGE_SIZE))
                 position += PAGE_SIZE

@@ -53,6 +53,7 @@ class Process:
     maps: str = ""  # as read last
     lines: dict[str, procfs.Vma] = field(default_factory=dict)  # of it
     vmas: list[procfs.Vma] = field(default_factory=list)
+    guards: list[tuple[int, int]] | None = None  # guard regions as the destination knows them; None: never looked at
 
     @property
     def leader(self) -> Thread:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
 import os
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.linux import procfs, sys
-from migrator.linux.pagemap import IS_GUARD, Scanner
 from migrator.linux.remote import BATCH_SIGNALS
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup")
@@ -158,26 +156,9 @@ def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
 def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
     flags = procfs.vm_flags(pid)
     vmas = procfs.maps(pid)
-    if _has_guards(pid, vmas):
-        yield f"{who} has guard regions (MADV_GUARD_INSTALL), which are not carried"
     for vma in vmas:
         reason = obstacle(pid, vma, flags.get(vma.start, frozenset()), devices)
         if reason:
             yield f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried"
         if vma.start < 0x400000 and vma.path != "[vsyscall]":
             yield f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)"
-
-
-def _has_guards(pid: int, vmas: Sequence[procfs.Vma]) -> bool:
-    inside = [vma for vma in vmas if vma.path != "[vsyscall]"]
-    if not inside:
-        return False
-    scanner = Scanner(pid)
-    try:
-        return bool(scanner.scan(inside[0].start, inside[-1].end, mask=IS_GUARD, returned=IS_GUARD))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False  # this kernel does not tell
-    finally:
-        scanner.close()

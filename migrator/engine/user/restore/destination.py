@@ -23,7 +23,6 @@ from migrator.engine.user.restore.mappings import AddressSpace
 from migrator.engine.user.restore.process_tree import StubTree
 from migrator.engine.user.restore.second_look import look_again
 from migrator.engine.user.restore.shm import SharedObjects
-from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.restore.tasks import TaskRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
@@ -43,7 +42,6 @@ from migrator.image.records import (
     TaskState,
     Trailer,
     Tree,
-    VmaFlag,
     Vmas,
 )
 from migrator.linux import urgency
@@ -58,7 +56,6 @@ _CONTAINER_NAMESPACES = (
     spawn.CLONE_NEWNS | spawn.CLONE_NEWUTS | spawn.CLONE_NEWIPC | spawn.CLONE_NEWPID | spawn.CLONE_NEWNET
 )
 _UNSHARE = 272
-_LOCKED = int(VmaFlag.LOCKED)
 _SHOWN_DIFFERENCES = 12
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
@@ -408,21 +405,13 @@ class UserDestination:
             for stub in stubs:
                 mm = self._mms[self._tasks.tasks[stub.vpid].task.mm_objref]
                 self._tasks.shape(stub, mm, self._backing.program(mm.exe_objref))
-                self._lock_memory(stub, mm)
+                self._spaces[mm.objref].finish()
             self._tasks.apply(stubs)
             for stub in stubs:
                 self._tasks.timers(stub)
             self._tasks.check(stubs)
             for stub in stubs:
                 self._tasks.pending(stub)
-
-    def _lock_memory(self, stub: Stub, mm: Mm) -> None:
-        calls = [
-            (arch.NR["mlock"], item.start, item.end - item.start)
-            for item in self._spaces[mm.objref].items
-            if item.flags & _LOCKED
-        ]
-        stub.checked(calls, "locking memory")
 
     def _stopped_groups(self) -> list[int]:
         """The processes that were stopped by a signal."""

@@ -38,7 +38,7 @@ NR = arch.NR
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _MADV_GUARD_INSTALL = 4, 102
 _SHM_REMAP = 0o40000
 _MIRROR = 1 << 18  # bytes that are compared at a time
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
@@ -76,6 +76,7 @@ class AddressSpace:
         # private memory with the contents that the parent had, until the first round of its own has come
         self._inherited = merge((p.start, p.end) for p in stub.mapped if not p.item.flags & VmaFlag.SHARED)
         self._filled: list[Span] = []  # what has come of it
+        self._guards: list[Span] = []
 
     @property
     def items(self) -> list[VmaItem]:
@@ -169,6 +170,7 @@ class AddressSpace:
         """Unmap everything."""
         self._zeros.clear()
         self._inherited = []
+        self._guards = []
         self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self.stub.mapped], "unmapping")
         self.stub.mapped, self._items, self._writable = [], [], []
 
@@ -247,20 +249,40 @@ class AddressSpace:
             return
         data: list[tuple[int, int]] = []
         absent: list[tuple[int, int]] = []
+        guards: list[Span] = []
         for item in pages.ranges:
             span = (item.start, item.start + item.nr_pages * PAGE_SIZE)
             if item.kind == PageKind.DATA:
                 data.append(span)
             elif item.kind == PageKind.ABSENT:
                 absent.append(span)
+            elif item.kind == PageKind.GUARD:
+                guards.append(span)
             else:
                 self._zeros.append(span)
+        if self._guards:
+            self._guards = subtract(
+                self._guards, merge((i.start, i.start + i.nr_pages * PAGE_SIZE) for i in pages.ranges)
+            )
+        if guards:
+            self._guards = merge([*self._guards, *guards])
         if absent:
             self._drop(absent)
         if data:
             if self._inherited:
                 self._filled += data
             self._write(data, pages.data)
+
+    def finish(self) -> None:
+        """Once all contents are there: what is not to be touched (guard regions), and what stays there (mlock(2))."""
+        guards = intersect(self._guards, merge((v.start, v.end) for v in self._items))
+        calls = [(NR["madvise"], start, end - start, _MADV_GUARD_INSTALL) for start, end in guards]
+        self.stub.checked(calls, "guard regions (MADV_GUARD_INSTALL, Linux 6.13)")
+        locked = [(v.start, v.end) for v in self._items if v.flags & VmaFlag.LOCKED]
+        whole = [span for span in locked if not intersect([span], guards)]
+        self.stub.checked([(NR["mlock"], start, end - start) for start, end in whole], "locking memory")
+        for start, end in set(locked) - set(whole):  # it is locked, and fails at the guard (ENOMEM), as on the source
+            self.stub.call_batch([(NR["mlock"], start, end - start)])
 
     def settle(self) -> None:
         """The first round, or a later one, is complete: what was inherited and has not come is not there."""
