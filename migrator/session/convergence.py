@@ -25,6 +25,9 @@ ROUND_TRIPS = 1.5
 # A last round that gets shorter than this by another round is not worth that round.
 NEGLIGIBLE = 0.0005  # seconds
 GAIN = 0.85  # a round is better than the one before if it leaves less than this part of it
+# Where what no round can shorten is too long, it is given up after so many seconds and rounds: there may be less to
+# stop a moment later, but not for want of rounds.
+HOPELESS_SECONDS, HOPELESS_ROUNDS = 5.0, 3
 
 
 class NextStep(enum.Enum):
@@ -75,7 +78,7 @@ def residual_pages(rounds: Sequence[Round]) -> int:
 
 def predicted_downtime(rounds: Sequence[Round], conditions: Conditions) -> float:
     """In seconds, if the workload were frozen now; infinite while nothing is known of the throughput."""
-    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
+    fixed = _fixed(conditions)
     residual = residual_pages(rounds) * PAGE
     if not residual:
         return fixed
@@ -87,6 +90,12 @@ def measured_throughput(rounds: Sequence[Round]) -> float:
     """Bytes/s of stream in the rounds so far, from those long enough to tell; 0.0 if none was."""
     rates = [r.bytes / _seconds(r) for r in rounds if r.bytes >= 1 << 20 and r.end > r.start]
     return statistics.median(rates[-3:]) if rates else 0.0
+
+
+def least_throughput(rounds: Sequence[Round]) -> float:
+    """Bytes/s of stream that flow at least: the best that any round has shown, however short. A round of few pages
+    takes the time that it takes to look for them."""
+    return max((r.bytes / _seconds(r) for r in rounds if r.end > r.start), default=0.0)
 
 
 def decide(rounds: Sequence[Round], conditions: Conditions) -> Decision:
@@ -107,6 +116,13 @@ def decide(rounds: Sequence[Round], conditions: Conditions) -> Decision:
         return verdict(
             NextStep.GIVE_UP,
             f"{spent} and {_ms(predicted)} predicted is still over the max downtime of {_ms(limit)}: "
+            + _obstacle(rounds, conditions, throughput),
+        )
+    hopeless = limit is not None and _fixed(conditions) > limit
+    if hopeless and conditions.elapsed >= HOPELESS_SECONDS and len(rounds) >= HOPELESS_ROUNDS:
+        return verdict(
+            NextStep.GIVE_UP,
+            f"{_ms(predicted)} predicted is over the max downtime of {_ms(limit or 0.0)}, whatever is sent before: "
             + _obstacle(rounds, conditions, throughput),
         )
     if limit is not None:
@@ -131,7 +147,7 @@ def converged(rounds: Sequence[Round]) -> bool:
 
 def _obstacle(rounds: Sequence[Round], conditions: Conditions, throughput: float) -> str:
     assert conditions.max_downtime is not None
-    fixed = conditions.standing + ROUND_TRIPS * conditions.rtt
+    fixed = _fixed(conditions)
     if fixed >= conditions.max_downtime:
         return f"stopping, restoring and the round trips alone take {_ms(fixed)}; ask for a longer downtime"
     dirty = rounds[-1].dirty_rate * PAGE / 1e6
@@ -139,6 +155,11 @@ def _obstacle(rounds: Sequence[Round], conditions: Conditions, throughput: float
         f"the workload dirties {dirty:.0f} MB/s and the link takes {throughput / 1e6:.0f} MB/s; "
         "ask for a longer downtime, or slow the workload down"
     )
+
+
+def _fixed(conditions: Conditions) -> float:
+    """Seconds that no round makes less."""
+    return conditions.standing + ROUND_TRIPS * conditions.rtt
 
 
 def _seconds(one: Round) -> float:

@@ -79,7 +79,10 @@ class Precopy:
     def _conditions(self, rounds: Sequence[Round], elapsed: float, files: float) -> convergence.Conditions:
         """What the stop rule needs to know, as it is now. Changed `files` take that many seconds in the freeze."""
         link, costs = self._peer.link, self._proposal.costs
-        self.throughput = convergence.measured_throughput(rounds) or link.stream_throughput
+        # What flowed while the link had time to spare is no more than a lower bound: the best of them.
+        self.throughput = convergence.measured_throughput(rounds) or max(
+            link.stream_throughput, costs.throughput, convergence.least_throughput(rounds)
+        )
         if self._settings.bandwidth:  # the cap is lifted for the last round, and what flows then was seen earlier
             self.throughput = costs.throughput or self.throughput
         return convergence.Conditions(

@@ -27,6 +27,7 @@ _NAME = "costs.json"
 _MOST = 200  # destinations that are remembered
 _ANY = ""  # stands for all destinations together
 _RATE = 0.3  # part of an error that is learnt from one migration
+_FIRST_RATE = 0.6  # the same of the first one: until then it is another machine's costs
 _RANGE = 20.0  # times by which a cost can differ from what was measured
 _SURPRISE = 3.0  # times the prediction beyond which one migration says no more: the machine was busy
 
@@ -71,11 +72,12 @@ class Costs(msgspec.Struct, frozen=True):
         parts = self._parts(work)
         expected = sum(parts.values())
         amount = min(max(seconds, 0.0), _SURPRISE * expected) - expected
+        rate = max(_RATE, _FIRST_RATE / (self.moves + 1))
         squares = sum(part * part for part in parts.values())
         each = {**MEASURED, **self.each}
         for name, part in parts.items():
             if part > 0.0:
-                factor = 1 + _RATE * amount * part / squares
+                factor = 1 + rate * amount * part / squares
                 each[name] = min(max(each[name] * factor, MEASURED[name] / _RANGE), MEASURED[name] * _RANGE)
         weight = max(_RATE, 1 / (self.moves + 1))
         flow = self.throughput + (weight * (throughput - self.throughput) if throughput else 0.0)

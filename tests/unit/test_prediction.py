@@ -67,7 +67,16 @@ def test_each_destination_has_its_own_costs_and_a_new_one_begins_with_those_of_a
 
 def test_one_move_on_a_busy_machine_is_not_taken_for_what_it_always_takes() -> None:
     usual = Costs().seconds(SMALL)
-    assert Costs().corrected(SMALL, 5.0).seconds(SMALL) < 2 * usual
+    assert Costs().corrected(SMALL, 5.0).seconds(SMALL) < 2.3 * usual
+    assert Costs(moves=9).corrected(SMALL, 5.0).seconds(SMALL) < 1.7 * usual
+
+
+def test_most_is_learnt_from_the_first_move_between_two_hosts() -> None:
+    usual = Costs().seconds(SMALL)
+    first = Costs().corrected(SMALL, 2 * usual)
+    assert first.seconds(SMALL) == pytest.approx(1.6 * usual)
+    later = Costs(moves=9).corrected(SMALL, 2 * usual)
+    assert later.seconds(SMALL) == pytest.approx(1.3 * usual)
 
 
 @given(

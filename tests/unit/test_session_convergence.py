@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 
 from migrator.engine.base import Round
 from migrator.session.convergence import (
+    HOPELESS_ROUNDS,
+    HOPELESS_SECONDS,
     MAX_ROUNDS,
     Conditions,
     NextStep,
     decide,
+    least_throughput,
     measured_throughput,
     predicted_downtime,
     residual_pages,
@@ -103,6 +107,23 @@ def test_a_max_downtime_that_no_rounds_can_meet_says_so() -> None:
     assert "round trips alone" in decide(rounds((10, 1), (1, 1)), late).reason
 
 
+def test_what_no_round_can_shorten_is_given_up_soon_and_not_at_the_timeout() -> None:
+    idle = rounds((1000, 10), (3, 1), (3, 1))
+    after = Conditions(throughput=400e6, rtt=0.0, standing=0.06, max_downtime=0.05, elapsed=5)
+    assert decide(idle, dataclasses.replace(after, elapsed=4.9)).verdict is NextStep.CONTINUE
+    assert decide(idle[:2], after).verdict is NextStep.CONTINUE
+    assert decide(idle, after).verdict is NextStep.GIVE_UP
+    assert "alone take 60.0 ms" in decide(idle, after).reason
+    assert decide(idle, dataclasses.replace(after, max_downtime=0.06)).verdict is NextStep.CONTINUE  # pages remain
+
+
+def test_a_few_pages_of_slow_rounds_are_no_slow_link() -> None:
+    few = rounds((40, 4), (3, 8), (3, 8))
+    assert measured_throughput(few) == 0.0
+    assert least_throughput(few) == pytest.approx(41e6)
+    assert least_throughput([]) == 0.0
+
+
 def test_an_idle_workload_is_frozen_after_the_second_round() -> None:
     assert decide(rounds((262_144, 2600), (3, 1)), LINK).verdict is NextStep.FREEZE
 
@@ -131,4 +152,6 @@ def test_it_always_ends_by_the_timeout_and_keeps_to_the_max_downtime(
     if decision.verdict is NextStep.FREEZE and max_downtime is not None:
         assert decision.predicted_downtime <= max_downtime
     if decision.verdict is NextStep.GIVE_UP:
-        assert max_downtime is not None and elapsed >= 500
+        assert max_downtime is not None
+        hopeless = conditions.standing + 1.5 * rtt > max_downtime and elapsed >= HOPELESS_SECONDS
+        assert elapsed >= 500 or (hopeless and len(sizes) >= HOPELESS_ROUNDS)
