@@ -194,7 +194,7 @@ if __name__ == "__main__":
 
 def test_queues_locks_and_shared_memory_of_multiprocessing_go_on(tmp_path: Path) -> None:
     run(tmp_path, SEMAPHORES)
-    for _ in range(4):
+    for _ in range(2):
         await_ticks(tmp_path)
         move()
     await_ticks(tmp_path)
