@@ -15,6 +15,9 @@ for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 	echo "+$controller" > /sys/fs/cgroup/cgroup.subtree_control
 done
 cp -a /etc/skel /var/root
-mount -t erofs -o ro /dev/vdb "$(cat /etc/project)"
+# Also below one of the folders that have just been hidden.
+project=$(cat /etc/project)
+mkdir -p "$project"
+mount -t erofs -o ro /dev/vdb "$project"
 hostname guest
 ip link set lo up
