@@ -527,7 +527,8 @@ enum ckpt_socket_state {
 	CKPT_SOCKET_STATE_UNCONNECTED = 1, /* bound, if `local` says so */
 	CKPT_SOCKET_STATE_LISTENING = 2,
 	CKPT_SOCKET_STATE_CONNECTED = 3, /* TCP: any state that has a peer, see SocketTcp */
-	CKPT_SOCKET_STATE_PEER_GONE = 4, /* the connection has ended; what is queued can still be read */
+	/* the connection has ended; what is queued can still be read */
+	CKPT_SOCKET_STATE_PEER_GONE = 4,
 	CKPT_SOCKET_STATE_CONNECTING = 5, /* TCP: the SYN is on its way; sent anew */
 };
 
@@ -540,7 +541,8 @@ struct ckpt_descriptor {
 
 struct ckpt_epoll_item {
 	__u64 data;
-	__u32 events; /* 0 except for EPOLLONESHOT and EPOLLET: an event that has been delivered and not renewed */
+	/* 0 except for EPOLLONESHOT and EPOLLET: an event that was delivered and not renewed */
+	__u32 events;
 	__s32 fd; /* the number under which it was added */
 	__s32 file_objref; /* the File it is about */
 	__u32 reserved;
@@ -735,7 +737,8 @@ struct ckpt_hdr_socket_buffer {
 struct ckpt_hdr_socket_tcp {
 	struct ckpt_hdr h;
 	__s32 socket_objref;
-	__u32 state; /* TCP_ESTABLISHED 1, FIN_WAIT1 4, FIN_WAIT2 5, CLOSE_WAIT 8, LAST_ACK 9, CLOSING 11 */
+	/* TCP_ESTABLISHED 1, FIN_WAIT1 4, FIN_WAIT2 5, CLOSE_WAIT 8, LAST_ACK 9, CLOSING 11 */
+	__u32 state;
 	__u32 rcv_seq;
 	__u32 snd_seq;
 	__u32 unsent;
@@ -808,7 +811,8 @@ struct ckpt_hdr_shared_file {
  */
 struct ckpt_hdr_tmpfs_entry {
 	struct ckpt_hdr h;
-	__s32 shared_objref; /* a SharedFile, with several names if it has hard links; 0 for all others */
+	/* a SharedFile, with several names if it has hard links; 0 for all others */
+	__s32 shared_objref;
 	__u32 mode; /* st_mode */
 	__u32 uid;
 	__u32 gid;
