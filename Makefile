@@ -70,7 +70,7 @@ setup-kernel: $(STAMP)
 test-kernel: setup-kernel
 	@$(ROOT)/kernel-patches/scripts/build all
 	@cd $(ROOT) && MIGRATOR_TEST_KERNEL=1 $(PYTHON) -m pytest -q -ra --durations=10 -n 2 --dist loadfile \
-		--timeout 3600 tests/vm $(ARGS)
+		--no-loadscope-reorder --timeout 3600 tests/vm $(ARGS)
 
 lab: setup-kernel
 	@cd $(ROOT) && $(PYTHON) -m tests.vm.shell $(ARGS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from tests.vm import image
 from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program, numbers
 
@@ -61,7 +63,8 @@ def kill(guest: Machine, pid: int) -> None:
 
 @contextmanager
 def held_network(guest: Machine, port: int) -> Iterator[None]:
-    """What a migration does: nobody hears of the end of a connection while it has no owner."""
+    """What a migration does from before the tasks are saved: what arrives afterwards, the kernel would confirm and
+    nobody would have, and nobody hears of the end of a connection while it has no owner."""
     guest.run(
         "nft add table inet held && nft add chain inet held out '{ type filter hook output priority 0; }' && "
         f"nft add rule inet held out tcp sport {port} drop && nft add rule inet held out tcp dport {port} drop"
@@ -94,8 +97,8 @@ def test_redis_goes_on_with_its_client_connected(guest: Machine) -> None:
     client = Program(guest, "migrator.testing.redisclient", "127.0.0.1", 6390, "--rate", 50)
     with client:
         client.check_progress()
-        save(guest, server)
         with held_network(guest, 6390):
+            save(guest, server)
             kill(guest, server)
             guest.run("mktree -d < /tmp/image")
         client.check_progress()
@@ -116,3 +119,23 @@ def test_what_is_not_carried_is_refused_by_name_and_runs_on(guest: Machine) -> N
     guest.run(THAW.format(pid=pid))
     guest.run("rm /tmp/watching; until [ -e /tmp/watching ]; do sleep 0.05; done")
     kill(guest, pid)
+
+
+def test_an_image_of_the_first_revision_is_converted_and_goes_on(guest: Machine) -> None:
+    with Program(guest, "counter") as program:
+        program.check_progress()
+        save(guest, program.pid)
+        kill(guest, program.pid)
+        old = bytearray(guest.get("/tmp/image"))
+        struct.pack_into("<H", old, 18, 1)  # the revision, in the first record
+        guest.put("/tmp/old", bytes(old))
+        guest.run("migrator image convert /tmp/old -o /tmp/new && cmp /tmp/new /tmp/image && mktree -d < /tmp/new")
+        program.check_progress()
+        program.finish()
+
+
+def test_a_released_image_of_every_revision_is_understood_and_refused_for_its_processor(guest: Machine) -> None:
+    for path in sorted((image.ROOT / "tests" / "golden").glob("rev*.img")):
+        refused = guest.run(f"rstr < {path}", status=None)
+        assert refused.status == 1
+        assert "No such device" in refused.stderr, f"{path.name}: {refused.stderr}"
