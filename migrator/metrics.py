@@ -60,6 +60,12 @@ class Metrics:
             buckets=DOWNTIME_BUCKETS,
             registry=own,
         )
+        self._first_packet = Histogram(
+            "migrator_first_packet_seconds",
+            "From the freeze to the first packet that the programs of a container sent on the destination.",
+            buckets=DOWNTIME_BUCKETS,
+            registry=own,
+        )
         self._error = Histogram(
             "migrator_downtime_excess_seconds",
             "By how much the downtime was longer than predicted; 0 where it was shorter.",
@@ -180,6 +186,8 @@ class Metrics:
         self._rounds.labels(side).observe(len(result.rounds))
         if result.downtime:
             self._downtime.labels(side).observe(result.downtime)
+        if result.first_packet:
+            self._first_packet.observe(result.first_packet)
         if result.predicted_downtime:
             self._error.observe(max(result.downtime - result.predicted_downtime, 0.0))
             self._accuracy.observe(result.downtime / result.predicted_downtime)

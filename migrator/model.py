@@ -110,6 +110,7 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     downtime: float = 0.0
     predicted_downtime: float = 0.0
     prediction_error: float = 0.0  # downtime less predicted_downtime, where both are known
+    first_packet: float = 0.0  # from the freeze to the first packet of its programs; 0.0 if none was seen
     total: float = 0.0
     stream_bytes: int = 0  # before compression
     wire_bytes: int = 0

@@ -128,6 +128,8 @@ def show_result(console: Console, result: MigrationResult) -> None:
             "\ndowntime [bold]{}[/] [dim](predicted {}, off by {}; freeze to first instruction there)[/]",
             duration(result.downtime), duration(result.predicted_downtime), duration(abs(result.prediction_error)),
         )  # fmt: skip
+        if result.first_packet:
+            console.say("first packet of the container {} after the freeze", duration(result.first_packet))
         parts = timeline.downtime_parts()
         if parts:
             console.show(_timeline(parts, timeline.frozen_at, timeline.resumed_at))

@@ -51,6 +51,14 @@ def concerning(mac: bytes) -> list[Instruction]:
     ]
 
 
+def attach(sock: socket.socket, program: list[Instruction]) -> None:
+    """From now on `sock` takes what `program` passes, and as much of it."""
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    blob = ctypes.create_string_buffer(code, len(code))
+    fprog = struct.pack("@HP", len(program), ctypes.addressof(blob))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+
 class PacketSocket:
     """A raw socket on one device of the calling thread's network namespace. It takes nothing until
     `admit()`. Raises OSError; PermissionError without CAP_NET_RAW."""
@@ -77,10 +85,7 @@ class PacketSocket:
         if isinstance(program, Program):
             program.filter(self._socket)
             return
-        code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-        blob = ctypes.create_string_buffer(code, len(code))
-        fprog = struct.pack("@HP", len(program), ctypes.addressof(blob))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+        attach(self._socket, program)
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -26,6 +26,7 @@ new place by itself.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
@@ -33,6 +34,7 @@ from typing import Protocol
 from migrator.container import announcement, connection_filter, network
 from migrator.container.bridge_port import BridgePort
 from migrator.container.connection_filter import Connection
+from migrator.container.first_packet import FirstPacket, Flow
 from migrator.container.orphans import Orphans, Relay
 from migrator.container.packet_socket import MAX_FRAME, VNET_HDR, PacketSocket, concerning, give_all
 from migrator.container.state import Container
@@ -239,6 +241,8 @@ class NetworkArrival:
         self._inside: PacketSocket | None = None
         self._announcement: list[bytes] = []
         self._relay: Relay | None = None
+        self._first: FirstPacket | None = None
+        self._passing: set[Flow] = set()
 
     def prepare(self) -> None:
         """Open everything, before the source freezes. Raises OSError."""
@@ -253,11 +257,14 @@ class NetworkArrival:
             # Sent from inside, so that our own bridge learns the address on the container's port.
             with entered(f"/proc/{self.container.init_pid}/ns/net"):
                 inside = PacketSocket("eth0")
-            stack.callback(inside.close)
+                stack.callback(inside.close)
+                first = FirstPacket("eth0")
+            stack.callback(first.close)
             relay = Relay(self.container)
             stack.callback(relay.close)
             self._stack = stack.pop_all()
         self._bridge_port, self._port, self._inside, self._relay = bridge_port, port, inside, relay
+        self._first = first
 
     def divert(self, connections: Iterable[OrphanedConnection]) -> None:
         """What comes for these is for the source, and does not reach the copy. The port should be shut.
@@ -267,7 +274,9 @@ class NetworkArrival:
             self.prepare()
         if self._relay is not None:
             try:
-                self._relay.divert(Connection(c.local, c.local_port, c.peer, c.peer_port) for c in connections)
+                stay = [Connection(c.local, c.local_port, c.peer, c.peer_port) for c in connections]
+                self._relay.divert(stay)
+                self._passing = {Flow(c.local_port, ipaddress.ip_address(c.peer).packed, c.peer_port) for c in stay}
             except (ValueError, OSError) as error:
                 raise ImageError(f"connections that stay behind: {error}") from error
 
@@ -301,8 +310,20 @@ class NetworkArrival:
         """Open the port."""
         if self._bridge_port is None:
             self.prepare()
+        if self._first is not None:
+            self._first.begin()
         if self._bridge_port is not None:
             self._bridge_port.open()
+
+    def heard(self, after: int) -> int:
+        """When the copy's programs sent their first packet, of those since the last call and not before `after`; 0
+        if they sent none. Both in ns of CLOCK_MONOTONIC, as the container's own network has them."""
+        return self._first.look(after, self._passing) if self._first is not None else 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether something has come since `unlock()` that the copy may answer, as far as `heard()` has looked."""
+        return self._first is not None and self._first.asked
 
     def announce(self) -> None:
         """Tell switches and neighbours the new place, once. To be repeated (after 50, 200, 1000 ms), as
@@ -315,7 +336,7 @@ class NetworkArrival:
 
     def close(self) -> None:
         self._stack.close()
-        self._bridge_port = self._port = self._inside = self._relay = None
+        self._bridge_port = self._port = self._inside = self._relay = self._first = None
 
     def __enter__(self) -> NetworkArrival:
         self.prepare()

@@ -223,11 +223,13 @@ class Done(Message, tag="done", frozen=True):
 
 
 class DestinationReport(Message, tag="report", frozen=True):
-    """destination: its phases, once it runs."""
+    """destination: its phases, once it runs, and when its programs sent their first packet (CLOCK_MONOTONIC of the
+    destination; 0 if they sent none in the time that was looked at)."""
 
     migration: Id
     phases: Annotated[list[Phase], Meta(max_length=MOST_PHASES)]
     pid: Count = 0
+    first_packet: Nanoseconds = 0
 
 
 class Progress(Message, tag="progress", frozen=True):

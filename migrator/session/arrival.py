@@ -23,6 +23,10 @@ log = logging.getLogger("migrator.session")
 ANNOUNCE_AGAIN = (0.05, 0.15, 0.5)  # seconds after the announcement before: such frames get lost
 
 _DIVERT_EVERY = 0.002
+_LISTEN_EVERY = 0.003
+_QUIET_SECONDS = 0.03  # after which a copy that nobody has asked anything is not listened to any more
+_LISTEN_SECONDS = 0.25
+_RESUMING = 1_000_000  # ns that a packet may be ahead of our word that the copy runs
 
 Make = Callable[[], NetworkArrival | None]
 
@@ -118,6 +122,19 @@ class Arrival:
             for pause in ANNOUNCE_AGAIN:
                 await asyncio.sleep(pause)
                 await self._thread.run(network.announce)
+
+    async def first_packet(self, resumed_at: int) -> int:
+        """When the copy was heard again, in ns of CLOCK_MONOTONIC; 0 if it said nothing within a quarter of a second
+        of `resumed_at`, or soon where nobody asked it anything, or if it has no network."""
+        network = self._network
+        while network is not None:
+            passed = (time.monotonic_ns() - resumed_at) / 1e9
+            if at := await self._thread.run(network.heard, resumed_at - _RESUMING):
+                return at
+            if passed > (_LISTEN_SECONDS if network.asked else _QUIET_SECONDS):
+                break
+            await asyncio.sleep(_LISTEN_EVERY)
+        return 0
 
     async def announced(self) -> None:
         """Wait for the last announcement, if any was begun."""

@@ -10,10 +10,11 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from migrator.engine.base import Destination, LateLock, Move, Phase
 from migrator.errors import MigratorError, ReaderGone
+from migrator.protocol import facts
 from migrator.protocol import messages as m
 from migrator.recovery.hooks import Tools
 from migrator.recovery.journal import JournalHeader
@@ -159,6 +160,12 @@ class CopyThread:
         ends = [phase.end for phase in self._engine.phases if phase.name == "resume"]
         self.resumed_at = max(ends, default=time.monotonic_ns())
         fault("destination.resumed")
+
+    async def report(self, migration: str, phases: Iterable[Phase]) -> m.DestinationReport:
+        """What only this side knows, once it is known when the copy was heard again; `phases` beside ours."""
+        first = await self.network.first_packet(self.resumed_at)
+        told = [facts.Phase.of(phase) for phase in [*phases, *self.phases][-200:]]
+        return m.DestinationReport(migration, told, self.pid, first)
 
     async def tidy(self) -> None:
         """Close what was needed to build, once. A failure is logged."""

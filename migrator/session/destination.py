@@ -21,8 +21,8 @@ from migrator import model
 from migrator.engine.base import Round
 from migrator.errors import MigrationAborted, MigratorError, TransportError
 from migrator.model import OnEvent, Where
-from migrator.protocol import facts, trees
 from migrator.protocol import messages as m
+from migrator.protocol import trees
 from migrator.protocol.machine import Machine
 from migrator.protocol.states import DestinationAction, DestinationEvent, DestinationState, Recorded, destination_step
 from migrator.runtime.fault_points import fault
@@ -61,6 +61,7 @@ class DestinationSession:
         self._done: m.Done | None = None
         self._began = time.monotonic_ns()
         self._finished = False
+        self._reporting: asyncio.Task[None] | None = None
         self._acts = self._actions()
         self._handlers = self._messages()
 
@@ -113,6 +114,8 @@ class DestinationSession:
                     await self._driver.stop_work(self._copy.stop)
                 await self._driver.take(event)
                 self._note_end(event)
+            if self._reporting is not None:
+                await asyncio.wait([self._reporting], timeout=1.0)
             result = self._result()
             self._tell(model.Ended(self._migration, Where.DESTINATION, result))
             return result
@@ -260,9 +263,11 @@ class DestinationSession:
         fault("destination.told")
         self._copy.guard.leave()
         await self._copy.tidy()
-        phases = [*self._log.phases, *self._copy.phases]
-        told = [facts.Phase.of(phase) for phase in phases[-200:]]
-        await self._send(m.DestinationReport(self._migration, told, self._copy.pid))
+
+        async def report() -> None:
+            await self._send(await self._copy.report(self._migration, self._log.phases))
+
+        self._reporting = asyncio.create_task(self._quietly(report))
 
     async def _send_discarded(self) -> None:
         await self._send(m.Discarded(self._migration, self._journal.reason))
@@ -366,11 +371,11 @@ class DestinationSession:
     # The end
 
     def _result(self) -> model.MigrationResult:
-        done = self._done or m.Done(self._migration)
-        there, why, pid = self.settings.host.host, str(self._error or ""), self._copy.pid
+        done, why = self._done or m.Done(self._migration), str(self._error or "")
+        there, pid = self.settings.host.host, self._copy.pid
         result = arrived(self._proposal, there, done, running=self.state in _DECIDED, why=why, pid=pid)
-        total = (time.monotonic_ns() - self._began) / 1e9
-        return msgspec.structs.replace(result, total=total, rounds=self._rounds, rtt=self._link.rtt)
+        took = (time.monotonic_ns() - self._began) / 1e9
+        return msgspec.structs.replace(result, total=took, rounds=self._rounds, rtt=self._link.rtt)
 
     async def _close(self) -> None:
         kept = self.state in _DECIDED
@@ -388,11 +393,5 @@ class DestinationSession:
 
 
 _DECIDED = (DestinationState.LOCKING, DestinationState.RUNNING)
-_TOLERATED = frozenset(
-    {
-        DestinationAction.SEND_RUNNING,
-        DestinationAction.SEND_DISCARDED,
-        DestinationAction.JOURNAL_RESUMED,
-        DestinationAction.JOURNAL_CLOSE,
-    }
-)
+_a = DestinationAction
+_TOLERATED = frozenset({_a.SEND_RUNNING, _a.SEND_DISCARDED, _a.JOURNAL_RESUMED, _a.JOURNAL_CLOSE})

@@ -56,6 +56,13 @@ class MigrationSummary:
         phases.sort(key=lambda phase: phase.start)
         return model.Timeline(phases, self.workload.frozen_at, resumed_at, self.clock.error)
 
+    @property
+    def first_packet(self) -> float:
+        """Seconds from the freeze until a program of the copy was heard on the container's network; 0.0 if none was."""
+        if self.told is None or not self.told.first_packet or not self.workload.frozen_at:
+            return 0.0
+        return max(self.clock.to_here(self.told.first_packet) - self.workload.frozen_at, 0) / 1e9
+
     def done(self) -> m.Done:
         """What the destination is told at the end, for its own records."""
         return m.Done(
@@ -94,6 +101,7 @@ class MigrationSummary:
             pid=self.told.pid if self.told is not None else 0,
             downtime=timeline.downtime,
             predicted_downtime=predicted,
+            first_packet=self.first_packet,
             prediction_error=timeline.downtime - predicted if predicted and timeline.downtime else 0.0,
             total=(time.monotonic_ns() - self.began) / 1e9,
             stream_bytes=self.stream_bytes,

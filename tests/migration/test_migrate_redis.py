@@ -32,6 +32,7 @@ def test_redis_moves_there_and_back_and_its_client_never_notices(stage: Stage) -
             result = stage.migrate("shop", here, there)
             assert result["outcome"] == "migrated"
             assert result["stream_bytes"] > 0
+            assert 0 <= result["downtime"] - 0.002 < result["first_packet"]  # its client has been asking all the time
             assert json.loads(here.run(["migrator", "ps", "--json"]).stdout) == []
             (row,) = json.loads(there.run(["migrator", "ps", "--json"]).stdout)
             assert (row["name"], row["state"]) == ("shop", "running")

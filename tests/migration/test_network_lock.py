@@ -292,6 +292,32 @@ def test_a_port_left_shut_by_a_crash_can_be_opened_again(two_hosts: TwoHosts, cl
     assert drain(client) == [b"a 0", b"a 1", b"a 2"]
 
 
+def test_a_copy_is_heard_when_its_program_answers_and_not_before(two_hosts: TwoHosts, client: socket.socket) -> None:
+    source = start(two_hosts.a, ECHO, "a")
+    wait_for_echo(client)
+    arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")
+    with two_hosts.a.inside():
+        lock = NetworkLock(source)
+        lock.prepare()
+    with two_hosts.b.inside(), NetworkArrival(arrived) as arrival:
+        lock.lock()
+        send(client, range(1))
+        asked = lock.captured()
+        began = time.monotonic_ns()
+        arrival.unlock()
+        arrival.announce()
+        assert (arrival.heard(began), arrival.asked) == (0, False)
+        arrival.inject(asked)
+        assert drain(client) == [b"b 0"]
+        assert began < arrival.heard(began) < time.monotonic_ns()
+        assert arrival.asked
+        assert arrival.heard(began) == 0  # that was the first
+        send(client, range(1, 2))
+        assert drain(client) == [b"b 1"]
+        assert arrival.heard(time.monotonic_ns()) == 0  # it was earlier
+        lock.release()
+
+
 def test_a_frame_for_somebody_else_is_not_injected(two_hosts: TwoHosts) -> None:
     arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")
     with two_hosts.b.inside(), NetworkArrival(arrived) as arrival:

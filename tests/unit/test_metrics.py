@@ -36,6 +36,7 @@ def result(outcome: Outcome = Outcome.MIGRATED, reason: str = "") -> MigrationRe
         reason=reason,
         downtime=timeline.downtime if migrated else 0.0,
         predicted_downtime=0.005,
+        first_packet=0.009 if migrated else 0.0,
         total=2.5,
         stream_bytes=10_000_000,
         wire_bytes=4_000_000,
@@ -64,6 +65,7 @@ def test_the_downtime_falls_into_its_bucket_and_its_parts_add_up() -> None:
     value = registry.get_sample_value
     assert value("migrator_downtime_seconds_bucket", {"side": "source", "le": "0.005"}) == 0
     assert value("migrator_downtime_seconds_bucket", {"side": "source", "le": "0.01"}) == 1
+    assert value("migrator_first_packet_seconds_sum") == pytest.approx(0.009)
     parts = sum(
         sample.value
         for family in registry.collect()

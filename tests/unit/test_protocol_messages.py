@@ -57,7 +57,7 @@ EVERY: list[m.AnyMessage] = [
     m.Abort(ID, "cancelled"),
     m.Ask(ID),
     m.Done(ID),
-    m.DestinationReport(ID, [facts.Phase.of(Phase("build", 1, 2, 3, 4))], 7),
+    m.DestinationReport(ID, [facts.Phase.of(Phase("build", 1, 2, 3, 4))], 7, 9),
     m.Progress(facts.Round.of(Round(1, 2, 3, 4, 5, 6, 7.0, 8)), 0.01, 1e9, "freeze", "it fits"),
     m.Clock(1, 2),
     m.Failure("cannot", "try again"),
@@ -184,7 +184,7 @@ NUMBERS = {
     "Orphans": [("connections", 0, 1), ("connections", 0, 3)],
     "Running": [("resumed_at",)],
     "Done": [("downtime",), ("stream_bytes",), ("wire_bytes",), ("compression_ratio",)],
-    "DestinationReport": [("pid",), *(("phases", 0, n) for n in (1, 2, 3, 4))],
+    "DestinationReport": [("pid",), ("first_packet",), *(("phases", 0, n) for n in (1, 2, 3, 4))],
     "Progress": [("predicted_downtime",), ("throughput",), *(("round", n) for n in range(7))],
     "Clock": [("asked",), ("answered",)],
 }  # fmt: skip
