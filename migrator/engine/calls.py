@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import os
 
@@ -13,77 +14,87 @@ from migrator.engine.base import (
     CheckpointHooks,
     Destination,
     DestinationOptions,
-    Engine,
     RestartFlags,
     RestartHooks,
+    Source,
     SourceOptions,
 )
 from migrator.errors import UsageError
 from migrator.linux import procfs
 
+_NO_CHECKPOINT_FLAGS, _NO_RESTART_FLAGS = CheckpointFlags(0), RestartFlags(0)
 _ids = itertools.count(1)
 
 
-def checkpoint(
-    engine: Engine,
-    pid: int,
-    fd: int,
-    flags: CheckpointFlags,
-    *,
-    after: AfterCheckpoint = AfterCheckpoint.RUN,
-    options: SourceOptions | None = None,
-    hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
-) -> int:
-    """See `Engine.checkpoint()`."""
-    options = options or SourceOptions()
-    options.subtree = bool(flags & CheckpointFlags.SUBTREE)
-    options.checksums = True
-    check_pid(pid)
-    if not options.subtree and not is_container_init(pid):
-        raise UsageError(
-            f"pid {pid} is not the init task of a container",
-            hint="pass --subtree to save it and its children, and see to what it shares with others",
-        )
-    with engine.source(pid, fd, options) as source:
-        source.survey()
-        hooks.surveyed(source)
-        source.instrument()
-        source.freeze()
-        source.final(hooks.silence)
-        hooks.saved()
-        if after is AfterCheckpoint.RUN:
-            source.thaw()
-        else:
-            source.hold()
-            if after is AfterCheckpoint.KILL:
-                hooks.ending()
-                source.release()
+class EngineCalls(abc.ABC):
+    """An engine of which only source() and destination() are told."""
+
+    @abc.abstractmethod
+    def source(self, pid: int, fd: int, options: SourceOptions) -> Source:
+        """See `Engine.source()`."""
+
+    @abc.abstractmethod
+    def destination(self, fd: int, options: DestinationOptions) -> Destination:
+        """See `Engine.destination()`."""
+
+    def checkpoint(
+        self,
+        pid: int,
+        fd: int,
+        flags: CheckpointFlags = _NO_CHECKPOINT_FLAGS,
+        *,
+        after: AfterCheckpoint = AfterCheckpoint.RUN,
+        options: SourceOptions | None = None,
+        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
+    ) -> int:
+        """See `Engine.checkpoint()`."""
+        options = options or SourceOptions()
+        options.subtree = bool(flags & CheckpointFlags.SUBTREE)
+        options.checksums = True
+        check_pid(pid)
+        if not options.subtree and not is_container_init(pid):
+            raise UsageError(
+                f"pid {pid} is not the init task of a container",
+                hint="pass --subtree to save it and its children, and see to what it shares with others",
+            )
+        with self.source(pid, fd, options) as source:
+            source.survey()
+            hooks.surveyed(source)
+            source.instrument()
+            source.freeze()
+            source.final(hooks.silence)
+            hooks.saved()
+            if after is AfterCheckpoint.RUN:
+                source.thaw()
             else:
-                source.leave_stopped()
-    return next(_ids)
+                source.hold()
+                if after is AfterCheckpoint.KILL:
+                    hooks.ending()
+                    source.release()
+                else:
+                    source.leave_stopped()
+        return next(_ids)
 
-
-def restart(
-    engine: Engine,
-    fd: int,
-    flags: RestartFlags,
-    *,
-    options: DestinationOptions | None = None,
-    hooks: RestartHooks = NO_RESTART_HOOKS,
-) -> int:
-    """See `Engine.restart()`."""
-    destination: Destination
-    with engine.destination(fd, options or DestinationOptions()) as destination:
-        root = destination.build()
-        hooks.built(root)
-        destination.hold()
-        hooks.held(destination)
-        if flags & RestartFlags.FROZEN:
-            destination.leave_frozen()
-        else:
-            destination.resume()
-            destination.tidy()
-    return root
+    def restart(
+        self,
+        fd: int,
+        flags: RestartFlags = _NO_RESTART_FLAGS,
+        *,
+        options: DestinationOptions | None = None,
+        hooks: RestartHooks = NO_RESTART_HOOKS,
+    ) -> int:
+        """See `Engine.restart()`."""
+        with self.destination(fd, options or DestinationOptions()) as destination:
+            root = destination.build()
+            hooks.built(root)
+            destination.hold()
+            hooks.held(destination)
+            if flags & RestartFlags.FROZEN:
+                destination.leave_frozen()
+            else:
+                destination.resume()
+                destination.tidy()
+        return root
 
 
 def is_container_init(pid: int) -> bool:

@@ -21,27 +21,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from migrator.engine import calls
 from migrator.engine.base import (
-    NO_CHECKPOINT_HOOKS,
-    NO_RESTART_HOOKS,
-    AfterCheckpoint,
     Capability,
-    CheckpointFlags,
-    CheckpointHooks,
     Destination,
     DestinationOptions,
     FileFact,
     LateLock,
     Move,
     Phase,
-    RestartFlags,
-    RestartHooks,
     Round,
     Source,
     SourceOptions,
     Survey,
 )
+from migrator.engine.calls import EngineCalls, check_pid
 from migrator.errors import ImageError, RestartFailed
 from migrator.recovery.hooks import HoldGroup, NoHooks
 from migrator.recovery.journal import JournalHeader
@@ -332,7 +325,7 @@ class FakeDestination(_Phases):
         self._world.set("destination", "none")
 
 
-class FakeEngine:
+class FakeEngine(EngineCalls):
     """`migrator.engine.base.Engine` on a `FakeWorld`. `lacks` names an ability that it does not find on this host."""
 
     def __init__(
@@ -356,34 +349,12 @@ class FakeEngine:
         return 2696
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> Source:
-        calls.check_pid(pid)
+        check_pid(pid)
         self.sources.append(FakeSource(self._world, fd, self._script))
         return self.sources[-1]
 
     def destination(self, fd: int, options: DestinationOptions) -> Destination:
         return FakeDestination(self._world, fd, self._script)
-
-    def checkpoint(
-        self,
-        pid: int,
-        fd: int,
-        flags: CheckpointFlags,
-        *,
-        after: AfterCheckpoint = AfterCheckpoint.RUN,
-        options: SourceOptions | None = None,
-        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
-    ) -> int:
-        return calls.checkpoint(self, pid, fd, flags, after=after, options=options, hooks=hooks)
-
-    def restart(
-        self,
-        fd: int,
-        flags: RestartFlags,
-        *,
-        options: DestinationOptions | None = None,
-        hooks: RestartHooks = NO_RESTART_HOOKS,
-    ) -> int:
-        return calls.restart(self, fd, flags, options=options, hooks=hooks)
 
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         self._script.play("finish_moves")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 from migrator.engine import clocks, spawn
-from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
+from migrator.engine.base import DestinationOptions, LateLock, Move
 from migrator.engine.kernel.caller import Caller
 from migrator.engine.kernel.passage import Passage
-from migrator.engine.phases import Phases
 from migrator.engine.stream import RecordReader
+from migrator.engine.unfinished_copy import UnfinishedCopy
 from migrator.errors import RestartFailed
 from migrator.image.order import Order
 from migrator.image.records import Container, Header, Tree
@@ -28,47 +26,21 @@ _CONTAINER_NAMESPACES = (
 _CHUNK = 1 << 20
 
 
-class KernelDestination:
+class KernelDestination(UnfinishedCopy):
     """Restarts a tree from the stream `fd`. The kernel trusts nothing of it, and changes nothing before the trailer."""
 
     def __init__(self, fd: int, options: DestinationOptions) -> None:
+        super().__init__()
         self.options = options
         self.on_round: Callable[[int], None] = lambda _number: None
         self.moves: list[Move] = []  # restart() gives sockets their names, and takes locks, itself
         self.late_locks: list[LateLock] = []
         self._fd = fd
-        self._sandbox: Sandbox | None = None
-        self._cgroup: Cgroup | None = None
         self._caller: Caller | None = None
-        self._phases = Phases()
-        self._held = self._done = False
-
-    @property
-    def phases(self) -> list[Phase]:
-        return self._phases
-
-    @property
-    def cgroup(self) -> str:
-        return str(self._cgroup.path) if self._cgroup is not None else ""
 
     @property
     def root_pid(self) -> int:
         return self._caller.pid if self._caller is not None else 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._held or self._done:
-            return
-        try:
-            self.discard()
-        except Exception as error:
-            if value is None:
-                raise
-            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     def build(self) -> int:
         """Hand the stream on to its trailer. After that the kernel has made all tasks, none of which has run: they

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import os
 
-from migrator.engine import calls as contract
 from migrator.engine import processor
 from migrator.engine.base import (
-    NO_CHECKPOINT_HOOKS,
-    NO_RESTART_HOOKS,
-    AfterCheckpoint,
     Capability,
-    CheckpointFlags,
-    CheckpointHooks,
     DestinationOptions,
     LateLock,
     Move,
-    RestartFlags,
-    RestartHooks,
     SourceOptions,
 )
+from migrator.engine.calls import EngineCalls, check_pid
 from migrator.engine.kernel import calls
 from migrator.engine.kernel.destination import KernelDestination
 from migrator.engine.kernel.source import KernelSource
 from migrator.errors import UsageError
 from migrator.linux import cgroup, procfs
 
-_NO_CHECKPOINT_FLAGS, _NO_RESTART_FLAGS = CheckpointFlags(0), RestartFlags(0)
 
-
-class KernelEngine:
+class KernelEngine(EngineCalls):
     """checkpoint() and restart() of a kernel that has them."""
 
     name = "kernel"
@@ -48,7 +39,7 @@ class KernelEngine:
         return processor.xstate_facts()[1]
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> KernelSource:
-        contract.check_pid(pid)
+        check_pid(pid)
         if os.getpid() in procfs.descendants(pid):
             raise UsageError(
                 f"this very program is below pid {pid}, and the kernel engine cannot leave it out",
@@ -58,28 +49,6 @@ class KernelEngine:
 
     def destination(self, fd: int, options: DestinationOptions) -> KernelDestination:
         return KernelDestination(fd, options)
-
-    def checkpoint(
-        self,
-        pid: int,
-        fd: int,
-        flags: CheckpointFlags = _NO_CHECKPOINT_FLAGS,
-        *,
-        after: AfterCheckpoint = AfterCheckpoint.RUN,
-        options: SourceOptions | None = None,
-        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
-    ) -> int:
-        return contract.checkpoint(self, pid, fd, flags, after=after, options=options, hooks=hooks)
-
-    def restart(
-        self,
-        fd: int,
-        flags: RestartFlags = _NO_RESTART_FLAGS,
-        *,
-        options: DestinationOptions | None = None,
-        hooks: RestartHooks = NO_RESTART_HOOKS,
-    ) -> int:
-        return contract.restart(self, fd, flags, options=options, hooks=hooks)
 
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         """Its copies leave none behind."""

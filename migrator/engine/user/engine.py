@@ -6,22 +6,15 @@ import os
 import platform
 import signal
 
-from migrator.engine import calls, processor, spawn
+from migrator.engine import processor, spawn
 from migrator.engine.base import (
-    NO_CHECKPOINT_HOOKS,
-    NO_RESTART_HOOKS,
-    AfterCheckpoint,
     Capability,
-    CheckpointFlags,
-    CheckpointHooks,
     DestinationOptions,
     LateLock,
     Move,
-    RestartFlags,
-    RestartHooks,
     SourceOptions,
 )
-from migrator.engine.calls import check_pid
+from migrator.engine.calls import EngineCalls, check_pid
 from migrator.engine.user.descriptors import finish_moves
 from migrator.engine.user.dump.own_tree import OwnTreeSource, holds_us
 from migrator.engine.user.dump.source import UserSource
@@ -33,11 +26,8 @@ from migrator.linux.cgroup import Cgroup
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote
 
-NO_CHECKPOINT_FLAGS = CheckpointFlags(0)
-NO_RESTART_FLAGS = RestartFlags(0)
 
-
-class UserEngine:
+class UserEngine(EngineCalls):
     """checkpoint() and restart() on a stock kernel, and the objects of a live migration."""
 
     name = "user"
@@ -49,28 +39,6 @@ class UserEngine:
 
     def destination(self, fd: int, options: DestinationOptions) -> UserDestination:
         return UserDestination(fd, options)
-
-    def checkpoint(
-        self,
-        pid: int,
-        fd: int,
-        flags: CheckpointFlags = NO_CHECKPOINT_FLAGS,
-        *,
-        after: AfterCheckpoint = AfterCheckpoint.RUN,
-        options: SourceOptions | None = None,
-        hooks: CheckpointHooks = NO_CHECKPOINT_HOOKS,
-    ) -> int:
-        return calls.checkpoint(self, pid, fd, flags, after=after, options=options, hooks=hooks)
-
-    def restart(
-        self,
-        fd: int,
-        flags: RestartFlags = NO_RESTART_FLAGS,
-        *,
-        options: DestinationOptions | None = None,
-        hooks: RestartHooks = NO_RESTART_HOOKS,
-    ) -> int:
-        return calls.restart(self, fd, flags, options=options, hooks=hooks)
 
     def finish_moves(self, root: int, moves: list[Move]) -> None:
         finish_moves(root, moves)

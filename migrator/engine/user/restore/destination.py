@@ -9,13 +9,11 @@ import signal
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 from migrator.engine import clocks, spawn
-from migrator.engine.base import DestinationOptions, LateLock, Move, Phase, Sandbox
-from migrator.engine.phases import Phases
+from migrator.engine.base import DestinationOptions, LateLock, Move
 from migrator.engine.stream import RecordReader
+from migrator.engine.unfinished_copy import UnfinishedCopy
 from migrator.engine.user.descriptors import OF_DESCRIPTORS, DescriptorRestore
 from migrator.engine.user.dump import header
 from migrator.engine.user.restore.backing import Backing
@@ -60,10 +58,11 @@ _SHOWN_DIFFERENCES = 12
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
-class UserDestination:
+class UserDestination(UnfinishedCopy):
     """Restarts a tree from the stream `fd`. The input is hostile until its trailer has been read."""
 
     def __init__(self, fd: int, options: DestinationOptions) -> None:
+        super().__init__()
         self.options = options
         self.on_round: Callable[[int], None] = lambda _number: None
         self._reader = RecordReader(fd)
@@ -71,8 +70,6 @@ class UserDestination:
         self._header: Header | None = None
         self._arch: HeaderX86 | None = None
         self._container: Container | None = None
-        self._sandbox: Sandbox | None = None
-        self._cgroup: Cgroup | None = None
         self._stub_tree: StubTree | None = None
         self._tree: Tree | None = None
         self._spaces: dict[int, AddressSpace] = {}
@@ -85,20 +82,10 @@ class UserDestination:
         self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
         self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
-        self._phases = Phases()
         self._saved = Contents() if options.verify else None
         self.pages = 0
-        self._held = self._done = False
 
     # ------------------------------------------------------------------ what others may know
-
-    @property
-    def phases(self) -> list[Phase]:
-        return self._phases
-
-    @property
-    def cgroup(self) -> str:
-        return str(self._cgroup.path) if self._cgroup is not None else ""
 
     @property
     def moves(self) -> list[Move]:
@@ -116,21 +103,6 @@ class UserDestination:
     @property
     def pids(self) -> list[int]:
         return [s.pid for s in self._stub_tree.stubs.values()] if self._stub_tree is not None else []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._held or self._done:
-            return
-        try:
-            self.discard()
-        except Exception as error:
-            if value is None:
-                raise
-            log.warning("discarding what was built: %s", error)  # and not in place of the first cause
 
     # ------------------------------------------------------------------ life
 
