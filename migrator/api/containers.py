@@ -21,13 +21,28 @@ from migrator.api.workloads import find_workload
 from migrator.container import Container, ContainerSpec, Row, list_containers, spec_for, state, switchover
 from migrator.engine.select import select
 from migrator.errors import MigratorError, UsageError
+from migrator.linux import pidfd
 from migrator.linux.cgroup import Cgroup
 from migrator.recovery.journal import Journal, JournalError, boot_id, journal_directory
 from migrator.runtime.thread import OwnThread
 
 __all__ = [
-    "Container", "ContainerSpec", "Row", "list", "names", "run", "spec_for", "stop", "thaw", "wait", "watch",
+    "Container",
+    "ContainerSpec",
+    "Output",
+    "Row",
+    "ends",
+    "list",
+    "names",
+    "run",
+    "spec_for",
+    "stop",
+    "thaw",
+    "wait",
+    "watch",
 ]  # fmt: skip
+
+_TAIL = 1 << 16  # bytes
 
 
 async def run(spec: ContainerSpec) -> Container:
@@ -37,6 +52,36 @@ async def run(spec: ContainerSpec) -> Container:
     specification makes no sense, SandboxError, NetworkError or StartFailed; nothing is left behind then.
     """
     return await asyncio.to_thread(container.run, spec)
+
+
+async def ends(made: Container, *, within: float) -> bool:
+    """Whether a container that this process has started ends within so many seconds. `wait()` has its status."""
+    fd = os.pidfd_open(made.init_pid)
+    try:
+        return await asyncio.to_thread(pidfd.ends, fd, within)
+    finally:
+        os.close(fd)
+
+
+class Output:
+    """What the command of a container writes from now on: `spec` is about to be run."""
+
+    def __init__(self, spec: ContainerSpec) -> None:
+        self.path = f"{spec.root}{spec.effective_log}"
+        try:
+            self._begin = os.stat(self.path, follow_symlinks=False).st_size
+        except OSError:
+            self._begin = 0
+
+    def lines(self, most: int) -> builtins.list[str]:
+        """The last lines of it; none where it cannot be read."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as log:
+                log.seek(max(self._begin, os.fstat(fd).st_size - _TAIL))
+                return log.read(_TAIL).decode(errors="replace").splitlines()[-most:]
+        except OSError:
+            return []
 
 
 async def wait(made: Container) -> int:

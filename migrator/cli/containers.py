@@ -20,6 +20,8 @@ from migrator.text import duration, size
 
 _COLUMNS = ("NAME", "HOST", "STATE", "PID", "TASKS", "MEMORY", "DIRTY", "AGE", "ADDRESSES")
 
+AT_ONCE = 0.2  # seconds: whoever ends before has not begun what it is for
+
 
 def run(
     argv: Annotated[
@@ -45,7 +47,12 @@ def run(
     """Start a command in a container, so that it can always be moved."""
 
     async def whole(_: interrupts.Signals) -> int:
+        output = containers.Output(spec)
         made = await containers.run(spec)
+        if await containers.ends(made, within=AT_ONCE):
+            status = await containers.wait(made)
+            _tell_end(name, status, output)
+            return status
         if detach:
             out.say("{}", made.init_pid)
             return 0
@@ -63,6 +70,17 @@ def run(
         )  # fmt: skip
         status = interrupts.run(whole, on=(signal.SIGINT,))
     raise typer.Exit(status)
+
+
+def _tell_end(name: str, status: int, output: containers.Output) -> None:
+    how = f"by signal {status - 128}" if status > 128 else f"with exit status {status}"
+    lines = output.lines(10)
+    if lines:
+        err.say("{}: the command has ended {}; its output, in {}:", name, how, output.path)
+    else:
+        err.say("{}: the command has ended {}, and there is no output in {}", name, how, output.path)
+    for line in lines:
+        err.say("  {}", line)
 
 
 def ps(

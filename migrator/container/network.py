@@ -14,12 +14,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from migrator.container import rtnetlink
+from migrator.container import announcement, rtnetlink
 from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
+from migrator.container.packet_socket import PacketSocket
 from migrator.container.rtnetlink import netlink_error, open_route
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
 from migrator.errors import MigratorError, UsageError
-from migrator.linux.namespaces import run_in
+from migrator.linux.namespaces import entered, run_in
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -130,6 +131,14 @@ def port_state(ip: IPRoute, index: int) -> int:
         if data is not None:
             return int(data.get("IFLA_BRPORT_STATE"))
     raise NetworkError(f"link {index} is not a bridge port")
+
+
+def announce(spec: ContainerSpec, init_pid: int) -> None:
+    """Tell switches and neighbours, once, that the addresses are those of this container: one that had them before
+    may be remembered for minutes. The port must be open. Nobody waits for it, so what fails is left out."""
+    with contextlib.suppress(OSError), entered(f"/proc/{init_pid}/ns/net"), PacketSocket("eth0") as inside:
+        for frame in announcement.announcement(spec.effective_mac, spec.addresses):
+            inside.give_plain(frame)
 
 
 def settle(ip: IPRoute, index: int, *, timeout: float = 5.0) -> None:

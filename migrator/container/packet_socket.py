@@ -111,6 +111,12 @@ class PacketSocket:
     def close(self) -> None:
         self._socket.close()
 
+    def __enter__(self) -> PacketSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def give_all(port: PacketSocket, frames: Iterable[bytes]) -> None:
     """A frame that the device refuses is one lost frame, which every network may lose; it is no reason to give

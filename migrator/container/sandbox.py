@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -18,7 +19,8 @@ from typing import TypeVar
 
 from migrator.container import mounts, network, state
 from migrator.container.bridge_port import BR_STATE_FORWARDING
-from migrator.container.rtnetlink import open_route
+from migrator.container.network import NetworkError
+from migrator.container.rtnetlink import netlink_error, open_route
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container
 from migrator.errors import MigratorError, UsageError
@@ -55,10 +57,29 @@ class Sandbox:
         return self.container.init_pid
 
     def open_port(self) -> None:
-        """Let frames pass. `NetworkLock.unlock()` does it faster, where it counts."""
-        if self.container.ifindex:
+        """Let frames pass, and tell neighbours whose addresses these are now. `NetworkArrival.unlock()` and
+        `announce()` do it faster, where it counts.
+
+        The network of a container whose process 1 has ended meanwhile is gone, and nothing is left to be opened."""
+        if not self.container.ifindex:
+            return
+        try:
             with open_route() as ip:
                 network.set_port(ip, self.container.ifindex, BR_STATE_FORWARDING)
+        except (OSError, NetworkError, netlink_error()):
+            if not self._ends():
+                raise
+        else:
+            network.announce(self.spec, self.init_pid)
+
+    def _ends(self) -> bool:
+        """A namespace goes shortly before its last process is seen to have ended."""
+        deadline = time.monotonic() + 1
+        while self.container.alive:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def settled(self) -> Container:
         """The container runs here: note it in the state directory."""

@@ -352,6 +352,7 @@ def reopen(container: Container) -> None:
     if container.ifindex:
         with BridgePort(container.ifindex) as port:
             port.open()
+        network.announce(container.spec, container.init_pid)
     with contextlib.suppress(FileNotFoundError):
         revive(Cgroup.at(container.cgroup).pids())
 

@@ -11,7 +11,9 @@ import pytest
 from cli import MIGRATOR, migrator
 from typer.testing import CliRunner
 
+from migrator.cli import containers
 from migrator.cli.app import make
+from migrator.testing.hosts import TwoHosts
 
 pytestmark = pytest.mark.root
 
@@ -127,3 +129,22 @@ def test_what_cannot_be_carried_is_refused_by_name_before_anything_is_stopped(tm
             os.close(read)
             os.close(write)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_run_says_how_a_command_ended_at_once_and_what_it_wrote(
+    detached: bool, two_hosts: TwoHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "AT_ONCE", 60.0)
+    log = tmp_path / "log" / "brief.log"
+    log.parent.mkdir()
+    log.write_text("of an earlier one\n")
+    command = ["run", "--name", "brief", "--bridge", "br0", *(["-d"] if detached else []), "--", "sh", "-c"]
+    with two_hosts.a.inside():
+        monkeypatch.setenv("MIGRATOR_LOG_DIR", str(log.parent))
+        failed = CliRunner().invoke(app, [*command, "echo no such table >&2; exit 3"])
+        silent = CliRunner().invoke(app, [*command, "true"])
+    assert (failed.exit_code, failed.stdout) == (3, "")
+    assert failed.stderr == f"brief: the command has ended with exit status 3; its output, in {log}:\n  no such table\n"
+    assert (silent.exit_code, silent.stdout) == (0, "")
+    assert silent.stderr == f"brief: the command has ended with exit status 0, and there is no output in {log}\n"

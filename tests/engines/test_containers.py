@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -343,3 +344,53 @@ def test_starting_leaves_the_caller_where_it_was() -> None:
     ct.run(offline("sleep", "100"))
     assert {kind: identity(os.getpid(), kind) for kind in before} == before
     assert os.readlink("/proc/self/ns/pid_for_children") == os.readlink("/proc/self/ns/pid")
+
+
+def test_a_command_that_ends_at_once_takes_its_network_along_and_is_no_error(two_hosts: object) -> None:
+    with two_hosts.a.inside():  # type: ignore[attr-defined]
+        for status in (0, 3):
+            container = ct.run(ct.spec_for("ct-brief", ["sh", "-c", f"exit {status}"], bridge="br0"))
+            assert ct.wait(container, timeout=10) == status
+        links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+        assert "ve-ct-brief" not in links or ct.find("ct-brief") is not None
+
+
+def test_a_port_that_cannot_be_opened_of_a_living_container_is_an_error(
+    two_hosts: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(ip: object, index: int, state: int) -> None:
+        raise OSError(errno.ENODEV, "open bridge port", "link 7")
+
+    with two_hosts.a.inside():  # type: ignore[attr-defined]
+        shut = network.set_port
+        monkeypatch.setattr(network, "set_port", lambda *given: (vanished if given[2] else shut)(*given))
+        with pytest.raises(OSError, match="open bridge port"):
+            ct.run(ct.spec_for("ct-lives", ["sleep", "100"], bridge="br0"))
+        assert ct.list_containers() == []
+
+
+def test_neighbours_of_an_address_that_was_used_before_learn_whose_it_is_now(two_hosts: object) -> None:
+    client = two_hosts.client  # type: ignore[attr-defined]
+    addresses = ("10.77.0.67", "fd77::67")
+    client.run(["ip", "addr", "replace", "fd77::100/64", "dev", "uplink", "nodad"])
+
+    def await_neighbour(address: str, mac: str) -> None:
+        deadline = time.monotonic() + 10
+        while mac not in (known := client.run(["ip", "neigh", "show", address]).stdout):
+            assert time.monotonic() < deadline, known
+            time.sleep(0.01)
+
+    for name in ("ct-old", "ct-new"):
+        with two_hosts.a.inside():  # type: ignore[attr-defined]
+            container = ct.run(ct.spec_for(name, ["sleep", "100"], bridge="br0", ip=["10.77.0.67/24", "fd77::67/64"]))
+        for address in addresses:
+            if name == "ct-old":
+                with client.inside(), socket.socket(AF[":" in address], socket.SOCK_DGRAM) as peer:
+                    peer.sendto(b"who is it?", (address, 7))
+            # The new one is known without a question.
+            await_neighbour(address, container.spec.effective_mac)
+        with two_hosts.a.inside():  # type: ignore[attr-defined]
+            ct.stop(name, timeout=0.5)
+
+
+AF = {False: socket.AF_INET, True: socket.AF_INET6}
