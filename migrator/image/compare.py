@@ -53,6 +53,7 @@ SKIPPED = {
     "PosixTimer.overrun": "told by the kernel when the signal is taken",
     "TimerFd.value": "as of Itimer",
     "TimerFd.ticks": "time goes on",
+    "FileLock that the source has": "on storage of both hosts, until its tasks are gone; taken before the copy runs",
     "SocketTcp.timestamp": "the clock of the connection goes on",
     "SocketTcp within the tree": "its bytes go on from one end to the other: see migrator.image.compare_sockets",
     "Sizes of tuned buffers": "the kernel tunes those of connections, and takes no odd ones: likewise",
@@ -102,6 +103,13 @@ class Contents:
     pages: dict[int, dict[int, int]] = field(default_factory=dict)
     parts: dict[int, list[Record]] = field(default_factory=dict)  # contents of objects, in order
     named: dict[str, list[Record]] = field(default_factory=dict)  # what tasks find by a name or a number, not by a task
+
+    def unlock(self, record: f.File | f.FileLock) -> None:
+        """Leave the lock that a record tells of out of what is compared."""
+        if isinstance(record, f.File):
+            self.objects[record.objref] = replace(record, lock=0)
+        else:
+            self.parts[record.file_objref].remove(record)
 
     def add(self, record: Record) -> None:
         match record:

@@ -442,6 +442,28 @@ def test_udp_sockets_keep_their_addresses_and_datagrams(net: Net) -> None:
             assert client.recvfrom(99) == (b"answer", (V4, 6001))
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0", V4])
+def test_datagrams_stay_with_the_one_of_several_sockets_of_one_address_that_got_them(net: Net, address: str) -> None:
+    with net.child() as server:
+        server.run("import select; us = [socket.socket(2, 2) for _ in range(4)]")
+        server.run(f"for u in us: u.setsockopt(1, 15, 1); u.bind(({address!r}, 6000))")
+        with entered(net.path(net.peer)):
+            for number in range(40):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                    client.sendto(b"%d" % number, (V4, 6000))
+        time.sleep(0.05)
+        told = "[[u.recv(9, {}) for _ in range(40) if select.select([u], [], [], 0)[0]] for u in {}]"
+        net.cut()
+        with Moved(server, context=net.context()) as moved:
+            net.switch()
+            (copy,) = moved.restore([server])
+            copy.run("import select; copies = [adopt(n) for n in range(4)]")
+            got = copy.ask(told.format(0, "copies"))
+        server.go_on()
+        assert got == server.ask(told.format(0, "us"))
+        assert len([one for one in got if one]) > 1 and sum(map(len, got)) == 40
+
+
 def test_both_ends_in_the_tree_over_loopback(net: Net) -> None:
     with net.child() as server:
         server.run("l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen(); c = socket.socket()")

@@ -59,8 +59,8 @@ def locker(stage: Stage, tmp_path: Path) -> Iterator[Locker]:
 
 def test_locks_move_there_and_back(stage: Stage, locker: Locker) -> None:
     here, there = stage.a, stage.b
-    for _ in range(4):
-        result = stage.migrate("locker", here, there)
+    for options in ((), ("--verify",), ("--verify",), ()):
+        result = stage.migrate("locker", here, there, *options)
         assert result["outcome"] == "migrated"
         assert "locks" in [span["name"] for span in result["timeline"]["phases"]]
         locker.check()

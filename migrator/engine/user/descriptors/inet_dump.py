@@ -133,8 +133,9 @@ class InetDump:
             shutdown=0,
             backlog=backlog,
             peer_objref=0,
-            sndbuf=sndbuf,
-            rcvbuf=rcvbuf,
+            # setsockopt(2) doubles what it is given: an odd size, which the kernel's own tuning makes, is never had again.
+            sndbuf=sndbuf & ~1,
+            rcvbuf=rcvbuf & ~1,
             buf_lock=buf_lock,
             mode=0,
             uid=item.stat.st_uid,

@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from migrator.engine.user.descriptors import addresses, packet, sockopts, tcp
 from migrator.engine.user.descriptors.netns import NetNs
@@ -60,6 +60,7 @@ class InetRestore:
         self._injector: packet.Injector | None = None
         self._all_made = False
         self._shared: dict[tuple[int, bytes], set[int]] = {}  # by protocol and port: flags that sharing it takes
+        self._groups: dict[Hashable, list[int]] = {}  # by _sharers()
         self._taken: set[int] = set()
 
     def add(self, rec: Socket) -> None:
@@ -101,6 +102,7 @@ class InetRestore:
             self._bind(rec, sock)
             if rec.type == socket.SOCK_DGRAM and rec.state == SocketState.CONNECTED:
                 sock.connect(addresses.unpack(rec.peer))
+        self._groups.setdefault(_sharers(rec), []).append(rec.objref)
         self._options(rec, sock, early=False)
         if rec.state == SocketState.LISTENING:
             if rec.type != socket.SOCK_STREAM:
@@ -362,7 +364,29 @@ class InetRestore:
                     probe.connect(addresses.unpack(rec.address))
                     near = addresses.pack(owner.family, probe.getsockname())
                 local = near[:2] + owner.local[2:4] + near[4:]
-            self._deliver(packet.datagram(local, rec.address, rec.data), local)
+            with self._preferred(owner):
+                self._deliver(packet.datagram(local, rec.address, rec.data), local)
+
+    @contextlib.contextmanager
+    def _preferred(self, owner: Socket) -> Iterator[None]:
+        """Inside, what comes for the address of this socket is for it, and not for another that shares the address."""
+        group = self._groups[_sharers(owner)]
+        if len(group) == 1:
+            yield
+            return
+        sock = self._made[owner.objref]
+        sockopts.prefer(sock, group.index(owner.objref))
+        try:
+            yield
+        finally:
+            sockopts.prefer(sock, None)
+
+
+def _sharers(rec: Socket) -> Hashable:
+    """What is the same of sockets among which the kernel distributes what comes (reuseport_add_sock() in
+    net/core/sock_reuseport.c), in the order in which they were bound."""
+    v6only = _option(rec, sockopts.SOL_IPV6, sockopts.IPV6_V6ONLY)
+    return rec.family, rec.protocol, rec.local, rec.device, rec.uid, v6only
 
 
 def _option(rec: Socket, level: int, name: int) -> int:

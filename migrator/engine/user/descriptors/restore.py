@@ -76,6 +76,7 @@ class DescriptorRestore:
         self._epolls: list[r.EpollItems] = []
         self._locks: list[r.FileLock] = []
         self._late_locks: list[LateLock] = []
+        self.put_off: list[r.File | r.FileLock] = []  # what `late_locks` was made of
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
         self._sockets = SocketRestore(context)
         descriptors.allow_many_files()
@@ -336,7 +337,7 @@ class DescriptorRestore:
             if rec.lock:
                 where = rec.path if rec.kind in BY_PATH else f"a file without a name, once {rec.path}"
                 fd = self._files[objref]
-                with self._or_later(rec, LateLock(pid, number, LockKind.FLOCK, rec.lock, 0, 0, where)):
+                with self._or_later(rec, rec, LateLock(pid, number, LockKind.FLOCK, rec.lock, 0, 0, where)):
                     locks.take_flock(fd, rec.lock, where)
         for lock in self._locks:
             rec = self._records[lock.file_objref]
@@ -344,7 +345,7 @@ class DescriptorRestore:
             if not lock.pid:
                 fd = self._known(self._files, lock.file_objref, "file")
                 pid, number = holders.get(lock.file_objref, (0, 0))
-                with self._or_later(rec, LateLock(pid, number, LockKind.DESCRIPTION, lock.kind, *span, rec.path)):
+                with self._or_later(rec, lock, LateLock(pid, number, LockKind.DESCRIPTION, lock.kind, *span, rec.path)):
                     locks.take_for_file(fd, lock, rec.path)
                 continue
             entry = self._installed.get(lock.pid)
@@ -352,17 +353,18 @@ class DescriptorRestore:
             if entry is None or (lock.fd, lock.file_objref) not in {(d.fd, d.file_objref) for d in installed}:
                 raise ImageError(f"a lock of pid {lock.pid} on fd {lock.fd}, which it does not have")
             stub = entry[0]
-            with self._or_later(rec, LateLock(stub.pid, lock.fd, LockKind.PROCESS, lock.kind, *span, rec.path)):
+            with self._or_later(rec, lock, LateLock(stub.pid, lock.fd, LockKind.PROCESS, lock.kind, *span, rec.path)):
                 locks.take(stub, lock, rec.path)
 
     @contextlib.contextmanager
-    def _or_later(self, rec: r.File, late: LateLock) -> Iterator[None]:
+    def _or_later(self, rec: r.File, lock: r.File | r.FileLock, late: LateLock) -> Iterator[None]:
         try:
             yield
         except locks.Locked:
             if not self._context.live or not late.pid or not locks.is_very_file(self._files[rec.objref], rec):
                 raise
             self._late_locks.append(late)
+            self.put_off.append(lock)
 
     def _owners(self) -> None:
         wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from collections.abc import Container, Iterable, Sequence
@@ -17,6 +18,7 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BUF_LOCK = 32, 33, 42, 72
 IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
 TCP_CONGESTION, TCP_ULP = 13, 31
 _SO_PRIORITY, _IP_TOS = 12, 1
+_SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF, _BPF_RET = 51, 68, 0x06
 
 _AT_ONCE = 256  # sockets that are asked for all their options in one go
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
@@ -112,6 +114,16 @@ def put(sock: socket.SocketType, option: SocketOption) -> None:
     except (OSError, struct.error) as error:
         number = error.errno if isinstance(error, OSError) else 0
         raise OSError(number or 22, f"socket option {name} of level {level}: {error}") from error
+
+
+def prefer(sock: socket.SocketType, index: int | None) -> None:
+    """Of the sockets that share an address by SO_REUSEPORT, have the one that was bound as number `index` get what
+    comes; None: as the kernel distributes it by itself."""
+    if index is None:
+        sock.setsockopt(SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+        return
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RET, 0, 0, index), 8)
+    sock.setsockopt(SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", 1, ctypes.addressof(program)))
 
 
 def peer_user(sock: socket.SocketType) -> list[SocketOption]:

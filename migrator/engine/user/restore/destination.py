@@ -161,6 +161,8 @@ class UserDestination(UnfinishedCopy):
         copied = look_again(
             self._stub_tree, stopped, self.moves, self._shared.tmpfs.mounts, contained=self._container is not None
         )
+        for record in self._descriptors.put_off if self._descriptors is not None else ():
+            saved.unlock(record)
         copied.container = saved.container  # what stands around a container is the sandbox's, made from this
         found = differences(saved, copied)
         if found:
