@@ -133,7 +133,7 @@ class InetDump:
             shutdown=0,
             backlog=backlog,
             peer_objref=0,
-            # setsockopt(2) doubles what it is given: an odd size, which the kernel's own tuning makes, is never had again.
+            # Odd only by the kernel's own tuning, and never had again: setsockopt(2) doubles what it is given.
             sndbuf=sndbuf & ~1,
             rcvbuf=rcvbuf & ~1,
             buf_lock=buf_lock,
