@@ -11,6 +11,7 @@ class Fate(Enum):
     SOURCE = "running on the source, as if nothing had been asked"
     DESTINATION = "running on the destination; the source copy is gone"
     FROZEN = "stopped on the source; an operator must choose"
+    ENDED = "over: its root process ended by itself, and no copy of it was started"
     UNTOUCHED = "not touched"
 
 
@@ -55,6 +56,18 @@ class CheckpointFailed(MigratorError):
 
     exit_code = 4
     fate = Fate.SOURCE
+
+
+class WorkloadEnded(CheckpointFailed):
+    """The root process ended by itself, or was killed by somebody, before a copy was decided on: there is none."""
+
+    fate = Fate.ENDED
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(
+            f"pid {pid} ended by itself, or was killed, while it was being saved",
+            hint="see its log, and start it again",
+        )
 
 
 class RestartFailed(MigratorError):

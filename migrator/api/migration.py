@@ -113,6 +113,7 @@ async def _run(
             peer=peer,
             container=options.container,
             container_spec=options.container_spec,
+            root=workload.pid,
             max_downtime=asked.max_downtime,
             thaw_overrun=asked.on_overrun == "abort",
             timeout=asked.timeout,

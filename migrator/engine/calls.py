@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from migrator.engine.base import (
     NO_CHECKPOINT_HOOKS,
@@ -19,11 +21,12 @@ from migrator.engine.base import (
     Source,
     SourceOptions,
 )
-from migrator.errors import UsageError
+from migrator.errors import CheckpointFailed, UsageError, WorkloadEnded
 from migrator.linux import procfs
 
 _NO_CHECKPOINT_FLAGS, _NO_RESTART_FLAGS = CheckpointFlags(0), RestartFlags(0)
 _ids = itertools.count(1)
+_ENDING_SECONDS = 1.0  # for a process that is just ending
 
 
 class EngineCalls(abc.ABC):
@@ -57,7 +60,7 @@ class EngineCalls(abc.ABC):
                 f"pid {pid} is not the init task of a container",
                 hint="pass --subtree to save it and its children, and see to what it shares with others",
             )
-        with self.source(pid, fd, options) as source:
+        with _unless_ended(pid), self.source(pid, fd, options) as source:
             source.survey()
             hooks.surveyed(source)
             source.instrument()
@@ -95,6 +98,18 @@ class EngineCalls(abc.ABC):
                 destination.resume()
                 destination.tidy()
         return root
+
+
+@contextmanager
+def _unless_ended(pid: int) -> Iterator[None]:
+    """What goes wrong because the root has ended by itself is told as that."""
+    start = procfs.start_time(pid)
+    try:
+        yield
+    except (CheckpointFailed, OSError) as error:
+        if procfs.has_ended(pid, start, _ENDING_SECONDS):
+            raise WorkloadEnded(pid) from error
+        raise
 
 
 def is_container_init(pid: int) -> bool:

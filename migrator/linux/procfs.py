@@ -4,9 +4,11 @@ or FileNotFoundError, as the kernel says it."""
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 _UNLIMITED = (1 << 64) - 1  # as RLIM_INFINITY
+_PF_EXITING = 4  # include/linux/sched.h
 
 
 @dataclass(slots=True, frozen=True)
@@ -146,6 +148,26 @@ def stat(pid: int, tid: int | None = None) -> list[str]:
     head, _, tail = text.rpartition(")")
     number, _, comm = head.partition("(")
     return ["", number.strip(), comm, *tail.split()]
+
+
+def has_ended(pid: int, start: int, seconds: float = 0.0) -> bool:
+    """Whether the process that began at `start` has ended, all its threads with it. One that is just ending is given so
+    many seconds for it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fields = stat(pid)
+            if fields[3] in "ZX" and all(stat(pid, tid)[3] in "ZX" for tid in tids(pid)):
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            if not os.path.exists(f"/proc/{pid}"):
+                return True
+            continue  # one of its threads
+        if int(fields[22]) != start:
+            return True
+        if not int(fields[9]) & _PF_EXITING or time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
 
 
 def open_files_limit(pid: int) -> int:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from migrator import model
-from migrator.errors import Fate, MigrationAborted, MigratorError, Refused, Undecided
+from migrator.errors import Fate, MigrationAborted, MigratorError, Refused, Undecided, WorkloadEnded
 from migrator.model import Outcome, Phase, Where
 from migrator.protocol import messages as m
 from migrator.session import convergence
@@ -144,6 +144,8 @@ def how_it_ended(error: BaseException | None, *, away: bool, dry_run: bool) -> t
         return Outcome.UNDECIDED, Fate.FROZEN
     if away:
         return Outcome.MIGRATED, Fate.DESTINATION
+    if isinstance(error, WorkloadEnded):
+        return Outcome.ABORTED, Fate.ENDED
     if error is None and dry_run:
         return Outcome.DRY_RUN, Fate.SOURCE
     return Outcome.REFUSED if isinstance(error, Refused) else Outcome.ABORTED, Fate.SOURCE

@@ -19,6 +19,7 @@ class SourceSettings:
 
     migration:     its id, new
     peer:          how to reach the destination again, as given on the command line
+    root:          pid of the workload's root process, 0 if not known: by it is known that it has ended by itself
     max_downtime:  seconds; None for the best that can be had
     thaw_overrun:  if the stop gets longer than `max_downtime` by more than the tolerance (prediction.latest), abort
     timeout:       seconds until it must have been decided to freeze
@@ -35,6 +36,7 @@ class SourceSettings:
 
     migration: str
     peer: str
+    root: int = 0
     container: str = ""
     container_spec: str = ""
     max_downtime: float | None = None

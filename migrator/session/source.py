@@ -43,6 +43,7 @@ from migrator.session.workload import WorkloadThread
 
 log = logging.getLogger("migrator.session")
 
+_ENDING_SECONDS = 1.0  # for a process that is just ending
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 
 
@@ -72,7 +73,7 @@ class SourceSession:
         self._post = self._driver.post
         self._peer = Peer(link, reconnect, host.host, heard=self._heard, broken=self._broken)
         self._clock = PeerClock(self._peer.send)
-        self._workload = WorkloadThread(factory, link, network)
+        self._workload = WorkloadThread(factory, link, network, settings.root)
         self._deadlines = Deadlines(settings, self._driver, self._workload.stood)
         self._proposal = Proposal(settings, host, self._workload, self._peer)
         self._precopy = Precopy(settings, self._proposal, self._workload, self._peer, self._clock)
@@ -135,7 +136,7 @@ class SourceSession:
                 if self._deadlines.overrun_by(event):
                     event, why = SourceEvent.CANCEL, self._deadlines.too_long()
                 if self._driver.machine.look(event).state is SourceState.HERE:
-                    self._error = self._error or why
+                    self._error = await asyncio.to_thread(self._workload.ended, _ENDING_SECONDS) or self._error or why
                     self._proposal.stop()
                     await self._driver.stop_work(self._workload.stop)
                 await self._driver.take(event)
@@ -306,7 +307,7 @@ class SourceSession:
             trees.TreeAnswer: self._heard_files,
             m.FilesSync: self._heard_files,
             m.Standing: lambda message: self._workload.standing(message.round),
-            m.Ready: lambda message: self._post(SourceEvent.READY),
+            m.Ready: self._heard_ready,
             m.Running: self._heard_running,
             m.Discarded: lambda message: self._post(SourceEvent.DISCARDED, self._said(message)),
             m.Clock: self._clock.heard,
@@ -340,6 +341,10 @@ class SourceSession:
         if self._proposal.files is None:
             raise m.MessageError(f"a {type(message).__name__}, and no files were offered")
         self._proposal.files.heard(message)
+
+    def _heard_ready(self, _: m.Ready) -> None:
+        ended = self._workload.ended()
+        self._post(SourceEvent.FAILED if ended else SourceEvent.READY, ended)
 
     def _heard_running(self, message: m.Running) -> None:
         if self._running is None or self._running.waits:

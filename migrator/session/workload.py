@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from migrator.engine.base import Round, Source, Survey
-from migrator.errors import MigrationAborted, MigratorError
+from migrator.errors import MigrationAborted, MigratorError, WorkloadEnded
 from migrator.linux import procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal, JournalHeader
@@ -48,8 +48,10 @@ class WorkloadThread:
     reading end is closed, so that an engine that is writing gets EPIPE instead of waiting for ever.
     """
 
-    def __init__(self, factory: SourceFactory, link: Link, network: NetworkLock | None) -> None:
+    def __init__(self, factory: SourceFactory, link: Link, network: NetworkLock | None, root: int = 0) -> None:
+        """`root`: the pid of its root process, to find out whether it has ended; 0 if nobody knows."""
         self._factory = factory
+        self._root, self._root_start = root, 0
         self._link = link
         self.network = network
         self.thread = OwnThread("engine")
@@ -73,6 +75,9 @@ class WorkloadThread:
     async def survey(self) -> Survey:
         """Make the engine's object and let it look. Raises Refused; the workload runs on."""
         self._guard.prepare()
+        if self._root:
+            with contextlib.suppress(OSError):  # it is just ending, which the engine tells
+                self._root_start = procfs.start_time(self._root)
         self._read_fd, self._write_fd = os.pipe()
         os.set_inheritable(self._write_fd, False)
         self.source = await self.thread.run(self._factory, self._write_fd)
@@ -142,6 +147,12 @@ class WorkloadThread:
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._write_fd, termios.FIONREAD, count)
         return count[0]
+
+    def ended(self, seconds: float = 0.0) -> WorkloadEnded | None:
+        """What to say if the root process has ended by itself; one that is just ending is given so many seconds."""
+        if self._root_start and procfs.has_ended(self._root, self._root_start, seconds):
+            return WorkloadEnded(self._root)
+        return None
 
     def pids(self) -> list[int]:
         return self._source.pids

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from migrator.engine.base import AfterCheckpoint, CheckpointFlags, RestartFlags
+from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.engine import UserEngine
-from migrator.errors import ImageError, MigratorError, RestartFailed, UsageError
+from migrator.errors import Fate, ImageError, MigratorError, RestartFailed, UsageError, WorkloadEnded
 from migrator.linux import cgroup, procfs
 from migrator.testing.workloads import Workload
 
@@ -134,6 +135,24 @@ def test_a_stream_that_breaks_leaves_the_program_running(tmp_path: Path) -> None
         os.close(writer)
         memory.check_alive_and_progressing(ticks=1)
         memory.finish()
+
+
+@pytest.mark.parametrize("step", ["survey", "instrument", "freeze"])
+def test_a_program_that_ends_meanwhile_is_said_to_have_ended(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = getattr(UserSource, step)
+
+    def and_killed(source: UserSource) -> object:
+        result = plain(source)
+        os.kill(source.pid, signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(UserSource, step, and_killed)
+    with Workload("threads", tmp_path) as threads:
+        with pytest.raises(WorkloadEnded, match=f"pid {threads.pid} ended by itself") as failed:
+            checkpoint(threads, tmp_path / "image", AfterCheckpoint.RUN)
+        assert failed.value.fate is Fate.ENDED
 
 
 def test_everything_that_the_engine_needs_is_here() -> None:

@@ -15,6 +15,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from migrator.container import list_containers, stop
+from migrator.errors import Fate, WorkloadEnded
 from migrator.linux import cgroup, procfs
 from migrator.protocol.states import Recorded
 from migrator.recovery.journal import Journal
@@ -281,6 +283,28 @@ def await_round(process: subprocess.Popen[Any], number: int = 1) -> str:
         assert line, f"it ended: {text}"
         text += line
     return text
+
+
+KILLED_AT = """
+import os, runpy, sys
+from migrator.runtime import fault_points
+point, pid, *sys.argv = sys.argv[1:]
+fault_points.armed.point, fault_points.armed.action = point, lambda: os.kill(int(pid), 9)
+runpy.run_module("migrator", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("point", ["source.proposed", "source.round", "source.frozen", "source.saved"])
+def test_a_workload_that_ends_meanwhile_is_said_to_have_ended(stage: Stage, counting: Counting, point: str) -> None:
+    argv = ["migrator", "migrate", counting.name, f"root@{stage.b.address}:{AGENT_PORT}"]
+    command = [sys.executable, "-c", KILLED_AT, point, str(counting.pid), *argv]
+    code, text = ended(stage.a.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    assert code == WorkloadEnded.exit_code, text
+    assert f"pid {counting.pid} ended by itself" in text and f"the workload is {Fate.ENDED.value}" in text, text
+    assert "running on the source" not in text
+    assert counting.where() == {"a": [], "b": []}
+    for host in (stage.a, stage.b):
+        await_closed(host)
 
 
 NEVER = ("--max-downtime", "1us", "--timeout", "60s")  # pre-copy goes on and on
