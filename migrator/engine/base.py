@@ -131,8 +131,10 @@ class Survey:
     """What preflight learns about a workload without stopping it.
 
     files: (path, size, mode, digest-or-build-id) of every mapped and open regular file whose content
-           is not carried in the stream
+           is not carried in the stream; directories and FIFOs that must be there by name have no size
     cap_bounding: what any of its tasks has in its capability bounding set
+    most_files: how many descriptors any of its tasks may have open (the hard RLIMIT_NOFILE)
+    congestion: the congestion controls of its sockets
     work:  how much there is, None if the engine does not count
     notes: (what it is about, what will not be quite the same on the destination)
     """
@@ -148,6 +150,8 @@ class Survey:
     wanted_pids: list[int]  # pids that must be free on the destination (empty: own pid namespace)
     notes: list[tuple[str, str]] = field(default_factory=list)
     cap_bounding: int = 0
+    most_files: int = 0
+    congestion: frozenset[str] = frozenset()
     work: Work | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Collection
 
 from migrator.engine.base import FileFact
@@ -32,6 +33,26 @@ def opened(pid: int, files: dict[str, FileFact], devices: Collection[int]) -> No
             _note(files, path, link, bool(flags & 3))
         except (FileNotFoundError, ProcessLookupError, IndexError):
             continue
+
+
+def directories(pid: int, files: dict[str, FileFact], devices: Collection[int]) -> None:
+    """Note what else of the file system a process needs by name: its working directory and root, directories and FIFOs
+    that it has open; but what is on `devices`, which the stream has."""
+    for link in (
+        f"/proc/{pid}/cwd",
+        f"/proc/{pid}/root",
+        *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")),
+    ):
+        try:
+            path, status = os.readlink(link), os.stat(link)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it was closed
+        if not path.startswith("/") or path == "/" or f"{path}/".startswith(("/dev/", "/proc/")):
+            continue
+        if path.endswith(" (deleted)") or status.st_dev in devices:
+            continue
+        if stat.S_ISDIR(status.st_mode) or stat.S_ISFIFO(status.st_mode):
+            files.setdefault(path, FileFact(path, 0, status.st_mode, 0, "", False))
 
 
 def _note(files: dict[str, FileFact], path: str, link: str, writable: bool) -> None:

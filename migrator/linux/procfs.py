@@ -170,11 +170,11 @@ def has_ended(pid: int, start: int, seconds: float = 0.0) -> bool:
         time.sleep(0.002)
 
 
-def open_files_limit(pid: int) -> int:
-    """The soft limit of descriptors of a task. prlimit(2) would want CAP_SYS_RESOURCE for one of another user."""
+def open_files_limits(pid: int) -> tuple[int, int]:
+    """(soft, hard) limit of descriptors of a task. prlimit(2) would want CAP_SYS_RESOURCE for one of another user."""
     (line,) = [line for line in read_text(f"/proc/{pid}/limits").split("\n") if line.startswith("Max open files")]
-    soft = line.split()[3]
-    return _UNLIMITED if soft == "unlimited" else int(soft)
+    soft, hard = (_UNLIMITED if word == "unlimited" else int(word) for word in line.split()[3:5])
+    return soft, hard
 
 
 def ns_pid(state: dict[str, str], field: str = "NSpid") -> int:

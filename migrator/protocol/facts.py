@@ -66,6 +66,8 @@ class Survey(Part, frozen=True):
     wanted_pids: Annotated[list[Pid], Meta(max_length=MOST_PIDS)]
     notes: Annotated[list[tuple[Text, Text]], Meta(max_length=MOST_NOTES)] = msgspec.field(default_factory=list)
     cap_bounding: Count = 0
+    most_files: Count = 0
+    congestion: Features = frozenset()
 
     @classmethod
     def of(cls, survey: base.Survey) -> Self:
@@ -81,6 +83,8 @@ class Survey(Part, frozen=True):
             survey.wanted_pids,
             [(about[:4000], note[:4000]) for about, note in survey.notes[:MOST_NOTES]],
             survey.cap_bounding,
+            survey.most_files,
+            survey.congestion,
         )
 
     def value(self) -> base.Survey:
@@ -96,6 +100,8 @@ class Survey(Part, frozen=True):
             self.wanted_pids,
             self.notes,
             self.cap_bounding,
+            self.most_files,
+            self.congestion,
         )
 
 

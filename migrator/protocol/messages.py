@@ -58,6 +58,8 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xstate_size:   bytes of the extended processor state as ptrace shows it
     abilities:     what the engine here can do and what not
     cap_bounding:  capabilities that a task may have that is restarted here; 0 where nobody has looked
+    vdso:          digest of the code that the kernel maps into every process
+    nr_open:       fs.nr_open, above which no process may have descriptors
     confined:      what else it would be under here for good, "" for nothing
     """
 
@@ -75,6 +77,8 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     boot_id: Name = ""
     cap_bounding: Count = 0
     confined: Text = ""
+    vdso: Name = ""
+    nr_open: Count = 0
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -42,6 +42,7 @@ class Admission:
             here = collect_files(told, root, stopped=self._stopped.is_set)
             taken = preflight.taken(proposal.survey.wanted_pids)
             reasons, wanted = preflight.compare(proposal, self._host, here, taken, self._log_of(proposal))
+            reasons += preflight.without_congestion(proposal.survey.congestion, self._host.host)
             self._files.want(wanted)
             for tree in self._files.shared():
                 remedy = "it needs no copy: leave --copy-files and --copy-path away"

@@ -8,13 +8,15 @@ blocks; what is only worth knowing is a warning. The destination compares, becau
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from migrator.engine.base import Capability, FileFact
-from migrator.linux import confinement
+from migrator.linux import confinement, vdso
 from migrator.protocol.messages import HostFacts, Propose, Reason, text
 from migrator.text import size
 
@@ -71,14 +73,21 @@ def compare(
                 "end that process, or move the workload as a container, which has pids of its own",
             )
         )
-    wanted = []
+    wanted: list[str] = []
+    named: list[tuple[str, str]] = []  # directories and FIFOs
     for fact in (told.value() for told in proposal.survey.files):
         problem = file_problem(fact, files.get(fact.path))
-        if problem and (proposal.copy_files or fact.path == log):
+        if problem and not stat.S_ISREG(fact.mode):
+            named.append((fact.path, problem))
+        elif problem and (proposal.copy_files or fact.path == log):
             wanted.append(fact.path)
         elif problem:
             remedy = "install the same version there, or use --copy-files"
             reasons.append(Reason(fact.path, f"{problem} on {here.host}", remedy))
+    carried = [*wanted, *(f"{tree.path}/" for tree in proposal.trees if proposal.copy_files)]
+    for path, problem in named:
+        if not any(one.startswith(f"{path}/") or f"{path}/".startswith(one) for one in carried):
+            reasons.append(Reason(path, f"{problem} on {here.host}", "make it there, or use --copy-path"))
     reasons += [Reason(text(about), text(note), "", False) for about, note in proposal.survey.notes[:_MOST_NOTES]]
     return reasons, wanted
 
@@ -123,6 +132,12 @@ def _hosts(proposal: Propose, here: HostFacts) -> list[Reason]:
     if here.confined:
         problem = f"is under {here.confined}, and so would be the copy"
         reasons.append(Reason(f"the agent of {who}", problem, "take that off the agent"))
+    if there.vdso and here.vdso and there.vdso != here.vdso:
+        problem = f"maps other code into every process (vdso) than that of {there.host}, and tasks may be in it"
+        reasons.append(Reason(f"kernel of {who}", problem, "boot the same build of the kernel on both hosts"))
+    if here.nr_open and (files := proposal.survey.most_files) > here.nr_open:
+        problem = f"allows a process {here.nr_open} open files (fs.nr_open), the workload may have {files}"
+        reasons.append(Reason(f"kernel of {who}", problem, f"sysctl fs.nr_open={files} there"))
     need = proposal.survey.rss_bytes + _MEMORY_SLACK
     if here.memory_available and here.memory_available < need:
         problem = f"has {size(here.memory_available)} available, {size(need)} are needed"
@@ -138,6 +153,8 @@ def file_problem(there: FileFact, here: FileFact | None) -> str:
     """What is wrong with a file on this host, "" if it is the same."""
     if here is None:
         return "is missing"
+    if not stat.S_ISREG(there.mode):
+        return "" if stat.S_IFMT(there.mode) == stat.S_IFMT(here.mode) else "is something else"
     if there.mode != here.mode:
         return f"has mode {here.mode:o}, not {there.mode:o}, as it has"
     if there.build_id and here.build_id and there.build_id != here.build_id:
@@ -153,6 +170,19 @@ def file_problem(there: FileFact, here: FileFact | None) -> str:
     if bool(there.build_id) != bool(here.build_id):
         return "is another file"
     return ""
+
+
+def without_congestion(names: Iterable[str], who: str) -> list[Reason]:
+    """A reason for each congestion control that a socket cannot be given here. Loads the module, if there is one."""
+    reasons = []
+    for name in sorted(names):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            except OSError:
+                what = f"congestion control {text(name)}"
+                reasons.append(Reason(what, f"is not there on {who}", f"modprobe tcp_{text(name)} there"))
+    return reasons
 
 
 def taken(pids: Iterable[int]) -> list[int]:
@@ -177,6 +207,8 @@ def collect_host(engine: str, capabilities: Iterable[Capability] = (), xstate_si
         abilities={capability.name: capability.available for capability in capabilities},
         memory_available=int(memory.get("MemAvailable", "0 kB").split()[0]) << 10,
         pid_max=int(Path("/proc/sys/kernel/pid_max").read_text()),
+        vdso=vdso.digest(os.getpid()),
+        nr_open=int(Path("/proc/sys/fs/nr_open").read_text()),
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 import threading
 from collections.abc import Callable
 
@@ -51,7 +52,7 @@ class Proposal:
         files = await self._thread.run(with_digests, survey.files, root, stopped=self._stopped.is_set)
         if settings.copy_files or settings.log:
             self.files = FileSync(
-                [fact for fact in files if settings.copy_files or fact.path == settings.log],
+                [f for f in files if stat.S_ISREG(f.mode) and (settings.copy_files or f.path == settings.log)],
                 settings.trees,
                 root,
                 send=self._peer.send_within_cap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +17,20 @@ from migrator.linux.cgroup import hierarchy
 
 pytestmark = pytest.mark.root
 
+NEEDS = """
+import os, resource, socket, time
+sock = socket.socket()
+sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+os.mkfifo("fifo")
+fifo = os.open("fifo", os.O_RDWR)
+os.mkdir("open")
+folder = os.open("open", os.O_RDONLY)
+os.mkdir("work")
+os.chdir("work")
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 4321))
+print("ready", flush=True)
+time.sleep(60)
+"""
 PROGRAM = """
 import tempfile, time
 try:
@@ -52,3 +67,25 @@ def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
     (of_cgroup,) = [what for what in told if group.name in what]
     assert of_cgroup.endswith("and its limits do not come along")
     assert told["files without a name: when they were last read is not kept"] == f"pid {child.pid} fd {number}"
+
+
+def test_the_survey_says_what_the_destination_must_have(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with out.open("w") as stdout:
+        child = subprocess.Popen(
+            [sys.executable, "-c", NEEDS], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout
+        )
+    with child:
+        try:
+            while not out.read_text():
+                time.sleep(0.01)
+            with UserSource(child.pid, -1, SourceOptions()) as source:
+                found = source.survey()
+        finally:
+            child.kill()
+            child.wait()
+    assert out.read_text() == "ready\n"
+    assert (found.congestion, found.most_files) == ({"reno"}, 4321)
+    named = {fact.path: stat.S_IFMT(fact.mode) for fact in found.files if not stat.S_ISREG(fact.mode)}
+    kinds = {"fifo": stat.S_IFIFO, "open": stat.S_IFDIR, "work": stat.S_IFDIR}
+    assert named == {str(tmp_path / name): kind for name, kind in kinds.items()}

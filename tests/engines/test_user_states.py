@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from pidhosts import HostedWorkload, PidHost, Program, migrate, save_to_file
 
-from migrator.engine.user.dump.header import vdso_digest
-from migrator.errors import CheckpointFailed, Refused
-from migrator.linux import procfs
+from migrator.errors import Refused
+from migrator.linux import procfs, vdso
 
 pytestmark = pytest.mark.root
 
@@ -705,8 +704,8 @@ def test_credentials_of_an_ordinary_user(hosts: tuple[PidHost, PidHost], tmp_pat
 def test_a_task_that_has_lost_its_memory_is_not_taken_for_one_without_a_vdso() -> None:
     ended = subprocess.Popen(["true"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(CheckpointFailed, match=f"pid {ended.pid} has ended"):
-        vdso_digest(ended.pid)
+    with pytest.raises(ProcessLookupError, match=f"pid {ended.pid} has ended"):
+        vdso.digest(ended.pid)
     ended.wait()
 
 

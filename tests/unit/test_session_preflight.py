@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 from migrator.engine.base import Capability, FileFact, Survey
 from migrator.protocol import facts
 from migrator.protocol import messages as m
+from migrator.protocol.trees import SyncTree
 from migrator.session.file_facts import collect_files, with_digests
 from migrator.session.preflight import (
     collect_host,
     compare,
     file_problem,
     taken,
+    without_congestion,
 )
 
 A = m.HostFacts("a", "6.18", "x86_64", "Intel", "Xeon", frozenset({"avx2", "avx512f"}), 2696, "user")
@@ -31,9 +34,13 @@ SURVEY = Survey([7], 1, 1 << 30, [], frozenset({"avx2", "avx512f", "ibrs"}), 269
 
 
 def judge(
-    here: m.HostFacts = B, files: dict[str, FileFact | None] | None = None, pids: list[int] | None = None, **survey: Any
+    here: m.HostFacts = B,
+    files: dict[str, FileFact | None] | None = None,
+    pids: list[int] | None = None,
+    told: list[FileFact] | None = None,
+    **survey: Any,
 ) -> list[m.Reason]:
-    proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, **survey)))
+    proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, files=told or SURVEY.files, **survey)))
     return compare(proposal, here, files or {}, pids or [])[0]
 
 
@@ -67,6 +74,41 @@ def test_an_agent_that_would_confine_the_copy_blocks() -> None:
     assert reason.blocking and "cap_sys_module" in reason.problem
     reason = only(judge(msgspec.structs.replace(B, confined="no_new_privs")))
     assert reason.blocking and "no_new_privs" in reason.problem
+
+
+def test_a_directory_that_is_missing_or_a_file_blocks_unless_it_is_carried_along() -> None:
+    folder = FileFact("/srv/work", 0, stat.S_IFDIR | 0o755, 0, "", False)
+    file = FileFact("/srv/work/a", 3, stat.S_IFREG | 0o644, 1, "", False)
+    other_mode, plain = replace(folder, mode=stat.S_IFDIR | 0o700), replace(folder, mode=stat.S_IFREG | 0o755)
+    assert judge(files={"/srv/work": other_mode}, told=[folder]) == []
+    assert "is missing on b" in str(only(judge(told=[folder])))
+    assert "is something else" in only(judge(files={"/srv/work": plain}, told=[folder])).problem
+    proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, files=[folder, file])), copy_files=True)
+    assert compare(proposal, B, {}) == ([], ["/srv/work/a"])
+    tree = [SyncTree("/srv")]
+    proposal = msgspec.structs.replace(proposal, survey=facts.Survey.of(replace(SURVEY, files=[folder])), trees=tree)
+    assert compare(proposal, B, {}) == ([], [])
+    assert only(compare(msgspec.structs.replace(proposal, trees=[]), B, {})[0]).object == "/srv/work"
+
+
+def test_a_kernel_with_another_vdso_blocks() -> None:
+    a, b = msgspec.structs.replace(A, vdso="00"), msgspec.structs.replace(B, vdso="01")
+    proposal = m.Propose("test-0001", a, facts.Survey.of(SURVEY))
+    assert "vdso" in only(compare(proposal, b, {})[0]).problem
+    assert compare(proposal, msgspec.structs.replace(b, vdso="00"), {})[0] == []
+    assert compare(proposal, B, {})[0] == []  # nobody has looked
+
+
+def test_a_limit_of_open_files_that_cannot_be_set_there_blocks() -> None:
+    here = msgspec.structs.replace(B, nr_open=1 << 20)
+    assert judge(here, most_files=1 << 20) == []
+    assert "fs.nr_open" in only(judge(here, most_files=1 << 30)).problem
+
+
+def test_a_congestion_control_that_is_not_there_blocks() -> None:
+    assert without_congestion(["reno"], "b") == []
+    reason = only(without_congestion(["reno", "none-such"], "b"))
+    assert reason.blocking and "none-such" in reason.object
 
 
 def test_another_architecture_is_all_that_needs_to_be_said() -> None:

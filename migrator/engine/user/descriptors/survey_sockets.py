@@ -16,10 +16,12 @@ from migrator.linux.namespaces import entered
 _HINT = "run it under `migrator run`, so that its address moves with it"
 
 
-def survey_sockets(found: Sequence[Found], pid: int, root: Root, *, own_netns: bool) -> Iterator[str]:
+def survey_sockets(
+    found: Sequence[Found], pid: int, root: Root, congestion: set[str], *, own_netns: bool
+) -> Iterator[str]:
     """One sentence per obstacle. Each socket is fetched for a moment; the program sees nothing of it.
 
-    pid: a process of the tree, for its network namespace."""
+    pid: a process of the tree, for its network namespace. congestion: is given the controls of all of TCP."""
     once = {item.link: item for item in found}
     unix: dict[int, Found] = {}
     connections: dict[tuple[bytes, bytes], Found] = {}
@@ -47,6 +49,9 @@ def survey_sockets(found: Sequence[Found], pid: int, root: Root, *, own_netns: b
                 if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
                     yield f"{item}: {same_name(name, names[name])}"
                 continue
+            if sock.proto == socket.IPPROTO_TCP:
+                raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 64)
+                congestion.add(raw.split(b"\0")[0].decode(errors="replace"))
             if sock.proto == socket.IPPROTO_UDP:
                 if group := multicast.membership(sock, groups):
                     yield f"{item}: {member_of(group)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -13,7 +12,7 @@ from migrator.engine.clocks import clock_offsets
 from migrator.engine.stream import RecordWriter
 from migrator.errors import CheckpointFailed
 from migrator.image.records import MAGIC, REV, Arch, Header, HeaderX86
-from migrator.linux import memory, procfs
+from migrator.linux import vdso
 
 
 def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
@@ -44,15 +43,8 @@ def write(writer: RecordWriter, pid: int, options: SourceOptions) -> None:
     )
     cpu = processor.cpu_facts()
     features, size = processor.xstate_facts()
-    writer.write(HeaderX86(features, size, cpu["vendor"], cpu["model"], cpu["flags"], vdso_digest(pid)))
-
-
-def vdso_digest(pid: int) -> str:
-    """sha256 of the vdso's bytes, hex; "" where the kernel gives none. Raises CheckpointFailed for a task that ends."""
-    vmas = procfs.maps(pid)
-    if not vmas:  # of one that is killed, before it is a zombie
-        raise CheckpointFailed(f"pid {pid} has ended")
-    for vma in vmas:
-        if vma.path == "[vdso]":
-            return hashlib.sha256(memory.read(pid, vma.start, vma.end - vma.start)).hexdigest()
-    return ""
+    try:
+        code = vdso.digest(pid)
+    except ProcessLookupError as error:
+        raise CheckpointFailed(f"pid {pid} has ended") from error
+    writer.write(HeaderX86(features, size, cpu["vendor"], cpu["model"], cpu["flags"], code))

@@ -67,22 +67,25 @@ def survey(
         reasons += sysv.obstacles(p.pid for p in tree.living)
     segments = {item.id: item.size for item in sysv.segments()} if sysv is not None else {}
     found_files: dict[str, FileFact] = {}
-    threads = rss = cap_bounding = 0
+    threads = rss = cap_bounding = most_files = 0
+    congestion: set[str] = set()
     for process in tree.living:
         try:
             state = procfs.status(process.pid)
             threads += int(state["Threads"])
             rss += int(state.get("VmRSS", "0").split()[0]) * 1024
             cap_bounding |= int(state["CapBnd"], 16)
+            most_files = max(most_files, procfs.open_files_limits(process.pid)[1])
             reasons += survey_tasks.of_process(tree, process, state, tmpfs.devices)
             who = f"pid {process.pid} ({state['Name']})"
             reasons += [f"{who}: {text}" for text in _ipc_obstacles(process.pid, segments)]
             files.mapped(process.pid, found_files, lambda vma: is_shm(vma, tmpfs.devices))
             files.opened(process.pid, found_files, tmpfs.devices)
+            files.directories(process.pid, found_files, tmpfs.devices)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
-    reasons += descriptors.survey(owners, own_netns=bool(options.container))
+    reasons += descriptors.survey(owners, own_netns=bool(options.container), congestion=congestion)
     _, xsize = processor.xstate_facts()
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
     wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})
@@ -98,6 +101,8 @@ def survey(
         wanted_pids=wanted,
         notes=[*survey_notes.notes(tree.living), *descriptors.notes(owners)],
         cap_bounding=cap_bounding,
+        most_files=most_files,
+        congestion=frozenset(congestion),
         work=work.count(tree.living),
     )
     return found, reasons

@@ -15,7 +15,6 @@ from migrator.engine.base import DestinationOptions, LateLock, Move
 from migrator.engine.stream import RecordReader
 from migrator.engine.unfinished_copy import UnfinishedCopy
 from migrator.engine.user.descriptors import OF_DESCRIPTORS, DescriptorRestore
-from migrator.engine.user.dump import header
 from migrator.engine.user.restore.backing import Backing
 from migrator.engine.user.restore.mappings import AddressSpace
 from migrator.engine.user.restore.process_tree import StubTree
@@ -42,7 +41,7 @@ from migrator.image.records import (
     Tree,
     Vmas,
 )
-from migrator.linux import urgency
+from migrator.linux import urgency, vdso
 from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
 from migrator.linux.cgroup import Cgroup, unique_name
@@ -325,7 +324,7 @@ class UserDestination(UnfinishedCopy):
             else:
                 self._cgroup = Cgroup.create(self.options.cgroup_name or unique_name("restart", root.pid))
                 self._cgroup.attach(root.pid)
-            if self._arch is not None and header.vdso_digest(root.pid) != self._arch.vdso_digest:
+            if self._arch is not None and vdso.digest(root.pid) != self._arch.vdso_digest:
                 raise RestartFailed(
                     "the vdso of this kernel differs from the one that the tasks were saved under",
                     hint="restart on a host that runs the same kernel build",

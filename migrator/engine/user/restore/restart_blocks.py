@@ -99,7 +99,7 @@ def _polled(thread: StubThread, regs: arch.Regs) -> bytes:
     """The array of a poll(2), which the kernel writes to at each return; nothing if it would refuse the array."""
     count = regs.rsi & 0xFFFFFFFF
     try:
-        if count > procfs.open_files_limit(thread.tid):
+        if count > procfs.open_files_limits(thread.tid)[0]:
             return b""
         return memory.read(thread.tid, regs.rdi, count * _POLLFD)
     except OSError:
