@@ -243,8 +243,10 @@ class SharedMemory:
             spans = there
         else:
             spans = intersect(merge(item.dirty), there)
-            if final or status.st_mtime_ns != item.mtime:  # write(2) shows in it, most of the time
-                spans = merge([*spans, *item.sent.changed(item.fd, subtract(there, spans))])
+            rest = subtract(there, spans)
+            if not final and status.st_mtime_ns == item.mtime:  # write(2) shows in it, most of the time
+                rest = item.sent.doubtful(rest)  # what is seen to be as it was sent now takes less time at the end
+            spans = merge([*spans, *item.sent.changed(item.fd, rest)])
         item.mtime = status.st_mtime_ns
         sender.announce(item.objref, subtract(item.there, there), PageKind.ABSENT)
         item.announced, item.dirty, item.there = True, [], there
