@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from migrator.container import mounts, network, state
+from migrator.container import mounts, network, state, sysctls
 from migrator.container.spec import ContainerSpec
 from migrator.container.state import Container, host_name, list_containers, now
 from migrator.errors import UsageError
@@ -53,7 +53,7 @@ def _ends(container: Container, within: float) -> bool:
 
 @_tells_ending
 def describe(container: Container) -> ContainerSpec:
-    """The specification with the addresses, routes, host name and tmpfs mounts of this moment.
+    """The specification with the addresses, routes, host name, sysctls and tmpfs mounts of this moment.
 
     Takes a container, or the pid of any process in one. Nothing is stopped or changed. Takes some
     milliseconds, so not for the time of the freeze. Raises UsageError for a pid that is in no container,
@@ -67,6 +67,7 @@ def describe(container: Container) -> ContainerSpec:
         hostname=run_in(container.init_pid, {"uts"}, socket.gethostname),
         loopback=net.loopback,
         tmpfs=own,
+        sysctls=sysctls.changed(container.init_pid),
     )
     if not spec.bridge:
         return spec

@@ -17,7 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
-from migrator.container import mounts, network, state
+from migrator.container import mounts, network, state, sysctls
 from migrator.container.bridge_port import BR_STATE_FORWARDING
 from migrator.container.network import NetworkError
 from migrator.container.rtnetlink import netlink_error, open_route
@@ -131,6 +131,7 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         container.save()  # before the first act: whoever finds it knows what to take down
         cgroup.attach(init_pid)
         _step("host name", spec.name, lambda: run_in(init_pid, {"uts"}, lambda: _set_hostname(spec)))
+        _step("sysctls", spec.name, lambda: sysctls.put(init_pid, spec.sysctls))
         index = _step("network", spec.name, lambda: network.set_up(spec, init_pid))
         container = replace(container, ifindex=index)
         container.save()

@@ -14,6 +14,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from migrator.container import sysctls
 from migrator.errors import UsageError
 
 DEFAULT_BRIDGE = "migrator0"
@@ -73,6 +74,7 @@ class ContainerSpec:
     loopback:  more addresses on lo, beside 127.0.0.1 and ::1
     neighbours: what eth0 knows about its link, at most NEIGHBOURS entries
     mtu:       of eth0, bytes; 0 for the bridge's
+    sysctls:   of its own namespaces, by name below /proc/sys, where not as in new ones
     log:       the regular file that gets stdout and stderr, a path inside the container
     """
 
@@ -91,6 +93,7 @@ class ContainerSpec:
     mtu: int = 0
     tmpfs: tuple[Tmpfs, ...] = ()
     log: str = ""
+    sysctls: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -245,6 +248,11 @@ def _check(spec: ContainerSpec) -> None:
         _need(not path or _is_absolute(path), "path", path)
     for key in spec.env:
         _need(bool(key) and "=" not in key, "environment variable", key)
+    _need(isinstance(spec.sysctls, dict) and len(spec.sysctls) <= sysctls.MOST, "sysctls", spec.sysctls)
+    for name, value in spec.sysctls.items():
+        _need(isinstance(name, str) and sysctls.carried(name), "sysctl", name)
+        _need(isinstance(value, str) and len(value) <= sysctls.LONGEST and value.isascii(), "value of a sysctl", name)
+        _need("\0" not in value and "\n" not in value, "value of a sysctl", name)
     for mount in spec.tmpfs:
         _need(not mount.options or _OPTIONS.fullmatch(mount.options) is not None, "options", mount.options)
     for address in (*spec.addresses, *spec.loopback):

@@ -380,6 +380,32 @@ def test_what_is_not_carried_of_interprocess_communication_is_refused(tmp_path: 
     assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
 
 
+SYSCTLS = """
+import os, time
+wanted = {
+    "kernel/msgmax": "4096", "kernel/sem": "30\\t40\\t50\\t60", "kernel/domainname": "shop.example",
+    "fs/mqueue/msg_max": "7", "net/ipv4/ip_local_port_range": "20000\\t30000", "net/core/somaxconn": "77",
+}
+for name, value in wanted.items():
+    open(f"/proc/sys/{name}", "w").write(value)
+print("ready"); n = 0
+while True:
+    n += 1
+    for name, value in wanted.items():
+        assert open(f"/proc/sys/{name}").read() == value + "\\n", name
+    print("tick", n); time.sleep(0.01)
+"""
+
+
+def test_sysctls_of_its_own_namespaces_go_along(tmp_path: Path) -> None:
+    here = Path("/proc/sys/kernel/msgmax").read_text()
+    run(tmp_path, SYSCTLS)
+    for _ in range(2):
+        move()
+        await_ticks(tmp_path)
+    assert Path("/proc/sys/kernel/msgmax").read_text() == here
+
+
 MOUNTED = """
 import os, sys, time
 print("ready"); n = 0

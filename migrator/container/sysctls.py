@@ -1,0 +1,73 @@
+"""Sysctls of a container's own namespaces (IPC, UTS, network): those that are not as in new ones go along.
+
+Only what the kernel keeps for each namespace is looked at; /proc/sys shows that of whoever reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from glob import glob
+
+from migrator.linux.namespaces import CLONE_NEWIPC, CLONE_NEWNET, run_in, unshare
+
+KINDS = frozenset({"ipc", "uts", "net"})
+MOST, LONGEST = 512, 4096  # of a specification: sysctls, and bytes of one
+_SYS = "/proc/sys"
+_NAMES = (
+    *(f"kernel/{name}" for name in ("shmmax", "shmall", "shmmni", "shm_rmid_forced", "msgmax", "msgmni", "msgmnb")),
+    *("kernel/sem", "kernel/domainname"),
+    *(f"fs/mqueue/{name}" for name in ("queues_max", "msg_max", "msgsize_max", "msg_default", "msgsize_default")),
+)
+# of interfaces only what holds for all: those themselves are made anew
+_OF_NETWORKS = tuple(f"net/{family}/*" for family in ("core", "unix", "ipv4", "ipv6")) + tuple(
+    f"net/{family}/conf/{which}/*" for family in ("ipv4", "ipv6") for which in ("all", "default")
+)
+_NETWORK_NAME = re.compile(r"net/(core|unix|ipv4|ipv6)(/conf/(all|default))?/[a-z0-9_]+")
+
+
+def carried(name: str) -> bool:
+    """Whether this is a sysctl that may come with a specification."""
+    return name in _NAMES or _NETWORK_NAME.fullmatch(name) is not None
+
+
+def changed(pid: int) -> dict[str, str]:
+    """The sysctls of the namespaces of `pid` that differ from those of new ones, and its domain name, by name below
+    /proc/sys."""
+    return run_in(pid, KINDS, _changed_here)
+
+
+def put(pid: int, values: Mapping[str, str]) -> None:
+    """Set sysctls of the namespaces of `pid`. Raises OSError for one that this kernel has not, or does not take."""
+    if values:
+        run_in(pid, KINDS, lambda: _put_here(values))
+
+
+def _changed_here() -> dict[str, str]:
+    theirs = _all_here()
+    unshare(CLONE_NEWIPC | CLONE_NEWNET)
+    new = _all_here() | {"kernel/domainname": ""}  # a new one has that of whoever makes it
+    return {name: value for name, value in theirs.items() if new.get(name) != value}
+
+
+def _all_here() -> dict[str, str]:
+    found = {}
+    paths = [f"{_SYS}/{name}" for name in _NAMES] + [path for how in _OF_NETWORKS for path in glob(f"{_SYS}/{how}")]
+    for path in paths:
+        try:
+            if not os.path.isfile(path) or not os.stat(path).st_mode & 0o200:
+                continue
+            with open(path, encoding="ascii") as file:
+                value = file.read(LONGEST + 1).removesuffix("\n")
+        except (OSError, UnicodeDecodeError):
+            continue  # this kernel has it not, or does not tell
+        if len(value) <= LONGEST:
+            found[path[len(_SYS) + 1 :]] = value
+    return found
+
+
+def _put_here(values: Mapping[str, str]) -> None:
+    for name, value in sorted(values.items()):
+        with open(f"{_SYS}/{name}", "w", encoding="ascii") as file:
+            file.write(f"{value}\n")
