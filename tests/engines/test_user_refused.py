@@ -98,6 +98,13 @@ STATES = {
     + "int all[] = { SIGURG, SIGWINCH, SIGCHLD }; sigset_t set; sigemptyset(&set);"
     + "for (int i = 0; i < 3; i++) sigaddset(&set, all[i]); sigprocmask(SIG_BLOCK, &set, NULL);"
     + "for (int i = 0; i < 3; i++) kill(getpid(), all[i]);",
+    "runs under SCHED_DEADLINE": MAIN
+    + "unsigned int a[14] = { 48, 6, 0, 0, 0, 0, 1000000, 0, 10000000, 0, 10000000, 0 };"
+    + "TRY(syscall(SYS_sched_setattr, 0, a, 0));",
+    "peeked at from an offset": "#include <arpa/inet.h>\n#include <sys/socket.h>\n"
+    + MAIN
+    + "int fd = TRY(socket(AF_INET, SOCK_STREAM, 0)), zero = 0;"
+    + 'if (setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))) wl_fail("no such option");',
     "a working directory of its own": in_thread("TRY(unshare(CLONE_FS));"),
     "a table of descriptors of its own": in_thread("TRY(unshare(CLONE_FILES));"),
     "System V shared memory": "#include <sys/shm.h>\n"

@@ -766,6 +766,47 @@ int main(int argc, char **argv)
 """
 
 
+PEEKED = r"""
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include "workload.h"
+#define LOCAL_PORT_RANGE 51 /* IP_LOCAL_PORT_RANGE, Linux 6.3 */
+static int pair[2], datagrams, ranged;
+static int option(int fd, int level, int name)
+{
+	int value = -7;
+	socklen_t length = sizeof(value);
+
+	getsockopt(fd, level, name, &value, &length);
+	return value;
+}
+static void check(void)
+{
+	char text[8] = "";
+
+	CHECK(option(pair[0], SOL_SOCKET, SO_PEEK_OFF) == 2, "%d", option(pair[0], SOL_SOCKET, SO_PEEK_OFF));
+	CHECK(recv(pair[0], text, 2, MSG_PEEK) == 2 && !strcmp(text, "cd"), "%s", text);
+	TRY(setsockopt(pair[0], SOL_SOCKET, SO_PEEK_OFF, &(int){ 2 }, sizeof(int)));
+	CHECK(option(datagrams, SOL_SOCKET, SO_PEEK_OFF) == 0, "%d", option(datagrams, SOL_SOCKET, SO_PEEK_OFF));
+	CHECK(option(datagrams, IPPROTO_IP, LOCAL_PORT_RANGE) == ranged, "ports");
+}
+int main(int argc, char **argv)
+{
+	unsigned int range = 30000 | 40000U << 16;
+	char text[2];
+
+	wl_start(argc, argv);
+	TRY(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+	TRY(write(pair[1], "abcdef", 6));
+	TRY(setsockopt(pair[0], SOL_SOCKET, SO_PEEK_OFF, &(int){ 0 }, sizeof(int)));
+	TRY(recv(pair[0], text, 2, MSG_PEEK));
+	datagrams = TRY(socket(AF_INET, SOCK_DGRAM, 0));
+	TRY(setsockopt(datagrams, SOL_SOCKET, SO_PEEK_OFF, &(int){ 0 }, sizeof(int)));
+	setsockopt(datagrams, IPPROTO_IP, LOCAL_PORT_RANGE, &range, sizeof(range));
+	ranged = option(datagrams, IPPROTO_IP, LOCAL_PORT_RANGE);
+"""
+
+
 POLL_OF_A_USER = (
     r"""
 #include <grp.h>
@@ -824,6 +865,7 @@ STATES = {
     "a program in a memfd, which can be executed": MEMFD_PROGRAM,
     "memory that the kernel may drop": DROPPABLE,
     "guard regions that come and go": GUARDS,
+    "an offset to peek at, and a range of ports": PEEKED,
 }
 
 

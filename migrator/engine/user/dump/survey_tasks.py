@@ -23,7 +23,7 @@ SHARED = {
     sys.KCMP_IO: "its I/O context (CLONE_IO)",
 }
 _SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
-_IOPRIO_CLASS_SHIFT = 13
+_IOPRIO_CLASS_SHIFT, _SCHED_DEADLINE = 13, 6
 _ORDER = {0: 0, 1: -1, 2: 1, 3: 1}
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -140,6 +140,8 @@ def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
         thread = f"{who}: its thread {tid}" if tid != pid else who
         if own.get("Seccomp", "0") != "0":
             yield f"{thread} runs under seccomp, whose filters cannot be carried"
+        if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
+            yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
         waiting = shared | int(own["SigPnd"], 16)
         if all(waiting >> (number - 1) & 1 for number in BATCH_SIGNALS):
             names = ", ".join(signal.Signals(number).name for number in BATCH_SIGNALS)
