@@ -9,7 +9,7 @@ from migrator.image import records_files as f
 
 def socket_text(socket: f.Socket) -> str:
     """A socket in one line: family, type, addresses or peer, state."""
-    family = {1: "unix", 2: "inet", 10: "inet6"}.get(socket.family, f"family {socket.family}")
+    family = {1: "unix", 2: "inet", 10: "inet6", 16: "netlink"}.get(socket.family, f"family {socket.family}")
     kind = {1: "stream", 2: "dgram", 5: "seqpacket"}.get(socket.type, f"type {socket.type}")
     ends = [address_text(socket.local) or socket.path, address_text(socket.peer)]
     if socket.peer_objref:

@@ -464,6 +464,52 @@ def test_datagrams_stay_with_the_one_of_several_sockets_of_one_address_that_got_
         assert len([one for one in got if one]) > 1 and sum(map(len, got)) == 40
 
 
+# Asks for all links (RTM_GETLINK, NLM_F_DUMP), and how many messages of which kind come.
+ASK_LINKS = """
+def links(sock):
+    sock.send(struct.pack('<IHHIIBxHiII', 32, 18, 0x301, 7, 0, 0, 0, 0, 0, 0))
+    kinds = []
+    while 3 not in kinds:
+        data = sock.recv(1 << 16)
+        while data:
+            length, kind = struct.unpack_from('<IH', data)
+            kinds.append(kind)
+            data = data[length + 3 & ~3:]
+    return kinds.count(16)
+"""
+
+
+def test_netlink_sockets_ask_and_hear_as_before(net: Net) -> None:
+    with net.child() as server:
+        server.run("import struct" + ASK_LINKS + "n = socket.socket(16, 3, 0); n.bind((0, 0x10)); n.settimeout(5)")
+        server.run("n.setsockopt(270, 1, 33); n.setsockopt(270, 11, 1)")  # a group beyond 32; extended answers
+        assert server.ask("links(n)") >= 2
+        name, groups = server.ask("n.getsockname()"), server.ask("n.getsockopt(270, 9, 8)")
+        (sentence,) = survey([server.process], own_netns=False)
+        assert "a netlink socket of this host's network" in sentence and "migrator run" in sentence
+        assert list(survey([server.process], own_netns=True)) == []
+        with Moved(server, context=net.context()) as moved:
+            (copy,) = moved.restore([server])
+            copy.run("import struct" + ASK_LINKS + "n = adopt(0); n.settimeout(5)")
+            assert (copy.ask("n.getsockname()"), copy.ask("n.getsockopt(270, 9, 8)")) == (name, groups)
+            assert copy.ask("n.getsockopt(270, 11)") == 1
+            assert copy.ask("links(n)") >= 2
+            ip("-n", net.dst, "addr", "add", "10.98.7.7/32", "dev", "lo")
+            assert copy.ask("struct.unpack_from('<IH', n.recv(999))[1]") == 20  # RTM_NEWADDR
+
+
+def test_what_the_kernel_told_a_netlink_socket_waits_for_its_program(net: Net) -> None:
+    with net.child() as server:
+        server.run("n = socket.socket(16, 3, 0); n.bind((0, 0x10))")
+        with Transients([server.process]) as transients:
+            assert transients.settle(0.01)
+            ip("-n", net.src, "addr", "add", "10.98.7.7/32", "dev", "lo")
+            assert not transients.settle(0.01)
+            assert "netlink" in transients.waiting() and "fd 0" in transients.waiting()
+            server.run("n.recv(9999)")
+            assert transients.settle(5)
+
+
 def test_both_ends_in_the_tree_over_loopback(net: Net) -> None:
     with net.child() as server:
         server.run("l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen(); c = socket.socket()")

@@ -117,6 +117,7 @@ OF_RESTART = {
     "stub: pid \0: descriptors did not arrive": "host: a call",
     "stub: pid \0: only some of \0 descriptors arrived": "host: a limit of the agent's",
     "stub: pid \0: descriptors arrived as \0": "host: a call",
+    "netlink: the netlink socket of port \0 cannot be made: \0": "host: a call",
     "stub: pid \0: \0: \0": "host: a call",
     "stub: pid \0: descriptor number \0 is above the limit of open files here": "preflight: open files (fs.nr_open)",
     "stub: pid \0: the vdso cannot be moved: \0": "early: with the first Vmas",

@@ -1,4 +1,4 @@
-"""Sockets made again: unix sockets and their partners, TCP and UDP."""
+"""Sockets made again: unix sockets and their partners, TCP and UDP, netlink."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 from typing import Protocol
 
 from migrator.engine.user.descriptors.inet_restore import InetRestore
+from migrator.engine.user.descriptors.netlink import NetlinkRestore
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.engine.user.descriptors.private_root import Move
 from migrator.engine.user.descriptors.unix_restore import UnixRestore
@@ -27,7 +28,8 @@ class SocketRestore:
         self._net = NetNs(context.netns)
         self._unix = UnixRestore(context.root_fd, self._net)
         self._inet = InetRestore(self._net)
-        self._families: dict[int, UnixRestore | InetRestore] = {}
+        self._netlink = NetlinkRestore(self._net)
+        self._families: dict[int, UnixRestore | InetRestore | NetlinkRestore] = {}
         self._taken: set[int] = set()
         self._settled = False
 
@@ -36,7 +38,11 @@ class SocketRestore:
             raise ImageError(f"socket {rec.objref} comes twice, or too late")
         if rec.state not in tuple(r.SocketState) or rec.shutdown > 3:
             raise ImageError(f"socket {rec.objref}: unknown state {rec.state}")
-        family = self._unix if rec.family == socket.AF_UNIX else self._inet
+        family: UnixRestore | InetRestore | NetlinkRestore = self._inet
+        if rec.family == socket.AF_UNIX:
+            family = self._unix
+        elif rec.family == socket.AF_NETLINK:
+            family = self._netlink
         family.add(rec)
         self._families[rec.objref] = family
 
@@ -65,6 +71,7 @@ class SocketRestore:
     def close(self) -> None:
         self._unix.close()
         self._inet.close()
+        self._netlink.close()
         self._net.close()
 
     @property
@@ -78,8 +85,9 @@ class SocketRestore:
             self._settled = True
             self._unix.settle()
             self._inet.settle()
+            self._netlink.settle()
 
-    def _family(self, objref: int) -> UnixRestore | InetRestore:
+    def _family(self, objref: int) -> UnixRestore | InetRestore | NetlinkRestore:
         family = self._families.get(objref)
         if family is None:
             raise ImageError(f"there is no socket {objref}")

@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from migrator.engine.user.descriptors import multicast, sockopts, unix_dump
+from migrator.engine.user.descriptors import multicast, netlink, sockopts, unix_dump
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
@@ -17,13 +17,12 @@ from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.linux import descriptors
-from migrator.linux.namespaces import entered
+from migrator.linux.namespaces import entered, identity
 from migrator.linux.sockets import Ask
 
 INET = (socket.AF_INET, socket.AF_INET6)
 _PLAIN = [(int(family), int(socket.SOCK_STREAM), socket.IPPROTO_TCP) for family in INET]
 _FAMILIES = {
-    16: "a netlink socket",
     17: "a packet socket",
     40: "a vsock socket",
     38: "a kernel crypto socket (AF_ALG)",
@@ -39,15 +38,19 @@ def judge(sock: socket.SocketType) -> None:
     """Raises Obstacle for a kind of socket that cannot be carried."""
     if sock.family == socket.AF_UNIX:
         return
-    if sock.family not in INET:
+    if sock.family == socket.AF_NETLINK and sock.proto != netlink.ROUTE:
+        raise Obstacle(f"a netlink socket of protocol {sock.proto} cannot be carried; the program must close it first")
+    if sock.family not in (*INET, socket.AF_NETLINK):
         what = _FAMILIES.get(sock.family, f"a socket of family {int(sock.family)}")
         raise Obstacle(f"{what} cannot be carried")
+    if has_filter(sock):
+        raise Obstacle("a socket with a packet filter (SO_ATTACH_FILTER) cannot be carried")
+    if sock.family == socket.AF_NETLINK:
+        return
     wanted: dict[int, int] = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
     if wanted.get(sock.type) != sock.proto:
         kind = "raw" if sock.type == socket.SOCK_RAW else _SO_PROTOCOL_NAMES.get(sock.proto, str(sock.proto))
         raise Obstacle(f"a socket of protocol {kind} cannot be carried")
-    if has_filter(sock):
-        raise Obstacle("a socket with a packet filter (SO_ATTACH_FILTER) cannot be carried")
     if sock.proto == socket.IPPROTO_TCP and (upper := sockopts.text(sock, socket.IPPROTO_TCP, sockopts.TCP_ULP)):
         raise Obstacle(f"a TCP connection under kernel {upper} (TCP_ULP) cannot be carried")
     if sock.proto == socket.IPPROTO_UDP and _corked(sock):
@@ -128,8 +131,9 @@ class SocketDump:
         self._borrowed: list[socket.SocketType] = []
         self._unix: list[tuple[Description, socket.SocketType]] = []
         self._inet: list[tuple[Description, socket.SocketType]] = []
+        self._netlink: list[tuple[Description, socket.SocketType]] = []
         self._descriptions = descriptions
-        self._dumps: list[UnixDump | InetDump] = []
+        self._dumps: list[UnixDump | InetDump | netlink.NetlinkDump] = []
 
     def collect(self) -> None:
         """Look at every socket, and leave it as it was. Raises CheckpointFailed."""
@@ -138,8 +142,9 @@ class SocketDump:
         for item in self._descriptions:
             sock = sockopts.borrow(item.fd)
             self._borrowed.append(sock)
-            (self._unix if sock.family == socket.AF_UNIX else self._inet).append((item, sock))
-        for item, sock in _suspects(self._inet):
+            of_kind = {int(socket.AF_UNIX): self._unix, int(socket.AF_NETLINK): self._netlink}
+            of_kind.get(int(sock.family), self._inet).append((item, sock))
+        for item, sock in _suspects([*self._inet, *self._netlink]):
             try:
                 judge(sock)
             except Obstacle as obstacle:
@@ -155,9 +160,15 @@ class SocketDump:
                 inet = InetDump(self._inet, defaults, self._pid, self._still)
                 self._dumps.append(inet)
                 inet.collect()
+            if self._netlink:
+                netlinks = netlink.NetlinkDump(self._netlink, defaults)
+                self._dumps.append(netlinks)
+                netlinks.collect()
 
     def _refuse(self) -> None:
         """What the survey refuses as well, and has come into being since."""
+        if self._netlink and identity(self._pid, "net") == identity(os.getpid(), "net"):
+            raise CheckpointFailed(f"{self._netlink[0][0]}: {netlink.OF_THE_HOST}")
         datagrams = [(item, sock) for item, sock in self._inet if sock.proto == socket.IPPROTO_UDP]
         groups = multicast.joined(self._pid) if datagrams else []
         for item, sock in datagrams:

@@ -10,7 +10,8 @@ from collections.abc import Container, Iterable, Sequence
 from migrator.image.records_files import SocketOption
 from migrator.linux.sockets import Ask
 
-SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = 1, 0, 6, 17, 41
+SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6, SOL_NETLINK = 1, 0, 6, 17, 41, 270
+NETLINK_ADD_MEMBERSHIP = 1
 SO_REUSEPORT = 15
 SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED, SO_PEERCRED = 2, 7, 8, 13, 16, 17
 SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21, 25, 26, 30
@@ -52,6 +53,15 @@ _IPV6_DATAGRAM = (18, 19, 29, 49, 51, 62, 66)
 _TCP = (1, 3, 4, 5, 6, 7, 8, 16, 18, 25, 36, 37)  # NODELAY, CORK, KEEP*, SYNCNT, LINGER2 .. TX_DELAY
 _TCP_UNCONNECTED = (2, 9, 10, 23, 27, 30)  # MAXSEG, DEFER_ACCEPT, WINDOW_CLAMP, FASTOPEN*, SAVE_SYN
 _UDP = (1, 100, 103, 104)
+_NETLINK = (
+    3,
+    4,
+    5,
+    8,
+    10,
+    11,
+    12,
+)  # PKTINFO, BROADCAST_ERROR, NO_ENOBUFS, LISTEN_ALL_NSID, CAP_ACK, EXT_ACK, STRICT_CHK
 
 _ALLOWED = {
     (level, name)
@@ -61,6 +71,7 @@ _ALLOWED = {
         (SOL_IPV6, _IPV6 + _IPV6_DATAGRAM),
         (SOL_TCP, _TCP + _TCP_UNCONNECTED),
         (SOL_UDP, _UDP),
+        (SOL_NETLINK, (NETLINK_ADD_MEMBERSHIP, *_NETLINK)),
     )
     for name in names
 }
@@ -71,6 +82,8 @@ def _candidates(family: int, kind: int) -> Iterable[tuple[int, int]]:
     names: list[tuple[int, tuple[int, ...]]] = [(SOL_SOCKET, _GENERIC)]
     if family == socket.AF_UNIX:
         names.append((SOL_SOCKET, _UNIX))
+    elif family == socket.AF_NETLINK:
+        names += [(SOL_SOCKET, _UNIX), (SOL_NETLINK, _NETLINK)]
     else:
         names.append((SOL_IP, _IP))
         if family == socket.AF_INET6:

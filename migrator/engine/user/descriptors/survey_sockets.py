@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from migrator.engine.user.descriptors import addresses, diag, multicast, sockopts, tcp
+from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, sockopts, tcp
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
@@ -39,6 +39,10 @@ def survey_sockets(
                 judge(sock)
             except Obstacle as obstacle:
                 yield f"{item}: {obstacle}"
+                continue
+            if sock.family == socket.AF_NETLINK:
+                if not own_netns:
+                    yield f"{item}: {netlink.OF_THE_HOST}"
                 continue
             if sock.family == socket.AF_UNIX:
                 unix[os.fstat(sock.fileno()).st_ino] = item

@@ -1,7 +1,8 @@
 """What is on its way in a running tree and cannot be saved: only running tasks can take it.
 
 A connection that waits to be accepted belongs to no descriptor yet, and a descriptor that is sent through a unix
-socket to none any more. A program takes both within microseconds when it runs. So a freeze waits for a moment in
+socket to none any more; what the kernel told a netlink socket, only its program can read. A program takes all of these
+within microseconds when it runs. So a freeze waits for a moment in
 which there is none, and looks again once the tasks are stopped.
 
     with Transients(processes) as transients:    # ahead of the freeze
@@ -38,8 +39,10 @@ class Transients:
     def __init__(self, processes: Sequence[Holder]) -> None:
         self._listeners: dict[int, str] = {}  # our descriptor -> what it is to the tree
         self._unix: dict[int, str] = {}
+        self._netlink: dict[int, str] = {}
         self._poll = select.poll()
         self._poll_unix = select.poll()
+        self._poll_netlink = select.poll()
         seen: set[str] = set()
         for process in processes:
             try:
@@ -58,6 +61,9 @@ class Transients:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self._listeners[sock.detach()] = what
             self._poll.register(fd, select.POLLIN)
+        elif sock.family == socket.AF_NETLINK:
+            self._netlink[sock.detach()] = what
+            self._poll_netlink.register(fd, select.POLLIN)
         elif sock.family == socket.AF_UNIX:
             self._unix[sock.detach()] = what
             self._poll_unix.register(fd, select.POLLIN)
@@ -71,6 +77,8 @@ class Transients:
     def _waiting(self, carries_descriptors: Callable[[int], bool]) -> str:
         for fd, _ in self._poll.poll(0):
             return f"{self._listeners[fd]}: a connection waits to be accepted"
+        for fd, _ in self._poll_netlink.poll(0):
+            return f"{self._netlink[fd]}: what the kernel says about the network waits to be read (netlink)"
         for fd, events in self._poll_unix.poll(0):
             if events & select.POLLIN and carries_descriptors(fd):
                 return f"{self._unix[fd]}: descriptors are on their way through this unix socket (SCM_RIGHTS)"
@@ -86,9 +94,10 @@ class Transients:
         return True
 
     def close(self) -> None:
-        for fd in (*self._listeners, *self._unix):
+        for fd in (*self._listeners, *self._unix, *self._netlink):
             os.close(fd)
         self._listeners.clear()
+        self._netlink.clear()
         self._unix.clear()
 
     def __enter__(self) -> Transients:
