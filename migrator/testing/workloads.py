@@ -164,10 +164,10 @@ class Workload:
         """Whether the root exists and is not a zombie."""
         self._reap()
         try:
-            stat = Path(f"/proc/{pid or self.pid}/stat").read_text()
+            stat = Path(f"/proc/{pid or self.pid}/stat").read_bytes()
         except OSError:
             return False
-        return stat.rpartition(")")[2].split()[0] not in "ZX"
+        return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
     def wait_for(self, predicate: Callable[[list[str]], bool], *, seconds: float = 20.0) -> list[str]:
         """The lines, as soon as `predicate(lines)` holds.
@@ -208,7 +208,7 @@ class Workload:
         killed: list[int] = []
         for root in self._roots:
             # What is stopped forks no more: a pass that finds nobody new has them all.
-            while new := [p for p in (root, *_descendants(root)) if p not in killed and self._ours(p)]:
+            while new := [p for p in (root, *descendants(root)) if p not in killed and self._ours(p)]:
                 killed += new
                 self._signal(new, signal.SIGSTOP)
         self._signal(killed, signal.SIGKILL)
@@ -250,13 +250,13 @@ def _program(name: str) -> list[str]:
     return [str(build(name))]
 
 
-def _descendants(root: int) -> list[int]:
-    """All descendants of `root`, parents before children (proc(5): field 4 of stat)."""
+def descendants(root: int) -> list[int]:
+    """All descendants of `root`, parents before children (proc(5): field 4 of stat). Names are any bytes."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                ppid = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                ppid = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
                 children.setdefault(ppid, []).append(int(entry.name))
     found: list[int] = []
     todo = [root]

@@ -14,7 +14,7 @@ from test_user_states import there_and_back
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.dump.source import UserSource
 from migrator.errors import Refused
-from migrator.testing.workloads import _descendants
+from migrator.testing.workloads import descendants
 
 pytestmark = pytest.mark.root
 
@@ -247,7 +247,7 @@ int main(int argc, char **argv)
 def proportional(root: int) -> int:
     """KiB that a tree has of memory of its own, what processes share counted once."""
     total = 0
-    for pid in [root, *_descendants(root)]:
+    for pid in [root, *descendants(root)]:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             total += int(line.split()[1]) if line.startswith("Pss_Anon:") else 0
     return total

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.testing.workloads import SOURCES, Workload, WorkloadFailed, build, build_all, names
+from migrator.testing.workloads import SOURCES, Workload, WorkloadFailed, build, build_all, descendants, names
 
 CASES: dict[str, tuple[object, ...]] = {
     "counter": (2,),
@@ -91,6 +91,17 @@ def test_nothing_is_left_after_the_block(tmp_path: Path) -> None:
         assert len(pids) >= 12
     left = [pid for pid in pids if Path(f"/proc/{pid}").exists() and tree.alive(pid)]
     assert not left
+
+
+def test_processes_of_any_name_on_this_machine_are_no_hindrance(tmp_path: Path) -> None:
+    Path(tmp_path / "odd.sh").write_text("printf 'half \\303' > /proc/$$/comm; echo ready; read line; :")
+    with subprocess.Popen(
+        ["sh", str(tmp_path / "odd.sh")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as odd:
+        assert odd.stdout is not None and odd.stdout.readline() == "ready\n"
+        assert b"half \xc3" in Path(f"/proc/{odd.pid}/stat").read_bytes()
+        assert odd.pid in descendants(os.getpid())
+        odd.communicate("")
 
 
 def test_a_client_sees_every_reply_and_measures_the_gap(tmp_path: Path) -> None:
