@@ -189,6 +189,11 @@ def spec_for(
         raise UsageError("no command to run", hint="migrator run --name NAME -- COMMAND ARGUMENTS…")
     if root and not os.path.isdir(root):
         raise UsageError(f"{root} is no directory", hint="--root names the directory that is to be its root")
+    if bridge == "" and (ip or gateway):
+        raise UsageError(
+            f"{ip[0] if ip else gateway} would be on no network",
+            hint="--ip and --gateway take a bridge; with --bridge '' there is only the loopback device",
+        )
     return ContainerSpec(
         name=name,
         argv=tuple(argv),
@@ -222,9 +227,19 @@ def _list(given: dict[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
+_WANTED = {
+    "name": "letters, digits, _, . and -, beginning with a letter or digit, at most 63",
+    "hostname": "letters, digits, _, . and -, at most 64",
+    "address": "ADDRESS/LENGTH, such as 10.0.0.50/24 or fd00::50/64",
+    "gateway": "an address, such as 10.0.0.1",
+    "path": "an absolute path, without ..",
+    "options": "as in mount(8), such as size=64m,mode=1777",
+}
+
+
 def _need(condition: bool, what: str, value: object) -> None:
     if not condition:
-        raise UsageError(f"container specification: bad {what}: {value!r}")
+        raise UsageError(f"container specification: bad {what}: {value!r}", hint=_WANTED.get(what, ""))
 
 
 def _check(spec: ContainerSpec) -> None:
