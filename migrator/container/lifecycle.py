@@ -83,7 +83,7 @@ def _oversee(spec: ContainerSpec, pid: int, go: int, report: int) -> Container:
         if failure := os.read(report, 4096):
             raise StartFailed(
                 f"container {spec.name}: {failure.decode(errors='replace')}",
-                hint="the command is looked up in PATH inside the container",
+                hint="both are looked up inside the container, the command in its PATH",
             )
         return _opened(sandbox)
 
@@ -122,7 +122,10 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
             os._exit(1)  # the parent has died or given up
         # Only now that it is in its cgroup: that becomes the root which it sees.
         ns.unshare(ns.CLONE_NEWCGROUP)
-        os.chdir(spec.cwd)
+        try:
+            os.chdir(spec.cwd)
+        except OSError as error:
+            raise UsageError(f"working directory {spec.cwd}: {error.strerror}") from None
         os.umask(0o022)
         report = _wire(spec, report)
         _reset_signals()
@@ -130,9 +133,9 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
         os.environ["PATH"] = env["PATH"]
         os.execvpe(spec.argv[0], list(spec.argv), env)
     except BaseException as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = f"{spec.argv[0]}: {error.strerror}" if isinstance(error, OSError) else str(error)
         with contextlib.suppress(OSError):
-            os.write(report, f"{spec.argv[0]}: {why}".encode())
+            os.write(report, why.encode(errors="replace"))
     os._exit(127)
 
 

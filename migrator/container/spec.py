@@ -179,7 +179,9 @@ def spec_for(
     for item in env or []:
         key, equals, value = item.partition("=")
         if not equals:
-            value = os.environ.get(key, "")  # as in env(1) of other runtimes: pass mine on
+            if key not in os.environ:
+                raise UsageError(f"there is no environment variable {key!r} to pass on", hint="KEY=VALUE gives it one")
+            value = os.environ[key]
         pairs[key] = value
     mounts = []
     for item in tmpfs or []:

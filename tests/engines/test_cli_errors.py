@@ -53,6 +53,12 @@ CASES = [
         2,
         "10.0.0.5/24 would be on no",
     ),
+    (["run", "--name", "cliname", "-e", "NO SUCH", "--", "true"], 2, "no environment variable 'NO SUCH'"),
+    (
+        ["run", "--name", "cliname", "--bridge", "", "-w", "/no/such", "--", "true"],
+        127,
+        "working directory /no/such: No",
+    ),
     (["run", "--name", "cliname", "--gateway", "there", "--", "true"], 2, "bad gateway"),
     (["run", "--name", "cliname", "--tmpfs", "some/where", "--", "true"], 2, "an absolute path"),
     (["run", "--name", "cliname", "--root", "/nosuch", "--", "true"], 2, "/nosuch is no directory"),
