@@ -20,7 +20,6 @@ microseconds. All calls must come from the thread that seized the tracee.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from array import array
@@ -229,9 +228,6 @@ class Remote:
         The last `reserved` bytes are not given out by put(): they are the caller's."""
         flags = _MAP_PRIVATE_ANONYMOUS | (_MAP_FIXED_NOREPLACE if address else 0)
         got = self.call(arch.NR["mmap"], address, size, _PROT_RWX, flags, -1, 0)
-        if got == -errno.EACCES:
-            why = "it denies itself memory that can be executed (PR_SET_MDWE, MemoryDenyWriteExecute=)"
-            raise RemoteError(errno.EACCES, f"nothing can be called in it: {why}", f"pid {self.pid}")
         if -4096 < got < 0:
             raise RemoteError(-got, f"mmap of {size} bytes of scratch: {os.strerror(-got)}", f"pid {self.pid}")
         self.adopt_scratch(got, size, reserved=reserved)

@@ -40,6 +40,7 @@ OTHERWISE = {
     "\0: credentials are on their way through this unix socket (SCM_CREDENTIALS)": "later: they are taken in a moment",
     "\0: a message of more than \0 bytes is on its way": "later: it is taken in a moment",
     "pid \0 has ended": "later: it ends when it likes",
+    "pid \0 denies itself memory that can be executed (PR_SET_MDWE)": "later: before the freeze; the workload runs on",
     "pid \0: userfaultfd(2) fails inside it: \0": "later: before the freeze; the workload runs on",
     "pid \0: \0": "later: a call that failed",
     "pid \0 was stopped by signal \0 meanwhile, which is not carried": "later: it says so",

@@ -16,10 +16,10 @@ from migrator.image.records_files import FileKind
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
-def survey(processes: Sequence[Holder], *, own_netns: bool, congestion: set[str]) -> list[str]:
+def survey(processes: Sequence[Holder], *, own_netns: bool, congestion: set[str] | None = None) -> list[str]:
     """One sentence per obstacle, each naming pid, descriptor and reason; the tasks run on all the while.
 
-    congestion: is given the congestion controls of its sockets.
+    congestion: is given the congestion controls of its sockets, if somebody wants to know.
     own_netns: the tree has a network namespace of its own, so that its addresses move with it. Descriptors
     and processes that vanish meanwhile are no obstacles: the freeze looks again."""
     reasons: list[str] = []
@@ -38,7 +38,9 @@ def survey(processes: Sequence[Holder], *, own_netns: bool, congestion: set[str]
         reasons += owners_outside(found, processes)
         reasons += epolls_apart(found)
         sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]
-        reasons += survey_sockets(sockets, processes[0].pid, root, congestion, own_netns=own_netns)
+        reasons += survey_sockets(
+            sockets, processes[0].pid, root, set() if congestion is None else congestion, own_netns=own_netns
+        )
     finally:
         root.close()
     return reasons

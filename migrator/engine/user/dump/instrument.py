@@ -6,6 +6,7 @@ good.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from migrator.errors import CheckpointFailed
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
-from migrator.linux.remote import Remote
+from migrator.linux.remote import Remote, RemoteError
 
 _UFFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | 1  # UFFD_USER_MODE_ONLY
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, _MADV_DONTFORK = 0x53564D41, 0, 10
@@ -91,7 +92,15 @@ class Instrument:
 
     @staticmethod
     def _map_scratch(process: Process, remote: Remote) -> None:
-        remote.map_scratch(SCRATCH)
+        try:
+            remote.map_scratch(SCRATCH)
+        except RemoteError as error:
+            if error.errno == errno.EACCES:
+                raise CheckpointFailed(
+                    f"pid {process.pid} denies itself memory that can be executed (PR_SET_MDWE)",
+                    hint="start it without MemoryDenyWriteExecute=",
+                ) from error
+            raise
         name = remote.put(_SCRATCH_NAME)
         remote.batch(
             [
