@@ -24,9 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import asyncssh
-
 from migrator.errors import TransportError
+from transport.library import asyncssh
 from transport.strict_modes import read_strictly
 
 log = logging.getLogger("migrator.transport")

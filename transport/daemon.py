@@ -17,12 +17,11 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import asyncssh
-
 from migrator.errors import MigratorError
 from migrator.text import printable
 from transport import keys
 from transport.authorized_keys import KeyFile
+from transport.library import asyncssh
 from transport.link import Link
 from transport.slots import Slots
 from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ChannelCallbacks, leave_out_ignores

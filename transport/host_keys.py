@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import asyncssh
-
 from migrator.errors import TransportError
 from transport import keys
+from transport.library import asyncssh
 
 
 class HostKeyCheck:

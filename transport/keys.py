@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import asyncssh
-
 from migrator.errors import TransportError
+from transport.library import asyncssh
 
 DEFAULT_PORT = 22
 

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import asyncssh
-
 from migrator.errors import TransportError
 from transport import keys
 from transport.host_keys import HostKeyCheck
+from transport.library import asyncssh
 from transport.link import Link
 from transport.ssh_channel import CHANNEL_OPTIONS, CONNECTION_OPTIONS, ClientSession, leave_out_ignores
 

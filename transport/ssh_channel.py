@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 from typing import Any
 
-import asyncssh
-
 from migrator.text import printable
+from transport.library import asyncssh
 from transport.link import Link
 
 _STDERR_KEPT = 4096  # bytes

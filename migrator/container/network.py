@@ -166,6 +166,7 @@ def rename(index: int, name: str) -> None:
 
 def read(init_pid: int) -> NetworkState:
     """What the network namespace of a process has now. Nothing is stopped or changed."""
+    rtnetlink.load()
     return run_in(init_pid, {"net"}, _read_inside)
 
 

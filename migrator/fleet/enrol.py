@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import asyncssh
-
 from migrator.errors import MigratorError, TransportError, UsageError
 from transport import keys
+from transport.library import asyncssh
 
 T = TypeVar("T")
 
