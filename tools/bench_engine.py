@@ -5,8 +5,9 @@ network, no session, no encryption. Each workload is moved there and back severa
 
     total    seconds of a move from its survey to its end, three rounds among it
     gap      the longest time in which the program itself did not run, from freeze to resume (its own clock)
-    predict  the same by the model of migrator.session.prediction, learnt from the moves before each
-    slope    ms for each further one, by least squares over the three sizes; base: the rest
+    cpu      ms of processors that both engines took from freeze to hold: what a busy machine changes least
+    predict  the gap by the model of migrator.session.prediction, learnt from the moves before each
+    slope    ms of gap, and of cpu, for each further one, by least squares over the three sizes; base: the rest
     phases   ms of each phase of the largest size, source and destination, medians
 """
 
@@ -52,12 +53,17 @@ class Size:
     count: int
     gaps: list[float] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
+    cpus: list[float] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)  # seconds
     phases: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
         return statistics.median(self.totals)
+
+    @property
+    def cpu(self) -> float:
+        return statistics.median(self.cpus)
 
     @property
     def gap(self) -> float:
@@ -77,6 +83,7 @@ def measure(kind: str, count: int, repeat: int, costs: Costs) -> tuple[Size, Cos
         for _ in range(repeat):
             before = time.monotonic_ns()
             moved = migrate(workload, here, there)
+            size.cpus.append(moved.cpu)
             size.totals.append((time.monotonic_ns() - before) / 1e9)
             time.sleep(0.15)
             lines = [line.split() for line in workload.lines() if line.startswith("gap ")]
@@ -93,10 +100,10 @@ def measure(kind: str, count: int, repeat: int, costs: Costs) -> tuple[Size, Cos
     return size, costs
 
 
-def fit(sizes: list[Size]) -> tuple[float, float]:
-    """(slope, base) in ms by least squares of the medians; of one size, its whole."""
+def fit(sizes: list[Size], ys: list[float]) -> tuple[float, float]:
+    """(slope, base) in ms by least squares of the medians `ys`; of one size, its whole."""
     each = EACH.get(sizes[0].kind, 1)
-    xs, ys = [s.count * each for s in sizes], [s.gap for s in sizes]
+    xs = [s.count * each for s in sizes]
     if len(sizes) < 2:
         return ys[0] / xs[0], 0.0
     line = statistics.linear_regression(xs, ys)
@@ -105,10 +112,13 @@ def fit(sizes: list[Size]) -> tuple[float, float]:
 
 def show(console: Console, rows: dict[str, list[Size]]) -> None:
     table = Table(title="the engine alone: downtime in ms, medians", header_style="dim", title_justify="left")
-    for title in ("workload", "sizes", "total s", "gap", "predict", "slope", "base", "target", "largest at target"):
+    for title in (
+        "workload", "sizes", "total s", "gap", "predict", "cpu", "slope", "base", "cpu slope", "target", "at target",
+    ):  # fmt: skip
         table.add_column(title, justify="left" if title == "workload" else "right")
     for kind, sizes in rows.items():
-        slope, base = fit(sizes)
+        slope, base = fit(sizes, [s.gap for s in sizes])
+        cpu_slope, _ = fit(sizes, [s.cpu for s in sizes])
         target = TARGETS_MS[kind]
         table.add_row(
             kind,
@@ -116,8 +126,10 @@ def show(console: Console, rows: dict[str, list[Size]]) -> None:
             " / ".join(f"{s.total:.2f}" for s in sizes),
             " / ".join(f"{s.gap:.1f}" for s in sizes),
             " / ".join(f"{statistics.median(s.predicted or [0.0]):.1f}" for s in sizes),
+            " / ".join(f"{s.cpu:.1f}" for s in sizes),
             f"{slope:.4f}",
             f"{base:.1f}",
+            f"{cpu_slope:.4f}",
             f"{target}",
             f"{BASE_MS + target * EACH.get(kind, 1) * sizes[-1].count:.0f}",
         )

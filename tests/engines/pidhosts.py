@@ -47,20 +47,23 @@ class Saved:
     survey: Survey
     rounds: list[Round]
     phases: list[Phase]
+    cpu: float  # seconds of a processor, from freeze() to hold()
 
 
 @dataclass
 class Restored:
     root: int  # in the host's pid namespace
     phases: list[Phase]
+    cpu: float  # seconds of a processor, from the end of the last round to hold()
 
 
 @dataclass
 class Moved:
-    """One migration: phases in ms by name, and the root's pid as the tests see it."""
+    """One migration: phases in ms by name, the root's pid as the tests see it, and ms of processors for the freeze."""
 
     root: int
     rounds: list[Round]
+    cpu: float = 0.0
     source: dict[str, float] = field(default_factory=dict)
     destination: dict[str, float] = field(default_factory=dict)
 
@@ -93,12 +96,14 @@ class Agent:
             for _ in range(rounds):
                 done.append(source.round())
                 time.sleep(pause)
+            before = time.process_time()
             source.freeze()
             source.final()
             source.hold()
+            cpu = time.process_time() - before
         os.close(fd)
         self.source = source
-        return Saved(survey, done, source.phases)
+        return Saved(survey, done, source.phases, cpu)
 
     def release(self) -> None:
         self.source.release()
@@ -113,14 +118,22 @@ class Agent:
         from migrator.engine.user.restore.destination import UserDestination
 
         options = DestinationOptions(cgroup_name=f"{self.name}-{next(_serial)}")
+        before = time.process_time()
+
+        def in_place(_number: int) -> None:
+            nonlocal before
+            before = time.process_time()
+
         try:
             with UserDestination(fd, options) as destination:
+                destination.on_round = in_place
                 root = destination.build()
                 destination.hold()
+                cpu = time.process_time() - before
         finally:
             os.close(fd)
         self.destination = destination
-        return Restored(root, destination.phases)
+        return Restored(root, destination.phases, cpu)
 
     def resume(self) -> list[Phase]:
         self.destination.resume()
@@ -355,7 +368,8 @@ def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3, last
     a.call("release")
     outer = b.outer(restored.root)
     workload.adopt(outer)
-    return Moved(outer, saved.rounds, _times(saved.phases), _times(phases))
+    cpu = (saved.cpu + restored.cpu) * 1000
+    return Moved(outer, saved.rounds, cpu, _times(saved.phases), _times(phases))
 
 
 def try_in_vain(workload: Workload, a: PidHost, b: PidHost) -> None:
@@ -383,7 +397,7 @@ def restore_from_file(workload: Workload, b: PidHost, path: Path) -> Moved:
     phases = b.call("resume")
     outer = b.outer(restored.root)
     workload.adopt(outer)
-    return Moved(outer, [], {}, _times(phases))
+    return Moved(outer, [], destination=_times(phases))
 
 
 def _times(phases: list[Phase]) -> dict[str, float]:
