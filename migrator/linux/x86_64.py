@@ -37,7 +37,7 @@ NR = {
     "semop": 65, "semtimedop": 220, "io_getevents": 208, "io_pgetevents": 333, "readv": 19, "writev": 20,
     "accept": 43, "accept4": 288, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmmsg": 299,
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
-    "fstat": 5, "readlink": 89, "newfstatat": 262, "kcmp": 312, "openat2": 437,
+    "fstat": 5, "readlink": 89, "newfstatat": 262, "kcmp": 312, "openat2": 437, "tee": 276,
     "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55,
 }  # fmt: skip
 

@@ -64,6 +64,28 @@ def test_packets_of_a_pipe_stay_packets(child: Child, move: Callable[..., Child]
     assert copy.ask("[len(os.read(0, 4096)) for _ in range(3)]") == [10, 1, 300]
 
 
+def test_many_pipes_keep_each_its_own(child: Child, move: Callable[..., Child]) -> None:
+    child.run("[os.pipe() for _ in range(100)]; [os.write(2 * n + 1, b'%d ' % n * n) for n in range(0, 100, 2)]")
+    copy = move(child)
+    assert copy.ask("[os.read(2 * n, 4096) for n in range(0, 100, 2) if n]") == [
+        b"%d " % n * n for n in range(2, 100, 2)
+    ]
+    copy.run("[os.write(2 * n + 1, b'x') for n in range(100)]")
+    assert copy.ask("[os.read(2 * n, 4096) for n in range(100)]") == [b"x"] * 100  # and nothing else was in them
+
+
+def test_what_was_written_in_packets_is_all_there_among_other_pipes(child: Child, move: Callable[..., Child]) -> None:
+    child.run(
+        "a = os.pipe(); r, w = os.pipe2(os.O_DIRECT); b = os.pipe(); os.write(a[1], b'one'); os.write(b[1], b'two')"
+    )
+    child.run(
+        "os.write(w, b'12'); os.write(w, b'345'); fcntl.fcntl(w, fcntl.F_SETFL, 0); fcntl.fcntl(r, fcntl.F_SETFL, 0)"
+    )
+    copy = move(child)
+    assert copy.ask("os.read(0, 10), os.read(4, 10)") == (b"one", b"two")
+    assert copy.ask("os.read(2, 10)") == b"12345"
+
+
 def test_a_pipe_whose_writer_is_gone_is_at_its_end_after_its_last_bytes(
     child: Child, move: Callable[..., Child]
 ) -> None:

@@ -6,6 +6,7 @@ The contents are read without taking them out.
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import os
 import select
@@ -17,10 +18,14 @@ from migrator.image.records_files import MAX_CHUNK, File, FileKind, Pipe, PipeBu
 from migrator.linux import descriptors
 from migrator.linux.batch import Area, each, raise_first
 from migrator.linux.openat2 import open_in_root
+from migrator.linux.sockets import Peeked
 from migrator.linux.x86_64 import NR
 
 _PAGE = 4096
+_USUAL = 16 * _PAGE  # bytes that a pipe takes unless told otherwise
+_AT_ONCE = 256  # pipes whose contents are read at the same time
 _PACKET = 1
+_SPLICE_F_NONBLOCK = 2
 _ONCE = os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
 
@@ -65,7 +70,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._capacity = 16 * _PAGE
+        self._capacity = _USUAL
 
     def contents(self, read_end: int, left: int, capacity: int) -> Iterator[bytes]:
         """All `left` bytes behind a read end: packet by packet, or in large parts. To be read to the end."""
@@ -76,9 +81,26 @@ class Copies:
         if descriptors.tee(read_end, self._write, 1 << 30) != left:
             raise OSError(f"tee: not all of the {left} bytes in the pipe")
         while left:
-            data = os.read(self._read, MAX_CHUNK)
+            data = os.read(self._read, min(left, MAX_CHUNK))
             left -= len(data)
             yield data
+
+    def small(self, pipes: Sequence[tuple[int, int]]) -> list[bytes] | None:
+        """All that waits in pipes of no more than the usual capacity, (read end, bytes), in one go. None if one of
+        them was written to in packets, which are read one by one."""
+        counts = [count for _, count in pipes]
+        taken = Peeked(counts)
+        copied, taken.results = each(
+            len(pipes),
+            (NR["tee"], [fd for fd, _ in pipes], self._write, 1 << 30, _SPLICE_F_NONBLOCK),
+            (NR["read"], self._read, taken.addresses, counts),
+        )
+        if copied != counts or taken.results != counts:
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._read, _USUAL):
+                    pass
+            return None
+        return [taken.raw(at) for at in range(len(pipes))]
 
     def __enter__(self) -> Copies:
         return self
@@ -98,13 +120,27 @@ def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | 
     raise_first(capacities, "F_GETPIPE_SZ", fds)
     raise_first(asked, "FIONREAD", fds)
     waiting_bytes = sizes.view.cast("i")[::2].tolist()
+    packets = [_PACKET if any(end.flags & os.O_DIRECT for end in ends) else 0 for _, ends in pipes]
+    small = [
+        at
+        for at, (capacity, count) in enumerate(zip(capacities, waiting_bytes, strict=False))
+        if count > 0 and capacity <= _USUAL and not packets[at] and any(end.readable for end in pipes[at][1])
+    ]
+    done: set[int] = set()
     with Copies() as copies:
-        for (objref, ends), fd, capacity, count in zip(pipes, fds, capacities, waiting_bytes, strict=False):
-            yield Pipe(objref, capacity)
-            if count and any(end.readable for end in ends):  # else nobody can ever read it
-                flags = _PACKET if any(end.flags & os.O_DIRECT for end in ends) else 0
-                for data in copies.contents(fd, count, capacity):
-                    yield PipeBuffer(objref, flags, data)
+        for first in range(0, len(small), _AT_ONCE):
+            part = small[first : first + _AT_ONCE]
+            for at, data in zip(part, copies.small([(fds[at], waiting_bytes[at]) for at in part]) or (), strict=False):
+                yield Pipe(pipes[at][0], capacities[at])
+                yield PipeBuffer(pipes[at][0], 0, data)
+                done.add(at)
+        for at, (objref, ends) in enumerate(pipes):
+            if at in done:
+                continue
+            yield Pipe(objref, capacities[at])
+            if waiting_bytes[at] and any(end.readable for end in ends):  # else nobody can ever read it
+                for data in copies.contents(fds[at], waiting_bytes[at], capacities[at]):
+                    yield PipeBuffer(objref, packets[at], data)
 
 
 class PipeRestore:
