@@ -20,7 +20,7 @@ from migrator.linux.sys import pidfd_getfd
 
 TCP_REPAIR, TCP_REPAIR_QUEUE = 19, 20
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
-_ON, _OFF, OFF_WITHOUT_PROBE = 1, 0, -1
+_ON, OFF, OFF_WITHOUT_PROBE = 1, 0, -1
 _FORCE_REUSE = 2  # what SO_REUSEADDR reads while nobody has put it back (SK_FORCE_REUSE in net/sock.h)
 _TCP = socket.IPPROTO_TCP
 
@@ -42,7 +42,7 @@ def leave(sock: socket.SocketType, *, probe: bool) -> None:
     started again could not have its port."""
     reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
     sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-    sock.setsockopt(_TCP, TCP_REPAIR, _OFF if probe else OFF_WITHOUT_PROBE)
+    sock.setsockopt(_TCP, TCP_REPAIR, OFF if probe else OFF_WITHOUT_PROBE)
     reuse_address(sock, 1 if reuse == _FORCE_REUSE else reuse)
 
 

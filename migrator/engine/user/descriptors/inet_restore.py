@@ -22,6 +22,7 @@ from migrator.image.records_files import (
     SocketTcp,
 )
 from migrator.linux import repair
+from migrator.linux.sockets import Ask
 
 _TYPES = {(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)}
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -62,6 +63,7 @@ class InetRestore:
         self._shared: dict[tuple[int, bytes], set[int]] = {}  # by protocol and port: flags that sharing it takes
         self._groups: dict[Hashable, list[int]] = {}  # by _sharers()
         self._taken: set[int] = set()
+        self._own = os.geteuid(), os.getegid()
 
     def add(self, rec: Socket) -> None:
         if rec.family not in _FAMILIES or (rec.type, rec.protocol) not in _TYPES:
@@ -125,8 +127,8 @@ class InetRestore:
             self._bind(owner, sock)
             tcp.before_connect(sock, rec)
             sock.connect(addresses.unpack(owner.peer))
-            room = len(rec.received) + len(rec.sent)
-            sockopts.force_buffers(sock, owner.sndbuf + 4 * room, owner.rcvbuf + 4 * room)
+            if room := len(rec.received) + len(rec.sent):
+                sockopts.force_buffers(sock, owner.sndbuf + 4 * room, owner.rcvbuf + 4 * room)
             tcp.after_connect(sock, rec)
         self._options(owner, sock, early=False)
         self._tcp[rec.socket_objref] = rec
@@ -174,13 +176,22 @@ class InetRestore:
         return self._made[objref].fileno()
 
     def activate(self) -> None:
-        """Connections come alive, and ask their peers what they missed."""
+        """Connections come alive, and ask their peers what they missed; as `repair.leave()`, of all in one go.
+
+        What fails is passed over: the peer may have reset it by now."""
+        if not self._tcp:
+            return
+        leave = Ask([self._made[objref].fileno() for objref in self._tcp])
+        leave.put(socket.IPPROTO_TCP, repair.TCP_REPAIR, repair.OFF)
+        reuse = [_option(self._records[objref], sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR) for objref in self._tcp]
+        leave.put(sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR, reuse)
+        leave.make()
         for objref, rec in self._tcp.items():
-            sock, owner = self._made[objref], self._records[objref]
-            with contextlib.suppress(OSError):  # the peer may have reset it by now
-                repair.leave(sock, probe=True)
-                self._send_again(owner, sock, rec)
-                repair.push(sock)
+            if rec.sent or rec.state in tcp.FIN_UNACKED:  # else there is nothing to be sent
+                sock, owner = self._made[objref], self._records[objref]
+                with contextlib.suppress(OSError):
+                    self._send_again(owner, sock, rec)
+                    repair.push(sock)
 
     def close(self) -> None:
         for objref, sock in self._made.items():
@@ -197,7 +208,8 @@ class InetRestore:
 
     def _open(self, rec: Socket) -> socket.SocketType:
         sock = self._made[rec.objref] = self._net.plain(rec.family, rec.type, rec.protocol)
-        os.fchown(sock.fileno(), rec.uid, rec.gid)
+        if (rec.uid, rec.gid) != self._own:
+            os.fchown(sock.fileno(), rec.uid, rec.gid)
         if rec.device:
             sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, rec.device.encode())
         self._options(rec, sock, early=True)
