@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from migrator.api import local
+from migrator.api.image_file import open_image
 from migrator.api.output_file import open_output
 from migrator.api.results import exit_status
 from migrator.api.stream import Stream
@@ -113,7 +114,7 @@ async def wait(made: local.Restarted) -> int:
 
 async def _open_image(path: Path, stack: ExitStack) -> int:
     if not path.is_fifo():
-        fd = local.open_image(path)
+        fd = await asyncio.to_thread(open_image, path)
         stack.callback(os.close, fd)
         return fd
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrator.api.image_file import open_image
 from migrator.api.output_file import OutputFile
 from migrator.errors import UsageError
 from migrator.image.convert import Converter
@@ -28,10 +29,7 @@ def convert_image(source: Path | int, output: Path | int) -> Converted:
     """Convert the image in `source` to the current revision. A file in `output` is whole or not there.
 
     Raises UsageError, or ImageError if what is read is not a whole image."""
-    try:
-        fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{source}: {error.strerror}", hint="an image made by `migrator checkpoint`") from error
+    fd = source if isinstance(source, int) else open_image(source)
     try:
         with OutputFile(output) as sink:
             converter, written = Converter(), 0

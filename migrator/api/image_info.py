@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from migrator.errors import ImageError, UsageError
+from migrator.api.image_file import open_image
+from migrator.errors import ImageError
 from migrator.image.decoder import Decoder
 from migrator.image.info import ImageInfo, ImageSummary
 
@@ -37,13 +38,8 @@ def read_info(path: str) -> ImageInfo:
     Raises UsageError if there is no such file."""
     if path == "-":
         return summarise(0)
+    fd = open_image(Path(path))
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="an image is a file, or - for standard input") from error
-    try:
-        if Path(path).is_dir():
-            raise UsageError(f"{path} is a directory")
         return summarise(fd)
     finally:
         os.close(fd)

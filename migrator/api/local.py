@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from migrator import container
 from migrator.api import image_buffer
 from migrator.api.guard import CheckpointGuard
+from migrator.api.image_file import open_image
 from migrator.api.workloads import Workload
 from migrator.container.sandbox import Sandbox
 from migrator.engine.base import (
@@ -26,7 +26,7 @@ from migrator.engine.base import (
     RestartHooks,
 )
 from migrator.engine.select import select
-from migrator.errors import CheckpointFailed, Refused, UsageError
+from migrator.errors import CheckpointFailed, Refused
 from migrator.host import SandboxMaker
 from migrator.linux import pipes, procfs
 
@@ -149,18 +149,6 @@ def restart(
             os.close(one)
     name = made.sandbox.container.name if made.sandbox is not None else ""
     return Restarted(root, hooks.cgroup, choice.engine.name, choice.reason, name)
-
-
-def open_image(path: Path) -> int:
-    """A descriptor to read from. Raises UsageError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="an image made by `migrator checkpoint`") from error
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UsageError(f"{path} is a directory", hint="an image made by `migrator checkpoint`")
-    return fd
 
 
 class _Hooks(RestartHooks):

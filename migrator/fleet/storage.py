@@ -1,7 +1,7 @@
 """Checkpoints of containers on this host: taken, listed, restarted, and the oldest of them removed.
 
 An image is a file `NAME@YYYYMMDDTHHMMSS.mmm.image` in one directory, whole and durable, or not there. One that ends in
-`.increment` instead has what was new since the one before (`migrator.fleet.increments`).
+`.increment` instead has what was new since the one before (`migrator.api.increments`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 import migrator
+from migrator.api.increments import Room, read_header, write
 from migrator.errors import ImageError, UsageError
-from migrator.fleet.increments import Room, read_header, write
 from migrator.protocol.fleet import ImageReport, Saved
 
 log = logging.getLogger("migrator.fleet")
@@ -117,16 +115,4 @@ class Storage:
         path = self._directory / image
         if not _IMAGE.fullmatch(image) or not path.is_file():
             raise UsageError(f"there is no image {image[:160]!r} in {self._directory}")
-        if path.suffix == ".image":
-            return (await migrator.restart(path, bridge=self._bridge)).pid
-        with tempfile.TemporaryFile(dir=self._directory) as whole:
-            await asyncio.to_thread(self._put_together, image, whole)
-            whole.seek(0)
-            return (await migrator.restart(whole.fileno(), bridge=self._bridge)).pid
-
-    def _put_together(self, image: str, to: BinaryIO) -> None:
-        try:
-            with Room(self._directory, image) as room:
-                room.put_together(to)
-        except OSError as error:
-            raise ImageError(f"{image} cannot be put together: {error}") from error
+        return (await migrator.restart(path, bridge=self._bridge)).pid

@@ -438,6 +438,9 @@ def test_increments_cost_what_is_new_and_any_of_them_is_gone_back_to_on_any_host
     fleet.hosts["a"].run(["migrator", "stop", "diary"])
     fleet.command("revive", images[1]["image"], "--on", "b")
     assert fleet.where() == {"a": [], "b": ["diary"], "c": []}
+    fleet.hosts["b"].run(["migrator", "stop", "diary"])
+    fleet.hosts["c"].run([*MIGRATOR, "restart", "-d", "-i", str(fleet.lan.folder / "saved" / images[2]["image"])])
+    assert fleet.where() == {"a": [], "b": [], "c": ["diary"]}
     clear_saved(fleet)
 
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migrator.api.image_file import open_image
+from migrator.api.image_info import read_info
+from migrator.api.increments import MAGIC, PAGE, Room, read_header, write
 from migrator.errors import ImageError
-from migrator.fleet.increments import MAGIC, PAGE, Room, read_header, write
 
 _RECORD = struct.Struct("<ii")
 
@@ -46,6 +48,22 @@ def save(folder: Path, number: int, data: bytes, before: str, *, most: float = 1
         assert write(whole, room, folder / name, most=most)
     whole.unlink()
     return name
+
+
+def test_a_file_is_opened_as_the_image_that_it_stands_for(tmp_path: Path) -> None:
+    """Whatever opens an image opens an increment: restart, image info, image convert."""
+    (tmp_path / "w@0.image").write_bytes(image(*range(1, 41)))
+    name = "w@0.image"
+    for number in (1, 2):
+        name = save(tmp_path, number, image(*range(number, 41 + number)), name)
+        with open(open_image(tmp_path / name), "rb") as file:
+            assert file.read() == image(*range(number, 41 + number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w@0.image", "w@1.increment", "w@2.increment"]
+    (tmp_path / "w@1.increment").unlink()
+    with pytest.raises(ImageError, match=r"w@2.increment builds on w@1.increment, which is not beside it"):
+        open_image(tmp_path / name)
+    with pytest.raises(ImageError, match="builds on"):
+        read_info(str(tmp_path / name))
 
 
 def test_only_what_is_new_is_kept_wherever_the_rest_lies_now(tmp_path: Path) -> None:

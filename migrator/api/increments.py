@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import mmap
 import os
@@ -58,6 +59,24 @@ def read_header(path: Path) -> Header:
     """Raises ImageError, OSError."""
     with open(path, "rb") as file:
         return _header(file)
+
+
+def whole(path: Path) -> int:
+    """A descriptor of the image that an increment, with those beside it, makes. Raises ImageError, OSError."""
+    with Room(path.parent, path.name) as room, _scratch(path.parent) as file:
+        room.put_together(file)
+        file.seek(0)
+        return os.dup(file.fileno())
+
+
+def _scratch(directory: Path) -> BinaryIO:
+    """A file that nobody else sees: beside the images, where there is room for them, if that may be written."""
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=directory))
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return cast(BinaryIO, tempfile.TemporaryFile())
 
 
 def _header(file: BinaryIO) -> Header:
@@ -122,7 +141,7 @@ class Room:
                 raise ImageError(f"{name} is damaged: it does not continue what is before it")
             try:
                 parts, lengths = array("Q", _frame(file)), array("I", _frame(file))
-                with tempfile.TemporaryFile(dir=self._directory) as room:
+                with _scratch(self._directory) as room:
                     size = _size(file)
                     unpacked = zstandard.ZstdDecompressor().copy_stream(cast(BinaryIO, _Limited(file, size)), room)[1]
                     room.flush()
