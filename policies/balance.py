@@ -2,20 +2,21 @@
 
 `balance` is called once per observation. It plans only if the cluster as a whole, or a host, has been too uneven for
 several observations, and only moves that gain more than they cost. Among those the ones that gain most above their
-price come first. Each gain is a fall of one sum (see `score`), so under a constant load moves come to an end and
-nothing goes back and forth; the cooldown does the same for a load that is not constant.
+price come first; where bytes are rationed, those that gain most for their price. Each gain is a fall of one sum (see
+`score`), so under a constant load moves come to an end and nothing goes back and forth; the cooldown does the same for
+a load that is not constant.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from . import windows
 from .consistency import Findings, Trust, inspect, validate
-from .cost import Cost, Prices, predict
+from .cost import LEAST_PRICE, Cost, Prices, predict
 from .ledger import Ledger, Limits, Unit
 from .model import Cluster
 from .plan import Cause, Move, Pace, Plan, Waves, make
@@ -35,7 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `imbalance`: the cluster's, above which it is balanced. `excess`: how far above the mean a host's utilisation makes
     it hot. Either must hold for `hold` observations. `margin`: by how much a move's gain must exceed its price.
     `thrift`: how much cost weighs against gain; twice as much means fewer moves. `cooldown`: seconds for which a moved
-    workload stays. `bytes_per_hour`: what balancing may send on average.
+    workload stays. `bytes_per_hour`: what balancing may send on average; `bytes_at_once`: how much of that may be saved
+    up, and may be sent at the beginning, a day's worth if None.
     """
 
     imbalance: float = 0.05
@@ -46,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cooldown: float = 3600.0
     max_risk: float = 0.6
     bytes_per_hour: float | None = None
+    bytes_at_once: float | None = None
     pace: Pace = Pace()
     prices: Prices = Prices()
     weights: Weights = Weights()
@@ -53,18 +56,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     trust: Trust = Trust()
     windows: tuple[Window, ...] = ()
 
+    @property
+    def most_credit(self) -> float:
+        """Bytes that may be sent when none were for long; without end if there is no budget."""
+        if self.bytes_per_hour is None:
+            return float("inf")
+        return self.bytes_per_hour * 24 if self.bytes_at_once is None else self.bytes_at_once
+
 
 class Hold(msgspec.Struct, frozen=True):
     """What `balance` remembers from one observation to the next.
 
     Observations in a row with too much imbalance, and with each host too hot; when it was last called, and how many
-    bytes it may still send.
+    bytes it might send then (None: all that the settings let it save up).
     """
 
     uneven: int = 0
     hot: dict[str, int] = {}
     at: float | None = None
-    credit: float = 0.0
+    credit: float | None = None
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -77,6 +87,21 @@ class _Choice(msgspec.Struct, frozen=True):
 
 HOLD = Hold()
 SETTINGS = Settings()
+
+
+def credit_left(sent: Iterable[tuple[float, float]], now: float, settings: Settings) -> float:
+    """What is left of the budget after all that was `sent`: times and bytes, the earliest first."""
+    credit, at = settings.most_credit, None
+    for when, size in sent:
+        credit, at = _earned(credit, at, when, settings) - size, when
+    return _earned(credit, at, now, settings)
+
+
+def _earned(credit: float | None, since: float | None, now: float, settings: Settings) -> float:
+    most = settings.most_credit
+    if credit is None or settings.bytes_per_hour is None:
+        return most
+    return min(credit + settings.bytes_per_hour * max(now - (now if since is None else since), 0.0) / 3600, most)
 
 
 def balance(cluster: Cluster, hold: Hold = HOLD, settings: Settings = SETTINGS) -> tuple[Plan, Hold]:
@@ -100,7 +125,7 @@ class _Balance:
         self.waves = Waves(settings.pace, cluster)
         self.imbalance = self.score.imbalance()
         self.hold = self._count(hold)
-        self.credit = self.hold.credit if settings.bytes_per_hour is not None else float("inf")
+        self.credit = _earned(hold.credit, hold.at, cluster.time, settings)
         self.time_left = windows.left(settings.windows, cluster.time)
         self.moves: list[Move] = []
         self.notes = [*self.findings.hosts.values(), *dict.fromkeys(self.findings.workloads.values())]
@@ -119,11 +144,7 @@ class _Balance:
             if self.score.excess(host) > settings.excess
         }
         uneven = hold.uneven + 1 if self.imbalance > settings.imbalance else 0
-        credit = 0.0
-        if settings.bytes_per_hour is not None and hold.at is not None:
-            passed = max(self.cluster.time - hold.at, 0.0)
-            credit = min(hold.credit + settings.bytes_per_hour * passed / 3600, settings.bytes_per_hour * 24)
-        return Hold(uneven, hot, self.cluster.time, credit)
+        return Hold(uneven, hot, self.cluster.time)
 
     def run(self) -> tuple[Plan, Hold]:
         settings = self.settings
@@ -145,7 +166,7 @@ class _Balance:
             predicted=self.score.imbalance(),
             notes=self.notes,
         )
-        credit = self.credit if settings.bytes_per_hour is not None else 0.0
+        credit = self.credit if settings.bytes_per_hour is not None else None
         return plan, msgspec.structs.replace(self.hold, credit=credit)
 
     def _keep_rules(self) -> None:
@@ -193,8 +214,12 @@ class _Balance:
             costs.append(cost)
         if sum(cost.bytes for cost in costs) > self.credit:
             return None
-        price = self.settings.thrift * sum(self.settings.prices.of(cost) for cost in costs)
+        price = max(self.settings.thrift * sum(self.settings.prices.of(cost) for cost in costs), LEAST_PRICE)
         return _Choice(unit, target, gain, price, tuple(costs))
+
+    def _worth(self, gain: float, price: float) -> float:
+        """What is moved first: what gains most; where bytes are rationed, what gains most for its price."""
+        return gain - price if self.settings.bytes_per_hour is None else gain / price
 
     def _movable(self, unit: Unit) -> bool:
         return not unit.kept and all(
@@ -203,7 +228,7 @@ class _Balance:
         )
 
     def _best_from(self, source: int) -> _Choice | None:
-        """The move off a host that gains most above its price.
+        """The move off a host that is worth most.
 
         Units are tried by what they could gain at best, so the first few of many decide it.
         """
@@ -227,12 +252,13 @@ class _Balance:
             choice = self._choice(unit, top[1], top[0])
             if choice is None or choice.gain <= (1 + settings.margin) * choice.price:
                 continue
-            if choice.gain - choice.price > most:
-                best, most = choice, choice.gain - choice.price
+            worth = self._worth(choice.gain, choice.price)
+            if worth > most:
+                best, most = choice, worth
         return best
 
     def _hopes(self, source: int) -> Iterator[tuple[float, str, Unit]]:
-        """What a host's units would gain above the least price if they went to a host that is the emptiest in all."""
+        """What a host's units would be worth at the least price if they went to a host that is the emptiest in all."""
         settings = self.settings
         low = self.targets.lowest(0), self.targets.lowest(1), 0.0
         for unit in self.ledger.units_on[source]:
@@ -243,8 +269,9 @@ class _Balance:
                 for workload in unit.workloads
             )
             price = settings.thrift * (settings.prices.move * len(unit.workloads) + settings.prices.gib * sent / 2**30)
-            if gain > (1 + settings.margin) * price and self._movable(unit):
-                yield gain - price, unit.name, unit
+            price = max(price, LEAST_PRICE)
+            if gain > (1 + settings.margin) * price and sent <= self.credit and self._movable(unit):
+                yield self._worth(gain, price), unit.name, unit
 
     def _sources(self, uneven: bool) -> Iterator[int]:
         if not uneven:
@@ -261,7 +288,7 @@ class _Balance:
             choice = self._best_from(source)
             if choice is not None:
                 versions = self.version[source], self.version[choice.target]
-                heapq.heappush(queue, (choice.price - choice.gain, source, *versions, choice))
+                heapq.heappush(queue, (-self._worth(choice.gain, choice.price), source, *versions, choice))
 
         for source in self._sources(uneven):
             look(source)

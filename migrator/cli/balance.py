@@ -14,6 +14,7 @@ from migrator.cli import interrupts
 from migrator.cli.fleet import AsJson, PrometheusUrl, StoreUrl
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
+from migrator.cli.parameters import size as bytes_of
 from migrator.cli.plans import apply_plan, follow_plan, show_plan
 from migrator.errors import UsageError
 from migrator.fleet import records as r
@@ -60,6 +61,10 @@ def balance(
     at_once: Annotated[
         str, typer.Option(metavar="ALL,HOST", help="With --mode: migrations in all and per host, as 8,2.")
     ] = "",
+    budget: Annotated[
+        float | None,
+        typer.Option(parser=bytes_of, metavar="SIZE", help="With --mode: it may send so much an hour; 0: any."),
+    ] = None,
     window: Annotated[
         list[str] | None,
         typer.Option(metavar="[DAYS/]HH:MM-HH:MM", help="With --mode: when it may move, UTC, as sat,sun/01:00-05:00."),
@@ -82,6 +87,8 @@ def balance(
             "windows": tuple(map(window_of, window)) if window else None,
         }  # fmt: skip
         changes = {name: value for name, value in changes.items() if value is not None}
+        if budget is not None:
+            changes["bytes_per_hour"] = budget or None
         if (changes or every is not None) and not mode:
             raise UsageError("how the controller balances is set together with --mode", hint="such as --mode recommend")
         if mode:

@@ -14,6 +14,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from migrator.errors import MigratorError
 from migrator.fleet import records as r
 from migrator.fleet.cluster import Seen
@@ -22,13 +24,13 @@ from migrator.fleet.leadership import lead
 from migrator.fleet.membership import Fleet
 from migrator.fleet.mover import Mover
 from migrator.fleet.observer import Observer
-from migrator.fleet.plans import Plans, imbalance_of, same_moves
+from migrator.fleet.plans import Plans, imbalance_of, same_moves, sent_by_balance
 from migrator.fleet.recoveries import Fencing, Recoveries
 from migrator.fleet.snapshots import Snapshots
 from migrator.fleet.state import FleetState, Stored
 from migrator.fleet.store import Compacted, Lease, Lock, NotHeld, StoreUnavailable
 from migrator.runtime.service import notify
-from policies.balance import HOLD, Hold, balance
+from policies.balance import HOLD, Hold, balance, credit_left
 from policies.consistency import ClusterError
 
 log = logging.getLogger("migrator.controller")
@@ -173,6 +175,11 @@ class Controller:
         if settings.mode is r.Mode.OFF or time.monotonic() - self._balanced_at < settings.interval:
             return
         self._balanced_at = time.monotonic()
+        if settings.balance.bytes_per_hour is not None:
+            # What was really sent, by whoever led.
+            sent = sent_by_balance(one.record for one in (await self.state.history.all()).values())
+            credit = credit_left(sent, seen.cluster.time, settings.balance)
+            self._hold = msgspec.structs.replace(self._hold, at=seen.cluster.time, credit=credit)
         made, hold = balance(seen.cluster, self._hold, settings.balance)
         self._hold = hold
         if not made.moves:

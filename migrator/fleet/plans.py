@@ -15,11 +15,19 @@ from migrator.fleet.state import FleetState, Stored
 from migrator.fleet.store import Conflict, Lock
 from policies import consistency, ledger, plan, score
 from policies.model import Cluster
+from policies.plan import Cause
 
 log = logging.getLogger("migrator.controller")
 
 KEPT = 50  # plans
 MAX_AGE = 600.0  # seconds from its making until a plan is begun
+
+
+def sent_by_balance(history: Iterable[r.FinishedMove]) -> list[tuple[float, float]]:
+    """When balancing sent how much, the earliest first; drains are not rationed."""
+    return sorted(
+        (one.ended_at, float(one.bytes)) for one in history if one.move.cause in (Cause.BALANCE.value, Cause.RULE.value)
+    )
 
 
 class Plans:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies_samples import GIB, applied, changed, cluster, clusters, fleet, host, violations, workload
 
-from policies.balance import Hold, Settings, balance
+from policies.balance import Hold, Settings, balance, credit_left
 from policies.cost import Prices
 from policies.model import Cluster, HostState, Pressure, Resources
 from policies.plan import Cause, Pace, Plan
@@ -124,12 +124,51 @@ def test_a_window_knows_its_days(start: float, end: float, days: list[int], time
 
 def test_bytes_are_earned_by_the_hour() -> None:
     frugal = msgspec.structs.replace(EAGER, bytes_per_hour=GIB)
-    plan, hold = balance(uneven(), settings=frugal)
+    spent = Hold(at=1000.0, credit=0.0)
+    plan, hold = balance(uneven(), spent, settings=frugal)
     assert not plan.moves
     hour = cluster(list(uneven().hosts), list(uneven().workloads), time=1000.0 + 3600)
     plan, hold = balance(hour, hold, frugal)
     assert len(plan.moves) == 1
     assert hold.credit == 0
+
+
+def test_what_may_be_saved_up_may_be_sent_at_first() -> None:
+    assert len(balance(uneven(), settings=msgspec.structs.replace(EAGER, bytes_per_hour=GIB))[0].moves) > 1
+    little = msgspec.structs.replace(EAGER, bytes_per_hour=GIB, bytes_at_once=1.5 * GIB)
+    plan, hold = balance(uneven(), settings=little)
+    assert len(plan.moves) == 1
+    assert hold.credit == little.bytes_at_once - plan.bytes
+
+
+@pytest.mark.parametrize(
+    ("sent", "left"),
+    [
+        ([], 24.0),
+        ([(0.0, 10.0)], 15.0),
+        ([(0.0, 30.0)], -5.0),
+        ([(0.0, 10.0), (0.5, 20.0)], -5.0),
+        ([(-50.0, 24.0), (0.0, 1.0)], 24.0),
+    ],
+)
+def test_the_budget_is_what_is_left_of_what_was_sent(sent: list[tuple[float, float]], left: float) -> None:
+    """In GiB and hours, an hour after the last look at a day's worth."""
+    frugal = msgspec.structs.replace(EAGER, bytes_per_hour=GIB)
+    found = credit_left(((3600 * when, GIB * size) for when, size in sent), 3600.0, frugal)
+    assert found / GIB == pytest.approx(left)
+    assert credit_left([(0.0, GIB)], 5.0, EAGER) == float("inf")
+
+
+def test_where_bytes_are_rationed_the_best_use_of_them_comes_first() -> None:
+    """The large one gains more, the small ones more for each byte."""
+    hosts = [host("a"), host("b")]
+    workloads = [workload("large", "a", 5.0, 20.0), workload("small", "a", 3.0, 1.0)]
+    workloads += [workload(f"stays{number}", "a", 1.0, 1.0, pinned=True) for number in range(5)]
+    now = cluster(hosts, workloads)
+    one = msgspec.structs.replace(EAGER, pace=Pace(total=1))
+    assert [move.workload for move in balance(now, settings=one)[0].moves] == ["large"]
+    frugal = msgspec.structs.replace(one, bytes_per_hour=GIB)
+    assert [move.workload for move in balance(now, settings=frugal)[0].moves] == ["small"]
 
 
 def test_pressure_counts_as_load() -> None:
