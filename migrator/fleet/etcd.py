@@ -41,7 +41,9 @@ from migrator.fleet.store import (
 _SEAL = re.compile(rb"m1 ([0-9a-f]{16})\n")
 _SEAL_BYTES = 20
 _PAGE = 500  # entries
+_MAX_SCAN = 512 << 20  # bytes of values; a fleet of 10,000 hosts has a tenth of that
 _RECONNECT = 0.2  # seconds
+_OTHER = "etcd answered another question than it was asked"
 
 
 class EtcdStore(Store):
@@ -72,12 +74,15 @@ class EtcdStore(Store):
     async def get(self, key: str) -> Entry | None:
         check_key(key)
         answer = await self._ask("kv/range", {"key": self._key(key)}, g.RangeAnswer)
-        return self._entry(answer.kvs[0]) if answer.kvs else None
+        entries = [self._entry(found) for found in answer.kvs]
+        if any(entry.key != key for entry in entries) or len(entries) > 1:
+            raise StoreCorrupt(_OTHER)
+        return entries[0] if entries else None
 
     async def scan(self, prefix: str) -> Listing:
         check_prefix(prefix)
         entries: list[Entry] = []
-        at, request = 0, self._range(prefix)
+        at, size, last, request = 0, 0, "", self._range(prefix)
         while True:
             try:
                 answer = await self._gateway.call(
@@ -89,7 +94,13 @@ class EtcdStore(Store):
                     continue
                 raise _failed(error) from None
             at = at or answer.header.revision
-            entries += [self._entry(found) for found in answer.kvs]
+            for entry in map(self._entry, answer.kvs):
+                if not entry.key.startswith(prefix) or entry.key <= last:
+                    raise StoreCorrupt(_OTHER)
+                entries.append(entry)
+                last, size = entry.key, size + len(entry.key) + len(entry.value)
+            if size > _MAX_SCAN:
+                raise StoreCorrupt(f"etcd has more than {_MAX_SCAN >> 20} MiB below {self._prefix}{prefix}")
             if not answer.more or not answer.kvs:
                 return Listing(tuple(entries), at)
             request["key"] = _text(answer.kvs[-1].key + b"\0")
@@ -199,6 +210,7 @@ class EtcdStore(Store):
 
     def _done_before(self, writes: list[Write], mark: bytes, keys: list[str], answer: g.TransactionAnswer) -> int:
         """The revision of a transaction whose first answer was lost, if it can be told that it was done."""
+        self._seen(keys, answer)  # as many as were asked for
         found = dict(zip(keys, (response.response_range for response in answer.responses), strict=True))
         puts = [write for write in writes if write.value is not None]
         for write in puts:
@@ -225,7 +237,7 @@ class EtcdStore(Store):
         """The revisions that a transaction's ranges have found, 0 for a key that is not there."""
         ranges = [response.response_range for response in answer.responses]
         if len(ranges) != len(keys):
-            raise StoreCorrupt("etcd answered another question than it was asked")
+            raise StoreCorrupt(_OTHER)
         return {
             key: found.kvs[0].mod_revision if found is not None and found.kvs else 0
             for key, found in zip(keys, ranges, strict=True)

@@ -11,7 +11,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx
@@ -26,6 +26,9 @@ WITHIN = 10.0  # seconds for a call, over all endpoints
 _ATTEMPT = 2.0  # seconds for one endpoint
 _PAUSE = 0.1  # seconds before all of them are asked again
 SILENCE = 20.0  # seconds without an event, after which a watch asks another endpoint
+
+# Bytes of one answer, or of one result of a watch: etcd sends messages of up to 4 MiB, in base64 here.
+MAX_ANSWER = 16 << 20
 
 # google.rpc.Code, as the gateway gives it.
 INVALID, NOT_FOUND, EXHAUSTED, OUT_OF_RANGE = 3, 5, 8, 11
@@ -93,7 +96,7 @@ class WatchResult(Answer, frozen=True, kw_only=True):
 
 class WatchAnswer(Answer, frozen=True, kw_only=True):
     result: WatchResult = WatchResult()
-    error: Any = None
+    error: msgspec.Raw | None = None
 
 
 class Failure(Answer, frozen=True, kw_only=True):
@@ -117,7 +120,9 @@ class Gateway:
         self.names = ", ".join(endpoints)
         self._at = 0
         self._cluster = ""
-        self._client = httpx.AsyncClient(verify=verify, trust_env=False, timeout=_ATTEMPT)
+        # What is not compressed cannot unfold in memory.
+        plain = {"Accept-Encoding": "identity"}
+        self._client = httpx.AsyncClient(verify=verify, trust_env=False, timeout=_ATTEMPT, headers=plain)
 
     async def call(
         self, path: str, request: dict[str, object], kind: type[A], *, on_doubt: Callable[[], None] = lambda: None
@@ -132,11 +137,15 @@ class Gateway:
         while True:
             endpoint = self.endpoints[self._at]
             try:
-                answer = await self._client.post(f"{endpoint}/v3/{path}", content=json.dumps(request))
-                return self._understood(answer.status_code, answer.content, kind, endpoint)
+                async with (
+                    asyncio.timeout(max(deadline - now(), _ATTEMPT)),
+                    self._client.stream("POST", f"{endpoint}/v3/{path}", content=json.dumps(request)) as answer,
+                ):
+                    body = await _read(answer, endpoint)
+                return self._understood(answer.status_code, body, kind, endpoint)
             except httpx.ConnectError as error:
                 problem = f"{endpoint}: {error}"
-            except (httpx.HTTPError, _Again) as error:
+            except (httpx.HTTPError, TimeoutError, _Again) as error:
                 on_doubt()
                 problem = f"{endpoint}: {str(error) or type(error).__name__}"
             self._next(endpoint)
@@ -159,14 +168,13 @@ class Gateway:
                 "POST", f"{endpoint}/v3/watch", content=json.dumps(request), headers=headers, timeout=limits
             ) as answer:
                 if answer.status_code != 200:
-                    self._understood(answer.status_code, await answer.aread(), WatchAnswer, endpoint)
-                async for line in answer.aiter_lines():
-                    if line:
-                        found = self._understood(200, line.encode(), WatchAnswer, endpoint)
-                        self._check_cluster(found.result.header, endpoint)
-                        if found.error is not None:
-                            break
-                        yield found.result
+                    self._understood(answer.status_code, await _read(answer, endpoint), WatchAnswer, endpoint)
+                async for line in _lines(answer, endpoint):
+                    found = self._understood(200, line, WatchAnswer, endpoint)
+                    self._check_cluster(found.result.header, endpoint)
+                    if found.error is not None:
+                        break
+                    yield found.result
         except (httpx.HTTPError, _Again):
             pass
         self._next(endpoint)
@@ -182,7 +190,7 @@ class Gateway:
                     self._check_cluster(header, endpoint)
                 return answer
             failure = msgspec.json.decode(content, type=Failure)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             if status >= 500:
                 raise _Again(f"HTTP {status}") from None
             raise StoreUnavailable(
@@ -218,6 +226,35 @@ class Gateway:
 
 class _Again(Exception):
     """This endpoint cannot say now; it may have done what was asked."""
+
+
+async def _read(answer: httpx.Response, endpoint: str) -> bytes:
+    body = bytearray()
+    async for part in answer.aiter_raw():
+        body += part
+        _bounded(body, endpoint)
+    return bytes(body)
+
+
+async def _lines(answer: httpx.Response, endpoint: str) -> AsyncIterator[bytes]:
+    rest = bytearray()
+    async for part in answer.aiter_raw():
+        *lines, last = part.split(b"\n")
+        for line in lines:
+            rest += line
+            if rest.strip():
+                yield bytes(rest)
+            rest.clear()
+        rest += last
+        _bounded(rest, endpoint)
+
+
+def _bounded(body: bytearray, endpoint: str) -> None:
+    if len(body) > MAX_ANSWER:
+        raise StoreUnavailable(
+            f"{endpoint} does not answer as etcd does: more than {MAX_ANSWER >> 20} MiB at once",
+            hint="etcd 3.4 or later is needed",
+        )
 
 
 def parse_url(rest: str) -> tuple[list[str], ssl.SSLContext | bool, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import itertools
+import json
 import urllib.error
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import httpx
 import pytest
 
 from migrator.errors import UsageError
-from migrator.fleet import gateway
+from migrator.fleet import etcd, gateway
 from migrator.fleet.etcd import EtcdStore
 from migrator.fleet.leadership import lead
 from migrator.fleet.store import Compacted, Conflict, NotHeld, StoreCorrupt, StoreUnavailable, Write, open_store
@@ -298,6 +301,92 @@ async def test_a_server_that_is_no_etcd_is_said() -> None:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(StoreUnavailable, match="does not answer as etcd"):
             await open_store(f"etcd:http://127.0.0.1:{port}")
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+class Odd(httpx.AsyncBaseTransport):
+    """Answers as it is told to, and never as etcd would."""
+
+    def __init__(self) -> None:
+        self.body: Callable[[dict[str, Any]], Iterator[bytes]] = lambda _: iter([b"{}"])
+        self.sent = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+
+        async def parts() -> AsyncIterator[bytes]:
+            for part in self.body(asked):
+                self.sent += len(part)
+                yield part
+
+        return httpx.Response(200, content=parts())
+
+
+@pytest.fixture
+async def odd(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, Odd]]:
+    monkeypatch.setattr(gateway, "WITHIN", 0.3)
+    transport = Odd()
+    store = EtcdStore(gateway.Gateway(["http://127.0.0.1:1"]), "odd")
+    store._gateway._client = httpx.AsyncClient(transport=transport)
+    yield store, transport
+    await store.close()
+
+
+def entry(key: str, size: int = 1) -> dict[str, Any]:
+    sealed = base64.b64encode(b"m1 0123456789abcdef\n" + b"x" * size).decode()
+    return {"key": b64(key), "value": sealed, "mod_revision": "5"}
+
+
+async def test_an_answer_without_end_is_cut(odd: tuple[EtcdStore, Odd]) -> None:
+    store, transport = odd
+    transport.body = lambda _: itertools.repeat(b"x" * (1 << 20))
+    with pytest.raises(StoreUnavailable, match="more than 16 MiB"):
+        await store.get("a")
+    with pytest.raises(StoreUnavailable, match="more than 16 MiB"):
+        await anext(store.watch("a/", after=1))
+    assert transport.sent < 4 * gateway.MAX_ANSWER
+
+
+@pytest.mark.parametrize("deep", [b'{"error":' + b"[" * 100_000, b'{"other":' + b'{"a":' * 100_000, b"\xff{"])
+async def test_an_answer_that_is_none_is_said(odd: tuple[EtcdStore, Odd], deep: bytes) -> None:
+    store, transport = odd
+    transport.body = lambda _: iter([deep, b"\n"])
+    with pytest.raises(StoreUnavailable, match="does not answer as etcd"):
+        await store.get("a")
+    with pytest.raises(StoreUnavailable, match="does not answer as etcd"):
+        await anext(store.watch("a/", after=1))
+
+
+@pytest.mark.parametrize("what", ["the same again", "from elsewhere", "ever more"])
+async def test_a_listing_without_end_is_given_up(
+    odd: tuple[EtcdStore, Odd], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd, "_MAX_SCAN", 1 << 16)
+    store, transport = odd
+    number = itertools.count()
+
+    def page(_: dict[str, Any]) -> Iterator[bytes]:
+        at = {"the same again": 1, "from elsewhere": 0, "ever more": next(number)}[what]
+        key = f"/odd/{'hosts' if at or what == 'ever more' else 'other'}/h{at:09}"
+        yield json.dumps({"kvs": [entry(key, 1000)], "more": True}).encode()
+
+    transport.body = page
+    with pytest.raises(StoreCorrupt, match="more than 0 MiB below" if what == "ever more" else "another question"):
+        await store.scan("hosts/")
+    assert transport.sent < 1 << 18
+
+
+async def test_the_answer_to_another_question_is_not_taken(odd: tuple[EtcdStore, Odd]) -> None:
+    store, transport = odd
+    transport.body = lambda _: iter([json.dumps({"kvs": [entry("/odd/b")]}).encode()])
+    with pytest.raises(StoreCorrupt, match="another question"):
+        await store.get("a")
+    transport.body = lambda _: iter([b'{"succeeded": false, "responses": []}'])
+    with pytest.raises(StoreCorrupt, match="another question"):
+        await store.put("a", b"1", expected=0)
 
 
 async def test_nobody_there_is_said_with_the_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
