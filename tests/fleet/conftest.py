@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -19,15 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Debian package of this checkout."""
-    done = subprocess.run(
-        [ROOT / "deploy/debian/build.sh", tmp_path_factory.mktemp("deb")],
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COMPRESS": "none"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    """The Debian package of this checkout; it is built once, whatever runs beside us."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "deb"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if built := list(shared.glob("*.deb")):
+            return built[0]
+        done = subprocess.run(
+            [ROOT / "deploy/debian/build.sh", shared],
+            env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COMPRESS": "none"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="session")

@@ -34,12 +34,17 @@ def inside(package: Path, tmp_path: Path, script: str) -> str:
     return done.stdout
 
 
-def test_it_installs_without_a_network_and_all_commands_are_there(package: Path, tmp_path: Path) -> None:
-    found = inside(
+@pytest.fixture(scope="module")
+def life(package: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What is seen as the package is installed, used and purged: lines, by the part of its life."""
+    text = inside(
         package,
-        tmp_path,
+        tmp_path_factory.mktemp("root"),
         """
         dpkg -i /migrator.deb >&2
+        echo == started
+        find /etc/systemd -name 'migrator*'
+        echo == installed
         dpkg -s migrator | grep '^Status'
         migrator --help | grep -c 'migrate\\|settle\\|agent'
         migrator keygen /etc/migrator/host_key 2> /dev/null
@@ -51,8 +56,19 @@ print(migrator.__file__)'
         getent passwd migrator | cut -d: -f1
         systemd-analyze verify --man=no /usr/lib/systemd/system/migrator-*.service
         ls /usr/share/man/man1/migrator-agent.1.gz
+        mkdir -p /var/lib/migrator/journal; : > /var/lib/migrator/journal/x.source.journal
+        dpkg --purge migrator >&2
+        echo == purged
+        find /opt /usr/bin /usr/lib/systemd /usr/lib/sysusers.d -name 'migrator*'
+        ls /etc/migrator /var/lib/migrator/journal
         """,
-    ).splitlines()
+    )
+    parts = (part.partition("\n") for part in text.split("== ")[1:])
+    return {name: seen.splitlines() for name, _, seen in parts}
+
+
+def test_it_installs_without_a_network_and_all_commands_are_there(life: dict[str, list[str]]) -> None:
+    found = life["installed"]
     assert found[0] == "Status: install ok installed"
     assert int(found[1]) >= 3
     assert found[2].startswith("ssh-ed25519 ")
@@ -62,31 +78,13 @@ print(migrator.__file__)'
     assert "migrator-agent.1" in found[-1]
 
 
-def test_installing_starts_nothing(package: Path, tmp_path: Path) -> None:
-    found = inside(package, tmp_path, "dpkg -i /migrator.deb >&2; find /etc/systemd -name 'migrator*'; echo end")
-    assert found == "end\n"
+def test_installing_starts_nothing(life: dict[str, list[str]]) -> None:
+    assert life["started"] == []
 
 
-def test_removing_leaves_keys_and_journals_and_no_program(package: Path, tmp_path: Path) -> None:
-    found = inside(
-        package,
-        tmp_path,
-        """
-        dpkg -i /migrator.deb >&2
-        migrator keygen /etc/migrator/host_key > /dev/null 2>&1
-        mkdir -p /var/lib/migrator/journal; : > /var/lib/migrator/journal/x.source.journal
-        dpkg --purge migrator >&2
-        find /opt /usr/bin /usr/lib/systemd /usr/lib/sysusers.d -name '*migrator*'
-        ls /etc/migrator /var/lib/migrator/journal
-        """,
-    )
-    assert found.split() == [
-        "/etc/migrator:",
-        "host_key",
-        "host_key.pub",
-        "/var/lib/migrator/journal:",
-        "x.source.journal",
-    ]
+def test_removing_leaves_keys_and_journals_and_no_program(life: dict[str, list[str]]) -> None:
+    found = [line for line in life["purged"] if line]
+    assert found == ["/etc/migrator:", "host_key", "host_key.pub", "/var/lib/migrator/journal:", "x.source.journal"]
 
 
 def test_everything_in_the_package_belongs_to_root_and_nobody_else_may_write_it(package: Path) -> None:

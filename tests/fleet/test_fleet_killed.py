@@ -48,9 +48,9 @@ def test_whatever_dies_each_workload_runs_once(fleet: tuple[FleetStage, EtcdClus
     stage, cluster = fleet
     chance = Random(seed)
     for number, name in enumerate(NAMES):
-        stage.run("a", name, [*COUNTER, str(20 + 20 * number)])
+        stage.run("a", name, [*COUNTER, str(10 + 10 * number)])
     stage.command("balance", "--mode", "automatic", "--every", "1s", "--hold", "1", "--cooldown", "0s")
-    controllers = [stage.controller("--ttl", "2", name=f"c{number}") for number in range(2)]
+    controllers = [stage.controller("--ttl", "2", name=name) for name in ("x", "y")]
     for turn in range(6):
         if turn % 2 == 0:
             drained = max(stage.where().items(), key=lambda one: len(one[1]))[0]
@@ -66,9 +66,8 @@ def test_whatever_dies_each_workload_runs_once(fleet: tuple[FleetStage, EtcdClus
                 stage.stop_agent(victim, kill=True)
                 time.sleep(chance.uniform(0.0, 1.0))
                 stage.start_agent(victim)
-        for controller in controllers:
-            controller.kill()  # whoever leads
-        controllers = [stage.controller("--ttl", "2", name=f"c{turn}-{number}") for number in range(2)]
+        controllers.pop(chance.randrange(2)).kill()  # the one that leads, or the one that waits to
+        controllers.append(stage.controller("--ttl", "2", name=f"c{turn}"))
         if turn % 2 == 1:
             insist(stage, "uncordon", drained)
     cluster.repair()
