@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from migrator.cli import interrupts
-from migrator.cli.fleet import AsJson, PrometheusUrl, StoreUrl
+from migrator.cli.fleet import AsJson, PrometheusUrl, StoreUrl, look
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
 from migrator.cli.parameters import size as bytes_of
@@ -107,7 +107,7 @@ def balance(
 
 async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: bool, prometheus: str) -> r.Plan | None:
     async with opened(store, login, prometheus=prometheus) as fleet:
-        seen = await fleet.observer.look(rate=0.3)
+        seen = await look(fleet, 0.3)
         for note in seen.notes:
             err.say("[yellow]note:[/] {}", note)
         for name, error in sorted(fleet.observer.errors.items()):

@@ -132,7 +132,7 @@ def _show(
 
         async def once() -> None:
             async with membership.opened(store, login, prometheus=prometheus) as fleet:
-                seen = await _look(fleet, rate)
+                seen = await look(fleet, rate)
             if rows is not None:
                 out.json(rows(seen))
             else:
@@ -147,7 +147,7 @@ def _show(
     async def again() -> AsyncIterator[Group | None]:
         async with membership.opened(store, login, prometheus=prometheus) as fleet:
             while True:
-                seen = await _look(fleet, rate)
+                seen = await look(fleet, rate)
                 if rows is not None:
                     out.json(rows(seen), indent=None)
                 yield Group(table(seen), *_notes(fleet, seen)) if rows is None else None
@@ -155,7 +155,8 @@ def _show(
     watched(again, every=every)
 
 
-async def _look(fleet: Fleet, rate: float) -> Seen:
+async def look(fleet: Fleet, rate: float) -> Seen:
+    """Raises UsageError if there is nothing to look at."""
     seen = await fleet.observer.look(rate=rate)
     if not seen.cluster.hosts:
         raise UsageError("the fleet has no hosts", hint="`migrator join HOST` takes one in, `migrator init` many")

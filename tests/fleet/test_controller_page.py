@@ -73,6 +73,12 @@ async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
         workload="shop", source="a", target="b", cause=plan.Cause.BALANCE, reason=HOSTILE, gain=0.1, cost=cost
     )
     proposed = plan.make(observer.seen.cluster, [move], imbalance=0.2, predicted=0.1)
+    for number, name in enumerate(("x" * 63, "shop")):
+        ended = r.Move(workload=name, source="a", destination="b", migration=f"{number:032x}", token=1, started_at=1.0)
+        why = "the network was slow, and what was to be sent never got less; " * 4
+        await state.history.put(
+            str(number), r.FinishedMove(move=ended, outcome=r.Outcome.ABORTED, ended_at=2.0, why=why)
+        )
     await state.plans.put("p1", r.Plan(id="p1", state=r.PlanState.PROPOSED, plan=proposed))
     yield made
     await store.close()
@@ -196,6 +202,8 @@ async def test_it_is_read_in_light_and_dark_on_a_desk_and_on_a_phone(
     await browser.open(url)
     await browser.until("document.querySelectorAll('#hosts tbody tr').length == 3")
     assert await browser.value("document.documentElement.scrollWidth <= window.innerWidth"), "it must not be wider"
+    whole = "[...document.querySelectorAll('#history .state')].every((one) => one.getClientRects().length == 1)"
+    assert await browser.value(whole), "beside a long note a word keeps whole"
     hidden = "getComputedStyle(document.querySelector('#unlock')).display == 'none'"
     assert await browser.value(hidden), "there is no token here"
     ink, paper = [

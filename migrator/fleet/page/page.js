@@ -31,13 +31,13 @@ function state(word) {
 }
 
 function meter(share, what) {
-  const box = element("span");
+  const box = element("span", undefined, { class: "bar" });
   box.append(element("meter", percent(share), { value: Math.min(Math.max(share, 0), 1), high: 0.9, "aria-label": what }));
   box.append(` ${percent(share)}`);
   return box;
 }
 
-// columns: [title, cell of a row, whether it is a number]
+// columns: [title, cell of a row, "number" or "text" (of any length)]
 function table(section, columns, rows, nothing) {
   const box = document.querySelector(`#${section} .rows`);
   if (!rows.length) {
@@ -46,16 +46,16 @@ function table(section, columns, rows, nothing) {
   }
   const made = element("table");
   const head = element("tr");
-  for (const [title, , number] of columns) {
-    head.append(element("th", title, { scope: "col", ...(number ? { class: "number" } : {}) }));
+  for (const [title, , kind] of columns) {
+    head.append(element("th", title, { scope: "col", class: kind || "short" }));
   }
   const thead = element("thead");
   thead.append(head);
   const body = element("tbody");
   for (const row of rows) {
     const line = element("tr");
-    for (const [title, cell, number] of columns) {
-      const td = element("td", undefined, { "data-name": title, ...(number ? { class: "number" } : {}) });
+    for (const [title, cell, kind] of columns) {
+      const td = element("td", undefined, { "data-name": title, class: kind || "short" });
       const value = cell(row);
       td.append(value instanceof Node ? value : String(value ?? "-"));
       line.append(td);
@@ -121,21 +121,21 @@ function draw(fleet) {
   table("moves", [
     ["Workload", (m) => m.workload], ["From", (m) => m.source], ["To", (m) => m.destination],
     ["Phase", (m) => m.phase || "asked for"], ["Sent", (m) => progressOf(m)],
-    ["Would stop", (m) => (m.predicted_downtime === null ? "-" : duration(m.predicted_downtime)), true],
-    ["Because", (m) => m.reason],
+    ["Would stop", (m) => (m.predicted_downtime === null ? "-" : duration(m.predicted_downtime)), "number"],
+    ["Because", (m) => m.reason, "text"],
   ], fleet.moves, "Nothing is moving.");
 
   table("drains", [
     ["Host", (d) => d.host], ["State", (d) => state(d.state)],
-    ["Gone", (d) => drainOf(d)], ["Over in", (d) => (d.ends_in === null ? "-" : duration(d.ends_in)), true],
-    ["Stays", (d) => Object.entries(d.stays).map(([name, why]) => `${name}: ${why}`).join("; ") || "-"],
+    ["Gone", (d) => drainOf(d)], ["Over in", (d) => (d.ends_in === null ? "-" : duration(d.ends_in)), "number"],
+    ["Stays", (d) => Object.entries(d.stays).map(([name, why]) => `${name}: ${why}`).join("; ") || "-", "text"],
   ], fleet.drains, "No host is being emptied.");
 
   table("hosts", [
     ["Name", (h) => h.name], ["State", (h) => state(h.state)],
     ["CPU", (h) => (h.state === "lost" ? "-" : meter(h.cpu, `cpu of ${h.name}`))],
     ["Memory", (h) => (h.state === "lost" ? "-" : meter(h.memory, `memory of ${h.name}`))],
-    ["Pressure", (h) => percent(h.pressure), true], ["Workloads", (h) => h.workloads, true],
+    ["Pressure", (h) => percent(h.pressure), "number"], ["Workloads", (h) => h.workloads, "number"],
     ["", (h) => (h.state === "active"
       ? action("Drain", "api/drain", { host: h.name }, `Move everything off ${h.name}?`)
       : h.state === "lost" ? "" : action("Uncordon", "api/uncordon", { host: h.name }, `Let workloads come to ${h.name} again?`))],
@@ -143,28 +143,28 @@ function draw(fleet) {
 
   table("workloads", [
     ["Name", (w) => w.name], ["Host", (w) => w.host + (w.moving_to ? ` → ${w.moving_to}` : "")],
-    ["CPU", (w) => w.cpu.toFixed(2), true], ["Memory", (w) => size(w.memory), true],
-    ["Writes", (w) => (w.dirty_rate ? `${size(w.dirty_rate)}/s` : "-"), true], ["Pinned", (w) => (w.pinned ? "yes" : "no")],
+    ["CPU", (w) => w.cpu.toFixed(2), "number"], ["Memory", (w) => size(w.memory), "number"],
+    ["Writes", (w) => (w.dirty_rate ? `${size(w.dirty_rate)}/s` : "-"), "number"], ["Pinned", (w) => (w.pinned ? "yes" : "no")],
   ], fleet.workloads, "No containers.");
 
   table("plans", [
-    ["Plan", (p) => p.id], ["State", (p) => state(p.state)], ["Moves", moveList],
+    ["Plan", (p) => p.id], ["State", (p) => state(p.state)], ["Moves", moveList, "text"],
     ["Imbalance", (p) => `${p.imbalance.toFixed(3)} → ${p.predicted.toFixed(3)} predicted` +
       (p.achieved === null ? "" : `, ${p.achieved.toFixed(3)} achieved`)],
-    ["Note", (p) => p.why || "-"],
+    ["Note", (p) => p.why || "-", "text"],
     ["", (p) => (p.state === "proposed" ? action("Apply", "api/apply", { plan: p.id }, `Carry out plan ${p.id}?`) : "")],
   ], fleet.plans, "No plan was made yet.");
 
   table("history", [
     ["Workload", (m) => m.workload], ["From", (m) => m.source], ["To", (m) => m.destination],
     ["Outcome", (m) => state(m.outcome)],
-    ["Stopped", (m) => (m.downtime ? `${duration(m.downtime)} (predicted ${duration(m.predicted_downtime)})` : "-"), true],
-    ["Sent", (m) => size(m.bytes), true], ["Note", (m) => m.why || "-"],
+    ["Stopped", (m) => (m.downtime ? `${duration(m.downtime)} (predicted ${duration(m.predicted_downtime)})` : "-"), "number"],
+    ["Sent", (m) => size(m.bytes), "number"], ["Note", (m) => m.why || "-", "text"],
   ], fleet.history, "No move has ended yet.");
 }
 
 function progressOf(move) {
-  const box = element("span");
+  const box = element("span", undefined, { class: "bar" });
   if (move.predicted_bytes) {
     box.append(element("progress", undefined, {
       value: Math.min(move.bytes, move.predicted_bytes), max: move.predicted_bytes, "aria-label": `of ${move.workload}` }));
@@ -174,7 +174,7 @@ function progressOf(move) {
 }
 
 function drainOf(drain) {
-  const box = element("span");
+  const box = element("span", undefined, { class: "bar" });
   box.append(element("progress", undefined, {
     value: drain.done, max: Math.max(drain.total, 1), "aria-label": `drain of ${drain.host}` }));
   box.append(` ${drain.done} of ${drain.total}`);
