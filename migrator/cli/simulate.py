@@ -35,7 +35,8 @@ def simulate(
 ) -> None:
     """Replay a day under our policy and under the published rules of others, and compare what came of it.
 
-    Below each of the others stands ours at the thrift that evens out most without sending more.
+    Below each of the others stands ours that evens out most without sending more: at some thrift, or with a budget of
+    what the other has sent.
     """
     with reported():
         from policies.compare import compare, invented, pace_for, table

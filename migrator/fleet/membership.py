@@ -107,6 +107,7 @@ async def host_named(fleet: Fleet, name: str) -> r.Host:
     """Raises UsageError for one that is not of the fleet."""
     found = await fleet.state.hosts.get(name)
     if found is None:
-        names = ", ".join(sorted(await fleet.state.hosts.all())) or "none"
-        raise UsageError(f"host {name!r} is not of this fleet", hint=f"its hosts are {names}; `migrator join` adds one")
+        names = ", ".join(sorted(await fleet.state.hosts.all()))
+        there = f"its hosts are {names}" if names else "it has no hosts yet"
+        raise UsageError(f"host {name!r} is not of this fleet", hint=f"{there}; `migrator join` adds one")
     return found.record
