@@ -2,7 +2,6 @@
 
 files that only the tree has    SharedFile, with TmpfsEntry and TmpfsXattr for those that have names
 System V objects                SysvShm, SysvSem, SysvQueue and SysvMessage
-POSIX message queues            MessageQueue and QueuedMessage
 """
 
 from __future__ import annotations

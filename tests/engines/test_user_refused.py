@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from pidhosts import PidHost, Program
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.dump.source import UserSource
-from migrator.errors import Refused
+from migrator.errors import CheckpointFailed, Refused
 from migrator.linux import procfs
 
 pytestmark = pytest.mark.root
@@ -196,3 +198,59 @@ def test_a_process_stopped_by_another_signal_than_sigstop(tmp_path: Path) -> Non
             assert any("is stopped by SIGTTOU" in reason for reason in reasons_for(child.pid))
         finally:
             child.kill()
+
+
+LATE = """
+import ctypes, os, struct, sys, threading, time
+def filtered():
+    code = ctypes.create_string_buffer(struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000))  # allow all
+    program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(code)))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+    print("ready", flush=True)
+    time.sleep(100)
+def elsewhere():
+    os.chroot("/"), ctypes.CDLL(None).unshare(0x4000000)
+    print("ready", flush=True)
+    time.sleep(100)
+def child(act):
+    if os.fork() == 0:
+        act()
+print("up", flush=True)
+sys.stdin.readline()
+{act}
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        ("filtered()", "runs under seccomp"),
+        ("threading.Thread(target=filtered).start()", "runs under seccomp"),
+        ("child(filtered)", "runs under seccomp"),
+        ("child(elsewhere)", "is in another uts namespace"),
+    ],
+)
+def test_what_has_come_since_the_survey_is_refused_at_the_freeze(act: str, reason: str) -> None:
+    argv = [sys.executable, "-c", LATE.replace("{act}", act)]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as program, open(os.devnull, "wb") as sink:  # fmt: skip
+        try:
+            assert program.stdin is not None and program.stdout is not None
+            assert program.stdout.readline() == "up\n"
+            options = SourceOptions(cgroup_name=f"late-{os.getpid()}")
+            with UserSource(program.pid, sink.fileno(), options) as source:
+                with pytest.raises(Refused):  # for its pipes to us, which are looked at last
+                    source.survey()
+                program.stdin.write("\n")
+                program.stdin.flush()
+                assert program.stdout.readline() == "ready\n"
+                source.instrument()
+                source.freeze()
+                with pytest.raises(CheckpointFailed, match=reason):
+                    source.final()
+                source.thaw()
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)

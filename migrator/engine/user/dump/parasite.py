@@ -34,12 +34,13 @@ UNBLOCKABLE = (signal.SIGKILL, signal.SIGSTOP)
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
+_PR_GET_SECCOMP = 21
 _MEMBARRIER_GET_REGISTRATIONS = 1 << 9
 _RLIMITS = 16
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
-_THREAD_CALLS = 6
-_SLACK, _SECUREBITS = 3, 5  # which of them return the timer slack and the secure bits
+_THREAD_CALLS = 7
+_SLACK, _SECUREBITS, _SECCOMP = 3, 5, 6  # which of them return the timer slack, the secure bits, the mode of seccomp
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -73,6 +74,7 @@ class ThreadReply:
     timerslack: int
     comm: str
     securebits: int
+    seccomp: int  # 0 none, 1 strict, 2 filters
 
 
 @dataclass(slots=True)
@@ -171,7 +173,7 @@ class Parasite:
             hole = (n - 1) * SIGACTION_SIZE
             actions = actions[:hole] + bytes(SIGACTION_SIZE) + actions[hole:]
         return ProcessReply(
-            _thread_reply(raw, at, results[_SLACK], results[_SECUREBITS]),
+            _thread_reply(raw, at, results),
             actions,
             raw[at + _LIMITS : at + _SUBREAPER],
             itimers,
@@ -248,7 +250,7 @@ class Parasite:
         for i in range(len(group)):
             at = _TABLES - _THREADS + i * per_thread
             results = struct.unpack_from(f"<{8 * _THREAD_CALLS}q", raw, at)[7::8]
-            replies.append(_thread_reply(raw, i * _THREAD_OUT, results[_SLACK], results[_SECUREBITS]))
+            replies.append(_thread_reply(raw, i * _THREAD_OUT, results))
         return replies
 
 
@@ -260,10 +262,19 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_GET_TIMERSLACK, 0, 0, 0, 0),
         (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
         (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_SECCOMP, 0, 0, 0, 0),
     ]
 
 
-def _thread_reply(raw: bytes, at: int, slack: int, securebits: int) -> ThreadReply:
+def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
     sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
     comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return ThreadReply((sp, flags, size), tid_address, pdeathsig, slack if slack > 0 else 0, comm, securebits)
+    return ThreadReply(
+        (sp, flags, size),
+        tid_address,
+        pdeathsig,
+        max(0, results[_SLACK]),
+        comm,
+        results[_SECUREBITS],
+        max(0, results[_SECCOMP]),  # EINVAL of a kernel without it
+    )

@@ -17,13 +17,14 @@ from migrator.engine.stream import RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors import begin as begin_descriptors
-from migrator.engine.user.dump import header
+from migrator.engine.user.dump import header, survey_tasks
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
+from migrator.engine.user.dump.survey_tasks import UNDER_SECCOMP
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
@@ -38,6 +39,7 @@ from migrator.linux.remote import RemoteError
 _ACCEPT_SECONDS = 0.02
 _RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
 _SURVEYS = 4
+_SINCE = "it is so since the workload was surveyed; the workload runs on"
 
 
 class UserSource:
@@ -69,6 +71,7 @@ class UserSource:
         self._phases: list[Phase] = []
         self._instrumented = self._held = self._done = self._seized = False
         self._transients: Transients | None = None
+        self._surveyed: set[tuple[int, int]] = set()  # processes, by pid and start time
 
     # ------------------------------------------------------------------ what others may know
 
@@ -120,6 +123,7 @@ class UserSource:
             self.tree.refresh()
             survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
             reasons = [reason for reason in reasons if reason in again]
+        self._surveyed = {(process.pid, process.start_time) for process in self.tree.living}
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
         return survey
@@ -247,6 +251,7 @@ class UserSource:
                 self._memory.look(process)
                 self._memory.prepare(process)
                 states[process.pid] = procfs.status(process.pid)
+            self._survey_new(states)
             self._write_tree(states)
             self._restart_blocks.stopped()
             self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
@@ -260,6 +265,8 @@ class UserSource:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
                 assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
+                if any(reply.seccomp for reply in (replies[pid].leader, *others[pid])):
+                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=_SINCE)
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         if silence is not None:
@@ -289,6 +296,15 @@ class UserSource:
                     thread_replies = [replies[pid].leader, *others[pid]]
                     self._tasks.write(process, states[pid], replies[pid], timers[pid], thread_replies, tables[pid])
             self._writer.trailer()
+
+    def _survey_new(self, states: dict[int, dict[str, str]]) -> None:
+        """What the survey says of a process that it has seen, said of those that were born since."""
+        for process in self.tree.living if self._surveyed else ():
+            if (process.pid, process.start_time) not in self._surveyed:
+                state = {**states[process.pid], "TracerPid": "0"}  # that is us
+                devices = self._memory.shared.tmpfs.devices
+                for reason in survey_tasks.of_process(self.tree, process, state, devices):
+                    raise CheckpointFailed(reason, hint=_SINCE)
 
     @contextmanager
     def _still(self) -> Iterator[None]:

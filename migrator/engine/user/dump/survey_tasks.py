@@ -88,6 +88,9 @@ def _exit_signal(tree: ProcessTree, process: Process) -> Iterator[str]:
         yield f"pid {process.pid} tells its parent of its end by signal {number} and not SIGCHLD (clone(2))"
 
 
+UNDER_SECCOMP = "runs under seccomp, whose filters cannot be carried"
+
+
 def of_process(
     tree: ProcessTree, process: Process, state: dict[str, str], devices: Collection[int] = ()
 ) -> Iterator[str]:
@@ -139,7 +142,7 @@ def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
         own = procfs.status(pid, tid) if tid != pid else state
         thread = f"{who}: its thread {tid}" if tid != pid else who
         if own.get("Seccomp", "0") != "0":
-            yield f"{thread} runs under seccomp, whose filters cannot be carried"
+            yield f"{thread} {UNDER_SECCOMP}"
         if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
             yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
         waiting = shared | int(own["SigPnd"], 16)
