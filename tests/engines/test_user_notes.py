@@ -37,6 +37,7 @@ try:
     open("/proc/self/loginuid", "w").write("4711")
 except FileNotFoundError:
     pass  # a kernel without audit
+open("/proc/self/coredump_filter", "w").write("0x7f")
 kept = tempfile.TemporaryFile(dir=".")
 print(kept.fileno(), flush=True)
 time.sleep(60)
@@ -64,6 +65,7 @@ def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
             group.rmdir()
     login = "the login uid 4711 (audit) will be that of the agent"
     assert told.pop(login, "") == (f"pid {child.pid}" if Path("/proc/self/loginuid").exists() else "")
+    assert told["the filter 0000007f of core dumps (coredump_filter) will be that of the agent"] == f"pid {child.pid}"
     (of_cgroup,) = [what for what in told if group.name in what]
     assert of_cgroup.endswith("and its limits do not come along")
     assert told["files without a name: when they were last read is not kept"] == f"pid {child.pid} fd {number}"

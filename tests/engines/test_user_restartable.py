@@ -807,6 +807,39 @@ int main(int argc, char **argv)
 """
 
 
+UNLINKED_SOCKET = r"""
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include "workload.h"
+#define PIDFD_THREAD O_EXCL /* Linux 6.9 */
+static int listener, thread;
+static void check(void)
+{
+	struct sockaddr_un name;
+	socklen_t length = sizeof(name);
+
+	TRY(getsockname(listener, (struct sockaddr *)&name, &length));
+	CHECK(strstr(name.sun_path, ".socket"), "%s", name.sun_path);
+	CHECK(access(name.sun_path, F_OK) && errno == ENOENT, "it has a name again");
+	CHECK(thread < 0 || fcntl(thread, F_GETFL) & PIDFD_THREAD, "flags %x", fcntl(thread, F_GETFL));
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+
+	wl_start(argc, argv);
+	*strrchr(argv[1], '/') = 0;
+	TRY(chdir(argv[1])); /* its whole path is too long for a name */
+	strcpy(name.sun_path, "its.socket");
+	listener = TRY(socket(AF_UNIX, SOCK_STREAM, 0));
+	TRY(bind(listener, (struct sockaddr *)&name, sizeof(name)));
+	TRY(listen(listener, 3));
+	TRY(unlink(name.sun_path));
+	thread = syscall(SYS_pidfd_open, getpid(), PIDFD_THREAD);
+"""
+
+
 POLL_OF_A_USER = (
     r"""
 #include <grp.h>
@@ -865,6 +898,7 @@ STATES = {
     "a program in a memfd, which can be executed": MEMFD_PROGRAM,
     "memory that the kernel may drop": DROPPABLE,
     "guard regions that come and go": GUARDS,
+    "a socket whose name was removed, and a descriptor of a thread": UNLINKED_SOCKET,
     "an offset to peek at, and a range of ports": PEEKED,
 }
 

@@ -162,6 +162,8 @@ def _path(link: str, status: FileStatus, root: Root) -> str:
         raise Obstacle(f"{link} lies outside of the root directory of the tree")
     there = root.stat(path)
     if there is None or (there.st_ino, there.st_dev) != (status.st_ino, status.st_dev):
+        if link.endswith(DELETED) and stat.S_ISDIR(status.st_mode):
+            raise Obstacle(f"{link} is a directory that was removed, which cannot be opened again")
         if link.endswith(DELETED):
             raise Obstacle(f"{link}: its name was removed, but it has others")
         raise Obstacle(f"{link} is not what its path leads to: on another mount, or replaced")

@@ -20,7 +20,7 @@ from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.openat2 import open_in_root
 
 T = TypeVar("T")
-_PREFIX = ".migrator-"
+PREFIX = ".migrator-"
 
 Move = tuple[str, str, str, str]  # folder, our directory in it, a file in that, its name in the folder
 
@@ -33,7 +33,7 @@ class PrivateRoot:
     def __init__(self, place: int) -> None:
         self._place = place
         try:
-            self._folder = tempfile.mkdtemp(prefix=_PREFIX, dir=f"/proc/self/fd/{place}")
+            self._folder = tempfile.mkdtemp(prefix=PREFIX, dir=f"/proc/self/fd/{place}")
         except OSError:
             os.close(place)
             raise
@@ -103,7 +103,7 @@ def finish_moves(root: int, moves: Sequence[Move]) -> None:
         with contextlib.suppress(OSError), _directory(root, folder) as place, _directory(place, private) as source:
             _move(source, path, place, name)
     for folder, private in {move[:2] for move in moves}:
-        if private.startswith(_PREFIX):
+        if private.startswith(PREFIX):
             with contextlib.suppress(OSError), _directory(root, folder) as place:
                 shutil.rmtree(f"/proc/self/fd/{place}/{private}", ignore_errors=True)
 

@@ -22,6 +22,7 @@ from migrator.image.codec import Record
 from migrator.linux import descriptors
 from migrator.linux.x86_64 import NR
 
+_PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class DescriptorRestore:
         self._started: list[tuple[int, r.TimerFd]] = []
         self._epolls: list[r.EpollItems] = []
         self._locks: list[r.FileLock] = []
+        self._pidfds: dict[int, int] = {}
         self._late_locks: list[LateLock] = []
         self.put_off: list[r.File | r.FileLock] = []  # what `late_locks` was made of
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
@@ -205,6 +207,7 @@ class DescriptorRestore:
         if not pid:
             raise ImageError(f"a pidfd of pid {rec.pid}, which is not in the tree")
         self._object(rec.objref, os.pidfd_open(pid))
+        self._pidfds[rec.objref] = pid
 
     def _object(self, objref: int, fd: int) -> None:
         if objref in self._ready:
@@ -267,6 +270,9 @@ class DescriptorRestore:
         if kind == r.FileKind.EPOLL:
             return descriptors.epoll_create()
         if kind in _ANONYMOUS:
+            if rec.flags & _PIDFD_THREAD and inode in self._pidfds and inode in self._ready:
+                os.close(self._ready.pop(inode))
+                return os.pidfd_open(self._pidfds[inode], _PIDFD_THREAD)
             if inode not in self._ready or (kind == r.FileKind.TIMERFD) != (inode in self._timers):
                 raise ImageError(f"file {rec.objref}: object {inode} is not there, taken, or something else")
             return self._ready.pop(inode)

@@ -15,10 +15,13 @@ _SHOWN = 8
 def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
     """(what it is about, what will be different); the tasks run on all the while."""
     logins: dict[int, list[int]] = {}
+    filters: dict[str, list[int]] = {}
+    ours = procfs.read_text("/proc/self/coredump_filter").strip()
     groups: dict[str, list[int]] = {}
     for process in processes:
         try:
             logins.setdefault(_login_uid(process.pid), []).append(process.pid)
+            filters.setdefault(procfs.read_text(f"/proc/{process.pid}/coredump_filter").strip(), []).append(process.pid)
             for where in _cgroups(process.pid):
                 groups.setdefault(where, []).append(process.pid)
         except (FileNotFoundError, ProcessLookupError):
@@ -26,6 +29,9 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
     for uid, pids in logins.items():
         if uid != _UNSET:
             yield _about(pids), f"the login uid {uid} (audit) will be that of the agent"
+    for value, pids in filters.items():
+        if value not in (ours, ""):
+            yield _about(pids), f"the filter {value} of core dumps (coredump_filter) will be that of the agent"
     for where, pids in groups.items():
         yield _about(pids), f"the cgroup {where} and its limits do not come along"
 

@@ -14,6 +14,7 @@ from migrator.engine.base import Move
 from migrator.engine.stream import RecordReader, RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
+from migrator.engine.user.descriptors.private_root import PREFIX
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.process_tree import ProcessTree
@@ -147,10 +148,13 @@ def _start_time(pid: int) -> int:
 
 
 def _settle_paths(found: Contents, moves: Sequence[Move]) -> None:
-    """Files of unix sockets get their names when the copy runs: here they count as moved."""
+    """Files of unix sockets get their names when the copy runs: here they count as moved, or as removed where the
+    name of the original had been."""
     names = {os.path.join(folder, private, path): os.path.join(folder, name) for folder, private, path, name in moves}
     for record in found.objects.values():
         if isinstance(record, Socket):
             record.path = names.get(record.path, record.path)
-    for where in [w for w in found.named if "/.migrator-" in w.replace(" ", "/")]:
+            if f"/{PREFIX}" in record.path:
+                record.path, record.mode, record.uid, record.gid = "", 0, 0, 0
+    for where in [w for w in found.named if f"/{PREFIX}" in w.replace(" ", "/")]:
         del found.named[where]
