@@ -76,11 +76,14 @@ class Moved:
         restore = DescriptorRestore(self.context)
         self.stack.callback(restore.close)
         self.context.pids.update({c.vpid: c.pid for c in self.copies})
+        came = [rec.encode() for rec in self.saved.records]
         for rec in self.saved.records:
             restore.record(rec)
         for child, copy in zip(children, self.copies, strict=True):
             restore.install(copy, self.tables[child.pid])
         restore.finish(self.copies)
+        # A second look compares the copy with them.
+        assert [rec.encode() for rec in self.saved.records] == came
         self.moves = restore.moves
         self.late_locks = restore.late_locks
         built()

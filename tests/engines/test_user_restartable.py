@@ -882,6 +882,37 @@ int main(int argc, char **argv)
     + TICKING
 )
 
+LISTENER_OF_A_USER = (
+    r"""
+#include <sys/socket.h>
+#include <sys/un.h>
+#include "workload.h"
+static int listener;
+static void check(void)
+{
+	struct ucred who;
+	socklen_t size = sizeof(who);
+
+	TRY(getsockopt(listener, SOL_SOCKET, SO_PEERCRED, &who, &size));
+	CHECK(who.uid == 65534 && who.gid == 65533, "%u %u", who.uid, who.gid);
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+
+	wl_start(argc, argv);
+	listener = TRY(socket(AF_UNIX, SOCK_STREAM, 0));
+	sprintf(name.sun_path + 1, "listener-%d", getpid());
+	TRY(bind(listener, (struct sockaddr *)&name, sizeof(name)));
+	TRY(setresgid(-1, 65533, -1));
+	TRY(setresuid(-1, 65534, -1));
+	TRY(listen(listener, 1));
+	TRY(setresuid(-1, 0, -1));
+	TRY(setresgid(-1, 0, -1));
+"""
+    + TICKING
+)
+
 STATES = {
     "a deleted file opened with O_NOFOLLOW": DELETED_NOFOLLOW,
     "a working directory that was deleted": DELETED_DIRECTORY,
@@ -894,6 +925,7 @@ STATES = {
     "a process registered for membarrier": MEMBARRIER,
     "datagram sockets that are shut down": DATAGRAMS_SHUT,
     "a thread of an ordinary user that waits in poll": POLL_OF_A_USER,
+    "a unix socket that an ordinary user made listen": LISTENER_OF_A_USER,
     "locks of a process and of its child": LOCKS,
     "a program in a memfd, which can be executed": MEMFD_PROGRAM,
     "memory that the kernel may drop": DROPPABLE,

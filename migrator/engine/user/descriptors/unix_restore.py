@@ -47,10 +47,10 @@ class UnixRestore:
         for raw in (rec.local, rec.peer):
             if raw and not isinstance(addresses.unpack(raw), bytes):
                 raise ImageError(f"socket {rec.objref}: an address of another family")
-        ids, rec.options = sockopts.split_peer_user(rec.options)
+        ids, options = sockopts.split_peer_user(rec.options)
         if any(ids):
             self._peers[rec.objref] = ids
-        self._records[rec.objref] = rec
+        self._records[rec.objref] = replace(rec, options=options)  # the record is compared in a second look
 
     def buffer(self, rec: SocketBuffer) -> None:
         self._bytes += len(rec.data) + 64
