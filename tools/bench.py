@@ -7,6 +7,7 @@ of the workload saw: the longest gap that the program itself, or its client, mea
     live     the longest gap of the whole migration
     freeze   the gap in which the freeze lies; where it is shorter, the longest one had another cause, as a
              processor that had to be shared with the copying
+    said     what the report said: the downtime, that predicted, and the first packet where there is a network
     alone    the longest gap in 3 s in which nobody migrates it
     floor    round trip + last dirty bytes / measured throughput: what no method can beat on this link
     ratio    downtime stopped-and-copied / downtime live
@@ -256,7 +257,7 @@ def samples_of(client: Workload) -> Waits:
 def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="user-visible downtime, medians", header_style="dim", title_justify="left")
     for title in (
-        "workload", "live", "freeze", "target", "alone", "stop+copy", "ratio", "floor", "total", "total/bytes",
+        "workload", "live", "freeze", "said", "target", "alone", "stop+copy", "ratio", "floor", "total", "total/bytes",
         "sent", "source cpu", "agent cpu", "source rss", "agent rss",
     ):  # fmt: skip
         table.add_column(title, justify="left" if title == "workload" else "right")
@@ -270,6 +271,7 @@ def show(console: Console, rows: list[Row]) -> None:
             row.name,
             f"{live * 1e3:.1f} ms",
             f"{_median(row.live, 'freeze') * 1e3:.1f} ms",
+            " / ".join(f"{_said(row.live, name):.1f}" for name in ("downtime", "predicted_downtime", "first_packet")),
             f"{target:.0f} ms" if target else "",
             f"{row.alone * 1e3:.1f} ms",
             f"{cold * 1e3:.0f} ms",
@@ -299,6 +301,11 @@ def _parts(result: dict[str, Any]) -> list[tuple[str, float]]:
     timeline = msgspec.convert(result, MigrationResult).timeline
     assert timeline is not None
     return [(p.name, p.seconds * 1e3) for p in timeline.downtime_parts() if p.seconds >= 0.00005]
+
+
+def _said(moves: list[Move], name: str) -> float:
+    """Median in ms of what the reports said."""
+    return statistics.median(move.result[name] for move in moves) * 1e3
 
 
 def _median(moves: list[Move], name: str) -> float:
