@@ -250,6 +250,38 @@ int main(int argc, char **argv)
 """
 
 
+SHUT_FOR_READING = r"""
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include "workload.h"
+static int ends[2];
+static void check(void)
+{
+	char byte;
+
+	CHECK(recv(ends[1], &byte, 1, MSG_DONTWAIT) == 0, "%m"); /* the end, although the peer has not said it */
+	CHECK(send(ends[1], "x", 1, 0) == 1 && recv(ends[0], &byte, 1, 0) == 1, "%m");
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_in6 any = { .sin6_family = AF_INET6 };
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(any);
+	int listener;
+
+	wl_start(argc, argv);
+	listener = TRY(socket(AF_INET6, SOCK_STREAM, 0)); /* which sees its peer as ::ffff:127.0.0.1 */
+	TRY(bind(listener, (struct sockaddr *)&any, length));
+	TRY(listen(listener, 1));
+	TRY(getsockname(listener, (struct sockaddr *)&any, &length));
+	address.sin_port = any.sin6_port;
+	ends[0] = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(connect(ends[0], (struct sockaddr *)&address, sizeof(address)));
+	ends[1] = TRY(accept(listener, NULL, NULL));
+	TRY(shutdown(ends[1], SHUT_RD));
+"""
+
+
 REUSEPORT = r"""
 #include <arpa/inet.h>
 #include <sys/socket.h>
@@ -919,6 +951,7 @@ STATES = {
     "zombies that lead groups and were killed": ZOMBIES,
     "a thread that kept some capabilities": CAPABILITIES,
     "a connection that has ended": ENDED_CONNECTION,
+    "a connection shut down for reading, of IPv4 at one end": SHUT_FOR_READING,
     "flags that were cleared after bind": REUSEPORT,
     "a datagram socket connected to itself": SELF_CONNECTED,
     "signals that wait": PENDING,

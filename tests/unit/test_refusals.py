@@ -33,6 +33,7 @@ OTHERWISE = {
     "\0: a connection of \0 in TCP state \0": "later: states of a moment, of a socket that nobody accepted",
     "\0: \0 connections to \0 wait to be accepted": "later: they are accepted in a moment",
     "\0: \0 connections wait to be accepted": "later: they are accepted in a moment",
+    "\0: urgent data (MSG_OOB) waits in this connection": "later: it is taken in a moment",
     "\0: packets keep coming in": "later: of the connection as it is then",
     "\0: \0 bytes wait in this connection and \0 are not acknowledged, but \0 and \0 could be read": "later: as above",
     "\0: \0 bytes wait in this connection": "later: as above",

@@ -8,6 +8,7 @@ from typing import Any
 
 from migrator.errors import ImageError
 
+_MAPPED = bytes(10) + b"\xff\xff"
 _IN, _IN6 = struct.Struct("<HH4s8x"), struct.Struct("<HHI16sI")
 
 
@@ -21,6 +22,13 @@ def pack(family: int, address: Any) -> bytes:
         return _IN6.pack(family, socket.htons(port), socket.htonl(flow), raw, scope)
     name = address if isinstance(address, bytes) else address.encode("utf-8", "surrogateescape")
     return struct.pack("<H", family) + name if name else b""
+
+
+def plain(raw: bytes) -> bytes:
+    """The same address, of IPv4 where it is one of IPv4 as IPv6 has it: so the other end of its connection names it."""
+    if raw[:1] == bytes([socket.AF_INET6]) and raw[8:20] == _MAPPED:
+        return _IN.pack(socket.AF_INET, int.from_bytes(raw[2:4], "little"), raw[20:24])
+    return raw
 
 
 def unpack(raw: bytes) -> Any:

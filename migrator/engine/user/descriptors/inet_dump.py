@@ -69,6 +69,7 @@ class InetDump:
             for rec, changed in zip(self._sockets, options, strict=True):
                 rec.options = changed
         self._shutdowns()
+        self._look_at([item for item, _ in connections])
         self._connections = [sock for _, sock in connections]
         if connections:
             with self._still(), _under_repair(self._connections):
@@ -83,6 +84,26 @@ class InetDump:
             for rec in self._sockets:
                 if rec.protocol == socket.IPPROTO_UDP and rec.family == family:
                     rec.shutdown = shut.get(rec.objref, 0)
+
+    def _look_at(self, connections: Sequence[Description]) -> None:
+        """What of connections only poll(2) tells: that they are shut down for reading, and that urgent data waits."""
+        poll = select.poll()
+        for item in connections:
+            poll.register(item.fd, select.POLLPRI | _RDHUP)
+        seen = dict(poll.poll(0)) if connections else {}
+        if not seen:
+            return
+        at = {item.fd: number for number, (item, _) in enumerate(self._items)}
+        records = {rec.objref: rec for rec in self._sockets}
+        for item in connections:
+            events = seen.get(item.fd, 0)
+            if events & select.POLLPRI:
+                raise CheckpointFailed(
+                    f"{item}: urgent data (MSG_OOB) waits in this connection",
+                    hint="try again: a moment later the program will have taken it",
+                )
+            if events & _RDHUP and self._states[at[item.fd]] not in tcp.GOT_FIN:
+                records[item.stat.st_ino].shutdown = 1
 
     def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
         for rec in self._sockets:

@@ -167,6 +167,8 @@ class InetRestore:
                 self._ended(owner, ended.get(owner.objref, b""))
         for objref, state in self._tcp.items():
             self._queue_rest(self._records[objref], self._made[objref], state)
+            if self._records[objref].shutdown & 1:
+                self._made[objref].shutdown(socket.SHUT_RD)
         for owner in self._records.values():
             if owner.state == SocketState.CONNECTING:
                 _connect_without_waiting(self._made[owner.objref], owner)

@@ -98,8 +98,8 @@ def _tells_shutdowns(datagrams: Mapping[socket.AddressFamily | int, Found], pid:
 def _note_connection(sock: socket.socket, item: Found, connections: dict[tuple[bytes, bytes], Found]) -> None:
     try:
         if tcp.state_of(sock) in tcp.CONNECTED:
-            local = addresses.pack(sock.family, sock.getsockname())
-            connections[local, addresses.pack(sock.family, sock.getpeername())] = item
+            local, peer = (addresses.pack(sock.family, name) for name in (sock.getsockname(), sock.getpeername()))
+            connections[addresses.plain(local), addresses.plain(peer)] = item
     except OSError:
         return  # it ended meanwhile
 
