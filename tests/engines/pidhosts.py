@@ -219,7 +219,7 @@ class PidHost:
         if fd >= 0:
             os.close(fd)
 
-    def result(self, seconds: float = 60.0) -> Any:
+    def result(self, seconds: float = 300.0) -> Any:
         if not select.select([self._socket], [], [], seconds)[0]:
             raise TimeoutError(f"host {self.label} is busy for {seconds} s")
         data = self._socket.recv(8 << 20)
