@@ -49,6 +49,12 @@ def with_digests(facts: Iterable[FileFact], root: str = "", *, stopped: Callable
     ]
 
 
+def still_there(facts: Iterable[FileFact], root: str = "") -> list[FileFact]:
+    """Those whose names lead to anything: a file that was deleted since it was surveyed is in the image, if it is still
+    open, and nobody has to have it."""
+    return [fact for fact in facts if os.path.lexists(below(root, fact.path))]
+
+
 def file_digest(path: str, stopped: Callable[[], bool] = never) -> str:
     """sha256 in hex; "" for what cannot be read, is no regular file, or is larger than DIGEST_LIMIT."""
     try:

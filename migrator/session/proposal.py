@@ -16,7 +16,7 @@ from migrator.protocol import facts
 from migrator.protocol import messages as m
 from migrator.runtime.thread import OwnThread
 from migrator.session import convergence, prediction
-from migrator.session.file_facts import with_digests
+from migrator.session.file_facts import still_there, with_digests
 from migrator.session.peer import Peer
 from migrator.session.preflight import PreflightReport
 from migrator.session.settings import SourceSettings
@@ -50,6 +50,7 @@ class Proposal:
         # The root of the workload, which need not be ours.
         root = f"/proc/{survey.pids[0]}/root" if survey.pids else ""
         files = await self._thread.run(with_digests, survey.files, root, stopped=self._stopped.is_set)
+        files = await self._thread.run(still_there, files, root)
         if settings.copy_files or settings.log:
             self.files = FileSync(
                 [f for f in files if stat.S_ISREG(f.mode) and (settings.copy_files or f.path == settings.log)],

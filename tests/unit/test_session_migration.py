@@ -376,12 +376,20 @@ async def test_a_max_downtime_that_cannot_be_met_ends_with_the_reason_at_the_tim
 
 
 async def test_a_file_that_differs_is_refused_before_anything_is_done(hosts: Hosts, tmp_path: Path) -> None:
-    hosts.source.files = [FileFact(str(tmp_path / "gone"), 10, 0o100644, 1, "", False)]
-    with pytest.raises(Refused, match="gone: is missing on b") as caught:
+    (tmp_path / "other").write_text("other contents")
+    hosts.source.files = [FileFact(str(tmp_path / "other"), 10, 0o100644, 1, "", False)]
+    with pytest.raises(Refused, match="other: ") as caught:
         await hosts.migrate()
     await hosts.quiet()
     assert caught.value.fate is Fate.SOURCE
     assert hosts.world.log == ["source run", "destination none"]
+
+
+async def test_a_file_that_was_deleted_since_the_survey_is_nothing_to_refuse_for(hosts: Hosts, tmp_path: Path) -> None:
+    hosts.source.files = [FileFact(str(tmp_path / "gone"), 10, 0o100644, 1, "", False)]
+    await hosts.migrate()
+    await hosts.quiet()
+    assert hosts.world.check() == ("none", "run")
 
 
 async def test_a_pid_that_is_taken_is_refused_with_a_remedy(hosts: Hosts) -> None:
