@@ -273,7 +273,8 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
     [
         ("ctypes.CDLL(None).inotify_init()", "an inotify instance"),
         ("ctypes.CDLL(None).syscall(323, 1)", "a userfaultfd"),
-        ("os.open('/dev/ptmx', os.O_RDWR)", "is a terminal"),
+        ("os.open('/dev/ptmx', os.O_RDWR)", "a terminal that the program has made"),
+        ("os.close(os.openpty()[0])", "is a terminal"),
         ("os.open('/dev/kmsg', os.O_RDONLY)", "a device with a state of its own"),
         ("os.open('/proc/self/ns/net', 0)", "a namespace"),
         ("ctypes.CDLL(None).fanotify_init(0, 0)", "a fanotify group"),

@@ -43,6 +43,7 @@ _ANON_REFUSED = {
 # /dev/null, zero, full, random, urandom: nothing is kept in them
 _DEVICES = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)}
 _HUGE = 65536  # st_blksize is the page size on tmpfs, and the huge page's on hugetlbfs
+_PTMX = os.makedev(5, 2)
 _TTY_MAJORS = {4, 5, 136, 137, 138, 139, 140, 141, 142, 143, 204}
 
 
@@ -150,6 +151,11 @@ def check_locks(link: str, info: FdInfo) -> None:
 def _device(link: str, status: FileStatus, root: Root) -> Classification:
     if status.st_rdev in _DEVICES:
         return Classification(FileKind.DEVICE, _path(link, status, root))
+    if status.st_rdev == _PTMX:
+        raise Obstacle(
+            f"{link} leads to a terminal that the program has made, as tmux, screen and sshd do, which cannot be"
+            " carried; what runs in it has to end first"
+        )
     if os.major(status.st_rdev) in _TTY_MAJORS:
         raise Obstacle(f"{link} is a terminal, which cannot be carried; start it with its input and output redirected")
     raise Obstacle(f"{link} is a device with a state of its own, which cannot be carried")
