@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -250,6 +251,31 @@ def test_what_has_come_since_the_survey_is_refused_at_the_freeze(act: str, reaso
                 source.instrument()
                 source.freeze()
                 with pytest.raises(CheckpointFailed, match=reason):
+                    source.final()
+                source.thaw()
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def test_a_process_born_since_the_survey_is_carried_tracked_as_it_is() -> None:
+    argv = [sys.executable, "-c", LATE.replace("{act}", "child(lambda: (print('ready', flush=True), time.sleep(100)))")]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as program, tempfile.TemporaryFile() as image:  # fmt: skip
+        try:
+            assert program.stdin is not None and program.stdout is not None
+            assert program.stdout.readline() == "up\n"
+            options = SourceOptions(cgroup_name=f"born-{os.getpid()}")
+            with UserSource(program.pid, image.fileno(), options) as source:
+                with pytest.raises(Refused):  # for its pipes to us
+                    source.survey()
+                source.instrument()
+                program.stdin.write("\n")
+                program.stdin.flush()
+                assert program.stdout.readline() == "ready\n"
+                source.round()
+                source.freeze()
+                with pytest.raises(CheckpointFailed, match=r"fd 0: .*outside of the tree"):  # likewise, and no sooner
                     source.final()
                 source.thaw()
         finally:

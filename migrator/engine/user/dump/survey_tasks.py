@@ -92,10 +92,10 @@ UNDER_SECCOMP = "runs under seccomp, whose filters cannot be carried"
 
 
 def of_process(
-    tree: ProcessTree, process: Process, state: dict[str, str], devices: Collection[int] = ()
+    tree: ProcessTree, process: Process, state: dict[str, str], devices: Collection[int] | None = ()
 ) -> Iterator[str]:
-    """What is wrong with one process; `devices`: of tmpfs mounts of the container's own. Raises
-    FileNotFoundError, ProcessLookupError if it has ended."""
+    """What is wrong with one process; `devices`: of tmpfs mounts of the container's own, None to leave its mappings
+    out, as of one that is tracked already. Raises FileNotFoundError, ProcessLookupError if it has ended."""
     pid = process.pid
     who = f"pid {pid} ({state['Name']})"
     if state["State"][0] == "Z":
@@ -120,7 +120,8 @@ def of_process(
         if file.read(5)[4:5] != b"\x02":
             yield f"{who} is a 32-bit program, which is not carried yet"
     yield from _threads(pid, who, state)
-    yield from _mappings(pid, who, devices)
+    if devices is not None:
+        yield from _mappings(pid, who, devices)
 
 
 def _for_children(pid: int, kind: str) -> str:
