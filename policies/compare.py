@@ -7,6 +7,7 @@ ours that evens out most without sending more, be it by its thrift or by a budge
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import sqrt
 
 import msgspec
 
@@ -18,6 +19,8 @@ from .rules import Nothing, Ours
 from .simulate import WORLD, Rule, Run, World, simulate
 
 THRIFTS = (1.0, 0.5, 2.0, 4.0, 8.0, 16.0)
+# Times that a thrift between two of these is tried.
+REFINED = 4
 # With a budget of what another rule sent, of which so much may be sent at once, and the rest as the day goes by.
 BUDGET_THRIFTS = (1.0, 4.0, 8.0, 12.0)
 AT_ONCE = 0.8
@@ -94,20 +97,38 @@ def compare(
 
     nothing = replay(Nothing())
     hours = len(nothing.imbalance) * day.interval / 3600
-    tried = [ours(thrift) for thrift in thrifts]
+    thrifty = {thrift: ours(thrift) for thrift in thrifts}
+    default, rationed = thrifty[thrifts[0]], []
     found = tuple(replay(rule) for rule in baselines.rules() if rule.name in others)
     for other in found:
         # Who sends as much as our default does does not ration bytes.
-        if other.moves and other.bytes < tried[0].bytes:
-            tried += [within(other.bytes, thrift) for thrift in budget_thrifts]
+        if other.moves and other.bytes < default.bytes:
+            rationed += [within(other.bytes, thrift) for thrift in budget_thrifts]
+        for _ in range(REFINED):
+            thrift = _closer(thrifty, rationed, other)
+            if thrift is None:
+                break
+            thrifty[thrift] = ours(thrift)
     return Comparison(
         hosts=len(day.hosts),
         workloads=len(day.workloads),
         interval=day.interval,
         nothing=nothing,
-        ours=tuple(tried),
+        ours=(*thrifty.values(), *rationed),
         others=found,
     )
+
+
+def _closer(thrifty: dict[float, Run], rationed: Sequence[Run], other: Run) -> float | None:
+    """A thrift that sends more than the best of ours does and perhaps no more than the other; None if none is called
+    for."""
+    able = [thrift for thrift, run in thrifty.items() if run.bytes <= other.bytes]
+    known = [*(thrifty[thrift] for thrift in able), *(run for run in rationed if run.bytes <= other.bytes)]
+    if not other.moves or min((run.mean for run in known), default=1.0) < other.mean:
+        return None
+    least = min(able, default=2 * max(thrifty))
+    most = max((thrift for thrift in thrifty if thrift < least), default=None)
+    return None if most is None or least < 1.02 * most else sqrt(most * least)
 
 
 def pace_for(hosts: int) -> Pace:

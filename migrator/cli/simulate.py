@@ -14,6 +14,8 @@ from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
 from migrator.errors import UsageError
 from migrator.host import Login
+from policies.consistency import ClusterError
+from policies.day import Recording, decode
 
 
 def simulate(
@@ -40,13 +42,13 @@ def simulate(
     """
     with reported():
         from policies.compare import compare, invented, pace_for, table
-        from policies.day import Shape, decode
+        from policies.day import Shape
         from policies.picture import svg as draw
         from policies.simulate import World
 
         world = World(seed=seed, failing=failing, vanishing=vanishing)
         if recording is not None:
-            day = decode(recording.read_bytes())
+            day = _read(recording)
             found = compare(day, msgspec.structs.replace(world, pace=pace_for(len(day.hosts))), done=_told)
         else:
             shape = Shape(hosts=hosts, workloads=workloads, hours=hours, interval=every, seed=seed)
@@ -59,6 +61,15 @@ def simulate(
             out.lines(table(found) + "\n")
             if svg is not None:
                 out.say("picture: {}", svg)
+
+
+def _read(path: Path) -> Recording:
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="a file made by `migrator record`") from error
+    except ClusterError as error:
+        raise UsageError(f"{path}: {error.message}", hint="a file made by `migrator record`") from error
 
 
 def _told(run: object) -> None:

@@ -319,6 +319,8 @@ def test_a_host_that_vanishes_is_lost_and_gets_nothing(fleet: FleetStage) -> Non
         (["balance", "--window", "01:00-02:00"], "together with --mode"),
         (["balance", "--mode", "automatic", "--window", "noon"], "such as 01:00-05:00"),
         (["rule", "w", "--apart", "x", "--with", "x"], "cannot be both"),
+        (["simulate", "/etc/passwd"], "a file made by `migrator record`"),
+        (["simulate", "/nowhere"], "No such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(nothing: FleetStage, argv: list[str], says: str) -> None:
