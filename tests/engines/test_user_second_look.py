@@ -74,6 +74,26 @@ def test_a_copy_that_differs_is_discarded_before_it_runs(
         os.waitpid(pid, 0)
 
 
+def spoils_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = TaskRestore.finish
+
+    def careless(self: TaskRestore, stubs: Sequence[Stub]) -> None:
+        finish(self, stubs)
+        shared = next(vma for vma in procfs.maps(stubs[0].pid) if vma.shared and vma.path == "/dev/zero (deleted)")
+        stubs[0].mem.write(shared.start + 4096, b"spoilt")
+
+    monkeypatch.setattr(TaskRestore, "finish", careless)
+
+
+def test_shared_memory_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Workload("memory", tmp_path, 4) as memory:
+        image = saved(memory, tmp_path / "image")
+        spoils_shared_memory(monkeypatch)
+        with pytest.raises(RestartFailed, match=r"differs from what was saved: .*page 0x1000:"):
+            restart(image, verify=True)
+        assert not os.path.exists(f"/proc/{memory.pid}")
+
+
 def test_a_copy_ignores_no_signal_that_its_maker_ignores(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN  # as in every Python
     with Workload("counter", tmp_path) as counter:
