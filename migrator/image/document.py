@@ -24,6 +24,7 @@ from typing import Any
 from migrator.image import codec, records
 from migrator.image.codec import REGISTRY, Record, Struct
 
+_COLUMNS = 100  # of a line of the header
 _C_TYPES = {"B": "__u8", "H": "__u16", "I": "__u32", "Q": "__u64", "i": "__s32", "q": "__s64"}
 
 
@@ -68,8 +69,10 @@ def declarations() -> Iterator[tuple[str, str]]:
         name = f"enum ckpt_{snake(names.__name__)}"
         comments = field_comments(names)
         lines = [
-            f"\tCKPT_{snake(names.__name__).upper()}_{item.name} = {_number(names, item)},"
-            + _c_comment(comments.get(item.name or "", ""))
+            _commented(
+                f"\tCKPT_{snake(names.__name__).upper()}_{item.name} = {_number(names, item)},",
+                comments.get(item.name or "", ""),
+            )
             for item in names
         ]
         yield name, _block(name, lines)
@@ -78,7 +81,7 @@ def declarations() -> Iterator[tuple[str, str]]:
         comments = field_comments(cls)
         lines = ["\tstruct ckpt_hdr h;"] if issubclass(cls, Record) else []
         for member in cls._members:
-            lines.append(f"\t{_C_TYPES[member.code]} {member.name};" + _c_comment(comments.get(member.name, "")))
+            lines.append(_commented(f"\t{_C_TYPES[member.code]} {member.name};", comments.get(member.name, "")))
         yield name, _block(name, lines, " __attribute__((aligned(8)))")
 
 
@@ -184,8 +187,12 @@ def _number(names: Any, item: Any) -> str:
     return f"{int(item):#x}" if issubclass(names, enum.IntFlag) else str(int(item))
 
 
-def _c_comment(comment: str) -> str:
-    return f" /* {comment} */" if comment else ""
+def _commented(line: str, comment: str) -> str:
+    """A line of a declaration, its comment behind it or, where that is too long for a line of the kernel, above."""
+    if not comment:
+        return line
+    whole = f"{line} /* {comment} */"
+    return whole if len(whole.expandtabs(8)) <= _COLUMNS else f"\t/* {comment} */\n{line}"
 
 
 def _block(name: str, lines: list[str], attribute: str = "") -> str:

@@ -106,7 +106,7 @@ class PipeBuffer(Record):
 @fixed
 class EpollItem(Struct):
     data: u64
-    events: u32  # 0 except for EPOLLONESHOT and EPOLLET: an event that has been delivered and not renewed
+    events: u32  # 0 except for EPOLLONESHOT and EPOLLET: an event that was delivered and not renewed
     fd: s32  # the number under which it was added
     file_objref: s32  # the File it is about
     reserved: u32
