@@ -161,3 +161,12 @@ def test_an_address_has_a_host_and_a_port() -> None:
 def test_what_is_none_is_refused_with_what_it_should_be(parse: Any, text: str) -> None:
     with pytest.raises(Exception, match="is no "):
         parse(text)
+
+
+def test_a_command_ends_although_threads_wait_for_work() -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor; from migrator.cli import _leave\n"
+        "workers = ThreadPoolExecutor(1); print(workers.submit(int, 7).result()); _leave(5)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (5, "7\n")
