@@ -402,6 +402,10 @@ class Engine(Protocol):
     def precopies(self) -> bool:
         """Whether memory can be sent while the tasks run: `Source.round()`."""
 
+    @property
+    def carries_less(self) -> bool:
+        """Whether it refuses what others carry: then it is taken by its name, or where no other works."""
+
     def probe(self) -> list[Capability]:
         """What it can do on this host, found out by trying. Takes some milliseconds; touches no workload."""
 

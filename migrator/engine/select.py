@@ -1,8 +1,8 @@
 """Which engine does the work on this host, and why.
 
-Engines are tried in the order of preference; the first whose every ability was found there, and which sends memory
-ahead, is chosen; one that does not is taken where there is no other, or by its name. Probing takes some milliseconds,
-and what it found holds as long as this program.
+Engines are tried in the order of preference; the first whose every ability was found there, and which does not refuse
+what others carry, is chosen; one that does is taken where there is no other, or by its name. Probing takes some
+milliseconds, and what it found holds as long as this program.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def select(wanted: str = "", candidates: Mapping[str, Callable[[], Engine]] | No
         missing = [one for one in probes[name] if not one.available]
         if missing:
             passed_over.append(f"engine {name}: " + ", ".join(f"no {one.name} ({one.detail})" for one in missing))
-        elif not wanted and not engine.precopies:
+        elif not wanted and engine.carries_less:
             passed_over.append(
-                f"engine {name}: all that it needs is here, but it sends no memory ahead (--engine {name})"
+                f"engine {name}: all that it needs is here, but it carries less than others (--engine {name})"
             )
             last_resort = last_resort or engine
         else:

@@ -335,9 +335,9 @@ class FakeEngine(EngineCalls):
         *,
         name: str = "fake",
         lacks: str = "",
-        precopies: bool = True,
+        carries_less: bool = False,
     ) -> None:
-        self.name, self.precopies = name, precopies
+        self.name, self.precopies, self.carries_less = name, True, carries_less
         self._world, self._script, self._lacks = world, script or Script(), lacks
         self.sources: list[FakeSource] = []
 

@@ -85,15 +85,17 @@ def test_the_reason_says_what_the_better_one_lacks(world: FakeWorld) -> None:
     assert set(choice.probes) == {"kernel", "fake"}
 
 
-def test_an_engine_that_sends_nothing_ahead_is_taken_by_its_name_or_as_the_last_resort(world: FakeWorld) -> None:
-    at_once = FakeEngine(world, name="kernel", precopies=False)
-    there = candidates(at_once, FakeEngine(world))
+def test_an_engine_that_carries_less_is_taken_by_its_name_or_as_the_last_resort(world: FakeWorld) -> None:
+    less = FakeEngine(world, name="kernel", carries_less=True)
+    there = candidates(less, FakeEngine(world))
     choice = select(candidates=there)
     assert choice.engine.name == "fake"
-    assert choice.reason == ("engine kernel: all that it needs is here, but it sends no memory ahead (--engine kernel)")
-    assert select("kernel", there).engine is at_once
-    alone = candidates(at_once, FakeEngine(world, lacks="ptrace"))
-    assert select(candidates=alone).engine is at_once
+    assert choice.reason == (
+        "engine kernel: all that it needs is here, but it carries less than others (--engine kernel)"
+    )
+    assert select("kernel", there).engine is less
+    alone = candidates(less, FakeEngine(world, lacks="ptrace"))
+    assert select(candidates=alone).engine is less
     assert "engine fake: no ptrace" in select(candidates=alone).reason
 
 

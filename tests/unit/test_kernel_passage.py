@@ -67,6 +67,15 @@ def test_the_ends_of_rounds_are_noticed_when_they_have_passed(cuts: list[int]) -
     assert passage.rounds == [1, 2, 3]
 
 
+@given(CUTS)
+def test_bytes_and_pages_without_contents_are_counted_as_they_pass(cuts: list[int]) -> None:
+    holes = image_samples.pages(3, (0x2000000, 5, r.PageKind.ABSENT), (0x3000000, 2, r.PageKind.ZERO))
+    data = image_samples.header().encode() + holes.encode() + stream(container=False)
+    passage = Passage()
+    assert through(passage, data, cuts) == data
+    assert (passage.bytes, passage.absent) == (len(data), 7)
+
+
 def test_nothing_that_follows_the_trailer_passes() -> None:
     assert through(Passage(), stream(container=False) + b"more", []) == stream(container=False)
 

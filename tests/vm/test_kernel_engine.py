@@ -55,6 +55,7 @@ def test_a_program_moves_there_and_back(kernels: Pair, name: str, arguments: tup
         for _ in range(2):
             result = migrate(program.pid, here, there, "--copy-files", "--engine", "kernel")
             assert (result["engine"], result["engine_reason"]) == ("kernel", "it was asked for")
+            assert len(result["rounds"]) > 1, "its memory went ahead"
             program.await_end()
             program.guest = there
             program.check_progress()

@@ -13,7 +13,7 @@ from migrator.errors import CheckpointFailed, ImageError, MigratorError, Restart
 from migrator.linux import procfs, sys
 
 NR_CHECKPOINT, NR_RESTART = 548, 549
-SUBTREE = 0x1  # of checkpoint()
+SUBTREE, ROUND, LAST = 0x1, 0x4, 0x8  # of checkpoint()
 FROZEN = 0x2  # of restart(): migrator.linux.x86_64 has it in code
 _UNKNOWN = 1 << 30  # a flag that neither call has
 
@@ -39,6 +39,9 @@ class NotNow(CheckpointFailed):
 def checkpoint(pid: int, fd: int, flags: int) -> int:
     """Write the tree of `pid`, which is frozen, to `fd`: a number greater than 0. Without SUBTREE `pid` is the init of
     a pid namespace. The stream ends with its trailer, or with an error record if that can be written.
+
+    ROUND writes what has changed of its memory since this thread's last call, while it runs, and returns how many pages
+    that were; LAST, once it is frozen, goes on with that stream and ends it. Any other call of the thread drops it.
 
     Raises OSError of the stream, NotNow, CheckpointFailed with the first cause for all else."""
     try:
@@ -78,6 +81,7 @@ def probe() -> list[Capability]:
     if all(one.available for one in found):
         # no descriptor: the flag is looked at first
         found.append(_answers("restart() into a frozen cgroup", NR_RESTART, FROZEN, errno.EBADF))
+        found.append(_answers("checkpoint() of memory ahead", NR_CHECKPOINT, ROUND, errno.EBADF))
     return found
 
 

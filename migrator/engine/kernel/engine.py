@@ -24,7 +24,8 @@ class KernelEngine(EngineCalls):
     """checkpoint() and restart() of a kernel that has them."""
 
     name = "kernel"
-    precopies = False
+    precopies = True
+    carries_less = True
 
     def probe(self) -> list[Capability]:
         found = calls.probe()

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -21,7 +21,7 @@ from migrator.engine.phases import Phases
 from migrator.engine.spawn import spawn
 from migrator.engine.stream import RecordWriter
 from migrator.errors import CheckpointFailed, MigratorError, Refused
-from migrator.image.records import Container
+from migrator.image.records import PAGE_SIZE, Container
 from migrator.linux import pidfd, procfs, repair
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, CgroupError
@@ -31,11 +31,10 @@ _PAUSE = 0.0005
 _RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
 _AGAIN_AFTER = 0.015  # seconds: what was on its way has been taken by then
 _CHUNK = 1 << 20
-_NO_PRECOPY = "the kernel engine sends no memory ahead"
 
 
 class KernelSource:
-    """Saves the tree below `pid` to the stream `fd`, in one go."""
+    """Saves the tree below `pid` to the stream `fd`: in one go, or round by round and then the rest."""
 
     def __init__(self, pid: int, fd: int, options: SourceOptions) -> None:
         self.pid = pid
@@ -45,6 +44,10 @@ class KernelSource:
         self._phases = Phases()
         self._pids = procfs.descendants(pid)
         self._prepared = self._frozen = self._held = self._done = self._ended = False
+        # The kernel keeps what rounds have begun with the thread that called it, and drops it with that thread.
+        self._thread: ThreadPoolExecutor | None = None
+        self._passage = self._new_passage()
+        self._rounds: list[Round] = []
 
     @property
     def phases(self) -> list[Phase]:
@@ -125,16 +128,46 @@ class KernelSource:
         return calls.SUBTREE if self.options.subtree else 0
 
     def instrument(self) -> None:
-        """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header."""
+        """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header, in the
+        first round."""
         with self._phases.step("instrument"):
             self._adoption.adopt()
             self._prepared = True
 
     def round(self) -> Round:
-        raise CheckpointFailed(_NO_PRECOPY, hint="--engine user does")
+        """Have the kernel write what has changed since the last round. No task is stopped for it."""
+        start = time.monotonic_ns()
+        passed, absent = self._passage.bytes, self._passage.absent
+        pages = self._save_through(self._pass_on, self._flags | calls.ROUND)
+        previous = self._rounds[-1] if self._rounds else None
+        self._pids = self._list_pids()
+        made = Round(
+            len(self._rounds) + 1,
+            pages,
+            self._passage.absent - absent,
+            self._passage.bytes - passed,
+            start,
+            time.monotonic_ns(),
+            pages * 1e9 / max(start - previous.start, 1) if previous is not None else 0.0,
+            work=survey.count(self._pids),
+        )
+        self._rounds.append(made)
+        return made
 
     def dirty_rate(self, seconds: float) -> float:
-        raise CheckpointFailed(f"{_NO_PRECOPY}, and does not see what is written", hint="--engine user does")
+        """Bytes per second that the tree writes to its private memory, over `seconds`. Nothing is written."""
+        with open(os.devnull, "wb", buffering=0) as nowhere:
+
+            def sweep() -> int:
+                return self._call(nowhere.fileno(), self._flags | calls.ROUND).result()
+
+            try:
+                sweep()
+                start = time.monotonic()
+                time.sleep(seconds)
+                return sweep() * PAGE_SIZE / (time.monotonic() - start)
+            finally:
+                self._drop()
 
     def seize(self) -> None:
         """Nothing to attach to."""
@@ -177,51 +210,65 @@ class KernelSource:
             raise CheckpointFailed("final() before freeze()")
         if silence is not None:
             silence()
+        flags = self._flags | (calls.LAST if self._rounds else 0)
         with self._phases.step("checkpoint"):
             if self.options.container:
-                self._save_container()
+                self._save_through(self._pass_on, flags)
             else:
                 self._ended = True  # also where it fails: it writes the cause itself
-                calls.checkpoint(self.pid, self._fd, self._flags)
+                self._call(self._fd, flags).result()
+            self._drop()
 
-    def _save_container(self) -> None:
-        """The stream passes through us, as the kernel knows nothing of what stands around a container."""
-        record = Container(1, self.options.container, self.options.container_spec)
-        passage = Passage(insert=record.encode())
+    def _new_passage(self) -> Passage:
+        """The kernel knows nothing of what stands around a container: its record is put in on the way."""
+        if not self.options.container:
+            return Passage()
+        return Passage(insert=Container(1, self.options.container, self.options.container_spec).encode())
 
-        def take(fd: int) -> bool:
-            data = os.read(fd, _CHUNK)
-            for part in passage.feed(data):
-                _write(self._fd, part)
-            self._ended = passage.done
-            return bool(data)
-
-        self._save_through(take)
+    def _pass_on(self, fd: int) -> bool:
+        data = os.read(fd, _CHUNK)
+        for part in self._passage.feed(data):
+            _write(self._fd, part)
+        self._ended = self._passage.done
+        return bool(data)
 
     def _save_to_nowhere(self) -> None:
         with open(os.devnull, "wb", buffering=0) as nowhere:
-            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0)
+            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0, self._flags)
 
-    def _save_through(self, take: Callable[[int], bool]) -> None:
-        """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more."""
+    def _save_through(self, take: Callable[[int], bool], flags: int) -> int:
+        """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more. What the
+        call has returned."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # a limit of pipe-user-pages: slower
             fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _CHUNK)
+        saving = self._call(write_fd, flags, close=True)
+        try:
+            while take(read_fd):
+                pass
+        finally:
+            os.close(read_fd)  # before we wait: it may be writing
+        return saving.result()
 
-        def save() -> None:
-            try:
-                calls.checkpoint(self.pid, write_fd, self._flags)
-            finally:
-                os.close(write_fd)
+    def _call(self, fd: int, flags: int, *, close: bool = False) -> Future[int]:
+        """checkpoint() on the one thread that makes these calls; `fd` is closed after it if so asked."""
 
-        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
-            saving = thread.submit(save)
+        def save() -> int:
             try:
-                while take(read_fd):
-                    pass
+                return calls.checkpoint(self.pid, fd, flags)
             finally:
-                os.close(read_fd)  # before we wait: it may be writing
-            saving.result()
+                if close:
+                    os.close(fd)
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        return self._thread.submit(save)
+
+    def _drop(self) -> None:
+        """End the thread, and with it what the kernel keeps of the rounds."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     def hold(self) -> None:
         """They are frozen by their cgroup already. Their connections get silent, as whoever ends the tasks from here
@@ -250,6 +297,7 @@ class KernelSource:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         self._done = True
+        self._drop()
         self._adoption.remove()
         self._adoption.close()
 
@@ -258,6 +306,7 @@ class KernelSource:
         if self._done:
             return
         self._done = True
+        self._drop()
         if self._frozen:
             if self._held:
                 repair.revive(self._pids)

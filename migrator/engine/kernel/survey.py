@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from migrator.engine import files, processor, work
-from migrator.engine.base import FileFact, SourceOptions, Survey
+from migrator.engine.base import FileFact, SourceOptions, Survey, Work
 from migrator.linux import ipc, mqueue, procfs, sys
 
 _GONE = (FileNotFoundError, ProcessLookupError)
@@ -20,6 +20,11 @@ _SHM = ("/dev/zero (deleted)", "/memfd:", "/SYSV")  # whose contents the stream 
 class _Process:
     pid: int
     vmas: Sequence[procfs.Vma] = ()
+
+
+def count(pids: Sequence[int]) -> Work:
+    """How much there is of what takes time while the tasks are stopped."""
+    return work.count(_Process(pid) for pid in pids)
 
 
 def look(root: int, pids: Sequence[int]) -> Survey:

@@ -32,6 +32,7 @@ class UserEngine(EngineCalls):
 
     name = "user"
     precopies = True
+    carries_less = False
 
     def source(self, pid: int, fd: int, options: SourceOptions) -> UserSource:
         check_pid(pid)
