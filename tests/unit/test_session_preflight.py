@@ -77,18 +77,18 @@ def test_an_agent_that_would_confine_the_copy_blocks() -> None:
 
 
 def test_a_directory_that_is_missing_or_a_file_blocks_unless_it_is_carried_along() -> None:
-    folder = FileFact("/srv/work", 0, stat.S_IFDIR | 0o755, 0, "", False)
-    file = FileFact("/srv/work/a", 3, stat.S_IFREG | 0o644, 1, "", False)
+    folder = FileFact("/srv/data", 0, stat.S_IFDIR | 0o755, 0, "", False)
+    file = FileFact("/srv/data/a", 3, stat.S_IFREG | 0o644, 1, "", False)
     other_mode, plain = replace(folder, mode=stat.S_IFDIR | 0o700), replace(folder, mode=stat.S_IFREG | 0o755)
-    assert judge(files={"/srv/work": other_mode}, told=[folder]) == []
+    assert judge(files={"/srv/data": other_mode}, told=[folder]) == []
     assert "is missing on b" in str(only(judge(told=[folder])))
-    assert "is something else" in only(judge(files={"/srv/work": plain}, told=[folder])).problem
+    assert "is something else" in only(judge(files={"/srv/data": plain}, told=[folder])).problem
     proposal = m.Propose("test-0001", A, facts.Survey.of(replace(SURVEY, files=[folder, file])), copy_files=True)
-    assert compare(proposal, B, {}) == ([], ["/srv/work/a"])
+    assert compare(proposal, B, {}) == ([], ["/srv/data/a"])
     tree = [SyncTree("/srv")]
     proposal = msgspec.structs.replace(proposal, survey=facts.Survey.of(replace(SURVEY, files=[folder])), trees=tree)
     assert compare(proposal, B, {}) == ([], [])
-    assert only(compare(msgspec.structs.replace(proposal, trees=[]), B, {})[0]).object == "/srv/work"
+    assert only(compare(msgspec.structs.replace(proposal, trees=[]), B, {})[0]).object == "/srv/data"
 
 
 def test_a_kernel_with_another_vdso_blocks() -> None:
