@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from migrator.testing.workloads import build_all
 ROOT = Path(__file__).resolve().parents[2]
 GUEST = Path(__file__).parent / "guest"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "migrator" / "guest"
+IN_USE = 2 * 3600.0  # seconds that a run with guests takes at most
 KERNEL_PATCHES = ROOT / "kernel-patches"
 
 PROGRAMS = (
@@ -119,10 +121,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def forget_old(folder: Path, pattern: str, *, keep: int) -> None:
-    """Only the youngest `keep` files of that name stay: they are large."""
+    """Only the youngest `keep` files of that name stay, as they are large, and those that a run of now may use."""
     found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found[keep:]:
-        path.unlink(missing_ok=True)
+        if path.stat().st_mtime < time.time() - IN_USE:
+            path.unlink(missing_ok=True)
 
 
 def _image(kind: str, content: bytes, fill: Callable[[Path], None]) -> Path:

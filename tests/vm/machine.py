@@ -264,6 +264,8 @@ class Machine:
                 if time.monotonic() > deadline:
                     raise MachineLost(f"{self.name} does not answer{self._last_words()}") from None
                 continue
+            except ConnectionError as error:
+                raise MachineLost(f"{self.name} has ended: {error}{self._last_words()}") from error
             if not chunk:
                 raise MachineLost(f"{self.name} has ended{self._last_words()}")
             got += chunk
