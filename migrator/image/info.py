@@ -53,6 +53,7 @@ class RoundInfo:
     data: int = 0
     zero: int = 0
     absent: int = 0
+    guard: int = 0
     bytes: int = 0  # of contents
 
 
@@ -67,6 +68,7 @@ class MemoryInfo:
     data: int = 0
     zero: int = 0
     absent: int = 0
+    guard: int = 0
     mappings: list[MappingInfo] = field(default_factory=list)
     rounds: dict[int, RoundInfo] = field(default_factory=dict)
 

@@ -98,22 +98,27 @@ def _memory(info: ImageInfo, verbose: bool) -> Iterator[str]:
         yield f"  {memory.kind} {memory.objref}  {printable(memory.what)}  {_amount(memory)}"
         if verbose:
             for number, part in sorted(memory.rounds.items()):
-                yield f"      round {number}: {part.data} data  {part.zero} zero  {part.absent} absent"
+                yield f"      round {number}: {part.data} data  {part.zero} zero  {part.absent} absent" + (
+                    f"  {part.guard} guard" if part.guard else ""
+                )
             for vma in memory.mappings:
                 yield f"      {vma.start:012x}-{vma.end:012x} {vma.perms} {vma.offset:08x} {printable(vma.what)}"
 
 
 def _amount(memory: MemoryInfo) -> str:
     mapped = f"{size(memory.size)} in {len(memory.mappings)} mappings" if memory.kind == "mm" else size(memory.size)
-    return f"{mapped}; sent {memory.data} pages with data, {memory.zero} zero, {memory.absent} absent"
+    return f"{mapped}; sent {memory.data} pages with data, {memory.zero} zero, {memory.absent} absent" + (
+        f", {memory.guard} guard" if memory.guard else ""
+    )
 
 
 def _rounds(info: ImageInfo) -> Iterator[str]:
     for part in info.rounds:
         mark = "  last, tasks stopped" if part.last else ""
+        guard = f", {part.guard} guard" if part.guard else ""
         yield (
             f"  {part.number:>3}  {part.data} pages with data ({size(part.bytes)}), "
-            f"{part.zero} zero, {part.absent} absent{mark}"
+            f"{part.zero} zero, {part.absent} absent{guard}{mark}"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_samples import body, closed, stream
+from image_samples import body, closed, latest, stream
 
 from migrator.api.image_info import read_info, summarise
 from migrator.errors import UsageError
@@ -81,6 +81,12 @@ def test_the_text_shows_memory_and_rounds() -> None:
     assert "000001000000-000001003000 rw-p 00000000 arena" in shown
     assert "  2  1 pages with data (4.0 KiB), 0 zero, 0 absent  last, tasks stopped" in shown
     assert shown.endswith(f"whole: 64 records, {len(STREAM)} bytes\n")
+
+
+def test_the_text_shows_guard_regions() -> None:
+    info = info_of(stream(closed(latest())))
+    assert sum(memory.guard for memory in info.memory) == sum(part.guard for part in info.rounds) > 0
+    assert " guard\n" in render_text(info, verbose=True)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 500, 9000, len(STREAM) - 1])
