@@ -332,7 +332,8 @@ class UserDestination(UnfinishedCopy):
             self._backing.root_fd = os.open(
                 self.options.root or f"/proc/{root.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             )
-            self._shared.root_fd = self._shared.tmpfs.root_fd = self._backing.root_fd
+            self._shared.root_fd = self._backing.root_fd
+            self._shared.tmpfs.begin(self._backing.root_fd)
             self._shared.sysv.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))

@@ -22,14 +22,18 @@ _PRIVATE = f"{_OURS}arriving"
 
 
 class TmpfsRestore:
-    """root_fd: the root directory of the container, O_PATH; set before the first record comes."""
+    """root_fd: the root directory of the container, O_PATH; set by `begin()` before the first record comes."""
 
     def __init__(self) -> None:
         self.root_fd = -1
+        self._host: set[int] = set()  # devices, looked at ahead of the freeze
         self._mounts: dict[str, int] = {}
         self._places: dict[int, tuple[str, str]] = {}  # objref -> (mount, path) that it has by now
         self._named: dict[str, set[str]] = {}  # by mount: the paths that came
         self._folders: list[TmpfsEntry] = []
+
+    def begin(self, root_fd: int) -> None:
+        self.root_fd, self._host = root_fd, _host_devices()
 
     @property
     def mounts(self) -> list[str]:
@@ -93,7 +97,7 @@ class TmpfsRestore:
             fd = open_in_root(self.root_fd, path, os.O_RDONLY | os.O_DIRECTORY, links=False)
         except OSError as error:
             raise RestartFailed(f"the tmpfs at {path}: {error}") from error
-        if filesystem_type(fd) != TMPFS_MAGIC or os.fstat(fd).st_dev in _host_devices():
+        if filesystem_type(fd) != TMPFS_MAGIC or os.fstat(fd).st_dev in self._host:
             os.close(fd)
             raise RestartFailed(f"{path} is no tmpfs of the container's own here")
         self._mounts[path] = fd
