@@ -217,18 +217,16 @@ class UserSource:
         self.quiesce(_ACCEPT_SECONDS)
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"), _killed_is_failed():
-            for pause in _RETRY_AFTER:
+            for pause in (*_RETRY_AFTER, None):
                 self.tree.stop()
-                if self._transients is None or not self._transients.waiting():
+                waits = self._transients.waiting() if self._transients is not None else ""
+                if not waits or pause is None:
                     break
                 self.tree.detach()
                 time.sleep(pause)
                 self.quiesce(_ACCEPT_SECONDS)
                 self.tree.seize()
-            else:
-                self.tree.stop()
         if self._transients is not None:
-            waits = self._transients.waiting()
             self._transients.close()
             self._transients = None
             if waits:
