@@ -250,6 +250,36 @@ def test_a_connection_that_waits_to_be_accepted_is_waited_for_and_then_named(
             child.kill()
 
 
+def test_a_child_that_has_the_memory_of_its_parent_is_waited_for_and_then_named(
+    tmp_path: Path, played: Callable[..., Checkpoint]
+) -> None:
+    """Between vfork(2) and execve(2), as long as nobody writes to what it is to have as its standard input."""
+    os.mkfifo(fifo := tmp_path / "fifo")
+    script = (
+        "import os, signal, sys; os.posix_spawn('/bin/sleep', ['sleep', '60'], {}, "
+        "file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)]); print('spawned', flush=True); "
+        "signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(fifo)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        tree = [child.pid]
+        try:
+            while len(tree := procfs.descendants(child.pid)) < 2:
+                time.sleep(0.01)
+            with KernelEngine().source(child.pid, -1, SourceOptions()) as source:
+                assert not source.quiesce(0.01)
+                with pytest.raises(calls.NotNow, match=rf"pid {tree[1]} shares its memory with pid {child.pid}"):
+                    source.freeze()
+                with fifo.open("w"):
+                    assert child.stdout.readline() == "spawned\n"
+                    assert source.quiesce(5)
+                    source.freeze()
+                    source.thaw()
+        finally:
+            for pid in reversed(tree):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_program_cannot_have_the_kernel_save_the_tree_that_it_is_in() -> None:
     with pytest.raises(UsageError, match="cannot leave it out"):
         KernelEngine().source(os.getpid(), -1, SourceOptions())

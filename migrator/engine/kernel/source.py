@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -22,7 +22,7 @@ from migrator.engine.spawn import spawn
 from migrator.engine.stream import RecordWriter
 from migrator.errors import CheckpointFailed, MigratorError, Refused
 from migrator.image.records import PAGE_SIZE, Container
-from migrator.linux import pidfd, procfs, repair
+from migrator.linux import pidfd, procfs, repair, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.cgroup import Cgroup, CgroupError
 
@@ -43,6 +43,7 @@ class KernelSource:
         self._adoption = Adoption(pid, options)
         self._phases = Phases()
         self._pids = procfs.descendants(pid)
+        self._apart: set[int] = set()
         self._prepared = self._frozen = self._held = self._done = self._ended = False
         # The kernel keeps what rounds have begun with the thread that called it, and drops it with that thread.
         self._thread: ThreadPoolExecutor | None = None
@@ -106,6 +107,8 @@ class KernelSource:
                 group = adoption.adopt()
                 with _guarded(group):
                     group.freeze()
+                    if waits := self._borrowed(adoption.pids()):
+                        raise calls.NotNow(waits)
                     self._save_to_nowhere()
                 return []
             except CgroupError as error:
@@ -174,7 +177,7 @@ class KernelSource:
 
     def quiesce(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
-        while survey.waiting(self.pid, self._pids):
+        while self._waits():
             if time.monotonic() > end:
                 return False
             time.sleep(_PAUSE)
@@ -189,7 +192,7 @@ class KernelSource:
             self._frozen = True
             for pause in _RETRY_AFTER:
                 self._stop()
-                waits = survey.waiting(self.pid, self._pids)
+                waits = self._waits()
                 if not waits:
                     return
                 self._cgroup.thaw()
@@ -315,6 +318,25 @@ class KernelSource:
         self._adoption.close()
 
     # ------------------------------------------------------------------ inside
+
+    def _waits(self) -> str:
+        """What will not be so in a moment, in words; "" for nothing."""
+        return survey.waiting(self.pid, self._pids) or self._borrowed(self._pids)
+
+    def _borrowed(self, pids: Sequence[int]) -> str:
+        """Who has its parent's memory, as between vfork(2) and execve(2). Whoever was seen without never has it again,
+        so that in the freeze only those born since then are looked at."""
+        for pid in pids:
+            if pid in self._apart:
+                continue
+            try:
+                parent = int(procfs.stat(pid)[4])
+                if parent in pids and sys.same(pid, parent, sys.KCMP_VM):
+                    return f"pid {pid} shares its memory with pid {parent} (vfork in progress?)"
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            self._apart.add(pid)
+        return ""
 
     def _list_pids(self) -> list[int]:
         pids = self._adoption.pids() if self._prepared or not self._adoption.own else procfs.descendants(self.pid)
