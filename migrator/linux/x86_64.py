@@ -148,12 +148,12 @@ SPAWN_CODE = bytes.fromhex(
 
 # What becomes the root of a tree by restart(): waits for a byte of `stream` (if there is none, it ends), calls
 # unshare(flags) unless flags are 0, then restart(getpid(), stream, RESTART_FROZEN). Where one of them fails, it writes
-# what that returned to `status`, as 8 bytes, and waits to be killed; if nobody reads that any more, it ends.
+# what that returned to `status`, as 8 bytes, again and again until it is killed; if nobody has the other end any more,
+# it ends.
 _CALLER_CODE = (
-    "5089df4889e6ba0100000031c00f0583f801754e",
+    "5089df4889e6ba0100000031c00f0583f8017545",
     "85ff740bb8100100000f0585c07817b8270000000f0589c789deba02000000b8250200000f054889"
-    "042489ef4889e6ba08000000b8010000000f0583f8087509b8220000000f05ebf7bf01000000b8e7"
-    "0000000f05",
+    "042489ef4889e6ba08000000b8010000000f0583f80874eabf01000000b8e70000000f05",
 )
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from select import poll
 
 import pytest
 
@@ -399,9 +400,14 @@ def test_a_second_look_is_refused_and_not_left_out(image: tuple[int, int]) -> No
 
 
 @pytest.mark.skipif(calls.probe()[0].available, reason="this kernel has the calls")
-def test_who_calls_restart_ends_when_nobody_asks_how_it_went() -> None:
+@pytest.mark.parametrize("said", [False, True], ids=["before it is said", "after"])
+def test_who_calls_restart_ends_when_nobody_asks_how_it_went(said: bool) -> None:
     caller = Caller.start(free_pid())
     caller.go()
+    if said:
+        waiting = poll()
+        waiting.register(caller._status)
+        waiting.poll()
     caller.close()
     end = os.waitpid(caller.pid, 0)[1]
     assert os.waitstatus_to_exitcode(end) == 1
