@@ -18,6 +18,7 @@ from migrator.engine.base import SourceOptions
 from migrator.engine.user.dump.source import UserSource
 from migrator.errors import CheckpointFailed, Refused
 from migrator.linux import procfs
+from migrator.testing.workloads import Workload
 
 pytestmark = pytest.mark.root
 
@@ -280,3 +281,19 @@ def test_a_process_born_since_the_survey_is_carried_tracked_as_it_is() -> None:
                 source.thaw()
         finally:
             os.killpg(program.pid, signal.SIGKILL)
+
+
+def test_a_thread_that_ends_meanwhile_takes_nothing_of_its_process_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = procfs.status
+
+    def ended(pid: int, tid: int | None = None) -> dict[str, str]:
+        if tid not in (None, pid):
+            raise FileNotFoundError(tid)
+        return real(pid, tid)
+
+    with Workload("threads", tmp_path, 3) as program, UserSource(program.pid, -1, SourceOptions()) as source:
+        monkeypatch.setattr(procfs, "status", ended)
+        assert str(program.out) in [fact.path for fact in source.survey().files]
+        monkeypatch.undo()

@@ -140,23 +140,33 @@ def stopped_by(number: int) -> str:
 def _threads(pid: int, who: str, state: dict[str, str]) -> Iterator[str]:
     shared = int(state["ShdPnd"], 16)
     for tid in procfs.tids(pid):
-        own = procfs.status(pid, tid) if tid != pid else state
-        thread = f"{who}: its thread {tid}" if tid != pid else who
-        if own.get("Seccomp", "0") != "0":
-            yield f"{thread} {UNDER_SECCOMP}"
-        if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
-            yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
-        waiting = shared | int(own["SigPnd"], 16)
-        if all(waiting >> (number - 1) & 1 for number in BATCH_SIGNALS):
-            names = ", ".join(signal.Signals(number).name for number in BATCH_SIGNALS)
-            yield f"{thread}: all of {names} wait to be taken, one of which is needed for saving it"
-        if tid != pid:
-            for resource, what in _SHARED_BY_THREADS.items():
-                if not sys.same(pid, tid, resource):
-                    yield f"{thread} has {what} of its own (unshare(2)), which is not carried"
-            for kind in NAMESPACES:
-                if os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") != os.readlink(f"/proc/{pid}/ns/{kind}"):
-                    yield f"{thread} is in another {kind} namespace than its process"
+        try:
+            own = procfs.status(pid, tid) if tid != pid else state
+            yield from _thread(pid, tid, who, own, shared)
+        except _GONE:
+            if tid == pid:
+                raise
+            continue  # only this thread has ended
+
+
+def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> Iterator[str]:
+    thread = f"{who}: its thread {tid}" if tid != pid else who
+    if own.get("Seccomp", "0") != "0":
+        yield f"{thread} {UNDER_SECCOMP}"
+    if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
+        yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
+    waiting = shared | int(own["SigPnd"], 16)
+    if all(waiting >> (number - 1) & 1 for number in BATCH_SIGNALS):
+        names = ", ".join(signal.Signals(number).name for number in BATCH_SIGNALS)
+        yield f"{thread}: all of {names} wait to be taken, one of which is needed for saving it"
+    if tid == pid:
+        return
+    for resource, what in _SHARED_BY_THREADS.items():
+        if not sys.same(pid, tid, resource):
+            yield f"{thread} has {what} of its own (unshare(2)), which is not carried"
+    for kind in NAMESPACES:
+        if os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") != os.readlink(f"/proc/{pid}/ns/{kind}"):
+            yield f"{thread} is in another {kind} namespace than its process"
 
 
 def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
