@@ -145,7 +145,7 @@ async def test_the_timeline_adds_up_to_the_downtime(hosts: Hosts) -> None:
 async def test_an_observer_sees_rounds_and_the_end(hosts: Hosts) -> None:
     result = await hosts.migrate()
     rounds = [event for event in hosts.events if isinstance(event, model.RoundDone)]
-    assert [event.round.pages for event in rounds] == [1000, 100, 10][: len(rounds)]
+    assert [event.round.pages for event in rounds] == [1000, 100, 10, *[1] * len(rounds)][: len(rounds)]
     assert rounds[-1].verdict == "freeze"
     assert hosts.events[-1] == model.Ended(ID, model.Where.SOURCE, result)
     assert isinstance(hosts.events[0], model.Started)
