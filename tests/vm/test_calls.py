@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,7 +55,17 @@ rmdir $group
 
 
 def save(guest: Machine, pid: int, image: str = "/tmp/image") -> None:
-    guest.run(SAVE.format(pid=pid, image=image))
+    """Save a tree, which stays frozen; again a moment later where a connection was just being made or ended, as fds
+    does it all the time."""
+    for attempt in range(5):
+        try:
+            guest.run(SAVE.format(pid=pid, image=image))
+            return
+        except CommandFailed as error:
+            if attempt == 4 or "a TCP connection" not in str(error):
+                raise
+            guest.run(THAW.format(pid=pid))
+            time.sleep(0.2)
 
 
 def kill(guest: Machine, pid: int) -> None:
