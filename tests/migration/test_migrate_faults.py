@@ -286,10 +286,15 @@ def await_round(process: subprocess.Popen[Any], number: int = 1) -> str:
 
 
 KILLED_AT = """
-import os, runpy, sys
+import os, runpy, sys, time
+from migrator.linux import procfs
 from migrator.runtime import fault_points
 point, pid, *sys.argv = sys.argv[1:]
-fault_points.armed.point, fault_points.armed.action = point, lambda: os.kill(int(pid), 9)
+start = procfs.start_time(int(pid))
+def kill():
+    os.kill(int(pid), 9)
+    procfs.has_ended(int(pid), start, 5) or time.sleep(0.2)  # it takes its end when a processor is free for it
+fault_points.armed.point, fault_points.armed.action = point, kill
 runpy.run_module("migrator", run_name="__main__")
 """
 
