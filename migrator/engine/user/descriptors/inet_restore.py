@@ -11,6 +11,7 @@ import time
 from collections.abc import Hashable, Iterator
 
 from migrator.engine.user.descriptors import addresses, packet, sockopts, tcp
+from migrator.engine.user.descriptors.made_sockets import MadeSockets
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import (
@@ -45,16 +46,16 @@ _INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
 _PATIENCE = 2.0  # seconds for a packet to pass the loopback device; on an idle machine it takes some microseconds
 
 
-class InetRestore:
+class InetRestore(MadeSockets[socket.SocketType]):
     """Sockets are made as they come; connections of TCP when their SocketTcp comes, and stay under repair.
 
     After settle() the kernel has all of a connection: whoever takes it out of repair mode, be it another agent,
     has made it whole. activate() does no more than that, and saves the peer a wait."""
 
     def __init__(self, net: NetNs) -> None:
+        super().__init__()
         self._net = net
         self._records: dict[int, Socket] = {}
-        self._made: dict[int, socket.SocketType] = {}
         self._tcp: dict[int, SocketTcp] = {}
         self._buffers: list[SocketBuffer] = []
         self._bytes = 0
@@ -62,7 +63,6 @@ class InetRestore:
         self._all_made = False
         self._shared: dict[tuple[int, bytes], set[int]] = {}  # by protocol and port: flags that sharing it takes
         self._groups: dict[Hashable, list[int]] = {}  # by _sharers()
-        self._taken: set[int] = set()
         self._own = os.geteuid(), os.getegid()
 
     def add(self, rec: Socket) -> None:
@@ -173,10 +173,6 @@ class InetRestore:
             if owner.state == SocketState.CONNECTING:
                 _connect_without_waiting(self._made[owner.objref], owner)
 
-    def take(self, objref: int) -> int:
-        self._taken.add(objref)
-        return self._made[objref].fileno()
-
     def activate(self) -> None:
         """Connections come alive, and ask their peers what they missed; as `repair.leave()`, of all in one go.
 
@@ -196,12 +192,7 @@ class InetRestore:
                     repair.push(sock)
 
     def close(self) -> None:
-        for objref, sock in self._made.items():
-            if objref in self._taken:
-                sock.detach()
-            else:
-                sock.close()
-        self._made.clear()
+        super().close()
         if self._injector is not None:
             self._injector.close()
             self._injector = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from migrator.engine.user.descriptors import sockopts
 from migrator.engine.user.descriptors.description import Description
+from migrator.engine.user.descriptors.made_sockets import MadeSockets
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
@@ -85,14 +86,13 @@ def _memberships(sock: socket.SocketType) -> Iterator[SocketOption]:
             yield SocketOption(sockopts.SOL_NETLINK, sockopts.NETLINK_ADD_MEMBERSHIP, group)
 
 
-class NetlinkRestore:
+class NetlinkRestore(MadeSockets[socket.SocketType]):
     """They are made when all is there, so that they hear little of how the network of the copy was set up."""
 
     def __init__(self, net: NetNs) -> None:
+        super().__init__()
         self._net = net
         self._records: dict[int, Socket] = {}
-        self._made: dict[int, socket.SocketType] = {}
-        self._taken: set[int] = set()
 
     def add(self, rec: Socket) -> None:
         if rec.type not in _TYPES or rec.protocol != ROUTE:
@@ -120,15 +120,3 @@ class NetlinkRestore:
                 sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK, rec.buf_lock & 3)
             except OSError as error:
                 raise RestartFailed(f"the netlink socket of port {port} cannot be made: {error}") from error
-
-    def take(self, objref: int) -> int:
-        self._taken.add(objref)
-        return self._made[objref].fileno()
-
-    def close(self) -> None:
-        for objref, sock in self._made.items():
-            if objref in self._taken:
-                sock.detach()
-            else:
-                sock.close()
-        self._made.clear()

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from migrator.engine.user.descriptors import addresses, sockopts
+from migrator.engine.user.descriptors.made_sockets import MadeSockets
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.engine.user.descriptors.private_root import Move, PrivateRoot
 from migrator.errors import ImageError, RestartFailed
@@ -25,20 +26,19 @@ _ROOM = 1 << 16
 _PARTS = 32 << 10
 
 
-class UnixRestore:
+class UnixRestore(MadeSockets[socket.socket]):
     """Records are gathered; settle() makes the sockets, in an order in which every name is free."""
 
     def __init__(self, root_fd: int, net: NetNs) -> None:
+        super().__init__()
         self._root_fd = root_fd
         self._net = net
         self._records: dict[int, Socket] = {}
         self._buffers: dict[int, list[SocketBuffer]] = {}
         self._bytes = 0
-        self._made: dict[int, socket.socket] = {}
         self._others: list[socket.socket] = []  # ends that the tree does not have: closed when settled
         self._roots: dict[str, PrivateRoot] = {}
         self._bound_in: dict[int, PrivateRoot] = {}
-        self._taken: set[int] = set()
         self._peers: dict[int, tuple[int, int]] = {}  # uid and gid that SO_PEERCRED names, where it is not root
 
     def add(self, rec: Socket) -> None:
@@ -57,10 +57,6 @@ class UnixRestore:
         if self._bytes > _MAX_WAITING or len(rec.data) > MAX_CHUNK:
             raise ImageError(f"socket {rec.socket_objref}: more on its way than sockets hold")
         self._buffers.setdefault(rec.socket_objref, []).append(rec)
-
-    def take(self, objref: int) -> int:
-        self._taken.add(objref)
-        return self._made[objref].fileno()
 
     def settle(self) -> None:
         """Make all sockets. Listeners come after connections, which need their names for a moment."""
@@ -91,12 +87,7 @@ class UnixRestore:
             root.commit()
 
     def close(self) -> None:
-        for objref, sock in self._made.items():
-            if objref in self._taken:
-                sock.detach()
-            else:
-                sock.close()
-        self._made.clear()
+        super().close()
         for sock in self._others:
             sock.close()
         for root in self._roots.values():
