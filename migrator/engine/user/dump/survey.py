@@ -80,8 +80,7 @@ def survey(
             who = f"pid {process.pid} ({state['Name']})"
             reasons += [f"{who}: {text}" for text in _ipc_obstacles(process.pid, segments)]
             files.mapped(process.pid, found_files, lambda vma: is_shm(vma, tmpfs.devices))
-            files.opened(process.pid, found_files, tmpfs.devices)
-            files.directories(process.pid, found_files, tmpfs.devices)
+            files.opened(process.pid, found_files, tmpfs.devices, names=True)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
