@@ -26,7 +26,6 @@ from migrator.linux import procfs
 
 _NO_CHECKPOINT_FLAGS, _NO_RESTART_FLAGS = CheckpointFlags(0), RestartFlags(0)
 _ids = itertools.count(1)
-_ENDING_SECONDS = 1.0  # for a process that is just ending
 
 
 class EngineCalls(abc.ABC):
@@ -107,7 +106,7 @@ def _unless_ended(pid: int) -> Iterator[None]:
     try:
         yield
     except (CheckpointFailed, OSError) as error:
-        if procfs.has_ended(pid, start, _ENDING_SECONDS):
+        if procfs.has_ended(pid, start, procfs.ENDING_SECONDS):
             raise WorkloadEnded(pid) from error
         raise
 

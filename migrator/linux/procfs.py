@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 _UNLIMITED = (1 << 64) - 1  # as RLIM_INFINITY
 _PF_EXITING = 4  # include/linux/sched.h
+ENDING_SECONDS = 1.0  # that a process may take to end once it has begun to
 
 
 @dataclass(slots=True, frozen=True)

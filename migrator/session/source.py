@@ -19,6 +19,7 @@ from typing import Any
 
 from migrator import model
 from migrator.errors import Fate, MigrationAborted, MigratorError, Overrun, TransportError, Undecided
+from migrator.linux import procfs
 from migrator.model import OnEvent, Outcome, Where
 from migrator.protocol import messages as m
 from migrator.protocol import trees
@@ -43,7 +44,6 @@ from migrator.session.workload import WorkloadThread
 
 log = logging.getLogger("migrator.session")
 
-_ENDING_SECONDS = 1.0  # for a process that is just ending
 _TELL_SECONDS = 2.0  # for what is only told and does not change the outcome
 
 
@@ -136,7 +136,8 @@ class SourceSession:
                 if self._deadlines.overrun_by(event):
                     event, why = SourceEvent.CANCEL, self._deadlines.too_long()
                 if self._driver.machine.look(event).state is SourceState.HERE:
-                    self._error = await asyncio.to_thread(self._workload.ended, _ENDING_SECONDS) or self._error or why
+                    ended = await asyncio.to_thread(self._workload.ended, procfs.ENDING_SECONDS)
+                    self._error = ended or self._error or why
                     self._proposal.stop()
                     await self._driver.stop_work(self._workload.stop)
                 await self._driver.take(event)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,32 @@ time.sleep(100)
 """
 
 
+@contextlib.contextmanager
+def surveyed(act: str) -> Iterator[tuple[UserSource, Callable[[], None]]]:
+    """A program of which the survey is over, and what has it `act`."""
+    argv = [sys.executable, "-c", LATE.replace("{act}", act)]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as program, tempfile.TemporaryFile() as image:  # fmt: skip
+        try:
+            assert program.stdin is not None and program.stdout is not None
+            to, said = program.stdin, program.stdout
+            assert said.readline() == "up\n"
+
+            def go_on() -> None:
+                to.write("\n")
+                to.flush()
+                assert said.readline() == "ready\n"
+
+            options = SourceOptions(cgroup_name=f"late-{os.getpid()}")
+            with UserSource(program.pid, image.fileno(), options) as source:
+                with pytest.raises(Refused):  # for its pipes to us, which are looked at last
+                    source.survey()
+                yield source, go_on
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
@@ -235,52 +262,24 @@ time.sleep(100)
     ],
 )
 def test_what_has_come_since_the_survey_is_refused_at_the_freeze(act: str, reason: str) -> None:
-    argv = [sys.executable, "-c", LATE.replace("{act}", act)]
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as program, open(os.devnull, "wb") as sink:  # fmt: skip
-        try:
-            assert program.stdin is not None and program.stdout is not None
-            assert program.stdout.readline() == "up\n"
-            options = SourceOptions(cgroup_name=f"late-{os.getpid()}")
-            with UserSource(program.pid, sink.fileno(), options) as source:
-                with pytest.raises(Refused):  # for its pipes to us, which are looked at last
-                    source.survey()
-                program.stdin.write("\n")
-                program.stdin.flush()
-                assert program.stdout.readline() == "ready\n"
-                source.instrument()
-                source.freeze()
-                with pytest.raises(CheckpointFailed, match=reason):
-                    source.final()
-                source.thaw()
-        finally:
-            os.killpg(program.pid, signal.SIGKILL)
+    with surveyed(act) as (source, go_on):
+        go_on()
+        source.instrument()
+        source.freeze()
+        with pytest.raises(CheckpointFailed, match=reason):
+            source.final()
+        source.thaw()
 
 
 def test_a_process_born_since_the_survey_is_carried_tracked_as_it_is() -> None:
-    argv = [sys.executable, "-c", LATE.replace("{act}", "child(lambda: (print('ready', flush=True), time.sleep(100)))")]
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as program, tempfile.TemporaryFile() as image:  # fmt: skip
-        try:
-            assert program.stdin is not None and program.stdout is not None
-            assert program.stdout.readline() == "up\n"
-            options = SourceOptions(cgroup_name=f"born-{os.getpid()}")
-            with UserSource(program.pid, image.fileno(), options) as source:
-                with pytest.raises(Refused):  # for its pipes to us
-                    source.survey()
-                source.instrument()
-                program.stdin.write("\n")
-                program.stdin.flush()
-                assert program.stdout.readline() == "ready\n"
-                source.round()
-                source.freeze()
-                with pytest.raises(CheckpointFailed, match=r"fd 0: .*outside of the tree"):  # likewise, and no sooner
-                    source.final()
-                source.thaw()
-        finally:
-            os.killpg(program.pid, signal.SIGKILL)
+    with surveyed("child(lambda: (print('ready', flush=True), time.sleep(100)))") as (source, go_on):
+        source.instrument()
+        go_on()
+        source.round()
+        source.freeze()
+        with pytest.raises(CheckpointFailed, match=r"fd 0: .*outside of the tree"):  # likewise, and no sooner
+            source.final()
+        source.thaw()
 
 
 def test_a_thread_that_ends_meanwhile_takes_nothing_of_its_process_with_it(
