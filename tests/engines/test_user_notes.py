@@ -44,15 +44,19 @@ time.sleep(60)
 """
 
 
+def started(program: str, out: Path) -> subprocess.Popen[bytes]:
+    """Writes to `out`, and lives in its directory."""
+    with out.open("w") as stdout:
+        return subprocess.Popen(
+            [sys.executable, "-c", program], cwd=out.parent, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout
+        )
+
+
 def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
     group = hierarchy().mountpoint / f"test-notes-{os.getpid()}"
     group.mkdir()
     out = tmp_path / "out"
-    with out.open("w") as stdout:
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout
-        )
-    with child:
+    with started(PROGRAM, out) as child:
         try:
             (group / "cgroup.procs").write_text(str(child.pid))
             while not (number := out.read_text().strip()):
@@ -73,11 +77,7 @@ def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
 
 def test_the_survey_says_what_the_destination_must_have(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with out.open("w") as stdout:
-        child = subprocess.Popen(
-            [sys.executable, "-c", NEEDS], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout
-        )
-    with child:
+    with started(NEEDS, out) as child:
         try:
             while not out.read_text():
                 time.sleep(0.01)

@@ -104,6 +104,17 @@ def send(client: socket.socket, numbers: range) -> None:
         time.sleep(0.0005)
 
 
+def about_to_move(two_hosts: TwoHosts, client: socket.socket) -> tuple[NetworkLock, Container]:
+    """The lock of an echo on a that answers, and its copy on b."""
+    source = start(two_hosts.a, ECHO, "a")
+    wait_for_echo(client)
+    arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")
+    with two_hosts.a.inside():
+        lock = NetworkLock(source)
+        lock.prepare()
+    return lock, arrived
+
+
 def test_an_aborted_lock_loses_and_repeats_no_datagram(two_hosts: TwoHosts, client: socket.socket) -> None:
     container = start(two_hosts.a, ECHO, "a")
     wait_for_echo(client)
@@ -212,12 +223,7 @@ print(size)
 
 
 def test_an_announced_address_is_reached_at_its_new_place_at_once(two_hosts: TwoHosts, client: socket.socket) -> None:
-    source = start(two_hosts.a, ECHO, "a")
-    wait_for_echo(client)
-    arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")
-    with two_hosts.a.inside():
-        lock = NetworkLock(source)
-        lock.prepare()
+    lock, arrived = about_to_move(two_hosts, client)
     with two_hosts.b.inside():
         arrival = NetworkArrival(arrived)
         arrival.prepare()
@@ -293,12 +299,7 @@ def test_a_port_left_shut_by_a_crash_can_be_opened_again(two_hosts: TwoHosts, cl
 
 
 def test_a_copy_is_heard_when_its_program_answers_and_not_before(two_hosts: TwoHosts, client: socket.socket) -> None:
-    source = start(two_hosts.a, ECHO, "a")
-    wait_for_echo(client)
-    arrived = prepare_elsewhere(two_hosts.b, ECHO, "b")
-    with two_hosts.a.inside():
-        lock = NetworkLock(source)
-        lock.prepare()
+    lock, arrived = about_to_move(two_hosts, client)
     with two_hosts.b.inside(), NetworkArrival(arrived) as arrival:
         lock.lock()
         send(client, range(1))
