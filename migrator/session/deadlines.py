@@ -39,13 +39,12 @@ class Deadlines:
         if self._settings.thaw_overrun and self._settings.max_downtime is not None:
             self._watch(latest(self._settings.max_downtime))
 
-    def overrun_by(self, event: SourceEvent) -> bool:
-        """Whether `event` would have COMMIT sent for a workload that has stood still for too long."""
-        machine = self._driver.machine
-        commits = self._in(*_STANDING) and machine.look(event).state is SourceState.COMMITTED
-        return commits and self._overrun()
+    def commits(self, event: SourceEvent) -> bool:
+        """Whether `event` would have COMMIT sent."""
+        return self._in(*_STANDING) and self._driver.machine.look(event).state is SourceState.COMMITTED
 
-    def _overrun(self) -> bool:
+    def overrun(self) -> bool:
+        """Whether the workload has stood still for too long."""
         settings = self._settings
         limited = settings.thaw_overrun and settings.max_downtime is not None
         return limited and self._stood() > latest(settings.max_downtime or 0.0)
@@ -64,7 +63,7 @@ class Deadlines:
         def look() -> None:
             if not self._in(*_STANDING):
                 return
-            if self._overrun():
+            if self.overrun():
                 self._driver.post(SourceEvent.CANCEL, self.too_long())
             else:
                 self._driver.after(max(limit - self._stood(), _SOON), look)

@@ -133,8 +133,11 @@ class SourceSession:
         try:
             while self.state not in (SourceState.HERE, SourceState.AWAY) and self._undecided is None:
                 event, why = await self._driver.next()
-                if self._deadlines.overrun_by(event):
-                    event, why = SourceEvent.CANCEL, self._deadlines.too_long()
+                if self._deadlines.commits(event):
+                    if ended := self._workload.ended():
+                        event, why = SourceEvent.FAILED, ended
+                    elif self._deadlines.overrun():
+                        event, why = SourceEvent.CANCEL, self._deadlines.too_long()
                 if self._driver.machine.look(event).state is SourceState.HERE:
                     ended = await asyncio.to_thread(self._workload.ended, procfs.ENDING_SECONDS)
                     self._error = ended or self._error or why
@@ -308,7 +311,7 @@ class SourceSession:
             trees.TreeAnswer: self._heard_files,
             m.FilesSync: self._heard_files,
             m.Standing: lambda message: self._workload.standing(message.round),
-            m.Ready: self._heard_ready,
+            m.Ready: lambda message: self._post(SourceEvent.READY),
             m.Running: self._heard_running,
             m.Discarded: lambda message: self._post(SourceEvent.DISCARDED, self._said(message)),
             m.Clock: self._clock.heard,
@@ -342,10 +345,6 @@ class SourceSession:
         if self._proposal.files is None:
             raise m.MessageError(f"a {type(message).__name__}, and no files were offered")
         self._proposal.files.heard(message)
-
-    def _heard_ready(self, _: m.Ready) -> None:
-        ended = self._workload.ended()
-        self._post(SourceEvent.FAILED if ended else SourceEvent.READY, ended)
 
     def _heard_running(self, message: m.Running) -> None:
         if self._running is None or self._running.waits:

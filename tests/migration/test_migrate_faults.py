@@ -293,7 +293,8 @@ point, pid, *sys.argv = sys.argv[1:]
 start = procfs.start_time(int(pid))
 def kill():
     os.kill(int(pid), 9)
-    procfs.has_ended(int(pid), start, 5) or time.sleep(0.2)  # it takes its end when a processor is free for it
+    while not procfs.has_ended(int(pid), start):  # it takes its end when a processor is free for it
+        time.sleep(0.001)
 fault_points.armed.point, fault_points.armed.action = point, kill
 runpy.run_module("migrator", run_name="__main__")
 """
