@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pidhosts import PidHost, Program, migrate, restore_from_file, save_to_file
+from pidhosts import HostedWorkload, PidHost, Program, migrate, restore_from_file, save_to_file
 
+from migrator.engine.base import DestinationOptions, SourceOptions
 from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles, collection
 from migrator.engine.user.descriptors import Holder as Owner
+from migrator.engine.user.dump.source import UserSource
+from migrator.engine.user.restore.destination import UserDestination
 from migrator.image.codec import HEADER, REGISTRY, Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import File, FileTable
-from migrator.linux import file_locks
+from migrator.linux import file_locks, procfs
 
 pytestmark = pytest.mark.root
 
@@ -378,3 +381,52 @@ def test_a_long_list_of_locks_that_keeps_changing_tells_nothing(
     serial = itertools.count()
     monkeypatch.setattr(file_locks, "_read_all", lambda: stable.read_bytes() + line.format(1, next(serial)).encode())
     assert file_locks.locked_inodes() is None
+
+
+def _room() -> int:
+    """For how many descriptors the kernel has room in the table of this process."""
+    return int(procfs.status(os.getpid())["FDSize"])
+
+
+def _room_when_saving(pid: int, path: str) -> tuple[int, int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with UserSource(pid, fd, SourceOptions(cgroup_name=f"room-{os.getpid()}")) as source:
+        source.survey()
+        source.instrument()
+        source.round()
+        source.seize()
+        before = _room()
+        source.freeze()
+        source.final()
+        after = _room()
+        source.hold()
+    os.close(fd)
+    source.release()
+    return before, after
+
+
+def _room_when_restoring(path: str) -> tuple[int, int]:
+    rooms = [0, 0]
+    fd = os.open(path, os.O_RDONLY)
+    with UserDestination(fd, DestinationOptions(cgroup_name=f"room-{os.getpid()}")) as destination:
+        destination.on_round = lambda _number: rooms.__setitem__(0, _room())
+        destination.build()
+        destination.hold()
+        rooms[1] = _room()
+        destination.discard()
+    os.close(fd)
+    return rooms[0], rooms[1]
+
+
+def test_the_tables_of_both_agents_have_room_for_all_descriptors_before_the_freeze(tmp_path: Path) -> None:
+    """To make it longer the kernel waits for all processors: 5 ms and more each time."""
+    pipes = 700
+    with (
+        PidHost("a") as a,
+        PidHost("b") as b,
+        HostedWorkload(a, "many", tmp_path, "pipes", pipes) as workload,
+    ):
+        before, after = a.call("run", _room_when_saving, a.inner(workload.pid), str(tmp_path / "image"))
+        assert before == after > 2 * pipes
+        before, after = b.call("run", _room_when_restoring, str(tmp_path / "image"))
+        assert before == after > 2 * pipes

@@ -3,7 +3,7 @@
 What is carried and what is refused is listed in docs/descriptors.md.
 """
 
-from migrator.engine.user.descriptors.collection import begin
+from migrator.engine.user.descriptors.collection import begin, make_room
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
@@ -24,6 +24,7 @@ __all__ = [
     "Transients",
     "begin",
     "finish_moves",
+    "make_room",
     "notes",
     "survey",
 ]

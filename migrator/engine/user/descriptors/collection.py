@@ -87,6 +87,12 @@ class _Fetched:
         self.fds = []
 
 
+def make_room(processes: Sequence[Holder]) -> None:
+    """Ahead of the freeze, while they run: so that all that they have open can be fetched at once. Raises OSError if
+    one has ended."""
+    descriptors.allow_many_files(_AT_ONCE + sum(fdinfo.count(process.pid) for process in processes))
+
+
 def begin(processes: Sequence[Holder]) -> LockList | None:
     """As soon as all are stopped: begin with what takes a while, if there are enough descriptors for it."""
     return LockList() if any(fdinfo.count(process.pid) >= MANY for process in processes) else None
@@ -115,7 +121,7 @@ class Collection:
         self._unread: list[tuple[_Item, Slot]] = []  # those whose fdinfo was not read
         self._buckets: dict[tuple[int, int, int], list[Description]] = {}
         self._last: dict[int, tuple[int, Description]] = {}  # number -> (pid, description) met last
-        descriptors.allow_many_files()
+        make_room(processes)
         self.root = Root(processes[0].pid)
         ordered: list[DescriptorTable] = []
         try:

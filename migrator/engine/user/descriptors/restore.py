@@ -25,6 +25,7 @@ from migrator.linux.x86_64 import NR
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
+_USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
 OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
 _ANONYMOUS = frozenset(map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD)))
@@ -81,7 +82,7 @@ class DescriptorRestore:
         self.put_off: list[r.File | r.FileLock] = []  # what `late_locks` was made of
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
         self._sockets = SocketRestore(context)
-        descriptors.allow_many_files()
+        descriptors.allow_many_files(_USUAL)
         self._takers: dict[type[Record], Callable[[Any], None]] = {
             r.File: self._file,
             r.FileTable: self._table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -17,6 +18,7 @@ from migrator.engine.stream import RecordWriter
 from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors import begin as begin_descriptors
+from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
 from migrator.engine.user.dump import header, survey_tasks
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.process import Process, ask_all
@@ -206,6 +208,8 @@ class UserSource:
                 for tid in process.threads:
                     self._restart_blocks.observe(process.pid, tid)
             self._transients = Transients(self._owners())
+            with contextlib.suppress(OSError):  # one has ended: freeze() will know
+                make_room_for_descriptors(self._owners())
         self._seized = True
 
     def quiesce(self, seconds: float) -> bool:
