@@ -23,7 +23,7 @@ from migrator.engine.base import Destination, DestinationOptions, Engine, LateLo
 from migrator.engine.select import Choice, select
 from migrator.errors import MigratorError, Refused, UsageError
 from migrator.fleet.fencing import Fence, fence_directory
-from migrator.linux import confinement, procfs
+from migrator.linux import confinement, message_ledger, procfs
 from migrator.linux.repair import revive
 from migrator.protocol.messages import HostFacts, Propose
 from migrator.protocol.states import Recorded
@@ -91,6 +91,8 @@ class HostHooks:
         group = open_group(header.cgroup)
         pids = group.pids() if group is not None else []
         revive(pids)
+        if found is not None:
+            message_ledger.recover(str(found.message_ledger), pids)
         for pid in pids if header.moves else ():
             with contextlib.suppress(OSError):  # one that has ended has no root directory, and the next one has
                 root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

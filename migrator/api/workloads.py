@@ -45,6 +45,7 @@ class Workload:
             container_spec=container.describe(found).to_json(),
             container_cgroup=found.cgroup,
             tmpfs=container.tmpfs_paths(found),
+            message_ledger=str(found.message_ledger),
         )
 
 

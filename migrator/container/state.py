@@ -99,8 +99,14 @@ class Container:
         here.save()
         return here
 
+    @property
+    def message_ledger(self) -> Path:
+        """The file for messages that are taken out of its queues (migrator.linux.message_ledger)."""
+        return _path(self.name).with_suffix(".messages")
+
     def forget(self) -> None:
         _path(self.name).unlink(missing_ok=True)
+        self.message_ledger.unlink(missing_ok=True)
 
 
 def get(name: str) -> Container:

@@ -174,6 +174,7 @@ class SourceOptions:
     container_cgroup: str = ""  # path of the container's cgroup; its tasks are the tree
     tmpfs: Sequence[str] = ()  # where the container has tmpfs mounts of its own, whose contents go with it
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
+    message_ledger: str = ""  # a file in memory for messages that are taken out of a queue to be read; "" for none
     checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
 
 

@@ -145,6 +145,12 @@ class Contents:
                 self._named(f"semaphores {record.semid}", record)
             case s.SysvQueue() | s.SysvMessage():
                 self._named(f"queue {record.msqid}", record)
+            case s.MqQueue():
+                self.objects[record.objref] = record
+                self._named(f"message queue {record.name}", record)
+            case s.MqMessage():
+                queue = self.objects[record.queue_objref]
+                self._named(f"message queue {queue.name}", record)  # type: ignore[attr-defined]
             case r.Header() | r.HeaderX86() | r.RoundMark() | r.Trailer() | r.Error():
                 pass
             case _:

@@ -239,6 +239,8 @@ class ImageSummary:
                 self._named[record.objref] = record.path
             case r.Name():
                 self._named[record.objref] = record.text
+            case s.MqQueue():
+                self._named[record.objref] = f"/{record.name}{' (deleted)' if record.removed else ''}"
             case _:
                 if type(record).__module__ == f.__name__:
                     self._take_file(record)

@@ -30,6 +30,7 @@ _INODES = {
     int(_Kind.MEMFD): "Shm",
     int(_Kind.SOCKET): "Socket",
     int(_Kind.PIDFD): "PidFd",
+    int(_Kind.MQUEUE): "MqQueue",
 }
 # What it may be instead: a deleted file that is mapped as well.
 _OTHERS = {int(_Kind.DELETED): ("SharedFile",)}

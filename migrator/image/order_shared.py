@@ -18,6 +18,7 @@ MAX_SIZE = 1 << 62  # bytes of a file
 _KINDS = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR})
 _ID_MAX = (1 << 31) - 1
 _MAX_SEMAPHORES = 32000  # SEMMSL_MAX
+_MAX_MESSAGES, _MAX_MESSAGE_SIZE, _MAX_PRIORITY = 65536, 1 << 24, 32767  # HARD_MSGMAX, HARD_MSGSIZEMAX, MQ_PRIO_MAX
 
 
 class SharedOrder:
@@ -34,6 +35,8 @@ class SharedOrder:
         self._folders: set[tuple[str, str]] = set()
         self._entries: set[tuple[str, str]] = set()
         self._ids: set[tuple[type[Record], int]] = set()
+        self._queues: dict[int, s.MqQueue] = {}  # by objref
+        self._queue_names: set[str] = set()
         self._segments: dict[int, int] = {}  # shmid -> objref: they come again, as their Shm does
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             s.SharedFile: self._file,
@@ -43,6 +46,8 @@ class SharedOrder:
             s.SysvSem: self._sem,
             s.SysvQueue: lambda rec: self._id(type(rec), rec.msqid),
             s.SysvMessage: self._message,
+            s.MqQueue: self._mq_queue,
+            s.MqMessage: self._mq_message,
         }
 
     def _file(self, file: s.SharedFile) -> None:
@@ -100,6 +105,26 @@ class SharedOrder:
             self._fail(f"a message for queue {message.msqid}, which did not come")
         if message.kind <= 0 or len(message.text) > s.MAX_MESSAGE:
             self._fail(f"a message of type {message.kind} and {len(message.text)} bytes")
+
+    def _mq_queue(self, queue: s.MqQueue) -> None:
+        where = f"message queue {queue.name!r}"
+        if not 0 < len(queue.name) <= 255 or "/" in queue.name or queue.name in (".", ".."):
+            self._fail(f"{where}: no name of a queue")
+        if queue.name in self._queue_names:
+            self._fail(f"{where} comes twice")
+        if queue.removed > 1 or queue.mode > 0o7777:
+            self._fail(f"{where}: removed is {queue.removed}, mode {queue.mode:o}")
+        if not 0 < queue.max_messages <= _MAX_MESSAGES or not 0 < queue.message_size <= _MAX_MESSAGE_SIZE:
+            self._fail(f"{where}: {queue.max_messages} messages of {queue.message_size} bytes")
+        self._queue_names.add(queue.name)
+        self._queues[queue.objref] = queue
+
+    def _mq_message(self, message: s.MqMessage) -> None:
+        queue = self._queues.get(message.queue_objref)
+        if queue is None:
+            self._fail(f"a message for queue {message.queue_objref}, which did not come")
+        if message.priority > _MAX_PRIORITY or len(message.text) > queue.message_size:
+            self._fail(f"a message of priority {message.priority} and {len(message.text)} bytes")
 
     def _id(self, kind: type[Record], number: int) -> None:
         if number > _ID_MAX or (kind, number) in self._ids:

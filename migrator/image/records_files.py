@@ -2,7 +2,7 @@
 
 Three layers, each saved once and ahead of what refers to it:
 
-    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Socket (and Shm, for memfds)
+    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Socket (and Shm, for memfds, and MqQueue)
     File                an open file description: offset and flags, on a path or on an inode object
     FileTable           the descriptors of one or more processes: numbers of Files
 
@@ -56,6 +56,7 @@ class FileKind(enum.IntEnum):
     MEMFD = 12  # a Shm
     SOCKET = 13  # a Socket
     PIDFD = 14  # a PidFd
+    MQUEUE = 15  # a MqQueue
 
 
 class OwnerType(enum.IntEnum):

@@ -2,6 +2,7 @@
 
 files that only the tree has    SharedFile, with TmpfsEntry and TmpfsXattr for those that have names
 System V objects                SysvShm, SysvSem, SysvQueue and SysvMessage
+POSIX message queues            MqQueue and MqMessage
 """
 
 from __future__ import annotations
@@ -119,4 +120,30 @@ class SysvMessage(Record):
     msqid: u32
     reserved: u32
     kind: s64  # mtype
+    text: bytes
+
+
+@record(505)
+class MqQueue(Record):
+    """A POSIX message queue (mq_overview(7)); what waits in it follows as MqMessage. No two have one name."""
+
+    objref: s32
+    removed: u32  # 1: its name was removed; who has it open still has it
+    mode: u32  # permissions
+    uid: u32
+    gid: u32
+    max_messages: u32
+    message_size: u32
+    reserved: u32
+    atime: s64  # ns since the epoch
+    mtime: s64
+    name: str  # without the slash
+
+
+@record(506)
+class MqMessage(Record):
+    """The next message, in the order in which they are received."""
+
+    queue_objref: s32
+    priority: u32
     text: bytes

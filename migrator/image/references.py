@@ -34,6 +34,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "socket_objref": ("Socket",),
     "peer_objref": ("Socket",),
     "shared_objref": ("Shm", "SharedFile"),
+    "queue_objref": ("MqQueue",),
 }
 
 # Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.

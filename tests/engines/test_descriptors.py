@@ -280,6 +280,10 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
         ("ctypes.CDLL(None).fanotify_init(0, 0)", "a fanotify group"),
         ("fcntl.fcntl(os.open('/etc/hostname', os.O_RDONLY), 1024, 0)", "a lock that cannot be carried"),
         ("os.pidfd_open(1)", "pidfd of pid 1"),
+        (
+            "l = ctypes.CDLL(None); l.mq_open(b'/t', 0o102, 0o600, None); l.mq_unlink(b'/t')",
+            "message queue of the host",
+        ),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What only a container has goes with it: what is in its own tmpfs mounts, and its System V objects."""
+"""What only a container has goes with it: what is in its own tmpfs mounts, and what its namespaces were given."""
 
 from __future__ import annotations
 
@@ -7,66 +7,16 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import MIGRATOR, migrator, started
+from cli import MIGRATOR, migrator
+from contained import NAME, await_ticks, move, own_directories, run
 
-from migrator.linux import ipc
 from migrator.linux.namespaces import run_in
 
+__all__ = ["own_directories"]
 pytestmark = pytest.mark.root
-
-NAME = f"shm{os.getpid()}"
-
-
-@pytest.fixture(autouse=True)
-def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MIGRATOR_STATE_DIR", str(tmp_path / "run"))
-    monkeypatch.setenv("MIGRATOR_JOURNAL_DIR", str(tmp_path / "journal"))
-    monkeypatch.setenv("MIGRATOR_LOG_DIR", str(tmp_path / "log"))
-    yield
-    subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
-
-
-def run(folder: Path, script: str, *options: object) -> int:
-    """A Python program in a container; returns when it has said that it is ready."""
-    program = folder / "program.py"
-    program.write_text(script)
-    argv = [os.path.realpath(sys.executable), "-u", program, folder]
-    done = migrator("run", "-d", "--name", NAME, "--bridge", "", *options, "--", *argv)
-    deadline = time.monotonic() + 20
-    while "ready" not in log(folder):
-        assert time.monotonic() < deadline, log(folder)
-        time.sleep(0.01)
-    return int(done.stdout)
-
-
-def log(folder: Path) -> str:
-    inside = folder / "root" / str(folder)[1:]  # of a container with a root of its own
-    paths = [place / "log" / f"{NAME}.log" for place in (folder, inside)]
-    return "".join(path.read_text() for path in paths if path.exists())
-
-
-def move() -> int:
-    """Saved and restarted through a pipe; the copy is looked at before it runs. The new pid of its process 1."""
-    save = started("checkpoint", NAME, "--kill", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    load = started("restart", "-d", "--verify", stdin=save.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert save.stdout is not None
-    save.stdout.close()
-    said, wrong = load.communicate(timeout=60)
-    assert (save.wait(), load.returncode) == (0, 0), wrong.decode() + save.stderr.read().decode()  # type: ignore[union-attr]
-    return int(said)
-
-
-def await_ticks(folder: Path, more: int = 3) -> None:
-    before, deadline = log(folder).count("tick"), time.monotonic() + 20
-    while log(folder).count("tick") < before + more:
-        assert time.monotonic() < deadline and "Traceback" not in log(folder), log(folder)
-        time.sleep(0.01)
-    assert "Traceback" not in log(folder) and "FAIL" not in log(folder), log(folder)
 
 
 FILES = r"""
@@ -248,136 +198,6 @@ def test_what_a_program_made_of_dev_in_its_own_root_is_kept(tmp_path: Path) -> N
         subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
         for path in bound:
             subprocess.run(["umount", path], check=True)
-
-
-SYSV = r"""
-import ctypes, os, struct, sys, time
-libc = ctypes.CDLL(None, use_errno=True)
-libc.shmat.restype = ctypes.c_void_p
-libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-
-def ok(value):
-    if value in (-1, None, 2**64 - 1):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return value
-
-def attach(shmid):
-    return ok(libc.shmat(shmid, None, 0))
-
-SIZE = 40 * 4096
-keyed, private, gone, unused = (ok(libc.shmget(k, SIZE - 100, 0o1640)) for k in (7, 0, 0, 0x80000001))
-a, b, c = attach(keyed), attach(private), attach(gone)
-ok(libc.mprotect(ctypes.c_void_p(a + 8 * 4096), 4096, 1))
-once = attach(unused); ctypes.memmove(once, b"unattached", 10); ok(libc.shmdt(ctypes.c_void_p(once)))
-ok(libc.shmctl(gone, 0, None))
-sem = ok(libc.semget(8, 3, 0o1600))
-queue = ok(libc.msgget(9, 0o1600))
-left = ok(libc.msgget(0, 0o1600))
-for kind, text in ((3, b"third"), (1, b"first"), (2, b"second" * 100)):
-    ok(libc.msgsnd(left, struct.pack("<q", kind) + text, len(text), 0))
-OP = struct.Struct("<Hhh")
-def semop(*ops):
-    while libc.semop(sem, b"".join(OP.pack(*o) for o in ops), len(ops)) < 0:
-        raise OSError(ctypes.get_errno(), "semop")
-word = lambda at, page: ctypes.c_long.from_address(at + 4096 * page)
-if os.fork() == 0:
-    n = 0
-    while True:
-        n += 1
-        semop((0, -1, 0))
-        assert [word(x, n % 30 + 9).value for x in (a, b, c)] == [n] * 3
-        message = ctypes.create_string_buffer(24)
-        ok(libc.msgrcv(queue, message, 8, 5, 0))
-        assert struct.unpack_from("<qq", message) == (5, n)
-        semop((1, 1, 0))
-print("ready")
-n = 0
-while True:
-    n += 1
-    for x in (a, b, c):
-        word(x, n % 30 + 9).value = n
-    ok(libc.msgsnd(queue, struct.pack("<qq", 5, n), 8, 0))
-    semop((0, 1, 0))
-    semop((1, -1, 0), (2, 0, 0))
-    again = attach(keyed)
-    assert word(again, n % 30 + 9).value == n
-    word(again, 3).value = n
-    ok(libc.shmdt(ctypes.c_void_p(again)))
-    assert word(a, 3).value == n
-    assert keyed == ok(libc.shmget(7, 0, 0)) and sem == ok(libc.semget(8, 0, 0)) and queue == ok(libc.msgget(9, 0))
-    print("tick", n)
-    time.sleep(0.005)
-"""
-
-
-def objects(pid: int) -> list[list[str]]:
-    """Lines of /proc/sysvipc, without times and last users."""
-
-    def inside() -> list[list[str]]:
-        kept = {"shm": (0, 1, 2, 3, 7, 8, 9, 10), "sem": range(8), "msg": (0, 1, 2, 7, 8, 9, 10)}
-        out = []
-        for kind, columns in kept.items():
-            for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
-                out.append([line.split()[column] for column in columns])
-        return out
-
-    return run_in(pid, {"ipc", "pid", "mnt"}, inside)
-
-
-def test_system_v_segments_semaphores_and_queues_keep_numbers_owners_and_contents(tmp_path: Path) -> None:
-    pid = run(tmp_path, SYSV)
-    before = objects(pid)
-    assert len(before) == 7
-    for _ in range(4):
-        await_ticks(tmp_path)
-        pid = move()
-        await_ticks(tmp_path)
-        assert objects(pid) == before
-    assert left_messages(pid) == [(3, b"third"), (1, b"first"), (2, b"second" * 100)]
-
-
-def left_messages(pid: int) -> list[tuple[int, bytes]]:
-    return ipc.with_ipc_namespace(pid, lambda: list(ipc.messages(next(q for q in ipc.queues() if not q.key))))
-
-
-UNDOES = """
-import ctypes, struct, time
-libc = ctypes.CDLL(None)
-sem = libc.semget(8, 1, 0o1600)
-libc.semop(sem, struct.pack("<Hhh", 0, 1, 0x1000), 1)
-print("ready"); time.sleep(600)
-"""
-PART = """
-import ctypes, time
-libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p
-at = libc.shmat(libc.shmget(0, 4 * 4096, 0o1600), None, 0)
-libc.munmap(ctypes.c_void_p(at), 4096)
-print("ready"); time.sleep(600)
-"""
-
-
-MQUEUE = """
-import ctypes, time
-librt = ctypes.CDLL("librt.so.1")
-assert librt.mq_open(b"/jobs", 0o102, 0o600, None) >= 0 and librt.mq_close(3) in (0, -1)
-print("ready"); time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        (UNDOES, "with SEM_UNDO"),
-        (PART, "is a part of System V segment"),
-        (MQUEUE, "the POSIX message queue /jobs is not carried yet"),
-    ],
-    ids=["undo", "part", "mqueue"],
-)
-def test_what_is_not_carried_of_interprocess_communication_is_refused(tmp_path: Path, script: str, reason: str) -> None:
-    run(tmp_path, script)
-    done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
-    assert reason in done.stderr
-    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
 
 
 SYSCTLS = """

@@ -383,7 +383,7 @@ def full() -> list[Record]:
     return [*records[:at], *shared(), *records[at:]]
 
 
-def latest() -> list[Record]:
+def guarded() -> list[Record]:
     """full(), and what revision 4 added."""
     records = full()
     records[0].rev = 4  # type: ignore[attr-defined]
@@ -394,6 +394,24 @@ def latest() -> list[Record]:
             record.flags |= r.TaskBits.MEMBARRIER_GLOBAL | r.TaskBits.MEMBARRIER_SYNC_CORE
     at = next(at for at, record in enumerate(records) if isinstance(record, r.Cpu))
     return [*records[:at], pages(3, (HEAP + 3 * 4096, 1, r.PageKind.GUARD)), *records[at:]]
+
+
+def latest() -> list[Record]:
+    """guarded(), and what revision 5 added."""
+    records = guarded()
+    records[0].rev = 5  # type: ignore[attr-defined]
+    queue: dict[str, int] = {
+        "uid": 5, "gid": 6, "max_messages": 10, "message_size": 8192, "reserved": 0, "atime": 1, "mtime": 2,
+    }  # fmt: skip
+    added: list[Record] = [
+        s.MqQueue(objref=60, removed=1, mode=0o600, **queue, name="gone"),
+        s.MqMessage(queue_objref=60, priority=0, text=b""),
+        s.MqQueue(objref=61, removed=0, mode=0o640, **queue, name="jobs"),
+        s.MqMessage(queue_objref=61, priority=32767, text=b"first"),
+        s.MqMessage(queue_objref=61, priority=0, text=b"last"),
+    ]
+    at = next(at for at, record in enumerate(records) if isinstance(record, r.Cpu))
+    return [*records[:at], *added, *records[at:]]
 
 
 _ONLY_AT_LAST = (r.Pages, r.Cpu, r.RestartBlock, r.SigPending)

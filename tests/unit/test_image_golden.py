@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_samples import body, closed, drafted, full, latest, stream
+from image_samples import body, closed, drafted, full, guarded, latest, stream
 
 from migrator.image import records as r
 from migrator.image.codec import REGISTRY, Record
@@ -23,6 +23,7 @@ DIGESTS = {
     "rev2.img": "9c7811abcc3529839dfb034bd9f890e02b5bc4b6dd25440e09a62e06146e9797",
     "rev3.img": "16c8556f3e740293f9c7327c15859d299befb0c83d986f223ce34c988cba4761",
     "rev4.img": "18449167b9e2714eddf0fbc1d9496580c8d2a920e4362f17160578a7c4fe6a69",
+    "rev5.img": "74e808c4a5d16727151423db84c6373268997ccc39bd66c5af75b0cb83111b3d",
 }
 
 
@@ -32,7 +33,8 @@ def test_the_golden_images_are_the_files_that_were_released() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "made"), [("rev1.img", body), ("rev2.img", drafted), ("rev3.img", full), ("rev4.img", latest)]
+    ("name", "made"),
+    [("rev1.img", body), ("rev2.img", drafted), ("rev3.img", full), ("rev4.img", guarded), ("rev5.img", latest)],
 )
 def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], list[Record]]) -> None:
     decoder, order = Decoder(), Order()
@@ -44,9 +46,9 @@ def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], l
     assert records == closed(made())
 
 
-def test_revision_4_is_what_we_write() -> None:
-    assert r.REV == 4
-    assert stream(closed(latest())) == (GOLDEN / "rev4.img").read_bytes()
+def test_revision_5_is_what_we_write() -> None:
+    assert r.REV == 5
+    assert stream(closed(latest())) == (GOLDEN / "rev5.img").read_bytes()
 
 
 def test_the_golden_image_has_every_kind_of_record() -> None:

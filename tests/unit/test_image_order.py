@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_samples import HEAP, body, closed, cpu, drafted, mm, pages, pids, task, tree, vma, vmas
+from image_samples import HEAP, body, closed, cpu, drafted, latest, mm, pages, pids, task, tree, vma, vmas
 
 from migrator.errors import ImageError
 from migrator.image import records as r
 from migrator.image import records_files as f
+from migrator.image import records_shared as s
 from migrator.image.codec import Record
 from migrator.image.order import MAX_PID, TASK_SIZE, Order
 
@@ -131,7 +133,7 @@ THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
     ("another magic", put(r.Header, magic=1), "this is no image"),
-    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 5 is not known"),
+    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 6 is not known"),
     ("revision 0", put(r.Header, rev=0), "revision 0 is not known"),
     ("another architecture", put(r.Header, arch_id=r.Arch.AARCH64), "architecture 5 is not x86-64"),
     ("other pages", put(r.Header, page_shift=16), r"pages of 2\^16 bytes"),
@@ -413,3 +415,41 @@ def test_any_shuffle_is_accepted_or_refused_but_never_crashes(data: st.DataObjec
         run(stream)
     except ImageError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "a/b"}, "no name of a queue"),
+        ({"name": ""}, "no name of a queue"),
+        ({"name": ".."}, "no name of a queue"),
+        ({"name": "jobs"}, "comes twice"),
+        ({"removed": 2}, "removed is 2"),
+        ({"max_messages": 0}, "0 messages of"),
+        ({"max_messages": 65537}, "65537 messages of"),
+        ({"message_size": (1 << 24) + 1}, "messages of 16777217 bytes"),
+    ],
+)
+def test_a_message_queue_that_cannot_be_is_refused(changed: dict[str, object], message: str) -> None:
+    stream = closed(latest())
+    at = next(at for at, record in enumerate(stream) if isinstance(record, s.MqQueue))
+    stream[at] = replace(stream[at], **changed)  # type: ignore[type-var]
+    with pytest.raises(ImageError, match=message):
+        run(stream)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"queue_objref": 50}, "is a Shm, not a MqQueue"),
+        ({"queue_objref": 0}, "which did not come"),
+        ({"priority": 32768}, "a message of priority 32768"),
+        ({"text": bytes(8193)}, "of priority 0 and 8193 bytes"),
+    ],
+)
+def test_a_message_that_its_queue_does_not_take_is_refused(changed: dict[str, object], message: str) -> None:
+    stream = closed(latest())
+    at = next(at for at, record in enumerate(stream) if isinstance(record, s.MqMessage))
+    stream[at] = replace(stream[at], **changed)  # type: ignore[type-var]
+    with pytest.raises(ImageError, match=message):
+        run(stream)

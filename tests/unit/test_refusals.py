@@ -15,7 +15,7 @@ SURVEY = (
         "descriptors/survey_links.py",
         "descriptors/sockets.py",
     ),
-    *("dump/survey.py", "dump/survey_tasks.py", "dump/tmpfs.py", "descriptors/classify.py"),
+    *("dump/survey.py", "dump/survey_tasks.py", "dump/tmpfs.py", "dump/mqueues.py", "descriptors/classify.py"),
 )
 # What is refused in other words than those of the survey (given), or cannot be known by it (told why).
 OTHERWISE = {
@@ -49,6 +49,7 @@ OTHERWISE = {
     "final() before instrument()": "later: a mistake of the caller's",
     "pid \0 is an ancestor of this very program": "later: before the freeze; the workload runs on",
     "a task ended while it was stopped: \0": "later: it was killed",
+    "the POSIX message queue /\0 is used from outside of the tree": "later: by one that the survey has not found",
     "waits": "later: what is transient, as it is then",
     "pid \0 cannot be moved to a cgroup of its own: \0": "later: before the freeze; the workload runs on",
     "pid \0 cannot be traced (tid \0)": "later: a debugger has come meanwhile",
@@ -119,6 +120,9 @@ OF_RESTART = {
     "stub: pid \0: descriptors did not arrive": "host: a call",
     "stub: pid \0: only some of \0 descriptors arrived": "host: a limit of the agent's",
     "stub: pid \0: descriptors arrived as \0": "host: a call",
+    "mqueues: \0: only a container has queues of its own": "image: only a container's source writes them",
+    "mqueues: \0: \0": "host: a call",
+    "mqueues: POSIX message queue /\0: \0": "host: a call",
     "netlink: the netlink socket of port \0 cannot be made: \0": "host: a call",
     "stub: pid \0: \0: \0": "host: a call",
     "stub: pid \0: descriptor number \0 is above the limit of open files here": "preflight: open files (fs.nr_open)",

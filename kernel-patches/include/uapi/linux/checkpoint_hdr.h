@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		4
+#define CKPT_REV		5
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -66,6 +66,8 @@ enum ckpt_hdr_type {
 	CKPT_HDR_SYSV_SEM = 502,
 	CKPT_HDR_SYSV_QUEUE = 503,
 	CKPT_HDR_SYSV_MESSAGE = 504,
+	CKPT_HDR_MQ_QUEUE = 505,
+	CKPT_HDR_MQ_MESSAGE = 506,
 	CKPT_HDR_SIGHAND = 601,
 	CKPT_HDR_SIGNAL = 602,
 	CKPT_HDR_SIG_PENDING = 604,
@@ -514,6 +516,7 @@ enum ckpt_file_kind {
 	CKPT_FILE_KIND_MEMFD = 12, /* a Shm */
 	CKPT_FILE_KIND_SOCKET = 13, /* a Socket */
 	CKPT_FILE_KIND_PIDFD = 14, /* a PidFd */
+	CKPT_FILE_KIND_MQUEUE = 15, /* a MqQueue */
 };
 
 enum ckpt_owner_type {
@@ -890,6 +893,35 @@ struct ckpt_hdr_sysv_message {
 	__u32 msqid;
 	__u32 reserved;
 	__s64 kind; /* mtype */
+	__u32 text_len;
+} __attribute__((aligned(8)));
+
+/*
+ * A POSIX message queue (mq_overview(7)); what waits in it follows as
+ * MqMessage. No two have one name.
+ */
+struct ckpt_hdr_mq_queue {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 removed; /* 1: its name was removed; who has it open still has it */
+	__u32 mode; /* permissions */
+	__u32 uid;
+	__u32 gid;
+	__u32 max_messages;
+	__u32 message_size;
+	__u32 reserved;
+	__s64 atime; /* ns since the epoch */
+	__s64 mtime;
+	__u32 name_len;
+} __attribute__((aligned(8)));
+
+/*
+ * The next message, in the order in which they are received.
+ */
+struct ckpt_hdr_mq_message {
+	struct ckpt_hdr h;
+	__s32 queue_objref;
+	__u32 priority;
 	__u32 text_len;
 } __attribute__((aligned(8)));
 

@@ -6,6 +6,7 @@ What is carried and what is refused is listed in docs/descriptors.md.
 from migrator.engine.user.descriptors.collection import begin, make_room
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.dump import DescriptorDump, Memfd
+from migrator.engine.user.descriptors.found import MessageQueue
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import OF_DESCRIPTORS, Context, DescriptorRestore
@@ -20,6 +21,7 @@ __all__ = [
     "DescriptorRestore",
     "Holder",
     "Memfd",
+    "MessageQueue",
     "PredumpedFiles",
     "Transients",
     "begin",

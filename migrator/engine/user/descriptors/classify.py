@@ -6,12 +6,14 @@ final collection of a stopped one.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from dataclasses import dataclass
 
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
+from migrator.linux import ipc, mqueue
 from migrator.linux.stat import Status
 
 DELETED = " (deleted)"
@@ -62,6 +64,8 @@ class Root:
         prefix = os.readlink(f"/proc/{pid}/root")
         self._prefix = "" if prefix == "/" else prefix
         self.known: dict[str, FileStatus | None] = {}  # what stat() is to answer, looked up ahead
+        self._pid = pid
+        self._queues = -1
 
     def inside(self, path: str) -> str | None:
         """A path as we see it, as the tree sees it; None if it is outside of the tree's root."""
@@ -81,6 +85,14 @@ class Root:
             return os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False)
         except OSError:
             return None
+
+    @property
+    def queues(self) -> int:
+        """The device of the POSIX message queues of the tree's own IPC namespace; 0 if it has none of its own."""
+        if self._queues < 0:
+            own = os.readlink(f"/proc/{self._pid}/ns/ipc") != os.readlink("/proc/self/ns/ipc")
+            self._queues = ipc.with_ipc_namespace(self._pid, mqueue.device) if own else 0
+        return self._queues
 
     def close(self) -> None:
         os.close(self.fd)
@@ -130,6 +142,8 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
     check_locks(link, info)
+    if (name := _queue(link, status, root)) is not None:
+        return Classification(FileKind.MQUEUE, name)
     if status.st_nlink == 0 and link.endswith(DELETED):
         if link.startswith(_MEMFD):
             if status.st_blksize > _HUGE:
@@ -139,6 +153,25 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
             raise Obstacle(f"{link} is memory that cannot be carried")
         return Classification(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
     return Classification(FileKind.REGULAR, _path(link, status, root))
+
+
+def _queue(link: str, status: FileStatus, root: Root) -> str | None:
+    """The name of a POSIX message queue, where this is one. It looks like a file in the root directory."""
+    if link.find("/", 1) >= 0:
+        return None
+    there = root.stat(link)
+    if there is not None and (there.st_ino, there.st_dev) == (status.st_ino, status.st_dev):
+        return None
+    if status.st_dev == root.queues:
+        return link[1:].removesuffix(DELETED) if status.st_nlink == 0 else link[1:]
+    if status.st_dev == _queues_of_host():
+        raise Obstacle(f"{link} is a POSIX message queue of the host, which only a container has of its own")
+    return None
+
+
+@functools.cache
+def _queues_of_host() -> int:
+    return mqueue.device()
 
 
 def check_locks(link: str, info: FdInfo) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
 from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import OWNED, Description, Holder
+from migrator.engine.user.descriptors.found import MessageQueue
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
@@ -129,6 +130,13 @@ class DescriptorDump:
             collection.close()
         self.memfds.clear()
 
+    @property
+    def queues(self) -> list[MessageQueue]:
+        """POSIX message queues, whose contents are somebody else's to save, under ("mqueue", dev, ino)."""
+        found = [d for d in self._nameless if d.kind == FileKind.MQUEUE]
+        made = {d.inode: MessageQueue(d.inode, d.path, f"/proc/self/fd/{d.fd}", d.stat.st_nlink == 0) for d in found}
+        return list(made.values())
+
     # ------------------------------------------------------------------ inside
 
     def _memfds(self) -> None:
@@ -197,6 +205,8 @@ class DescriptorDump:
                     self._write_all(files.save_deleted(item.inode_objref, item))
             case FileKind.MEMFD:
                 item.inode_objref = self._objref(("shm", *item.inode))
+            case FileKind.MQUEUE:
+                item.inode_objref = self._objref(("mqueue", *item.inode))
             case FileKind.SOCKET:
                 item.inode_objref = self._objref(("socket", item.stat.st_ino))
             case FileKind.PIDFD:
@@ -217,7 +227,7 @@ class DescriptorDump:
         return File(
             objref=item.objref,
             kind=item.kind,
-            flags=item.flags,
+            flags=item.flags if item.kind != FileKind.MQUEUE else fcntl.fcntl(item.fd, fcntl.F_GETFL),
             mode=status.st_mode,
             pos=item.info.pos,
             size=status.st_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from migrator.engine.user.descriptors.classify import Classification
 from migrator.engine.user.descriptors.description import Holder
@@ -23,6 +24,15 @@ class Found:
 
     def __str__(self) -> str:
         return f"pid {self.process.pid} ({self.name}) fd {self.number}"
+
+
+class MessageQueue(NamedTuple):
+    """A POSIX message queue that a tree has open. path: of a descriptor, through which it can be opened again."""
+
+    key: tuple[int, int]  # st_dev, st_ino
+    name: str  # without the slash
+    path: str
+    removed: bool
 
 
 def open_elsewhere(inside: Collection[int]) -> Iterator[tuple[int, str]]:

@@ -51,6 +51,7 @@ class Context(Protocol):
     @property
     def live(self) -> bool: ...  # whether the saved tasks are still there, and go only when the copy is to run
     def open_shm(self, objref: int, flags: int) -> int: ...  # a memfd or a mapped file, opened anew
+    def open_queue(self, objref: int, flags: int) -> int: ...  # a POSIX message queue, likewise
 
 
 class DescriptorRestore:
@@ -266,6 +267,8 @@ class DescriptorRestore:
             return self._known(self._deleted, inode, "deleted file").open(rec)
         if kind in (r.FileKind.MEMFD, r.FileKind.DELETED):
             return self._context.open_shm(inode, files.lasting(rec.flags))
+        if kind == r.FileKind.MQUEUE:
+            return self._context.open_queue(inode, rec.flags)
         if kind == r.FileKind.SOCKET:
             return self._sockets.take(inode)
         if kind == r.FileKind.EPOLL:
@@ -281,7 +284,7 @@ class DescriptorRestore:
 
     def _configure(self, fd: int, rec: r.File) -> None:
         kind = rec.kind
-        if kind in (r.FileKind.DELETED, r.FileKind.MEMFD):
+        if kind in (r.FileKind.DELETED, r.FileKind.MEMFD, r.FileKind.MQUEUE):
             os.lseek(fd, rec.pos, os.SEEK_SET)
         elif kind in (r.FileKind.PIPE, r.FileKind.FIFO) or (kind not in BY_PATH and rec.flags & _SETTABLE):
             fcntl.fcntl(fd, fcntl.F_SETFL, rec.flags & _SETTABLE)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
-from migrator.engine.user.descriptors.found import Found, open_elsewhere
+from migrator.engine.user.descriptors.found import Found, MessageQueue, open_elsewhere
 from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
@@ -16,10 +16,17 @@ from migrator.image.records_files import FileKind
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
-def survey(processes: Sequence[Holder], *, own_netns: bool, congestion: set[str] | None = None) -> list[str]:
+def survey(
+    processes: Sequence[Holder],
+    *,
+    own_netns: bool,
+    congestion: set[str] | None = None,
+    queues: dict[tuple[int, int], MessageQueue] | None = None,
+) -> list[str]:
     """One sentence per obstacle, each naming pid, descriptor and reason; the tasks run on all the while.
 
     congestion: is given the congestion controls of its sockets, if somebody wants to know.
+    queues: is given the POSIX message queues that it has open, likewise.
     own_netns: the tree has a network namespace of its own, so that its addresses move with it. Descriptors
     and processes that vanish meanwhile are no obstacles: the freeze looks again."""
     reasons: list[str] = []
@@ -37,6 +44,8 @@ def survey(processes: Sequence[Holder], *, own_netns: bool, congestion: set[str]
         reasons += _pidfds(found, processes)
         reasons += owners_outside(found, processes)
         reasons += epolls_apart(found)
+        if queues is not None:
+            queues.update((queue.key, queue) for queue in _queues(found))
         sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]
         reasons += survey_sockets(
             sockets, processes[0].pid, root, set() if congestion is None else congestion, own_netns=own_netns
@@ -85,6 +94,14 @@ def _outside(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
             )
         if not links:
             return
+
+
+def _queues(found: list[Found]) -> Iterator[MessageQueue]:
+    for item in found:
+        if item.verdict.kind == FileKind.MQUEUE:
+            key = item.status.st_dev, item.status.st_ino
+            path = f"/proc/{item.process.pid}/fd/{item.number}"
+            yield MessageQueue(key, item.verdict.path, path, item.status.st_nlink == 0)
 
 
 def _pidfds(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:

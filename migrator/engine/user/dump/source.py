@@ -21,6 +21,7 @@ from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
 from migrator.engine.user.dump import header, survey_tasks
 from migrator.engine.user.dump.memory import MemoryDump
+from migrator.engine.user.dump.mqueues import MqueueDump
 from migrator.engine.user.dump.process import Process, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
@@ -56,6 +57,7 @@ class UserSource:
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
         self._sysv = SysvDump(pid) if options.container else None
+        self._mqueues = MqueueDump(pid, options.message_ledger, self._still) if options.container else None
         self._memory = MemoryDump(
             self._writer,
             self._objhash,
@@ -117,18 +119,21 @@ class UserSource:
     def survey(self) -> Survey:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
-        survey, reasons = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
+        survey, reasons = self._survey()
         for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
             if not reasons:
                 break
             time.sleep(0.015)
             self.tree.refresh()
-            survey, again = survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv)
+            survey, again = self._survey()
             reasons = [reason for reason in reasons if reason in again]
         self._surveyed = {(process.pid, process.start_time) for process in self.tree.living}
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
         return survey
+
+    def _survey(self) -> tuple[Survey, list[str]]:
+        return survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv, self._mqueues)
 
     def instrument(self) -> None:
         """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
@@ -288,6 +293,8 @@ class UserSource:
             for memfd in self._descriptors.memfds:
                 self._memory.shared.of_descriptor((memfd.dev, memfd.ino), memfd.fd, memfd.name, memfd.seals)
             self._memory.shared.send(self._writer, self._memory.sender, final=True)
+            if self._mqueues is not None:
+                self._mqueues.save(self._writer, self._objhash, self._descriptors.queues)
             tables = self._descriptors.write()
         with self._phase("tasks"):
             for process in self.tree.processes.values():

@@ -9,6 +9,7 @@ from migrator.engine import files, processor, work
 from migrator.engine.base import FileFact, SourceOptions, Survey
 from migrator.engine.user import descriptors
 from migrator.engine.user.dump import survey_notes, survey_tasks
+from migrator.engine.user.dump.mqueues import MqueueDump
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.shm import is_shm
@@ -58,7 +59,7 @@ def _vtids(process: Process, state: dict[str, str]) -> list[int]:
 
 
 def survey(
-    tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs, sysv: SysvDump | None
+    tree: ProcessTree, options: SourceOptions, tmpfs: OwnTmpfs, sysv: SysvDump | None, mqueues: MqueueDump | None
 ) -> tuple[Survey, list[str]]:
     """(what was found, one sentence per obstacle)."""
     reasons = list(survey_tasks.of_tree(tree, container=bool(options.container)))
@@ -84,7 +85,10 @@ def survey(
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
-    reasons += descriptors.survey(owners, own_netns=bool(options.container), congestion=congestion)
+    queues: dict[tuple[int, int], descriptors.MessageQueue] = {}
+    reasons += descriptors.survey(owners, own_netns=bool(options.container), congestion=congestion, queues=queues)
+    if mqueues is not None:
+        reasons += mqueues.obstacles(queues.values(), set(tree.processes))
     _, xsize = processor.xstate_facts()
     own_pids = os.readlink(f"/proc/{tree.root}/ns/pid") != os.readlink("/proc/self/ns/pid")
     wanted = [] if own_pids else sorted({t.pid for t in hierarchy(tree, 0, {}).tasks})

@@ -14,7 +14,7 @@ from typing import Self
 from migrator.engine.stream import RecordWriter
 from migrator.image.records import PAGE_SIZE
 from migrator.image.records_shared import SysvMessage, SysvQueue, SysvSem, SysvShm
-from migrator.linux import descriptors, ipc, mqueue, procfs, sys
+from migrator.linux import descriptors, ipc, procfs, sys
 from migrator.linux.ipc import IpcObject
 from migrator.linux.procfs import Vma
 
@@ -46,8 +46,6 @@ class SysvDump:
                     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                         if reason := undo.obstacle(pid):
                             yield f"pid {pid} {reason}"
-        for name in ipc.with_ipc_namespace(self._pid, mqueue.names):
-            yield f"the POSIX message queue /{name} is not carried yet"
         for segment in self.segments():
             fd = self.open_segment(segment.id)
             try:

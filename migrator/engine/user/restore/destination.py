@@ -334,7 +334,7 @@ class UserDestination(UnfinishedCopy):
             )
             self._shared.root_fd = self._backing.root_fd
             self._shared.tmpfs.begin(self._backing.root_fd)
-            self._shared.sysv.pid = root.pid if contained else 0
+            self._shared.sysv.pid = self._shared.mqueues.pid = root.pid if contained else 0
             netns = f"/proc/{root.pid}/ns/net" if contained else None
             self._descriptors = DescriptorRestore(_Context(self, netns))
 
@@ -434,3 +434,6 @@ class _Context:
 
     def open_shm(self, objref: int, flags: int) -> int:
         return self._owner._shared.reopen(objref, flags)
+
+    def open_queue(self, objref: int, flags: int) -> int:
+        return self._owner._shared.mqueues.open(objref, flags)

@@ -16,6 +16,7 @@ from migrator.engine.user.descriptors import DescriptorDump
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors.private_root import PREFIX
 from migrator.engine.user.dump.memory import MemoryDump
+from migrator.engine.user.dump.mqueues import MqueueDump
 from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
@@ -111,6 +112,8 @@ def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str]
         for memfd in descriptors.memfds:
             memory.shared.of_descriptor((memfd.dev, memfd.ino), memfd.fd, memfd.name, memfd.seals)
         memory.shared.send(writer, memory.sender, final=True)
+        if contained:
+            MqueueDump(stubs.root.pid).save(writer, objhash, descriptors.queues)
         tables = descriptors.write()
         for process in tree.processes.values():
             if process.zombie:

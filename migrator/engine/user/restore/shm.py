@@ -10,12 +10,23 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 from migrator.engine.user.descriptors.files import UnnamedFile
+from migrator.engine.user.restore.mqueues import MqueueRestore
 from migrator.engine.user.restore.sysv import SysvRestore
 from migrator.engine.user.restore.tmpfs import TmpfsRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.records import PAGE_SIZE, PageKind, Pages, Shm, ShmKind
-from migrator.image.records_shared import SharedFile, SysvMessage, SysvQueue, SysvSem, SysvShm, TmpfsEntry, TmpfsXattr
+from migrator.image.records_shared import (
+    MqMessage,
+    MqQueue,
+    SharedFile,
+    SysvMessage,
+    SysvQueue,
+    SysvSem,
+    SysvShm,
+    TmpfsEntry,
+    TmpfsXattr,
+)
 from migrator.linux import descriptors, sys
 
 _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE = 1033, 0x10
@@ -31,6 +42,7 @@ class SharedObjects:
         self.root_fd = -1
         self.tmpfs = TmpfsRestore()
         self.sysv = SysvRestore()
+        self.mqueues = MqueueRestore()
         self._records: dict[int, Shm | SharedFile] = {}
         self._fds: dict[int, int] = {}
         self._unnamed: dict[int, UnnamedFile] = {}
@@ -42,6 +54,8 @@ class SharedObjects:
             SysvSem: self.sysv.semaphores,
             SysvQueue: self.sysv.queue,
             SysvMessage: self.sysv.message,
+            MqQueue: self.mqueues.queue,
+            MqMessage: self.mqueues.message,
             TmpfsEntry: self.tmpfs.entry,
             TmpfsXattr: self.tmpfs.xattr,
         }
@@ -169,6 +183,7 @@ class SharedObjects:
                 self._fds[objref] = _replaced(self._fds[objref])
         self.tmpfs.settle()
         self.sysv.settle()
+        self.mqueues.settle()
 
     def seal(self) -> None:
         """Seal what was sealed: the last thing, after contents and mappings."""
@@ -184,6 +199,7 @@ class SharedObjects:
             file.close()
         self._unnamed.clear()
         self.tmpfs.close()
+        self.mqueues.close()
 
 
 def _is_anonymous(rec: Shm | SharedFile) -> bool:
