@@ -17,6 +17,7 @@ import migrator
 from migrator import model
 from migrator.errors import Fate, MigratorError, Refused, Undecided, UsageError
 from migrator.fleet.fencing import Fence, FencingError, TokenRefused
+from migrator.fleet.storage import check_container
 from migrator.host import Login
 from migrator.protocol.fleet import Depart, Departed, Departing
 
@@ -86,6 +87,7 @@ class Departures:
         known = self._known.get(order.migration)
         if known is not None:
             return known
+        check_container(order.workload)
         if order.workload in self.moving():
             raise UsageError(f"container {order.workload!r} is being moved already", hint="wait for that to end")
         made = self._known[order.migration] = Departure(order)

@@ -26,6 +26,15 @@ _TIME = "%Y%m%dT%H%M%S.%f"
 _LISTED = 4096
 
 
+def check_container(name: str) -> None:
+    """Raises UsageError for what could mean a process: a controller's orders are about containers."""
+    if name.isdigit():
+        raise UsageError(
+            f"{name[:80]} could be a pid, and a controller's orders are about containers",
+            hint="give the container another name, or move it by hand",
+        )
+
+
 class Storage:
     """The images below one directory. `bridge`: that of this host, for what is restarted."""
 
@@ -43,6 +52,7 @@ class Storage:
         name = f"{workload}@{made}.image"
         if not _IMAGE.fullmatch(name):
             raise UsageError(f"{workload[:80]!r} is no name of a container")
+        check_container(workload)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         before = self.images(workload)[:1]
         after = migrator.AfterCheckpoint.KILL if end else migrator.AfterCheckpoint.RUN

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import UsageError
+from migrator.fleet.departures import Departures
 from migrator.fleet.storage import Storage
+from migrator.host import Login
+from migrator.protocol.fleet import Depart
 
 GOOD = "shop@20261126T135512.250.image"
 
@@ -32,3 +35,14 @@ async def test_nothing_outside_of_it_is_restarted(tmp_path: Path, image: str) ->
     (tmp_path / GOOD).write_bytes(b"12345")
     with pytest.raises(UsageError, match="there is no image"):
         await Storage(tmp_path / "saved").revive(image)
+
+
+async def test_an_order_is_never_about_a_process(tmp_path: Path) -> None:
+    ours = str(os.getpid())
+    with pytest.raises(UsageError, match="could be a pid"):
+        await Storage(tmp_path).save(ours, end=True)
+    departures = Departures(Login(), tmp_path)
+    with pytest.raises(UsageError, match="could be a pid"):
+        await departures.begin(Depart("order-of-a-pid", ours, "root@127.0.0.1:1", "f", 1))
+    assert not departures.moving()
+    assert not list(tmp_path.glob("*.image"))
