@@ -29,8 +29,8 @@ from migrator.protocol.wire import (
     Text,
 )
 
-_BuildId = Annotated[str, Meta(max_length=128, pattern="^[0-9a-f]*$")]
-_Digest = Annotated[str, Meta(max_length=64, pattern="^[0-9a-f]*$")]
+_BuildId = Annotated[str, Meta(max_length=128, pattern=r"^[0-9a-f]*\Z")]
+_Digest = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
 
 
 class FileFact(Part, frozen=True):
