@@ -12,9 +12,10 @@ import os
 import stat
 from typing import NamedTuple
 
+from migrator.linux.openat2 import made_by_root
+
 _MOST_LINKS = 40  # as the kernel has it
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Walked(NamedTuple):
@@ -72,7 +73,7 @@ def _descend(stack: list[tuple[int, bytes]], path: bytes, *, links: bool, make: 
             if not stat.S_ISLNK(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(path))
             followed += 1
-            if not links or followed > _MOST_LINKS or not _trusted(os.fstat(here), status):
+            if not links or followed > _MOST_LINKS or not made_by_root(os.fstat(here), status):
                 raise OSError(errno.ELOOP, "a symbolic link that is not followed", os.fsdecode(path))
             target = os.readlink(b"", dir_fd=fd)
         finally:
@@ -88,8 +89,3 @@ def _open(folder: int, name: bytes, *, make: bool) -> int:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=folder)
     return os.open(name, _PATH, dir_fd=folder)
-
-
-def _trusted(folder: os.stat_result, link: os.stat_result) -> bool:
-    ours = (0, os.geteuid())
-    return link.st_uid in ours and folder.st_uid in ours and not folder.st_mode & _OTHERS_WRITE

@@ -8,15 +8,13 @@ aside/  what only this host had, kept
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
 import shutil
-import stat
 
 from migrator.filesync.paths import DIRECTORY, WORK
 from migrator.filesync.top import TreeTop
 from migrator.linux.openat2 import open_beneath
+from migrator.linux.own_directory import make_own_directory
 
 
 class WorkDirectory:
@@ -28,8 +26,8 @@ class WorkDirectory:
 
     def __init__(self, top: TreeTop, name: str) -> None:
         self._top = top
-        self._name = WORK + os.fsencode(name) + b"-" + secrets.token_hex(8).encode()
-        self._folder = -1  # the directory that it is in
+        self._prefix = WORK + os.fsencode(name) + b"-"
+        self._folder, self._name = -1, b""  # the directory that it is in, and its name there
         self._path = ""  # for people
         self._number = 0
         self.fd = -1
@@ -40,21 +38,16 @@ class WorkDirectory:
             return
         top = self._top
         top.open(make=True)
-        places = [(top.fd, self._name, top.path)]
+        places = [(top.fd, self._prefix, top.path)]
         if top.parent >= 0 and not top.only:
-            places.insert(0, (top.parent, b"." + top.name[:100] + self._name, os.path.dirname(top.path)))
-        for folder, name, where in places:
-            os.mkdir(name, 0o700, dir_fd=folder)
-            fd = os.open(name, DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+            places.insert(0, (top.parent, b"." + top.name[:100] + self._prefix, os.path.dirname(top.path)))
+        for folder, prefix, where in places:
+            name, fd = make_own_directory(folder, prefix)
             self._folder, self._name, self._path = folder, name, os.path.join(where, os.fsdecode(name))
             if _mount_of(fd) == _mount_of(top.fd):
                 break
             os.close(fd)
             os.rmdir(name, dir_fd=folder)  # nothing can be renamed from there
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o700:
-            os.close(fd)
-            raise OSError(errno.ESTALE, "another user has put a directory in the place of ours")
         self.fd = fd
         for part in ("new", "old", "aside"):
             os.mkdir(part, 0o700, dir_fd=self.fd)

@@ -184,6 +184,15 @@ def test_the_name_of_a_work_directory_cannot_be_guessed_and_nobody_else_gets_in(
     assert len(names) == 2
 
 
+def test_a_directory_that_hands_its_group_on_takes_a_tree_like_any_other(home: Path) -> None:
+    home.chmod(0o2775)
+    target = TreeReceiver(TreeTop(SyncTree("/"), str(home / "tree")), "m-test")
+    target.apply([FILE])
+    target.close(True)
+    assert (home / "tree/file").read_text() == "new"
+    assert os.listdir(home) == ["tree"]
+
+
 def test_a_link_in_the_place_of_the_work_directory_is_neither_written_through_nor_emptied(
     home: Path, outside: Path
 ) -> None:

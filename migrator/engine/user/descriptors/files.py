@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors.description import Description
@@ -14,7 +14,8 @@ from migrator.errors import ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, DeletedFile, File, FileData, FileKind
 from migrator.linux import descriptors
 from migrator.linux.batch import Area, Strings, each
-from migrator.linux.openat2 import open_in_root
+from migrator.linux.openat2 import LINK_HINT, UntrustedLink, open_in_root, reason
+from migrator.linux.own_directory import make_own_directory
 from migrator.linux.stat import STAT_SIZE, fingerprints
 from migrator.linux.x86_64 import NR
 
@@ -27,6 +28,7 @@ _FORMATS = {
     FileKind.DIRECTORY: (stat.S_IFDIR,),
     FileKind.DEVICE: (stat.S_IFCHR,),
 }
+_HINT = "the file must be at the same path on this host: see --copy-files"
 _FALLBACKS = ("tmp", "dev/shm", "")
 
 
@@ -74,8 +76,8 @@ def open_path(rec: File, root_fd: int) -> int:
             fd = open_in_root(root_fd, path, flags)
     except OSError as error:
         raise RestartFailed(
-            f"{where} cannot be opened: {os.strerror(error.errno or 0)}",
-            hint="the file must be at the same path on this host: see --copy-files",
+            f"{where} cannot be opened: {reason(error)}",
+            hint=LINK_HINT if isinstance(error, UntrustedLink) else _HINT,
         ) from error
     try:
         adjust(fd, rec)
@@ -153,7 +155,7 @@ class UnnamedFile:
     fd: ours, for reading and writing"""
 
     def __init__(self, root_fd: int, path: str) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: tuple[bytes, int] | None = None
         failure: OSError | None = None
         for directory in (os.path.dirname(path).lstrip("/"), *_FALLBACKS):
             try:
@@ -173,19 +175,17 @@ class UnnamedFile:
         others who want to open it."""
         try:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(
-                    prefix=".migrator-", dir=f"/proc/self/fd/{self._place}", ignore_cleanup_errors=True
-                )
-                name = f"{self._folder.name}/file"
-                os.link(f"/proc/self/fd/{self.fd}", name, src_dir_fd=self._place)  # linkat(AT_SYMLINK_FOLLOW)
-            return os.open(f"{self._folder.name}/file", flags | os.O_CLOEXEC)
+                self._folder = make_own_directory(self._place, ".migrator-")
+                os.link(f"/proc/self/fd/{self.fd}", "file", dst_dir_fd=self._folder[1])  # linkat(AT_SYMLINK_FOLLOW)
+            return os.open("file", flags | os.O_CLOEXEC, dir_fd=self._folder[1])
         except OSError as error:
             raise RestartFailed(f"a deleted file that was opened with O_NOFOLLOW: {error}") from error
 
     def settle(self) -> None:
         """It has been opened by all: its name goes."""
         if self._folder is not None:
-            self._folder.cleanup()
+            os.close(self._folder[1])
+            shutil.rmtree(self._folder[0], ignore_errors=True, dir_fd=self._place)
             self._folder = None
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from migrator.errors import RestartFailed
 from migrator.linux import descriptors
 from migrator.linux.fresh_thread import in_fresh_thread
 from migrator.linux.openat2 import open_in_root
+from migrator.linux.own_directory import make_own_directory
 
 T = TypeVar("T")
 PREFIX = ".migrator-"
@@ -33,11 +33,10 @@ class PrivateRoot:
     def __init__(self, place: int) -> None:
         self._place = place
         try:
-            self._folder = tempfile.mkdtemp(prefix=PREFIX, dir=f"/proc/self/fd/{place}")
+            self._name, self.fd = make_own_directory(place, PREFIX)
         except OSError:
             os.close(place)
             raise
-        self.fd = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._moves: list[tuple[str, str]] = []
 
     def run(self, function: Callable[[], T]) -> T:
@@ -78,7 +77,7 @@ class PrivateRoot:
 
     def moves_in(self, folder: str) -> list[Move]:
         """What commit() will do, `folder` being the place: for `finish_moves()`."""
-        return [(folder, os.path.basename(self._folder), path, name) for path, name in self._moves]
+        return [(folder, os.fsdecode(self._name), path, name) for path, name in self._moves]
 
     def commit(self) -> None:
         """Move the files to their places, over what is there."""
@@ -89,7 +88,7 @@ class PrivateRoot:
     def close(self) -> None:
         """Remove the directory with what was not committed."""
         if self.fd >= 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._name, ignore_errors=True, dir_fd=self._place)
             os.close(self.fd)
             os.close(self._place)
             self.fd = -1
@@ -100,18 +99,21 @@ def finish_moves(root: int, moves: Sequence[Move]) -> None:
 
     What has been moved already is left alone."""
     for folder, private, path, name in moves:
-        with contextlib.suppress(OSError), _directory(root, folder) as place, _directory(place, private) as source:
+        with (
+            contextlib.suppress(OSError),
+            _directory(root, folder) as place,
+            _directory(place, private, links=False) as source,
+        ):
             _move(source, path, place, name)
     for folder, private in {move[:2] for move in moves}:
         if private.startswith(PREFIX):
             with contextlib.suppress(OSError), _directory(root, folder) as place:
-                shutil.rmtree(f"/proc/self/fd/{place}/{private}", ignore_errors=True)
+                shutil.rmtree(private, ignore_errors=True, dir_fd=place)
 
 
 @contextlib.contextmanager
-def _directory(root: int, path: str) -> Iterator[int]:
-    flags = os.O_PATH | os.O_DIRECTORY
-    fd = open_in_root(root, path.lstrip("/") or ".", flags)
+def _directory(root: int, path: str, *, links: bool = True) -> Iterator[int]:
+    fd = open_in_root(root, path.lstrip("/") or ".", os.O_PATH | os.O_DIRECTORY, links=links)
     try:
         yield fd
     finally:

@@ -12,6 +12,8 @@ from migrator.errors import RestartFailed
 from migrator.image.records import MappedFile, VmaFlag, VmaItem, VmaKind
 from migrator.linux import elf, openat2
 
+_HINT = "the same path must be there on both hosts, or be copied along (--copy-files)"
+
 
 class Program(NamedTuple):
     """What a task runs. `open` gives a descriptor of ours, or raises RestartFailed."""
@@ -34,8 +36,8 @@ class Backing:
             return openat2.open_in_root(self.root_fd, path, flags)
         except OSError as error:
             raise RestartFailed(
-                f"{path}: {os.strerror(error.errno or 0)} on this host",
-                hint="the same path must be there on both hosts, or be copied along (--copy-files)",
+                f"{path}: {openat2.reason(error)} on this host",
+                hint=openat2.LINK_HINT if isinstance(error, openat2.UntrustedLink) else _HINT,
             ) from error
 
     def open_backing(self, item: VmaItem) -> int:

@@ -34,6 +34,7 @@ from migrator.image.records import (
 from migrator.image.records import TaskState as SavedState
 from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
+from migrator.linux.openat2 import only_root_leads_to
 from migrator.linux.remote import Call, waiting_signals
 from migrator.linux.threads import set_all, set_all_xstates
 
@@ -70,6 +71,7 @@ class TaskRestore:
         self._in_place: dict[int, task_setup.TaskSetup] = {}  # by vpid: the one whose tables are in the stub
         self.tasks: dict[int, TaskState] = {}
         self._creds: dict[int, Cred] = {}
+        self._plain: dict[str, bool] = {}  # by working directory
         self._fs: dict[int, Fs] = {}
         self._sighands: dict[int, Sighand] = {}
         self._signals: dict[int, Signal] = {}
@@ -234,7 +236,15 @@ class TaskRestore:
         return struct.unpack("<QQ", stub.remote.get(16)) == wanted
 
     def _is_plain(self, fs: Fs) -> bool:
-        return fs.root == "/" and self._own_root and not fs.cwd.endswith(DELETED)
+        """Whether the stub itself finds both by their names, as root: nobody else can make these lead elsewhere."""
+        if fs.root != "/" or not self._own_root or fs.cwd.endswith(DELETED):
+            return False
+        if fs.cwd not in self._plain:
+            try:
+                self._plain[fs.cwd] = only_root_leads_to(fs.cwd)
+            except OSError:
+                return False
+        return self._plain[fs.cwd]
 
     def _open_directory(self, path: str) -> int:
         """A working directory. One that was deleted is made where it was, or near, and deleted again."""
