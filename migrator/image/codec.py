@@ -48,6 +48,7 @@ s64 = Annotated[int, "q"]
 HEADER = _struct.Struct("<ii")
 MAX_RECORD = 32 << 20  # bytes; a longer record is hostile or broken
 
+_ZEROS = bytes(8)  # as much as there is of any padding
 _SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "i": 4, "q": 8}
 
 
@@ -177,25 +178,25 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[int, ...]]:
 
 def _encode_payload(rec: Struct) -> bytes:
     cls = type(rec)
-    values: list[int] = [*cls._values(rec)]
+    values = cls._values(rec)
     parts: list[bytes] = []
     for name, kind in cls._tails:
         value = getattr(rec, name)
+        if not value:  # as most are
+            values += (0,)
+            continue
         if kind is str:
             if "\0" in value:
                 raise ImageError(f"{cls.__name__}.{name}: a text holds a NUL")
             value = value.encode("utf-8", "surrogateescape")
-        if kind is bytes or kind is str:
-            values.append(len(value))
-        else:
-            values.append(len(value))
+        values += (len(value),)
+        if kind is not bytes and kind is not str:
             pack = kind._packer.pack
             get = kind._values
             value = b"".join([pack(*get(item)) for item in value])
-        if value:
-            parts.append(value)
-            if len(value) % 8:
-                parts.append(bytes(-len(value) % 8))
+        parts.append(value)
+        if len(value) % 8:
+            parts.append(_ZEROS[: -len(value) % 8])
     try:
         fixed_part = cls._packer.pack(*values)
     except _struct.error as error:
@@ -206,25 +207,29 @@ def _encode_payload(rec: Struct) -> bytes:
 
 
 def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
-    size = cls._packer.size
-    if len(payload) < size:
-        raise ImageError(f"{cls.__name__}: {len(payload)} bytes, its fixed part alone has {size}")
+    size, whole = cls._packer.size, len(payload)
+    if whole < size:
+        raise ImageError(f"{cls.__name__}: {whole} bytes, its fixed part alone has {size}")
     values = cls._packer.unpack_from(payload)
     for start, end in cls._gaps:
-        if any(payload[start:end]):
+        if payload[start:end] != _ZEROS[: end - start]:
             raise ImageError(f"{cls.__name__}: padding is not zero")
+    if not cls._tails and size == whole:
+        return cls(*values)
     nr_plain = len(cls._plain)
     tails: list[Any] = []
     position = size
     for (name, kind), count in zip(cls._tails, values[nr_plain:], strict=True):
+        if not count:  # as most are
+            tails.append(b"" if kind is bytes else "" if kind is str else [])
+            continue
         length = count if kind is bytes or kind is str else count * kind._packer.size
         end = position + length
         padded = end + (-length % 8)
-        if padded > len(payload):
-            left = len(payload) - position
-            raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {left} are left")
+        if padded > whole:
+            raise ImageError(f"{cls.__name__}.{name}: claims {length} bytes, {whole - position} are left")
         raw = bytes(payload[position:end])
-        if end < padded and any(payload[end:padded]):
+        if end < padded and payload[end:padded] != _ZEROS[: padded - end]:
             raise ImageError(f"{cls.__name__}.{name}: padding is not zero")
         if kind is bytes:
             tails.append(raw)
@@ -238,8 +243,8 @@ def _decode_payload(cls: type[R], payload: bytes | memoryview) -> R:
         else:
             tails.append([kind(*item) for item in kind._packer.iter_unpack(raw)])
         position = padded
-    if position != len(payload):
-        raise ImageError(f"{cls.__name__}: {len(payload) - position} bytes too many")
+    if position != whole:
+        raise ImageError(f"{cls.__name__}: {whole - position} bytes too many")
     if cls._in_order:
         return cls(*values[:nr_plain], *tails)
     named = dict(zip(cls._plain, values[:nr_plain], strict=True))

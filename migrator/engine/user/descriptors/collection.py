@@ -21,6 +21,7 @@ from migrator.engine.user.descriptors.description import Description, Descriptor
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.predumped import Known, Place
 from migrator.errors import CheckpointFailed
+from migrator.image.records_files import FileKind
 from migrator.linux import descriptors
 from migrator.linux.batch import Area, Strings, each, raise_first
 from migrator.linux.file_locks import LockList
@@ -34,7 +35,7 @@ Flags = Callable[[Holder, Sequence[int]], list[int]]
 _AT_ONCE = 1024  # descriptors that are looked at in one go: each needs one more of ours meanwhile
 _INFO, _LINK = 1024, 512  # bytes that are enough for most of fdinfo and for most paths
 MANY = 1000  # numbers of a process from which it pays to ask it, and to read the list of locks
-_NAMELESS = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe"}
+_FORMAT = 0o170000  # of a mode
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
 
 
@@ -224,16 +225,15 @@ class Collection:
             if result == 0 and offset >= 0 and place[:2] == known.fingerprint[:2]
         }
 
-    def _plain(self, fetched: _Fetched, quick: Container[int]) -> dict[int, str]:
-        """Which are sockets or pipes without names, and their links: but for locks all is known of them."""
-        out = {}
-        for at, item in enumerate(fetched.items):
-            if at in quick or item.flags < 0 or fetched.flags[at] & os.O_PATH:
-                continue
-            status = fetched.status(at)
-            kind = _NAMELESS.get(stat.S_IFMT(status.st_mode))
-            if kind and status.st_dev == _device_of(kind):
-                out[at] = f"{kind}:[{status.st_ino}]"
+    def _plain(self, fetched: _Fetched, quick: Container[int]) -> dict[int, Classification]:
+        """Which are sockets or pipes without names: but for locks all is known of them."""
+        nameless, out = _nameless(), {}
+        for at, (item, flags, (device, _, _, mode, *_)) in enumerate(
+            zip(fetched.items, fetched.flags, fetched.fingerprints, strict=True)
+        ):
+            kind = nameless.get((device, mode & _FORMAT))
+            if kind is not None and item.flags >= 0 and not flags & os.O_PATH and at not in quick:
+                out[at] = kind
         return out
 
     def _as_known(self, fetched: _Fetched, at: int, known: Known, pos: int) -> tuple[Description, FdInfo]:
@@ -245,8 +245,8 @@ class Collection:
             return self._join(fetched, at, known.status, info, known), info
         return self._join(fetched, at, fetched.status(at), info, Classification(known.kind, known.path)), info
 
-    def _described(self, fetched: _Fetched, at: int, link: str, info: FdInfo) -> Description:
-        return self._join(fetched, at, fetched.status(at), info, link)
+    def _described(self, fetched: _Fetched, at: int, what: Classification | str, info: FdInfo) -> Description:
+        return self._join(fetched, at, fetched.status(at), info, what)
 
     def _join(
         self, fetched: _Fetched, at: int, status: Status, info: FdInfo, what: Known | Classification | str
@@ -255,11 +255,9 @@ class Collection:
 
         `what` it is, or where its link points."""
         key = status.st_dev, status.st_ino, info.flags
-        bucket = self._buckets.get(key)
+        bucket = self._buckets.setdefault(key, [])
         place = 0
-        if bucket is None:
-            bucket = self._buckets[key] = []
-        else:
+        if bucket:
             place, there = search(bucket, partial(_order_files, fetched.fds[at]))
             if there:
                 return bucket[place]
@@ -331,17 +329,18 @@ def _items(table: DescriptorTable, flags: Flags | None) -> Iterator[_Item]:
 
 
 @cache
-def _device_of(kind: str) -> int:
-    """The device that all pipes without names, or all sockets, are on."""
-    if kind == "socket":
-        with socket.socket(socket.AF_UNIX) as made:
-            return os.fstat(made.fileno()).st_dev
+def _nameless() -> dict[tuple[int, int], Classification]:
+    """What lies on the devices of all sockets and of all pipes without names: by device and format."""
+    with socket.socket(socket.AF_UNIX) as made:
+        of_sockets = os.fstat(made.fileno()).st_dev
     ends = os.pipe()
-    try:
-        return os.fstat(ends[0]).st_dev
-    finally:
-        os.close(ends[0])
-        os.close(ends[1])
+    of_pipes = os.fstat(ends[0]).st_dev
+    for end in ends:
+        os.close(end)
+    return {
+        (of_sockets, stat.S_IFSOCK): Classification(FileKind.SOCKET),
+        (of_pipes, stat.S_IFIFO): Classification(FileKind.PIPE),
+    }
 
 
 def _infos(items: Sequence[_Item]) -> list[FdInfo]:

@@ -181,16 +181,19 @@ class DescriptorDump:
     def _inodes(self) -> None:
         """Write the objects that files are opened on, and note their objrefs."""
         pipe_ends: dict[tuple[int, int], list[Description]] = {}
+        others = []
         for item in self._nameless:
             if item.kind in (FileKind.PIPE, FileKind.FIFO):
                 pipe_ends.setdefault(item.inode, []).append(item)
+            else:
+                others.append(item)
         for key, ends in pipe_ends.items():
             pipes.check(ends)
             objref = self._objref(("pipe", *key))
             for end in ends:
                 end.inode_objref = objref
         self._write_all(pipes.save_all([(ends[0].inode_objref, ends) for ends in pipe_ends.values()]))
-        for item in self._nameless:
+        for item in others:
             self._inode(item)
 
     def _inode(self, item: Description) -> None:

@@ -33,11 +33,11 @@ def outside_end(ends: list[Description]) -> str | None:
     """Whether somebody outside of the tree holds the other end of a pipe: "written" or "read", or None.
 
     All ends that the tree holds are given. The kernel itself tells: a pipe without writers hangs up."""
-    if not any(end.writable for end in ends):
-        if not _poll(ends[0].fd) & select.POLLHUP:
-            return "written"
-    elif not any(end.readable for end in ends) and not _poll(ends[0].fd) & select.POLLERR:
-        return "read"
+    ways = {end.flags & os.O_ACCMODE for end in ends}
+    if ways == {os.O_RDONLY}:
+        return None if _poll(ends[0].fd) & select.POLLHUP else "written"
+    if ways == {os.O_WRONLY}:
+        return None if _poll(ends[0].fd) & select.POLLERR else "read"
     return None
 
 
@@ -112,7 +112,8 @@ class Copies:
 
 def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | PipeBuffer]:
     """The records of pipes: of each its objref, and all the ends that the tree holds of it."""
-    fds = [next((end.fd for end in ends if end.readable), ends[0].fd) for _, ends in pipes]
+    read_ends = [next((end.fd for end in ends if end.readable), -1) for _, ends in pipes]
+    fds = [fd if fd >= 0 else ends[0].fd for fd, (_, ends) in zip(read_ends, pipes, strict=True)]
     sizes = Area(8, len(fds))
     capacities, asked = each(
         len(fds), (NR["fcntl"], fds, fcntl.F_GETPIPE_SZ), (NR["ioctl"], fds, descriptors.FIONREAD, sizes.addresses)
@@ -120,12 +121,9 @@ def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | 
     raise_first(capacities, "F_GETPIPE_SZ", fds)
     raise_first(asked, "FIONREAD", fds)
     waiting_bytes = sizes.view.cast("i")[::2].tolist()
-    packets = [_PACKET if any(end.flags & os.O_DIRECT for end in ends) else 0 for _, ends in pipes]
-    small = [
-        at
-        for at, (capacity, count) in enumerate(zip(capacities, waiting_bytes, strict=False))
-        if count > 0 and capacity <= _USUAL and not packets[at] and any(end.readable for end in pipes[at][1])
-    ]
+    filled = {at for at, fd in enumerate(read_ends) if fd >= 0 and waiting_bytes[at]}  # else nobody can ever read it
+    packets = {at for at in filled if any(end.flags & os.O_DIRECT for end in pipes[at][1])}
+    small = sorted(at for at in filled - packets if capacities[at] <= _USUAL)
     done: set[int] = set()
     with Copies() as copies:
         for first in range(0, len(small), _AT_ONCE):
@@ -134,13 +132,13 @@ def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | 
                 yield Pipe(pipes[at][0], capacities[at])
                 yield PipeBuffer(pipes[at][0], 0, data)
                 done.add(at)
-        for at, (objref, ends) in enumerate(pipes):
+        for at, (objref, _) in enumerate(pipes):
             if at in done:
                 continue
             yield Pipe(objref, capacities[at])
-            if waiting_bytes[at] and any(end.readable for end in ends):  # else nobody can ever read it
+            if at in filled:
                 for data in copies.contents(fds[at], waiting_bytes[at], capacities[at]):
-                    yield PipeBuffer(objref, packets[at], data)
+                    yield PipeBuffer(objref, _PACKET if at in packets else 0, data)
 
 
 class PipeRestore:

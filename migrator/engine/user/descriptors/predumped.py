@@ -96,7 +96,7 @@ class PredumpedFiles:
             return known.objref
         for process, number in description.holders:
             objref = self._predumped.get((process.pid, number), 0)
-            if objref not in self._taken and self._kinds.get(objref) == (description.kind, description.path):
+            if objref and objref not in self._taken and self._kinds.get(objref) == (description.kind, description.path):
                 self._taken.add(objref)
                 return objref
         return self._new()
