@@ -56,7 +56,7 @@ class Answers:
         return self.lengths.view.cast("I")[::2].tolist()
 
     def check(self, what: str) -> None:
-        """Raises OSError for the first that could not be asked."""
+        """Raises OSError for the first that could not be asked, or told."""
         raise_first(self.results, what, range(len(self.results)))
 
 
@@ -66,6 +66,7 @@ class Ask:
         self._calls: list[Sequence[Column]] = []
         self._answers: list[Answers] = []
         self._values: dict[int, ctypes.c_int] = {}  # at addresses that stay
+        self._kept: list[Area] = []  # the same
 
     def option(self, level: int, name: int, size: int = 4) -> Answers:
         """getsockopt(2)."""
@@ -99,6 +100,19 @@ class Ask:
             self._calls.append((NR["setsockopt"], self._fds, level, name, out.area.addresses, 4))
         return out
 
+    def put_bytes(self, level: int, name: int, values: Sequence[bytes]) -> Answers:
+        """setsockopt(2) of bytes, each its own."""
+        places, lengths = self._place(values)
+        return self._call(NR["setsockopt"], self._fds, level, name, places, lengths)
+
+    def bind(self, names: Sequence[bytes]) -> Answers:
+        """bind(2) to raw addresses."""
+        return self._call(NR["bind"], self._fds, *self._place(names))
+
+    def connect(self, names: Sequence[bytes]) -> Answers:
+        """connect(2) to raw addresses."""
+        return self._call(NR["connect"], self._fds, *self._place(names))
+
     def peek(self, counts: Sequence[int], flags: int) -> Peeked:
         """recv(2) of so many bytes of each."""
         out = Peeked(counts)
@@ -114,6 +128,19 @@ class Ask:
         out = self._new(NAME_SIZE)
         self._calls.append((NR[call], self._fds, out.area.addresses, out.lengths.addresses))
         return out
+
+    def _place(self, values: Sequence[bytes]) -> tuple[range, list[int]]:
+        """Where the bytes lie until all is made, and how many they are."""
+        lengths = [len(value) for value in values]
+        area = Area(max(lengths, default=0), len(values))
+        for at, value in enumerate(values):
+            area.put(at, value)
+        self._kept.append(area)
+        return area.addresses, lengths
+
+    def _call(self, *call: Column) -> Answers:
+        self._calls.append(call)
+        return self._new(0)
 
     def _new(self, size: int) -> Answers:
         out = Answers(size, len(self._fds))

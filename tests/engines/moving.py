@@ -31,6 +31,9 @@ class Bytes:
         kind, _ = HEADER.unpack_from(raw)
         self.records.append(REGISTRY[kind].decode(raw[8:]))
 
+    def flush(self) -> None:
+        pass
+
     def of(self, kind: type[T]) -> list[T]:
         return [rec for rec in self.records if isinstance(rec, kind)]
 

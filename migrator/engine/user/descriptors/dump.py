@@ -30,6 +30,7 @@ class Refs(Protocol):
 class Writer(Protocol):
     def write(self, rec: Record) -> None: ...
     def encoded(self, raw: bytes) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Memfd(NamedTuple):
@@ -81,9 +82,7 @@ class DescriptorDump:
         self.memfds: list[Memfd] = []
 
     def collect(self) -> None:
-        """Fetch every description, once, and read what is in flight in sockets. Writes nothing.
-
-        TCP connections are in repair mode for that, and only in here."""
+        """Fetch every description, once. Writes nothing."""
         if not self._processes:
             return
         try:
@@ -114,7 +113,7 @@ class DescriptorDump:
             raise CheckpointFailed(f"descriptors cannot be saved: {error}") from error
 
     def undo(self) -> None:
-        """Abort: nothing of the tree is held any more. Sockets are as they were since collect()."""
+        """Abort: nothing of the tree is held any more, and sockets are as they were."""
         self._end(silent=False)
 
     def release(self) -> None:
@@ -153,7 +152,10 @@ class DescriptorDump:
         write = self._writer.write
         self._inodes()
         assert self._sockets is not None
-        for rec in self._sockets.records(self._objref):
+        for rec in self._sockets.sockets(self._objref):
+            write(rec)
+        self._writer.flush()  # the other side has something to do while connections are looked at
+        for rec in self._sockets.buffers(self._objref):
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
         for item in collection.descriptions:

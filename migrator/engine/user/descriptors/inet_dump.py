@@ -36,7 +36,7 @@ class InetDump:
         self._defaults = defaults
         self._pid = pid
         self._still = still
-        self._connections: list[socket.SocketType] = []
+        self._connections: list[Item] = []
         self._sockets: list[Socket] = []
         self._buffers: list[SocketBuffer | SocketTcp] = []
         self._states: list[int] = []
@@ -70,10 +70,7 @@ class InetDump:
                 rec.options = changed
         self._shutdowns()
         self._look_at([item for item, _ in connections])
-        self._connections = [sock for _, sock in connections]
-        if connections:
-            with self._still(), _under_repair(self._connections):
-                self._buffers += tcp.save_all([(sock, item.stat.st_ino, str(item)) for item, sock in connections])
+        self._connections = connections
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
 
@@ -111,6 +108,10 @@ class InetDump:
             yield rec
 
     def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+        """Connections of TCP are in repair mode when they are looked at for this, and only then."""
+        if self._connections:
+            with self._still(), _under_repair([sock for _, sock in self._connections]):
+                self._buffers += tcp.save_all([(sock, item.stat.st_ino, str(item)) for item, sock in self._connections])
         for rec in self._buffers:
             rec.socket_objref = objref(("socket", rec.socket_objref))
             yield rec
@@ -118,7 +119,7 @@ class InetDump:
     def close(self, *, silent: bool) -> None:
         """silent: the tasks, held by their cgroup, are about to be killed, and no peer is to hear of it."""
         if silent:
-            for sock in self._connections:
+            for _, sock in self._connections:
                 with contextlib.suppress(OSError):
                     repair.repair(sock)
         self._connections.clear()

@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 from migrator.engine.user.descriptors import addresses, packet, sockopts, tcp
 from migrator.engine.user.descriptors.made_sockets import MadeSockets
@@ -42,6 +42,7 @@ _TRANSPARENT = {
     socket.AF_INET: (sockopts.SOL_IP, sockopts.IP_TRANSPARENT),
     socket.AF_INET6: (sockopts.SOL_IPV6, sockopts.IPV6_TRANSPARENT),
 }
+_AT_ONCE = 128  # connections that are made together
 _INITIAL_WINDOW, _MAX_SEGMENT = 10, 1400  # segments (RFC 6928), and bytes
 _PATIENCE = 2.0  # seconds for a packet to pass the loopback device; on an idle machine it takes some microseconds
 
@@ -57,6 +58,7 @@ class InetRestore(MadeSockets[socket.SocketType]):
         self._net = net
         self._records: dict[int, Socket] = {}
         self._tcp: dict[int, SocketTcp] = {}
+        self._due: list[SocketTcp] = []  # those whose connections are still to be made
         self._buffers: list[SocketBuffer] = []
         self._bytes = 0
         self._injector: packet.Injector | None = None
@@ -97,10 +99,10 @@ class InetRestore(MadeSockets[socket.SocketType]):
         return set() if addresses.is_any(rec.local) else self._shared.get((rec.protocol, rec.local[2:4]), set())
 
     def _make(self, rec: Socket) -> None:
-        sock = self._open(rec)
+        (sock,) = self._open([rec])
         for which in self._flags_shared(rec):
             sock.setsockopt(sockopts.SOL_SOCKET, which, 1)
-        with self._named(rec, sock):
+        with self._named(rec.family, [rec], [sock]):
             self._bind(rec, sock)
             if rec.type == socket.SOCK_DGRAM and rec.state == SocketState.CONNECTED:
                 sock.connect(addresses.unpack(rec.peer))
@@ -115,25 +117,44 @@ class InetRestore(MadeSockets[socket.SocketType]):
                 raise RestartFailed(f"cannot listen on {addresses.show(rec.local)}: {error}") from error
 
     def tcp(self, rec: SocketTcp) -> None:
-        """Make a connection of TCP, in repair mode."""
+        """Make a connection of TCP, in repair mode: together with those that come next."""
         self._make_all()
         tcp.check(rec)
-        owner = self._records[rec.socket_objref]
-        if rec.socket_objref in self._made or owner.state != SocketState.CONNECTED:
-            raise ImageError(f"socket {rec.socket_objref}: the state of a connection, but none is due")
-        sock = self._open(owner)
-        with self._named(owner, sock):
-            repair.repair(sock)
-            self._bind(owner, sock)
-            tcp.before_connect(sock, rec)
-            sock.connect(addresses.unpack(owner.peer))
-            if room := len(rec.received) + len(rec.sent):
-                sockopts.force_buffers(sock, owner.sndbuf + 4 * room, owner.rcvbuf + 4 * room)
-            tcp.after_connect(sock, rec)
-        self._options(owner, sock, early=False)
-        self._tcp[rec.socket_objref] = rec
-        if rec.state in tcp.GOT_FIN or rec.state == tcp.FIN_WAIT2:
-            self._half_close(owner, sock, rec)
+        objref = rec.socket_objref
+        if objref in self._tcp or objref in self._made or self._records[objref].state != SocketState.CONNECTED:
+            raise ImageError(f"socket {objref}: the state of a connection, but none is due")
+        self._tcp[objref] = rec
+        self._due.append(rec)
+        if len(self._due) == _AT_ONCE:
+            self._connect()
+
+    def _connect(self) -> None:
+        due, self._due = self._due, []
+        for family in _FAMILIES:
+            of_family = [(self._records[rec.socket_objref], rec) for rec in due]
+            of_family = [(owner, rec) for owner, rec in of_family if owner.family == family]
+            if of_family:
+                self._connect_all(family, of_family)
+
+    def _connect_all(self, family: int, due: Sequence[tuple[Socket, SocketTcp]]) -> None:
+        owners = [owner for owner, _ in due]
+        socks = self._open(owners)
+        with self._named(family, owners, socks):
+            tcp.make_all([(sock, owner, rec) for sock, (owner, rec) in zip(socks, due, strict=True)])
+        _control_congestion(owners, socks)
+        ask = Ask([sock.fileno() for sock in socks])
+        asked = sockopts.ask_buffers(ask, [owner.sndbuf for owner in owners], [owner.rcvbuf for owner in owners])
+        locks = [owner.buf_lock & 3 for owner in owners]
+        asked.append((ask.put(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK, locks), "SO_BUF_LOCK"))
+        reuse = [_option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR) for owner in owners]
+        asked.append((ask.put(sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR, reuse), "SO_REUSEADDR"))
+        ask.make()
+        for answers, what in asked:
+            answers.check(what)
+        for sock, (owner, rec) in zip(socks, due, strict=True):
+            self._options(owner, sock, early=False)
+            if rec.state in tcp.GOT_FIN or rec.state == tcp.FIN_WAIT2:
+                self._half_close(owner, sock, rec)
 
     def buffer(self, rec: SocketBuffer) -> None:
         self._bytes += len(rec.data) + 64
@@ -146,6 +167,7 @@ class InetRestore(MadeSockets[socket.SocketType]):
 
         What is sent here leaves when the network opens, or is sent again by the kernel."""
         self._make_all()
+        self._connect()
         ended: dict[int, bytes] = {}
         for rec in self._buffers:
             owner = self._records[rec.socket_objref]
@@ -166,7 +188,8 @@ class InetRestore(MadeSockets[socket.SocketType]):
                     raise ImageError(f"socket {owner.objref}: the state of its connection never came")
                 self._ended(owner, ended.get(owner.objref, b""))
         for objref, state in self._tcp.items():
-            self._queue_rest(self._records[objref], self._made[objref], state)
+            if state.unsent or state.state in tcp.FIN_UNACKED:
+                self._queue_rest(self._records[objref], self._made[objref], state)
             if self._records[objref].shutdown & 1:
                 self._made[objref].shutdown(socket.SHUT_RD)
         for owner in self._records.values():
@@ -199,34 +222,28 @@ class InetRestore(MadeSockets[socket.SocketType]):
 
     # ------------------------------------------------------------------ making
 
-    def _open(self, rec: Socket) -> socket.SocketType:
-        sock = self._made[rec.objref] = self._net.plain(rec.family, rec.type, rec.protocol)
-        if (rec.uid, rec.gid) != self._own:
-            os.fchown(sock.fileno(), rec.uid, rec.gid)
-        if rec.device:
-            sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, rec.device.encode())
-        self._options(rec, sock, early=True)
-        return sock
+    def _open(self, records: Sequence[Socket]) -> list[socket.SocketType]:
+        socks = self._net.plain([(rec.family, rec.type, rec.protocol) for rec in records])
+        self._made.update(zip([rec.objref for rec in records], socks, strict=True))
+        for rec, sock in zip(records, socks, strict=True):
+            if (rec.uid, rec.gid) != self._own:
+                os.fchown(sock.fileno(), rec.uid, rec.gid)
+            if rec.device:
+                sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, rec.device.encode())
+            self._options(rec, sock, early=True)
+        return socks
 
     @staticmethod
     def _options(rec: Socket, sock: socket.SocketType, *, early: bool) -> None:
+        """Of a connection of TCP, without those that are set of many together."""
         for option in rec.options:
             if ((option.level, option.name) in _EARLY) == early:
                 sockopts.put(sock, option)
-        if early or rec.type != socket.SOCK_STREAM:
-            if not early:
-                InetRestore._sizes(rec, sock, 0)
+        if early or (rec.type == socket.SOCK_STREAM and rec.state == SocketState.CONNECTED):
             return
-        if rec.congestion:
-            try:
-                sock.setsockopt(sockopts.SOL_TCP, sockopts.TCP_CONGESTION, rec.congestion.encode())
-            except OSError as error:
-                raise RestartFailed(
-                    f"{addresses.show(rec.local)}: congestion control {rec.congestion} is not there: {error}",
-                    hint=f"modprobe tcp_{rec.congestion}",
-                ) from error
-        if rec.state != SocketState.CONNECTED:
-            InetRestore._sizes(rec, sock, 0)
+        if rec.type == socket.SOCK_STREAM:
+            _control_congestion([rec], [sock])
+        InetRestore._sizes(rec, sock, 0)
 
     @staticmethod
     def _sizes(rec: Socket, sock: socket.SocketType, extra: int) -> None:
@@ -234,19 +251,21 @@ class InetRestore(MadeSockets[socket.SocketType]):
         sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BUF_LOCK, rec.buf_lock & 3)
 
     @contextlib.contextmanager
-    def _named(self, rec: Socket, sock: socket.SocketType) -> Iterator[None]:
+    def _named(self, family: int, records: Sequence[Socket], socks: Sequence[socket.SocketType]) -> Iterator[None]:
         """Inside, addresses may be used that this host does not have yet. Errors name the addresses."""
-        level, name = _TRANSPARENT[socket.AddressFamily(rec.family)]
-        sock.setsockopt(level, name, 1)
+        level, name = _TRANSPARENT[socket.AddressFamily(family)]
+        fds = [sock.fileno() for sock in socks]
         try:
+            _put(fds, level, name, 1)
             yield
         except OSError as error:
+            rec = records[error.at if isinstance(error, tcp.Unmade) else 0]
             to = f" connected to {addresses.show(rec.peer)}" if rec.peer else ""
             raise RestartFailed(
                 f"the socket {addresses.show(rec.local)}{to} cannot be made: {error}",
                 hint="is the address in use here, or is there no route to the peer?",
             ) from error
-        sock.setsockopt(level, name, _option(rec, level, name))
+        _put(fds, level, name, [_option(rec, level, name) for rec in records])
 
     @staticmethod
     def _bind(rec: Socket, sock: socket.SocketType) -> None:
@@ -257,22 +276,21 @@ class InetRestore(MadeSockets[socket.SocketType]):
         """Put what was never sent into the queue, and our FIN behind it; under repair again at the end.
 
         In repair mode the kernel would take it for sent."""
-        ends = rec.state in tcp.FIN_UNACKED
-        self._sizes(owner, sock, rec.unsent)
-        if rec.unsent or ends:
-            repair.leave(sock, probe=False)
-            try:
-                tcp.send_rest(sock, rec)
-                if ends:
-                    sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                raise RestartFailed(
-                    f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: {rec.unsent} bytes that were"
-                    f" not sent yet do not go into the connection: {error}"
-                ) from error
-            repair.repair(sock)
-            if rec.unsent:
-                self._sizes(owner, sock, 0)
+        if rec.unsent:
+            self._sizes(owner, sock, rec.unsent)
+        repair.leave(sock, probe=False)
+        try:
+            tcp.send_rest(sock, rec)
+            if rec.state in tcp.FIN_UNACKED:
+                sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise RestartFailed(
+                f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: {rec.unsent} bytes that were"
+                f" not sent yet do not go into the connection: {error}"
+            ) from error
+        repair.repair(sock)
+        if rec.unsent:
+            self._sizes(owner, sock, 0)
         repair.reuse_address(sock, _option(owner, sockopts.SOL_SOCKET, sockopts.SO_REUSEADDR))
 
     # ------------------------------------------------------------------ what only a packet can do
@@ -335,11 +353,11 @@ class InetRestore(MadeSockets[socket.SocketType]):
 
     def _ended(self, rec: Socket, data: bytes) -> None:
         """A connection that was reset or closed on both sides; what it had received can still be read."""
-        sock = self._open(rec)
+        (sock,) = self._open([rec])
         if addresses.is_any(rec.local):
             raise ImageError(f"socket {rec.objref}: an ended connection without an address")
         peer = rec.local[:2] + bytes([rec.objref >> 8 & 0x7F, rec.objref & 0xFF or 1]) + rec.local[4:]
-        with self._named(rec, sock):
+        with self._named(rec.family, [rec], [sock]):
             repair.repair(sock)
             self._bind(rec, sock)
             for queue, value in ((repair.SEND_QUEUE, 1), (repair.RECV_QUEUE, 1)):
@@ -398,6 +416,29 @@ def _option(rec: Socket, level: int, name: int) -> int:
     wanted = (level, name)
     found: SocketOption | None = next((o for o in rec.options if (o.level, o.name) == wanted), None)
     return 0 if found is None else found.value
+
+
+def _control_congestion(records: Sequence[Socket], socks: Sequence[socket.SocketType]) -> None:
+    told = [(rec, sock) for rec, sock in zip(records, socks, strict=True) if rec.congestion]
+    ask = Ask([sock.fileno() for _, sock in told])
+    names = [rec.congestion.encode() for rec, _ in told]
+    answers = ask.put_bytes(sockopts.SOL_TCP, sockopts.TCP_CONGESTION, names)
+    ask.make()
+    for (rec, _), result in zip(told, answers.results, strict=True):
+        if result < 0:
+            raise RestartFailed(
+                f"{addresses.show(rec.local)}: congestion control {rec.congestion} is not there:"
+                f" {os.strerror(-result)}",
+                hint=f"modprobe tcp_{rec.congestion}",
+            )
+
+
+def _put(fds: Sequence[int], level: int, name: int, value: int | Sequence[int]) -> None:
+    """An option of many sockets."""
+    ask = Ask(fds)
+    answers = ask.put(level, name, value)
+    ask.make()
+    answers.check(f"socket option {name} of level {level}")
 
 
 def _await_state(sock: socket.SocketType, wanted: int) -> bool:

@@ -107,7 +107,8 @@ class NetlinkRestore(MadeSockets[socket.SocketType]):
 
     def settle(self) -> None:
         for objref, rec in self._records.items():
-            sock = self._made[objref] = self._net.plain(rec.family, rec.type, rec.protocol)
+            (sock,) = self._net.plain([(rec.family, rec.type, rec.protocol)])
+            self._made[objref] = sock
             _, _, port, groups = _ADDRESS.unpack(rec.local)
             try:
                 if port or groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from socket import SocketType
 from types import TracebackType
 
@@ -34,10 +35,10 @@ class NetNs:
         with self:
             return socket.socket(family, kind, protocol)
 
-    def plain(self, family: int, kind: int, protocol: int) -> SocketType:
-        """One without what Python adds to it: in a tenth of the time."""
+    def plain(self, kinds: Sequence[tuple[int, int, int]]) -> list[SocketType]:
+        """One of each (family, type, protocol), without what Python adds to it: in a tenth of the time."""
         with self:
-            return SocketType(family, kind, protocol)
+            return [SocketType(*kind) for kind in kinds]
 
     def close(self) -> None:
         for fd in (self._there, self._home):

@@ -121,7 +121,7 @@ def has_filter(sock: socket.SocketType) -> bool:
 
 
 class SocketDump:
-    """All sockets of a tree. collect() before records(), close() at the end.
+    """All sockets of a tree. collect(), sockets(), buffers(), and close() at the end.
 
     pid: a process of the tree, for its network namespace. still: see InetDump."""
 
@@ -179,10 +179,12 @@ class SocketDump:
             if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
                 raise CheckpointFailed(f"{item}: {same_name(name, names[name])}")
 
-    def records(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
-        """All Sockets, then what waits in them."""
+    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
         for dump in self._dumps:
             yield from dump.sockets(objref)
+
+    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+        """What waits in the sockets, and the state of connections. Raises CheckpointFailed."""
         for dump in self._dumps:
             yield from dump.buffers(objref)
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Container, Iterable, Sequence
 
 from migrator.image.records_files import SocketOption
-from migrator.linux.sockets import Ask
+from migrator.linux.sockets import Answers, Ask
 
 SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6, SOL_NETLINK = 1, 0, 6, 17, 41, 270
 NETLINK_ADD_MEMBERSHIP = 1
@@ -236,6 +236,15 @@ def force_buffers(sock: socket.SocketType, sndbuf: int, rcvbuf: int) -> None:
     """Set both buffer sizes, in bytes as getsockopt gives them, above the limits of the host."""
     sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, min(sndbuf // 2, 1 << 30))
     sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, min(rcvbuf // 2, 1 << 30))
+
+
+def ask_buffers(ask: Ask, sndbufs: Sequence[int], rcvbufs: Sequence[int]) -> list[tuple[Answers, str]]:
+    """The same of many sockets: what is asked, and its name."""
+    sizes = [[min(size // 2, 1 << 30) for size in wanted] for wanted in (sndbufs, rcvbufs)]
+    return [
+        (ask.put(SOL_SOCKET, SO_SNDBUFFORCE, sizes[0]), "SO_SNDBUFFORCE"),
+        (ask.put(SOL_SOCKET, SO_RCVBUFFORCE, sizes[1]), "SO_RCVBUFFORCE"),
+    ]
 
 
 def borrow(fd: int) -> socket.SocketType:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import array
 import fcntl
+import os
 import socket
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from migrator.engine.user.descriptors.sockopts import ask_buffers
 from migrator.errors import CheckpointFailed, ImageError
 from migrator.image.codec import MAX_RECORD
-from migrator.image.records_files import SocketTcp
-from migrator.linux.repair import NO_QUEUE, RECV_QUEUE, SEND_QUEUE, TCP_REPAIR_QUEUE
-from migrator.linux.sockets import Ask
+from migrator.image.records_files import Socket, SocketTcp
+from migrator.linux.repair import NO_QUEUE, RECV_QUEUE, SEND_QUEUE, TCP_REPAIR, TCP_REPAIR_QUEUE
+from migrator.linux.sockets import Answers, Ask
 
 TCP_MAXSEG, TCP_INFO, TCP_QUEUE_SEQ = 2, 11, 21
 TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
@@ -189,39 +191,84 @@ def check(rec: SocketTcp) -> None:
         raise ImageError(f"socket {rec.socket_objref}: impossible queue, window scale or options of TCP")
 
 
-def before_connect(sock: socket.SocketType, rec: SocketTcp) -> None:
-    """Set both queues back to where their oldest bytes were. The socket is in repair mode and closed."""
-    for queue, end, data in (
-        (SEND_QUEUE, rec.snd_seq, rec.sent),
-        (RECV_QUEUE, rec.rcv_seq, rec.received),
-    ):
-        sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, queue)
-        sock.setsockopt(_TCP, TCP_QUEUE_SEQ, _signed(end - len(data)))
+class Unmade(OSError):
+    """Connection number `at` of several cannot be made."""
+
+    def __init__(self, at: int, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.at = at
 
 
-def after_connect(sock: socket.SocketType, rec: SocketTcp) -> None:
-    """Options, contents of the queues and window; the part that was never sent is for send_rest()."""
-    options = [(_TCPOPT_MSS, rec.mss_clamp)]
+def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]]) -> None:
+    """Connect new sockets of one family, each as its records have it: under repair, and with all that was in their
+    queues but the part that was never sent, which is for send_rest(). Raises Unmade."""
+    socks, owners, records = zip(*connections, strict=True)
+    ask = Ask([sock.fileno() for sock in socks])
+    entered = ask.put(_TCP, TCP_REPAIR, 1)
+    ask.make()
+    _check([(entered, "TCP_REPAIR")])  # else it would be connected by packets
+    # both queues begin where their oldest bytes were
+    sent = [_signed(rec.snd_seq - len(rec.sent)) for rec in records]
+    received = [_signed(rec.rcv_seq - len(rec.received)) for rec in records]
+    rooms = [4 * (len(rec.sent) + len(rec.received)) for rec in records]
+    ask = Ask([sock.fileno() for sock in socks])
+    asked = [
+        (ask.bind([owner.local for owner in owners]), "bind"),
+        (ask.put(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE), "TCP_REPAIR_QUEUE"),
+        (ask.put(_TCP, TCP_QUEUE_SEQ, sent), "TCP_QUEUE_SEQ"),
+        (ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE), "TCP_REPAIR_QUEUE"),
+        (ask.put(_TCP, TCP_QUEUE_SEQ, received), "TCP_QUEUE_SEQ"),
+        (ask.connect([owner.peer for owner in owners]), "connect"),
+        *ask_buffers(
+            ask,
+            [owner.sndbuf + room for owner, room in zip(owners, rooms, strict=True)],
+            [owner.rcvbuf + room for owner, room in zip(owners, rooms, strict=True)],
+        ),
+        (ask.put_bytes(_TCP, TCP_REPAIR_OPTIONS, list(map(_agreed, records))), "TCP_REPAIR_OPTIONS"),
+    ]
+    ask.make()
+    _check(asked)
+    for at, (sock, rec) in enumerate(zip(socks, records, strict=True)):
+        try:
+            if rec.options & _OPT_TIMESTAMPS:
+                sock.setsockopt(_TCP, TCP_TIMESTAMP, _signed(rec.timestamp))
+            fill(sock, RECV_QUEUE, rec.received)
+            fill(sock, SEND_QUEUE, rec.sent[: len(rec.sent) - rec.unsent])
+        except OSError as error:
+            raise Unmade(at, error) from error
+    ask = Ask([sock.fileno() for sock in socks])
+    asked = [
+        (ask.put_bytes(_TCP, TCP_REPAIR_WINDOW, list(map(_window, records))), "TCP_REPAIR_WINDOW"),
+        (ask.put(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE), "TCP_REPAIR_QUEUE"),
+    ]
+    ask.make()
+    _check(asked)
+
+
+def _check(asked: Sequence[tuple[Answers, str]]) -> None:
+    for answers, what in asked:
+        if min(answers.results) < 0:
+            at, result = next((at, result) for at, result in enumerate(answers.results) if result < 0)
+            raise Unmade(at, OSError(-result, f"{what}: {os.strerror(-result)}"))
+
+
+def _agreed(rec: SocketTcp) -> bytes:
+    """What both ends agreed on when they connected."""
+    options = [_TCPOPT_MSS, rec.mss_clamp]
     if rec.options & _OPT_WSCALE:
-        options.append((_TCPOPT_WINDOW, rec.snd_wscale | rec.rcv_wscale << 16))
+        options += _TCPOPT_WINDOW, rec.snd_wscale | rec.rcv_wscale << 16
     if rec.options & _OPT_SACK:
-        options.append((_TCPOPT_SACK_PERM, 0))
+        options += _TCPOPT_SACK_PERM, 0
     if rec.options & _OPT_TIMESTAMPS:
-        options.append((_TCPOPT_TIMESTAMP, 0))
-    sock.setsockopt(_TCP, TCP_REPAIR_OPTIONS, b"".join(struct.pack("<II", *o) for o in options))
-    if rec.options & _OPT_TIMESTAMPS:
-        sock.setsockopt(_TCP, TCP_TIMESTAMP, _signed(rec.timestamp))
-    fill(sock, RECV_QUEUE, rec.received)
-    fill(sock, SEND_QUEUE, rec.sent[: len(rec.sent) - rec.unsent])
+        options += _TCPOPT_TIMESTAMP, 0
+    return struct.pack(f"<{len(options)}I", *options)
+
+
+def _window(rec: SocketTcp) -> bytes:
     window = rec.rcv_wnd, rec.rcv_wup
     if (rec.rcv_wup - rec.rcv_seq) & _MASK == 1:
         window = rec.rcv_wnd + 1, rec.rcv_seq  # it counted the peer's FIN, which comes later here
-    sock.setsockopt(
-        _TCP,
-        TCP_REPAIR_WINDOW,
-        _WINDOW.pack(rec.snd_wl1, rec.snd_wnd, rec.max_window, *window),
-    )
-    sock.setsockopt(_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+    return _WINDOW.pack(rec.snd_wl1, rec.snd_wnd, rec.max_window, *window)
 
 
 def send_rest(sock: socket.SocketType, rec: SocketTcp) -> None:
