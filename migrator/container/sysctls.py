@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from glob import glob
 
 from migrator.linux.namespaces import CLONE_NEWIPC, CLONE_NEWNET, run_in, unshare
@@ -45,25 +45,28 @@ def put(pid: int, values: Mapping[str, str]) -> None:
 
 
 def _changed_here() -> dict[str, str]:
-    theirs = _all_here()
+    names = [*_NAMES, *(path[len(_SYS) + 1 :] for how in _OF_NETWORKS for path in glob(f"{_SYS}/{how}"))]
+    theirs = _read_here(names)
     unshare(CLONE_NEWIPC | CLONE_NEWNET)
-    new = _all_here() | {"kernel/domainname": ""}  # a new one has that of whoever makes it
+    new = _read_here(theirs) | {"kernel/domainname": ""}  # a new one has that of whoever makes it
     return {name: value for name, value in theirs.items() if new.get(name) != value}
 
 
-def _all_here() -> dict[str, str]:
+def _read_here(names: Iterable[str]) -> dict[str, str]:
+    """Those that can be set. Several hundred files: no more calls for each than it takes."""
     found = {}
-    paths = [f"{_SYS}/{name}" for name in _NAMES] + [path for how in _OF_NETWORKS for path in glob(f"{_SYS}/{how}")]
-    for path in paths:
+    for name in names:
         try:
-            if not os.path.isfile(path) or not os.stat(path).st_mode & 0o200:
-                continue
-            with open(path, encoding="ascii") as file:
-                value = file.read(LONGEST + 1).removesuffix("\n")
+            fd = os.open(f"{_SYS}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                settable = os.fstat(fd).st_mode & 0o200
+                value = os.read(fd, LONGEST + 2).removesuffix(b"\n").decode("ascii") if settable else ""
+            finally:
+                os.close(fd)
         except (OSError, UnicodeDecodeError):
-            continue  # this kernel has it not, or does not tell
-        if len(value) <= LONGEST:
-            found[path[len(_SYS) + 1 :]] = value
+            continue  # a directory, or this kernel has it not, or does not tell
+        if settable and len(value) <= LONGEST:
+            found[name] = value
     return found
 
 
