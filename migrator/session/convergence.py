@@ -25,6 +25,7 @@ ROUND_TRIPS = 1.5
 # A last round that gets shorter than this by another round is not worth that round.
 NEGLIGIBLE = 0.0005  # seconds
 GAIN = 0.85  # a round is better than the one before if it leaves less than this part of it
+_LEAST_SENDING = 0.25  # part of a round's time that is taken for sending in any case
 # Where what no round can shorten is too long, it is given up after so many seconds and rounds: there may be less to
 # stop a moment later, but not for want of rounds.
 HOPELESS_SECONDS, HOPELESS_ROUNDS = 5.0, 3
@@ -86,9 +87,14 @@ def predicted_downtime(rounds: Sequence[Round], conditions: Conditions) -> float
     return fixed + residual / throughput if throughput > 0 else float("inf")
 
 
-def measured_throughput(rounds: Sequence[Round]) -> float:
-    """Bytes/s of stream in the rounds so far, from those long enough to tell; 0.0 if none was."""
-    rates = [r.bytes / _seconds(r) for r in rounds if r.bytes >= 1 << 20 and r.end > r.start]
+def measured_throughput(rounds: Sequence[Round], looking: float = 0.0) -> float:
+    """Bytes/s of stream in the rounds so far, from those long enough to tell; 0.0 if none was. `looking`: seconds of
+    each that went into looking for what to send, as there are many mappings to look at."""
+    rates = [
+        r.bytes / max(_seconds(r) - looking, _LEAST_SENDING * _seconds(r))
+        for r in rounds
+        if r.bytes >= 1 << 20 and r.end > r.start
+    ]
     return statistics.median(rates[-3:]) if rates else 0.0
 
 

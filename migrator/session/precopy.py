@@ -80,7 +80,7 @@ class Precopy:
         """What the stop rule needs to know, as it is now. Changed `files` take that many seconds in the freeze."""
         link, costs = self._peer.link, self._proposal.costs
         # What flowed while the link had time to spare is no more than a lower bound: the best of them.
-        self.throughput = convergence.measured_throughput(rounds) or max(
+        self.throughput = convergence.measured_throughput(rounds, costs.looking(self.work)) or max(
             link.stream_throughput, costs.throughput, convergence.least_throughput(rounds)
         )
         if self._settings.bandwidth:  # the cap is lifted for the last round, and what flows then was seen earlier

@@ -33,13 +33,13 @@ _SURPRISE = 3.0  # times the prediction beyond which one migration says no more:
 
 # Seconds, freeze and restore together; `make bench` shows them.
 MEASURED = {
-    "base": 0.007,
-    "processes": 0.0008,
-    "threads": 0.00018,
-    "mappings": 0.000007,
-    "files": 0.000016,
-    "pipes": 0.00004,
-    "sockets": 0.00014,
+    "base": 0.008,
+    "processes": 0.0005,
+    "threads": 0.00012,
+    "mappings": 0.000002,
+    "files": 0.0000145,
+    "pipes": 0.00003,
+    "sockets": 0.00012,
     "others": 0.00008,
 }
 
@@ -64,6 +64,10 @@ class Costs(msgspec.Struct, frozen=True):
     def seconds(self, work: Work) -> float:
         """To stop, save, restore and resume `work`, without memory, changed files and round trips."""
         return sum(self._parts(work).values())
+
+    def looking(self, work: Work) -> float:
+        """Seconds of that to look through the mappings for what was written; a round does it too."""
+        return self._parts(work)["mappings"]
 
     def corrected(self, work: Work, seconds: float, throughput: float = 0.0) -> Costs:
         """After a migration of `work` that took `seconds` for the same; `throughput` was seen, 0.0 for none.

@@ -133,6 +133,12 @@ def test_the_throughput_is_measured_on_rounds_long_enough_to_tell() -> None:
     assert measured_throughput(rounds((10_000, 100), (3, 50))) == pytest.approx(410e6)
 
 
+def test_the_time_to_look_through_many_mappings_is_no_slow_link() -> None:
+    looked = rounds((10_000, 650), (500, 35), (500, 35), (500, 35))
+    assert measured_throughput(looked, 0.025) == pytest.approx(205e6)
+    assert measured_throughput(looked, 1.0) == pytest.approx(4 * measured_throughput(looked))  # never out of nothing
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e5)), min_size=1, max_size=40),
     throughput=st.floats(0, 1e10),
