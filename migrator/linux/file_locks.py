@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 
+from migrator.linux import urgency
+
 PATH = "/proc/locks"
 _INIT_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO
 _READINGS = 4
@@ -18,10 +20,13 @@ class LockList:
 
     def __init__(self) -> None:
         self._found: set[int] | None = None
+        self._urgent = urgency.is_raised()
         self._thread = threading.Thread(target=self._read, name="locks", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
+        if self._urgent:  # it is waited for
+            urgency.raise_tasks([threading.get_native_id()])
         self._found = locked_inodes()
 
     def inodes(self) -> set[int] | None:

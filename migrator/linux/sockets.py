@@ -43,13 +43,15 @@ class Answers:
         """raw() of each."""
         get = self.area.get
         return [
-            get(i, size) if result >= 0 else b""
+            get(i, size) if size and result >= 0 else b""
             for i, (size, result) in enumerate(zip(self.sizes(), self.results, strict=False))
         ]
 
     def texts(self) -> list[str]:
         """Each as a name that ends with NUL; "" after an error."""
-        return [raw.partition(b"\0")[0].decode("ascii", "replace") for raw in self.all()]
+        raws = self.all()
+        names = {raw: raw.partition(b"\0")[0].decode("ascii", "replace") for raw in set(raws)}  # few are different
+        return [names[raw] for raw in raws]
 
     def sizes(self) -> list[int]:
         """How many bytes there are of each."""

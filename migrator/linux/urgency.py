@@ -19,6 +19,11 @@ def raise_all() -> None:
     raise_tasks(_own())
 
 
+def is_raised() -> bool:
+    """Whether the calling thread is; those that it makes are not by themselves."""
+    return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+
+
 def raise_tasks(tids: Iterable[int]) -> None:
     """The same for other tasks; what they become afterwards is the caller's to set."""
     _set(tids, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, _PRIORITY)

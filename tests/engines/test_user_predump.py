@@ -19,7 +19,7 @@ from migrator.engine.user.restore.destination import UserDestination
 from migrator.image.codec import HEADER, REGISTRY, Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import File, FileTable
-from migrator.linux import file_locks, procfs
+from migrator.linux import file_locks, procfs, urgency
 
 pytestmark = pytest.mark.root
 
@@ -363,6 +363,18 @@ def test_a_list_of_locks_names_the_inodes_of_all_that_are_locked(tmp_path: Path)
         fcntl.flock(file, fcntl.LOCK_EX)
         after = file_locks.LockList().inodes()
     assert before is not None and after is not None and inode in after - before
+
+
+def test_the_list_of_locks_is_read_as_urgently_as_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(file_locks, "locked_inodes", lambda: seen.append(os.sched_getscheduler(0)))
+    file_locks.LockList().inodes()
+    urgency.raise_tasks([0])
+    try:
+        file_locks.LockList().inodes()
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert [policy & ~os.SCHED_RESET_ON_FORK for policy in seen] == [os.SCHED_OTHER, os.SCHED_FIFO]
 
 
 def test_a_list_that_is_not_one_of_all_locks_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

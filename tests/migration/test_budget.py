@@ -15,9 +15,9 @@ from migrator.testing.workloads import build
 pytestmark = pytest.mark.root
 
 NAME = "budget"
-SIZES = {"connections": 1000, "files": 1000, "threads": 200, "processes": 100}
+SIZES = {"connections": 1000, "files": 1000, "pipes": 1000, "threads": 200, "processes": 100, "mappings": 10_000}
 AMPLE = 5.0  # seconds in which any of them fits, on a busy machine too
-CASES = [(kind, 0.05) for kind in SIZES] + [(kind, AMPLE) for kind in ("connections", "files", "threads")]
+CASES = [(kind, limit) for limit in (0.05, AMPLE) for kind in SIZES]
 
 
 @pytest.fixture(scope="module")

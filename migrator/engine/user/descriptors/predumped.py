@@ -94,6 +94,8 @@ class PredumpedFiles:
         if known is not None and known.objref not in self._taken:
             self._taken.add(known.objref)
             return known.objref
+        if description.kind not in BY_PATH:
+            return self._new()
         for process, number in description.holders:
             objref = self._predumped.get((process.pid, number), 0)
             if objref and objref not in self._taken and self._kinds.get(objref) == (description.kind, description.path):

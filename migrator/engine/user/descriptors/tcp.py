@@ -68,7 +68,7 @@ def amounts(fds: Sequence[int]) -> list[Amounts]:
     """The amounts now, of connections in repair mode. Of each several calls, so packets may come in between them."""
     ask = Ask(fds)
     ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
-    info = ask.option(_TCP, TCP_INFO, 8)
+    info = ask.option(_TCP, TCP_INFO, 1)
     unacked, unsent = ask.amount(_SIOCOUTQ), ask.amount(_SIOCOUTQNSD)
     rcv_seq, window = ask.option(_TCP, TCP_QUEUE_SEQ), ask.option(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
     unread = ask.amount(_SIOCINQ)
