@@ -133,6 +133,7 @@ def prepare(spec: ContainerSpec, init_pid: int, *, bridge: str | None = None) ->
         _step("host name", spec.name, lambda: run_in(init_pid, {"uts"}, lambda: _set_hostname(spec)))
         _step("sysctls", spec.name, lambda: sysctls.put(init_pid, spec.sysctls))
         index = _step("network", spec.name, lambda: network.set_up(spec, init_pid))
+        _step("sysctls of its link", spec.name, lambda: sysctls.put(init_pid, spec.sysctls, link=True))
         container = replace(container, ifindex=index)
         container.save()
         inherited = _step("mounts", spec.name, lambda: run_in(init_pid, {"pid", "mnt"}, lambda: mounts.set_up(spec)))

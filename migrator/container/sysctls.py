@@ -20,11 +20,19 @@ _NAMES = (
     *("kernel/sem", "kernel/domainname"),
     *(f"fs/mqueue/{name}" for name in ("queues_max", "msg_max", "msgsize_max", "msg_default", "msgsize_default")),
 )
-# of interfaces only what holds for all: those themselves are made anew
+LINK = "eth0"  # the one that is made for a container
 _OF_NETWORKS = tuple(f"net/{family}/*" for family in ("core", "unix", "ipv4", "ipv6")) + tuple(
     f"net/{family}/conf/{which}/*" for family in ("ipv4", "ipv6") for which in ("all", "default")
 )
-_NETWORK_NAME = re.compile(r"net/(core|unix|ipv4|ipv6)(/conf/(all|default))?/[a-z0-9_]+")
+_OF_LINKS = tuple(
+    f"net/{family}/{what}/{link}/*"
+    for family in ("ipv4", "ipv6")
+    for what in ("conf", "neigh")
+    for link in ("lo", LINK)
+)
+_NETWORK_NAME = re.compile(
+    r"net/(core|unix|ipv4|ipv6|(ipv4|ipv6)/conf/(all|default)|(ipv4|ipv6)/(conf|neigh)/(lo|eth0))/[a-z0-9_]+"
+)
 
 
 def carried(name: str) -> bool:
@@ -38,18 +46,31 @@ def changed(pid: int) -> dict[str, str]:
     return run_in(pid, KINDS, _changed_here)
 
 
-def put(pid: int, values: Mapping[str, str]) -> None:
-    """Set sysctls of the namespaces of `pid`. Raises OSError for one that this kernel has not, or does not take."""
-    if values:
-        run_in(pid, KINDS, lambda: _put_here(values))
+def put(pid: int, values: Mapping[str, str], *, link: bool = False) -> None:
+    """Set sysctls of the namespaces of `pid`: those of its network link, or all others. Raises OSError for one that
+    this kernel has not, or does not take."""
+    chosen = {name: value for name, value in values.items() if _is_of_link(name) == link}
+    if chosen:
+        run_in(pid, KINDS, lambda: _put_here(chosen))
+
+
+def _is_of_link(name: str) -> bool:
+    return name.split("/")[3:4] == [LINK]
 
 
 def _changed_here() -> dict[str, str]:
-    names = [*_NAMES, *(path[len(_SYS) + 1 :] for how in _OF_NETWORKS for path in glob(f"{_SYS}/{how}"))]
+    names = [*_NAMES, *(path[len(_SYS) + 1 :] for how in (*_OF_NETWORKS, *_OF_LINKS) for path in glob(f"{_SYS}/{how}"))]
     theirs = _read_here(names)
     unshare(CLONE_NEWIPC | CLONE_NEWNET)
     new = _read_here(theirs) | {"kernel/domainname": ""}  # a new one has that of whoever makes it
-    return {name: value for name, value in theirs.items() if new.get(name) != value}
+    return {name: value for name, value in theirs.items() if _without(name, theirs, new) != value}
+
+
+def _without(name: str, theirs: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+    """What a copy would have without being told. A link begins with what is the default when it is made."""
+    if _is_of_link(name) and "/conf/" in name:
+        return theirs.get(name.replace(f"/{LINK}/", "/default/"))
+    return new.get(name.replace(f"/{LINK}/", "/lo/") if _is_of_link(name) else name)
 
 
 def _read_here(names: Iterable[str]) -> dict[str, str]:
@@ -72,5 +93,7 @@ def _read_here(names: Iterable[str]) -> dict[str, str]:
 
 def _put_here(values: Mapping[str, str]) -> None:
     for name, value in sorted(values.items()):
-        with open(f"{_SYS}/{name}", "w", encoding="ascii") as file:
-            file.write(f"{value}\n")
+        with open(f"{_SYS}/{name}", "r+", encoding="ascii") as file:
+            if file.read() != f"{value}\n":  # some do more than what they say, written or not
+                file.seek(0)
+                file.write(f"{value}\n")

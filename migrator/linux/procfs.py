@@ -104,6 +104,17 @@ def vm_flags(pid: int) -> dict[int, frozenset[str]]:
     return out
 
 
+def numa_policies(pid: int) -> set[str]:
+    """Of the mappings of a process, and of its leader; walks the page tables as vm_flags() does."""
+    try:
+        text = read_text(f"/proc/{pid}/numa_maps")
+    except FileNotFoundError:
+        if not os.path.exists(f"/proc/{pid}"):
+            raise
+        return set()  # a kernel without NUMA
+    return {words[1] for line in text.splitlines() if len(words := line.split(" ", 2)) > 1}
+
+
 def tids(pid: int) -> list[int]:
     """The threads of a process, leader first."""
     out = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -23,6 +24,7 @@ _NR = {
     "pidfd_getfd": 438,
     "get_robust_list": 274,
     "ioprio_get": 252,
+    "sched_getattr": 315,
 }
 
 
@@ -65,6 +67,14 @@ def kcmp(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> int:
 def same(pid_a: int, pid_b: int, kind: int, a: int = 0, b: int = 0) -> bool:
     """Whether two tasks share a resource of `kind` (kcmp(2))."""
     return kcmp(pid_a, pid_b, kind, a, b) == 0
+
+
+def time_slice(tid: int) -> int:
+    """In ns, of a task under SCHED_OTHER or SCHED_BATCH (sched_getattr(2)); 0 for others, and before Linux 6.12."""
+    answer = ctypes.create_string_buffer(48)
+    call(_NR["sched_getattr"], tid, ctypes.addressof(answer), len(answer), 0, name="sched_getattr", about=f"tid {tid}")
+    policy, runtime = struct.unpack_from("<I16xQ", answer, 4)
+    return int(runtime) if policy in (os.SCHED_OTHER, os.SCHED_BATCH) else 0
 
 
 def get_robust_list(tid: int) -> tuple[int, int]:

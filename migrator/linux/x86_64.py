@@ -21,12 +21,13 @@ MINUS_ONE = (1 << 64) - 1
 
 NR = {
     "read": 0, "write": 1, "close": 3, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
-    "rt_sigaction": 13, "rt_sigreturn": 15, "ioctl": 16, "mremap": 25, "madvise": 28, "shmget": 29,
+    "rt_sigaction": 13, "rt_sigreturn": 15, "ioctl": 16, "mremap": 25, "mincore": 27, "madvise": 28, "shmget": 29,
     "shmat": 30, "dup2": 33, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "getpid": 39,
     "recvmsg": 47, "exit": 60, "wait4": 61, "fcntl": 72, "chdir": 80, "fchdir": 81, "umask": 95,
     "setuid": 105, "setgid": 106, "setpgid": 109, "setsid": 112, "setgroups": 116, "setresuid": 117,
     "setresgid": 119, "setfsuid": 122, "setfsgid": 123, "capset": 126, "rt_sigqueueinfo": 129,
     "sigaltstack": 131, "personality": 135, "setpriority": 141, "sched_setscheduler": 144, "mlock": 149,
+    "mlockall": 151, "arch_prctl": 158, "get_mempolicy": 239,
     "prctl": 157, "setrlimit": 160, "chroot": 161, "getsid": 124, "gettid": 186, "sched_setaffinity": 203,
     "membarrier": 324, "set_tid_address": 218, "restart_syscall": 219, "timer_create": 222, "timer_settime": 223,
     "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "clock_nanosleep": 230,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.dump.source import UserSource
+from migrator.linux import procfs
 from migrator.linux.cgroup import hierarchy
 
 pytestmark = pytest.mark.root
@@ -32,14 +34,25 @@ print("ready", flush=True)
 time.sleep(60)
 """
 PROGRAM = """
-import tempfile, time
+import ctypes, os, signal, socket, struct, tempfile, time
+if os.fork() == 0:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+os.waitid(os.P_ALL, 0, os.WSTOPPED)
 try:
     open("/proc/self/loginuid", "w").write("4711")
 except FileNotFoundError:
     pass  # a kernel without audit
 open("/proc/self/coredump_filter", "w").write("0x7f")
+with socket.socket(type=socket.SOCK_DGRAM) as closed:
+    closed.bind(("127.0.0.1", 0))
+    address = closed.getsockname()
+refused = socket.socket(type=socket.SOCK_DGRAM)
+refused.connect(address)
+refused.send(b"nobody hears it")
+ctypes.CDLL(None).syscall(314, 0, struct.pack("<IIQiIQQQ", 48, 0, 0, 0, 0, 97000000, 0, 0), 0)
 kept = tempfile.TemporaryFile(dir=".")
-print(kept.fileno(), flush=True)
+print(kept.fileno(), refused.fileno(), flush=True)
 time.sleep(60)
 """
 
@@ -56,23 +69,33 @@ def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
     group = hierarchy().mountpoint / f"test-notes-{os.getpid()}"
     group.mkdir()
     out = tmp_path / "out"
+    inside: list[int] = []
     with started(PROGRAM, out) as child:
         try:
             (group / "cgroup.procs").write_text(str(child.pid))
-            while not (number := out.read_text().strip()):
+            while not (numbers := out.read_text().split()):
                 time.sleep(0.01)
             with UserSource(child.pid, -1, SourceOptions()) as source:
                 told = {what: about for about, what in source.survey().notes}
+            inside = procfs.descendants(child.pid)
         finally:
-            child.kill()
+            for pid in inside:
+                os.kill(pid, signal.SIGKILL)
             child.wait()
+            while (group / "cgroup.procs").read_text():
+                time.sleep(0.01)
             group.rmdir()
     login = "the login uid 4711 (audit) will be that of the agent"
     assert told.pop(login, "") == (f"pid {child.pid}" if Path("/proc/self/loginuid").exists() else "")
     assert told["the filter 0000007f of core dumps (coredump_filter) will be that of the agent"] == f"pid {child.pid}"
     (of_cgroup,) = [what for what in told if group.name in what]
     assert of_cgroup.endswith("and its limits do not come along")
-    assert told["files without a name: when they were last read is not kept"] == f"pid {child.pid} fd {number}"
+    assert told["files without a name: when they were last read is not kept"] == f"pid {child.pid} fd {numbers[0]}"
+    error = "an error that a datagram has met waits to be read (SO_ERROR, MSG_ERRQUEUE), and will not be told"
+    assert told[error] == f"pid {child.pid} fd {numbers[1]}"
+    assert told["that it is stopped will be told to its parent once more (WUNTRACED)"] == f"pid {inside[1]}"
+    assert told["a time slice of its own (sched_setattr) will be that of the host"] == f"pid {child.pid}"
+    assert any("will begin anew" in what for what in told)
 
 
 def test_the_survey_says_what_the_destination_must_have(tmp_path: Path) -> None:

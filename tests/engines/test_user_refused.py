@@ -103,6 +103,7 @@ STATES = {
     + "int all[] = { SIGURG, SIGWINCH, SIGCHLD }; sigset_t set; sigemptyset(&set);"
     + "for (int i = 0; i < 3; i++) sigaddset(&set, all[i]); sigprocmask(SIG_BLOCK, &set, NULL);"
     + "for (int i = 0; i < 3; i++) kill(getpid(), all[i]);",
+    "has a NUMA policy": MAIN + "unsigned long node = 1; TRY(syscall(SYS_set_mempolicy, 3, &node, 8));",
     "runs under SCHED_DEADLINE": MAIN
     + "unsigned int a[14] = { 48, 6, 0, 0, 0, 0, 1000000, 0, 10000000, 0, 10000000, 0 };"
     + "TRY(syscall(SYS_sched_setattr, 0, a, 0));",
@@ -216,6 +217,11 @@ def elsewhere():
     os.chroot("/"), ctypes.CDLL(None).unshare(0x4000000)
     print("ready", flush=True)
     time.sleep(100)
+def interleaved():
+    node = ctypes.c_ulong(1)
+    assert ctypes.CDLL(None).syscall(238, 3, ctypes.byref(node), 8) == 0
+    print("ready", flush=True)
+    time.sleep(100)
 def child(act):
     if os.fork() == 0:
         act()
@@ -259,6 +265,7 @@ def surveyed(act: str) -> Iterator[tuple[UserSource, Callable[[], None]]]:
         ("threading.Thread(target=filtered).start()", "runs under seccomp"),
         ("child(filtered)", "runs under seccomp"),
         ("child(elsewhere)", "is in another uts namespace"),
+        ("threading.Thread(target=interleaved).start()", "has a NUMA policy"),
     ],
 )
 def test_what_has_come_since_the_survey_is_refused_at_the_freeze(act: str, reason: str) -> None:

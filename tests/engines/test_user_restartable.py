@@ -451,6 +451,111 @@ int main(int argc, char **argv)
 """
 
 
+FORBIDDEN = r"""
+#include <pthread.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define THREADS 40
+static void *sleeper(void *policy)
+{
+	int late = *(int *)policy, tsc;
+
+	if (late)
+		TRY(prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_LATE, 0, 0));
+	else
+		TRY(prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0));
+	while (!wl_stopping) {
+		TRY(prctl(PR_GET_TSC, &tsc, 0, 0, 0));
+		CHECK(tsc == (late ? PR_TSC_ENABLE : PR_TSC_SIGSEGV), "tsc %d", tsc);
+		CHECK(TRY(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0)) == (late ? 0 : 2), "late %d", late);
+		usleep(1000);
+	}
+	return NULL;
+}
+static void check(void)
+{
+	int tsc, status;
+	pid_t child;
+
+	TRY(prctl(PR_GET_TSC, &tsc, 0, 0, 0));
+	CHECK(tsc == PR_TSC_SIGSEGV, "tsc %d", tsc);
+	CHECK(TRY(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0)) == PR_MCE_KILL_EARLY, "mce");
+	CHECK(TRY(prctl(68 /* PR_GET_MEMORY_MERGE */, 0, 0, 0, 0)) == 1, "merge");
+	child = TRY(fork());
+	if (!child) {
+		__builtin_ia32_rdtsc();
+		_exit(0);
+	}
+	TRY(waitpid(child, &status, 0));
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV, "status %x", status);
+}
+int main(int argc, char **argv)
+{
+	static int policies[2] = { 0, 1 };
+	pthread_t thread;
+
+	wl_start(argc, argv);
+	TRY(prctl(PR_SET_DUMPABLE, 1, 0, 0, 0));
+	for (int i = 0; i < THREADS; i++)
+		pthread_create(&thread, NULL, sleeper, &policies[i % 2]);
+	TRY(prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0));
+	TRY(prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0));
+	TRY(prctl(67 /* PR_SET_MEMORY_MERGE */, 1, 0, 0, 0));
+"""
+
+
+LOCKED_LATER = r"""
+#include <sys/mman.h>
+#include "workload.h"
+static int onfault;
+static void check(void)
+{
+	unsigned char resident;
+	char *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(madvise(page, 4096, MADV_COLD) < 0 && errno == EINVAL, "a new page is not locked");
+	TRY(mincore(page, 4096, &resident));
+	CHECK((resident & 1) == !onfault, "a new page is %d", resident);
+	TRY(munmap(page, 4096));
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	onfault = argc > 2;
+	TRY(mlockall(onfault ? MCL_FUTURE | MCL_ONFAULT : MCL_FUTURE));
+"""
+
+
+PROCESSOR = r"""
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include "workload.h"
+static int listener, datagrams;
+static void check(void)
+{
+	int cpu, size = sizeof(cpu);
+
+	TRY(getsockopt(listener, SOL_SOCKET, SO_INCOMING_CPU, &cpu, (socklen_t *)&size));
+	CHECK(cpu == 1, "listener %d", cpu);
+	TRY(getsockopt(datagrams, SOL_SOCKET, SO_INCOMING_CPU, &cpu, (socklen_t *)&size));
+	CHECK(cpu == 7, "datagrams %d", cpu);
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_in here = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+
+	wl_start(argc, argv);
+	listener = TRY(socket(AF_INET, SOCK_STREAM, 0));
+	TRY(setsockopt(listener, SOL_SOCKET, SO_INCOMING_CPU, &(int){ 1 }, sizeof(int)));
+	TRY(bind(listener, (void *)&here, sizeof(here)));
+	TRY(listen(listener, 1));
+	datagrams = TRY(socket(AF_INET, SOCK_DGRAM, 0));
+	TRY(bind(datagrams, (void *)&here, sizeof(here)));
+	TRY(setsockopt(datagrams, SOL_SOCKET, SO_INCOMING_CPU, &(int){ 7 }, sizeof(int)));
+"""
+
+
 DATAGRAMS_SHUT = r"""
 #include <arpa/inet.h>
 #include <poll.h>
@@ -956,6 +1061,8 @@ STATES = {
     "a datagram socket connected to itself": SELF_CONNECTED,
     "signals that wait": PENDING,
     "a process registered for membarrier": MEMBARRIER,
+    "what the processor may not do, and memory failures": FORBIDDEN,
+    "sockets that want what one processor gets": PROCESSOR,
     "datagram sockets that are shut down": DATAGRAMS_SHUT,
     "a thread of an ordinary user that waits in poll": POLL_OF_A_USER,
     "a unix socket that an ordinary user made listen": LISTENER_OF_A_USER,
@@ -971,6 +1078,13 @@ STATES = {
 @pytest.mark.parametrize("state", STATES)
 def test_it_is_saved_killed_and_restarted(state: str, hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
     restarted(STATES[state] + TICKING * ("wl_ok" not in STATES[state]), hosts, tmp_path)
+
+
+@pytest.mark.parametrize("how", [(), ("onfault",)], ids=["at once", "once touched"])
+def test_memory_that_is_mapped_later_is_locked(
+    how: tuple[str, ...], hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    restarted(LOCKED_LATER + TICKING, hosts, tmp_path, *how)
 
 
 @pytest.mark.parametrize("size", [0, 4000, 20000])

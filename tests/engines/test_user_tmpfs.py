@@ -226,6 +226,40 @@ def test_sysctls_of_its_own_namespaces_go_along(tmp_path: Path) -> None:
     assert Path("/proc/sys/kernel/msgmax").read_text() == here
 
 
+LINKED = """
+import os, time
+wanted = {
+    "net/ipv4/conf/eth0/arp_ignore": "2", "net/ipv4/conf/eth0/rp_filter": "0", "net/ipv4/conf/lo/rp_filter": "2",
+    "net/ipv4/neigh/eth0/gc_stale_time": "77", "net/ipv6/conf/eth0/hop_limit": "33",
+    "net/ipv4/conf/default/arp_ignore": "1", "net/ipv4/conf/default/log_martians": "1",
+}
+kept = "net/ipv4/conf/eth0/log_martians"  # as it was before the default changed
+was = open(f"/proc/sys/{kept}").read().strip()
+for name, value in wanted.items():
+    open(f"/proc/sys/{name}", "w").write(value)
+wanted[kept] = was
+print("ready"); n = 0
+while True:
+    n += 1
+    for name, value in wanted.items():
+        assert open(f"/proc/sys/{name}").read() == value + "\\n", name
+    print("tick", n); time.sleep(0.01)
+"""
+
+
+def test_sysctls_of_its_interfaces_go_along(tmp_path: Path) -> None:
+    bridge = f"mg{os.getpid()}"
+    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+    try:
+        run(tmp_path, LINKED, "--bridge", bridge, "--ip", "10.99.7.2/24")
+        for _ in range(2):
+            move()
+            await_ticks(tmp_path)
+    finally:
+        subprocess.run([*MIGRATOR, "stop", NAME], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", bridge], check=True)
+
+
 MOUNTED = """
 import os, sys, time
 print("ready"); n = 0

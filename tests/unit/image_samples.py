@@ -400,6 +400,11 @@ def latest() -> list[Record]:
     """guarded(), and what revision 5 added."""
     records = guarded()
     records[0].rev = 5  # type: ignore[attr-defined]
+    for record in records:
+        if isinstance(record, r.Task) and record.pid == 2:
+            record.flags |= r.TaskBits.TSC_DENIED | r.TaskBits.MCE_EARLY | r.TaskBits.LOCK_FUTURE
+        if isinstance(record, r.Task) and record.pid == 5:
+            record.flags |= r.TaskBits.CPUID_DENIED | r.TaskBits.MCE_LATE | r.TaskBits.MERGE_ALL
     queue: dict[str, int] = {
         "uid": 5, "gid": 6, "max_messages": 10, "message_size": 8192, "reserved": 0, "atime": 1, "mtime": 2,
     }  # fmt: skip

@@ -18,9 +18,10 @@ SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BUF_LOCK = 32, 33, 42, 72
 IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
 TCP_CONGESTION, TCP_ULP = 13, 31
-_SO_PRIORITY, _IP_TOS = 12, 1
+_SO_PRIORITY, _SO_INCOMING_CPU, _IP_TOS = 12, 49, 1
 _SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF, _BPF_RET = 51, 68, 0x06
 
+_WRITTEN_BY_PACKETS = SOL_SOCKET, _SO_INCOMING_CPU
 _AT_ONCE = 256  # sockets that are asked for all their options in one go
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
 _UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II"), struct.Struct("<q"), 0xFFFFFFFF
@@ -42,6 +43,7 @@ _GENERIC = (
     35,
     36,
     46,
+    49,
     60,
 )  # REUSEADDR, DONTROUTE .. TIMESTAMP, MARK .. ZEROCOPY
 _UNIX = (16, 34, 42, 76)  # PASSCRED, PASSSEC, PEEK_OFF, PASSPIDFD
@@ -199,7 +201,8 @@ class Defaults:
             values = [_number(name, raw) for raw in answers.all()] if special else answers.numbers()
             if values.count(default) == len(values):
                 continue
-            only_new = level == SOL_TCP and name in _TCP_UNCONNECTED
+            # of a connection, the kernel writes it with each packet
+            only_new = (level == SOL_TCP and name in _TCP_UNCONNECTED) or (level, name) == _WRITTEN_BY_PACKETS
             for at, value in zip(members, values, strict=True):
                 if value != default and not (only_new and at in connected):
                     out[at].append(SocketOption(level, name, value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,16 @@ def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
         try:
             numbers = fdinfo.numbers(process.pid)
             peers = [n for n in numbers if _knows_its_peer(process, n)]
+            errors = [n for n in numbers if _has_an_error(process, n)]
             deleted = [n for n in numbers if _is_deleted(process, n)]
         except OSError:
             continue  # it ended
         if peers:
             words = "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
             yield _about(process, peers), words
+        if errors:
+            words = "an error that a datagram has met waits to be read (SO_ERROR, MSG_ERRQUEUE), and will not be told"
+            yield _about(process, errors), words
         if deleted:
             yield _about(process, deleted), "files without a name: when they were last read is not kept"
 
@@ -41,6 +46,20 @@ def _is_deleted(process: Holder, number: int) -> bool:
     except OSError:
         return False  # it was closed meanwhile
     return stat.S_ISREG(status.st_mode) and not status.st_nlink
+
+
+def _has_an_error(process: Holder, number: int) -> bool:
+    try:
+        if not os.readlink(f"/proc/{process.pid}/fd/{number}").startswith("socket:"):
+            return False
+        with socket.socket(fileno=sys.pidfd_getfd(process.pidfd, number)) as sock:
+            if sock.type != socket.SOCK_DGRAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return False
+            poll = select.poll()
+            poll.register(sock, 0)
+            return any(events & select.POLLERR for _, events in poll.poll(0))
+    except OSError:
+        return False  # it was closed meanwhile
 
 
 def _knows_its_peer(process: Holder, number: int) -> bool:

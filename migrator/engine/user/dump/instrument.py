@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
-from migrator.engine.user.dump.parasite import SCRATCH, Parasite
+from migrator.engine.user.dump.parasite import PROBE, SCRATCH, Parasite
 from migrator.engine.user.dump.process import Process, Thread, vtid_of
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.tracing import stop_one
@@ -93,7 +93,7 @@ class Instrument:
     @staticmethod
     def _map_scratch(process: Process, remote: Remote) -> None:
         try:
-            remote.map_scratch(SCRATCH)
+            remote.map_scratch(SCRATCH, reserved=PROBE)
         except RemoteError as error:
             if error.errno == errno.EACCES:
                 raise CheckpointFailed(

@@ -11,6 +11,7 @@ from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
+from migrator.engine.user.dump.parasite import SCRATCH
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
@@ -74,7 +75,8 @@ class MemoryDump:
         if text != process.maps:
             process.maps = text
             scratch = remote.scratch if remote is not None else 0
-            process.vmas = [v for v in procfs.parse_maps(text, process.lines) if v.start != scratch or not scratch]
+            ours = range(scratch, scratch + SCRATCH) if scratch else ()
+            process.vmas = [v for v in procfs.parse_maps(text, process.lines) if v.start not in ours]
 
     def instrument(self, process: Process) -> None:
         """Instrument a process. One that ends, becomes another program or is in its parent's memory is left for a

@@ -12,6 +12,7 @@ tables at the same time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import signal
 import struct
@@ -27,6 +28,7 @@ from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, 
 from migrator.linux.threads import Run, run_all, set_all
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
+PROBE = 4096  # the end of it: a page that is mapped anew to see how memory is that is mapped from now on
 
 NSIG = 64
 SIGACTION_SIZE = 32
@@ -34,13 +36,18 @@ UNBLOCKABLE = (signal.SIGKILL, signal.SIGSTOP)
 _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
-_PR_GET_SECCOMP = 21
+_PR_GET_SECCOMP, _PR_GET_TSC, _PR_MCE_KILL_GET, _PR_GET_MEMORY_MERGE = 21, 25, 34, 68
+_ARCH_GET_CPUID = 0x1011
+_MAP_FIXED, _RWX = 0x32, 7  # private and anonymous
+_MADV_DONTFORK, _MADV_COLD = 10, 20  # the latter is not for memory that is locked
 _MEMBARRIER_GET_REGISTRATIONS = 1 << 9
+_PR_TSC_SIGSEGV, _MCE_DEFAULT = 2, 2
 _RLIMITS = 16
 
-_THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig (4), name (16)
-_THREAD_CALLS = 7
-_SLACK, _SECUREBITS, _SECCOMP = 3, 5, 6  # which of them return the timer slack, the secure bits, the mode of seccomp
+_THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig, TSC (4 each), name (16),
+# mode of the NUMA policy (4)
+_THREAD_CALLS = 11
+_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE = 3, 5, 6, 8, 9  # which of them return what
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -75,6 +82,10 @@ class ThreadReply:
     comm: str
     securebits: int
     seccomp: int  # 0 none, 1 strict, 2 filters
+    tsc_denied: bool  # reading the time stamp counter is a fault (PR_SET_TSC)
+    cpuid_denied: bool  # ARCH_SET_CPUID
+    mce: int  # PR_MCE_KILL: 0 late, 1 early, 2 as the host does
+    numa: bool  # it has a NUMA policy
 
 
 @dataclass(slots=True)
@@ -93,6 +104,9 @@ class ProcessReply:
     dumpable: int
     thp_disabled: int
     subreaper: int
+    merge_all: bool  # PR_SET_MEMORY_MERGE
+    lock_future: bool  # what is mapped later is locked (MCL_FUTURE),
+    lock_onfault: bool  # once it is touched
     membarrier: int  # the commands that registered it; 0 before Linux 6.3 too, which does not tell
 
 
@@ -104,6 +118,10 @@ class Parasite:
         self._calls = 0  # of the process's table
         self._prepared = self._running = False
 
+    @property
+    def _probe(self) -> int:
+        return self._remote.scratch + SCRATCH - PROBE
+
     def prepare(self) -> None:
         """Write the tables. The process may run."""
         out = self._remote.data
@@ -113,6 +131,11 @@ class Parasite:
             *((_NR["getitimer"], which, out + _ITIMERS + 32 * which) for which in range(3)),
             *((_NR["prlimit64"], 0, which, 0, out + _LIMITS + 16 * which) for which in range(_RLIMITS)),
             (_NR["prctl"], _PR_GET_CHILD_SUBREAPER, out + _SUBREAPER, 0, 0, 0),
+            (_NR["mmap"], self._probe, PROBE, _RWX, _MAP_FIXED, -1, 0),
+            (_NR["madvise"], self._probe, PROBE, _MADV_DONTFORK),
+            (_NR["madvise"], self._probe, PROBE, _MADV_COLD),
+            (_NR["mincore"], self._probe, PROBE, out + _SUBREAPER + 4),
+            (_NR["prctl"], _PR_GET_MEMORY_MERGE, 0, 0, 0, 0),
             (_NR["brk"], 0),
             (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
@@ -162,8 +185,9 @@ class Parasite:
             self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
-        brk, dumpable, thp, membarrier = results[-4:]
-        (subreaper,) = struct.unpack_from("<i", raw, at + _SUBREAPER)
+        mapped, _, cold, _, merge_all, brk, dumpable, thp, membarrier = results[-9:]
+        subreaper, resident = struct.unpack_from("<iB", raw, at + _SUBREAPER)
+        locked = mapped == -errno.EAGAIN or cold == -errno.EINVAL
         itimers = []
         for which in range(3):
             i_s, i_us, v_s, v_us = struct.unpack_from("<4q", raw, at + _ITIMERS + 32 * which)
@@ -181,6 +205,9 @@ class Parasite:
             dumpable,
             thp,
             subreaper,
+            merge_all == 1,
+            locked,
+            locked and mapped > 0 and not resident & 1,
             max(0, membarrier),
         )
 
@@ -263,11 +290,15 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_GET_NAME, out + 40, 0, 0, 0),
         (_NR["prctl"], _PR_GET_SECUREBITS, 0, 0, 0, 0),
         (_NR["prctl"], _PR_GET_SECCOMP, 0, 0, 0, 0),
+        (_NR["prctl"], _PR_GET_TSC, out + 36, 0, 0, 0),
+        (_NR["arch_prctl"], _ARCH_GET_CPUID, 0),
+        (_NR["prctl"], _PR_MCE_KILL_GET, 0, 0, 0, 0),
+        (_NR["get_mempolicy"], out + 56, 0, 0, 0, 0),
     ]
 
 
 def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
-    sp, flags, size, tid_address, pdeathsig, name = struct.unpack_from("<QixxxxQQixxxx16s", raw, at)
+    sp, flags, size, tid_address, pdeathsig, tsc, name, policy = struct.unpack_from("<QixxxxQQii16si", raw, at)
     comm = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return ThreadReply(
         (sp, flags, size),
@@ -277,4 +308,8 @@ def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
         comm,
         results[_SECUREBITS],
         max(0, results[_SECCOMP]),  # EINVAL of a kernel without it
+        tsc == _PR_TSC_SIGSEGV,
+        results[_CPUID] == 0,
+        results[_MCE] if results[_MCE] >= 0 else _MCE_DEFAULT,
+        policy != 0,
     )

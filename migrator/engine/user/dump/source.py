@@ -27,7 +27,7 @@ from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
-from migrator.engine.user.dump.survey_tasks import UNDER_SECCOMP
+from migrator.engine.user.dump.survey_tasks import NUMA_POLICY, UNDER_SECCOMP
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
@@ -274,6 +274,8 @@ class UserSource:
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
                 if any(reply.seccomp for reply in (replies[pid].leader, *others[pid])):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=_SINCE)
+                if any(reply.numa for reply in (replies[pid].leader, *others[pid])):
+                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=_SINCE)
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
         if silence is not None:

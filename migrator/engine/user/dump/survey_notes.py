@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.dump.process import Process
-from migrator.linux import procfs
+from migrator.linux import procfs, sys
 from migrator.linux.cgroup import PARENT
 
 _UNSET = (1 << 32) - 1
@@ -18,10 +18,16 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
     filters: dict[str, list[int]] = {}
     ours = procfs.read_text("/proc/self/coredump_filter").strip()
     groups: dict[str, list[int]] = {}
+    stopped: list[int] = []
+    slices: list[int] = []
     for process in processes:
         try:
             logins.setdefault(_login_uid(process.pid), []).append(process.pid)
             filters.setdefault(procfs.read_text(f"/proc/{process.pid}/coredump_filter").strip(), []).append(process.pid)
+            if procfs.stat(process.pid)[3] == "T":
+                stopped.append(process.pid)
+            if any(_has_slice(tid) for tid in procfs.tids(process.pid)):
+                slices.append(process.pid)
             for where in _cgroups(process.pid):
                 groups.setdefault(where, []).append(process.pid)
         except (FileNotFoundError, ProcessLookupError):
@@ -32,12 +38,28 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
     for value, pids in filters.items():
         if value not in (ours, ""):
             yield _about(pids), f"the filter {value} of core dumps (coredump_filter) will be that of the agent"
+    if stopped:
+        yield _about(stopped), "that it is stopped will be told to its parent once more (WUNTRACED)"
+    if slices:
+        yield _about(slices), "a time slice of its own (sched_setattr) will be that of the host"
+    if processes:
+        about = "processor times and counters of use (getrusage, /proc/PID/io, page faults) will begin anew"
+        yield f"pid {processes[0].pid} and its tree", about
     for where, pids in groups.items():
         yield _about(pids), f"the cgroup {where} and its limits do not come along"
 
 
 def _about(pids: Sequence[int]) -> str:
     return f"pid {', '.join(map(str, pids[:_SHOWN]))}{', …' if pids[_SHOWN:] else ''}"
+
+
+def _has_slice(tid: int) -> bool:
+    """The kernel's own is that of this thread, or was when the task ran last: a part of it, with fewer processors."""
+    try:
+        theirs, ours = sys.time_slice(tid), sys.time_slice(0)
+    except OSError:
+        return False  # it ended
+    return bool(theirs and ours and ours % theirs and theirs % ours) or theirs > 8 * ours
 
 
 def _login_uid(pid: int) -> int:

@@ -24,6 +24,12 @@ SHARED = {
 }
 _SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
 _IOPRIO_CLASS_SHIFT, _SCHED_DEADLINE = 13, 6
+_SPECULATION_DENIED = (
+    "thread mitigated",
+    "thread force mitigated",
+    "conditional disabled",
+    "conditional force disabled",
+)
 _ORDER = {0: 0, 1: -1, 2: 1, 3: 1}
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -88,6 +94,7 @@ def _exit_signal(tree: ProcessTree, process: Process) -> Iterator[str]:
         yield f"pid {process.pid} tells its parent of its end by signal {number} and not SIGCHLD (clone(2))"
 
 
+NUMA_POLICY = "has a NUMA policy (set_mempolicy(2), mbind(2)), which is not carried"
 UNDER_SECCOMP = "runs under seccomp, whose filters cannot be carried"
 
 
@@ -153,6 +160,9 @@ def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> I
     thread = f"{who}: its thread {tid}" if tid != pid else who
     if own.get("Seccomp", "0") != "0":
         yield f"{thread} {UNDER_SECCOMP}"
+    for key in ("Speculation_Store_Bypass", "SpeculationIndirectBranch"):
+        if own.get(key, "") in _SPECULATION_DENIED:
+            yield f"{thread} has {key} switched off (PR_SET_SPECULATION_CTRL), which is not carried"
     if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
         yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
     waiting = shared | int(own["SigPnd"], 16)
@@ -170,6 +180,8 @@ def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> I
 
 
 def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
+    if any(policy != "default" for policy in procfs.numa_policies(pid)):
+        yield f"{who} {NUMA_POLICY}"
     flags = procfs.vm_flags(pid)
     vmas = procfs.maps(pid)
     for vma in vmas:

@@ -49,6 +49,8 @@ MEMBARRIER = {  # by the command that registers
     1 << 8: TaskBits.MEMBARRIER_RSEQ,
 }
 
+MCE_POLICIES = {1: TaskBits.MCE_EARLY, 0: TaskBits.MCE_LATE}  # of PR_MCE_KILL
+
 Credentials = tuple[str, ...]  # as proc(5) has them
 
 
@@ -165,6 +167,9 @@ class TaskDump:
             (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
             | (TaskBits.THP_DISABLED if reply.thp_disabled == 1 else 0)
             | (TaskBits.NOT_DUMPABLE if reply.dumpable != 1 else 0)
+            | (TaskBits.MERGE_ALL if reply.merge_all else 0)
+            | (TaskBits.LOCK_FUTURE if reply.lock_future else 0)
+            | (TaskBits.LOCK_ONFAULT if reply.lock_onfault else 0)
             | sum(bit for command, bit in MEMBARRIER.items() if reply.membarrier & command)
         )
         return Shared(files_objref, self._fs(process, state), sighand, signal, int(bits))
@@ -229,7 +234,7 @@ class TaskDump:
                 rseq_len=rseq.length if rseq.pointer else 0,
                 rseq_sig=rseq.signature if rseq.pointer else 0,
                 altstack_flags=reply.altstack[1],
-                flags=shared.bits | (TaskBits.NO_NEW_PRIVS if no_new_privs else 0),
+                flags=shared.bits | (TaskBits.NO_NEW_PRIVS if no_new_privs else 0) | _bits(reply),
                 clear_child_tid=reply.tid_address,
                 robust_list=robust,
                 robust_len=robust_len,
@@ -253,6 +258,14 @@ class TaskDump:
         own = ptrace.peek_siginfo(thread.tid, shared=False)
         if own:
             self._writer.write(SigPending(thread.vtid, 0, own))
+
+
+def _bits(reply: ThreadReply) -> int:
+    return (
+        (TaskBits.TSC_DENIED if reply.tsc_denied else 0)
+        | (TaskBits.CPUID_DENIED if reply.cpuid_denied else 0)
+        | MCE_POLICIES.get(reply.mce, 0)
+    )
 
 
 def _read_static(pid: int, tid: int) -> Static:

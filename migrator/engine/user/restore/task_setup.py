@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from signal import SIGKILL, SIGSTOP
 
-from migrator.engine.user.dump.tasks import MEMBARRIER
+from migrator.engine.user.dump.tasks import MCE_POLICIES, MEMBARRIER
 from migrator.engine.user.restore.stub import PREPARED, PREPARED_SIZE, Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import Cred, Fs, Sighand, Signal, Task, TaskBits
@@ -30,6 +30,9 @@ _UNBLOCKABLE = (SIGKILL, SIGSTOP)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
 _PR_SET_CHILD_SUBREAPER, _NO_SETUID_FIXUP = 36, 4
 _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
+_PR_SET_TSC, _PR_TSC_SIGSEGV, _ARCH_SET_CPUID = 26, 2, 0x1012
+_PR_MCE_KILL, _PR_MCE_KILL_SET, _PR_SET_MEMORY_MERGE = 33, 1, 67
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _SS_ONSTACK = 1
 _CAP_VERSION_3 = 0x20080522
 _RLIMITS = 16
@@ -210,6 +213,10 @@ def _process_calls(part: ProcessPart, at: int) -> tuple[bytes, list[Call]]:
         calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     if part.flags & TaskBits.THP_DISABLED:
         calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
+    if part.flags & TaskBits.MERGE_ALL:
+        calls.append((NR["prctl"], _PR_SET_MEMORY_MERGE, 1, 0, 0, 0))
+    if part.flags & TaskBits.LOCK_FUTURE:
+        calls.append((NR["mlockall"], _MCL_FUTURE | (_MCL_ONFAULT if part.flags & TaskBits.LOCK_ONFAULT else 0)))
     calls += [(NR["membarrier"], command, 0, 0) for command, bit in MEMBARRIER.items() if part.flags & bit]
     calls += [(NR["prlimit64"], 0, which, limits_at + 16 * which, 0) for which in range(len(part.limits))]
     calls += part.channel
@@ -236,6 +243,13 @@ def _thread_calls(part: ThreadPart, cred: Cred, at: int, permitted: int) -> tupl
         calls.append((NR["personality"], part.personality))
     if part.ioprio:
         calls.append((NR["ioprio_set"], 1, 0, part.ioprio))
+    if part.flags & TaskBits.TSC_DENIED:
+        calls.append((NR["prctl"], _PR_SET_TSC, _PR_TSC_SIGSEGV, 0, 0, 0))
+    if part.flags & TaskBits.CPUID_DENIED:
+        calls.append((NR["arch_prctl"], _ARCH_SET_CPUID, 0))
+    for policy, bit in MCE_POLICIES.items():
+        if part.flags & bit:
+            calls.append((NR["prctl"], _PR_MCE_KILL, _PR_MCE_KILL_SET, policy, 0, 0))
     more, extra = _cred_calls(cred, at + len(blob), permitted)
     blob += more
     calls += extra
