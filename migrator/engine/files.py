@@ -41,6 +41,17 @@ def opened(pid: int, files: dict[str, FileFact], devices: Collection[int], *, na
             continue  # it was closed
 
 
+def named(pid: int, paths: Collection[str], files: dict[str, FileFact], devices: Collection[int]) -> None:
+    """Note what must be there by name, whatever is in it. `paths` are those of the root directory of `pid`."""
+    for path in paths:
+        try:
+            status = os.lstat(f"/proc/{pid}/root{path}")
+        except OSError:
+            continue  # it was removed
+        if status.st_dev not in devices and path != "/" and not f"{path}/".startswith(("/dev/", "/proc/")):
+            files.setdefault(path, FileFact(path, 0, status.st_mode, 0, "", stat.S_ISREG(status.st_mode)))
+
+
 def _note(files: dict[str, FileFact], path: str, link: str, writable: bool) -> None:
     known = files.get(path)
     if known is not None and (known.writable or not writable):

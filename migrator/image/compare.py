@@ -61,6 +61,15 @@ SKIPPED = {
     "Pages of sleeps": "the kernel writes what is left of an interrupted nanosleep(2) to where its caller said",
     "Pages of rseq": "the kernel writes the processor that a thread runs on to the page of its rseq(2) area",
 }
+_PARTS: dict[type[Record], str] = {  # contents of objects, by what refers to the object
+    f.PipeBuffer: "pipe_objref",
+    f.FileData: "inode_objref",
+    f.SocketBuffer: "socket_objref",
+    f.SocketTcp: "socket_objref",
+    f.EpollItems: "epoll_objref",
+    f.FileLock: "file_objref",
+    f.InotifyWatch: "inotify_objref",
+}
 _OUTSIDE = -1  # a session or group that is led from outside of the tree
 _DATA = 1 << 32  # in a page's entry: it has contents, the rest is their checksum
 _ZERO, _GUARD = 0, 2 << 32
@@ -127,16 +136,8 @@ class Contents:
                 self.vmas[record.mm_objref] = record
             case r.Container():
                 self.container = record
-            case f.PipeBuffer():
-                self.parts.setdefault(record.pipe_objref, []).append(record)
-            case f.FileData():
-                self.parts.setdefault(record.inode_objref, []).append(record)
-            case f.SocketBuffer() | f.SocketTcp():
-                self.parts.setdefault(record.socket_objref, []).append(record)
-            case f.EpollItems():
-                self.parts.setdefault(record.epoll_objref, []).append(record)
-            case f.FileLock():
-                self.parts.setdefault(record.file_objref, []).append(record)
+            case _ if type(record) in _PARTS:
+                self.parts.setdefault(getattr(record, _PARTS[type(record)]), []).append(record)
             case s.TmpfsEntry() | s.TmpfsXattr():
                 self._named(f"tmpfs {record.mount} {record.path}", record)
             case s.SysvShm():
@@ -382,6 +383,9 @@ class _Walk:
             self.out[f"{way} message {index}"] = key, data
         for index, piece in enumerate(_spans(parts)):
             self.out[f"{way} data {index}"] = piece
+        for watch in parts:
+            if isinstance(watch, f.InotifyWatch):
+                self.out[f"{way} watch {watch.wd}"] = watch.mask, watch.path
         locks = [(p.pid, p.kind, p.start, p.length, p.fd) for p in parts if isinstance(p, f.FileLock)]
         for index, lock in enumerate(sorted(locks)):
             self.out[f"{way} lock {index}"] = lock

@@ -35,7 +35,7 @@ def _from_3(record: Record) -> Record:
 
 
 def _from_4(record: Record) -> Record:
-    """Revision 5 added POSIX message queues, and flags of tasks."""
+    """Revision 5 added POSIX message queues, inotify instances, and flags of tasks."""
     return record
 
 

@@ -299,7 +299,7 @@ class ImageSummary:
                 self._named[record.objref] = socket_text(record)
             case f.DeletedFile():
                 self._named[record.objref] = f"{record.path} (deleted)"
-            case f.Pipe() | f.EventFd() | f.TimerFd() | f.SignalFd():
+            case f.Pipe() | f.EventFd() | f.TimerFd() | f.SignalFd() | f.Inotify():
                 self._named[record.objref] = f"{type(record).__name__} {record.objref}"
             case f.PidFd():
                 self._named[record.objref] = f"pid {record.pid}"

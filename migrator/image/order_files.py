@@ -17,6 +17,8 @@ MAX_FD = 1 << 30  # the kernel's ceiling of fs.nr_open
 MAX_OFFSET = (1 << 63) - 1  # loff_t
 MAX_SOCKADDR = 128  # struct sockaddr_storage
 NSIG = 64
+_WATCH_EVENTS = 0xFFF  # IN_ALL_EVENTS
+_WATCH_MASK = 0x84000000 | _WATCH_EVENTS  # IN_ONESHOT, IN_EXCL_UNLINK
 
 _Kind = f.FileKind
 # The object that a File of each kind is opened on; the others are opened on their path.
@@ -31,6 +33,7 @@ _INODES = {
     int(_Kind.SOCKET): "Socket",
     int(_Kind.PIDFD): "PidFd",
     int(_Kind.MQUEUE): "MqQueue",
+    int(_Kind.INOTIFY): "Inotify",
 }
 # What it may be instead: a deleted file that is mapped as well.
 _OTHERS = {int(_Kind.DELETED): ("SharedFile",)}
@@ -56,6 +59,7 @@ class FilesOrder:
         self._in_tree = in_tree
         self._sizes: dict[int, int] = {}  # of DeletedFiles, by objref
         self._opened: dict[int, int] = {}  # of Files: hash of kind and path, which stay when it comes again
+        self._watches: dict[int, int] = {}  # of Inotifys: the last wd
         self._connections: set[int] = set()  # Sockets whose SocketTcp came
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             f.FileTable: self._table,
@@ -66,6 +70,7 @@ class FilesOrder:
             f.DeletedFile: self._deleted_file,
             f.FileData: self._file_data,
             f.PidFd: self._pidfd,
+            f.InotifyWatch: self._watch,
             f.FileLock: self._lock,
             f.Socket: self._socket,
             f.SocketBuffer: self._socket_buffer,
@@ -135,6 +140,16 @@ class FilesOrder:
 
     def _pidfd(self, pidfd: f.PidFd) -> None:
         self._in_tree(pidfd.pid)
+
+    def _watch(self, watch: f.InotifyWatch) -> None:
+        self._references.use(watch.inotify_objref, "Inotify", "a watch")
+        if not self._watches.get(watch.inotify_objref, 0) < watch.wd:
+            self._fail(f"watch {watch.wd} after watch {self._watches.get(watch.inotify_objref, 0)}")
+        self._watches[watch.inotify_objref] = watch.wd
+        if watch.mask & ~_WATCH_MASK or not watch.mask & _WATCH_EVENTS:
+            self._fail(f"unknown mask {watch.mask:#x}")
+        if not watch.path.startswith("/"):
+            self._fail(f"path {watch.path!r} is not absolute")
 
     def _lock(self, lock: f.FileLock) -> None:
         self._references.use(lock.file_objref, "File", "a lock")

@@ -2,7 +2,7 @@
 
 Three layers, each saved once and ahead of what refers to it:
 
-    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Socket (and Shm, for memfds, and MqQueue)
+    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Inotify, Socket (and Shm, MqQueue)
     File                an open file description: offset and flags, on a path or on an inode object
     FileTable           the descriptors of one or more processes: numbers of Files
 
@@ -57,6 +57,7 @@ class FileKind(enum.IntEnum):
     SOCKET = 13  # a Socket
     PIDFD = 14  # a PidFd
     MQUEUE = 15  # a MqQueue
+    INOTIFY = 16  # an Inotify
 
 
 class OwnerType(enum.IntEnum):
@@ -192,6 +193,23 @@ class FileLock(Record):
     kind: u32  # 1 shared, 2 exclusive
     start: u64  # in bytes
     length: u64  # 0: up to the end of the file, however it grows
+
+
+@record(317)
+class Inotify(Record):
+    """An inotify instance; what it watches follows."""
+
+    objref: s32
+    reserved: u32
+
+
+@record(318)
+class InotifyWatch(Record):
+    inotify_objref: s32
+    wd: s32  # its number, by which they are sorted
+    mask: u32  # events, IN_EXCL_UNLINK and IN_ONESHOT
+    reserved: u32
+    path: str  # from the root of the root task; where it leads to is watched itself
 
 
 class SocketState(enum.IntEnum):

@@ -35,6 +35,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "peer_objref": ("Socket",),
     "shared_objref": ("Shm", "SharedFile"),
     "queue_objref": ("MqQueue",),
+    "inotify_objref": ("Inotify",),
 }
 
 # Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.

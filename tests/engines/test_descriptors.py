@@ -271,7 +271,6 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("ctypes.CDLL(None).inotify_init()", "an inotify instance"),
         ("ctypes.CDLL(None).syscall(323, 1)", "a userfaultfd"),
         ("os.open('/dev/ptmx', os.O_RDWR)", "a terminal that the program has made"),
         ("os.close(os.openpty()[0])", "is a terminal"),

@@ -51,8 +51,9 @@ refused = socket.socket(type=socket.SOCK_DGRAM)
 refused.connect(address)
 refused.send(b"nobody hears it")
 ctypes.CDLL(None).syscall(314, 0, struct.pack("<IIQiIQQQ", 48, 0, 0, 0, 0, 97000000, 0, 0), 0)
+watching = ctypes.CDLL(None).inotify_init1(0)
 kept = tempfile.TemporaryFile(dir=".")
-print(kept.fileno(), refused.fileno(), flush=True)
+print(kept.fileno(), refused.fileno(), watching, flush=True)
 time.sleep(60)
 """
 
@@ -93,6 +94,8 @@ def test_check_tells_what_stays_behind(tmp_path: Path) -> None:
     assert told["files without a name: when they were last read is not kept"] == f"pid {child.pid} fd {numbers[0]}"
     error = "an error that a datagram has met waits to be read (SO_ERROR, MSG_ERRQUEUE), and will not be told"
     assert told[error] == f"pid {child.pid} fd {numbers[1]}"
+    watching = "what happens to watched files while the tasks are stopped will not be told (inotify)"
+    assert told[watching] == f"pid {child.pid} fd {numbers[2]}"
     assert told["that it is stopped will be told to its parent once more (WUNTRACED)"] == f"pid {inside[1]}"
     assert told["a time slice of its own (sched_setattr) will be that of the host"] == f"pid {child.pid}"
     assert any("will begin anew" in what for what in told)

@@ -453,3 +453,22 @@ def test_a_message_that_its_queue_does_not_take_is_refused(changed: dict[str, ob
     stream[at] = replace(stream[at], **changed)  # type: ignore[type-var]
     with pytest.raises(ImageError, match=message):
         run(stream)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"wd": 0}, "watch 0 after watch 0"),
+        ({"wd": 77}, "watch 77 after watch 77"),
+        ({"mask": 0}, "unknown mask 0x0"),
+        ({"mask": 0x1001}, "unknown mask 0x1001"),
+        ({"path": "etc"}, "is not absolute"),
+        ({"inotify_objref": 61}, "is a MqQueue, not a Inotify"),
+    ],
+)
+def test_a_watch_that_cannot_be_is_refused(changed: dict[str, object], message: str) -> None:
+    stream = closed(latest())
+    at = next(at for at, record in enumerate(stream) if isinstance(record, f.InotifyWatch))
+    stream[at] = replace(stream[at], **changed)  # type: ignore[type-var]
+    with pytest.raises(ImageError, match=message):
+        run(stream)

@@ -81,6 +81,7 @@ OF_RESTART = {
     "inet_restore: cannot listen on \0: \0": "host: a call",
     "inet_restore: \0: congestion control \0 is not there: \0": "preflight: congestion control ",
     "inet_restore: \0 to \0: \0 bytes that were not sent yet do not go into the connection: \0": "host: a call",
+    "inotify: \0 cannot be watched (inotify): \0": "preflight: is missing",
     "locks: \0 cannot be locked: \0": "host: a call",
     "locks: \0 is locked by somebody else here": "later: somebody on that host",
     "pipes: \0 (file \0): other data waits in this FIFO here": "later: somebody there writes to it",

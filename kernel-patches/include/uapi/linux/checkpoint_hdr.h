@@ -51,6 +51,8 @@ enum ckpt_hdr_type {
 	CKPT_HDR_FILE_DATA = 314,
 	CKPT_HDR_PID_FD = 315,
 	CKPT_HDR_FILE_LOCK = 316,
+	CKPT_HDR_INOTIFY = 317,
+	CKPT_HDR_INOTIFY_WATCH = 318,
 	CKPT_HDR_MM = 401,
 	CKPT_HDR_VMAS = 402,
 	CKPT_HDR_PAGES = 403,
@@ -524,6 +526,7 @@ enum ckpt_file_kind {
 	CKPT_FILE_KIND_SOCKET = 13, /* a Socket */
 	CKPT_FILE_KIND_PIDFD = 14, /* a PidFd */
 	CKPT_FILE_KIND_MQUEUE = 15, /* a MqQueue */
+	CKPT_FILE_KIND_INOTIFY = 16, /* an Inotify */
 };
 
 enum ckpt_owner_type {
@@ -930,6 +933,24 @@ struct ckpt_hdr_mq_message {
 	__s32 queue_objref;
 	__u32 priority;
 	__u32 text_len;
+} __attribute__((aligned(8)));
+
+/*
+ * An inotify instance; what it watches follows.
+ */
+struct ckpt_hdr_inotify {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 reserved;
+} __attribute__((aligned(8)));
+
+struct ckpt_hdr_inotify_watch {
+	struct ckpt_hdr h;
+	__s32 inotify_objref;
+	__s32 wd; /* its number, by which they are sorted */
+	__u32 mask; /* events, IN_EXCL_UNLINK and IN_ONESHOT */
+	__u32 reserved;
+	__u32 path_len;
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

@@ -25,13 +25,13 @@ _ANON = {
     "[timerfd]": FileKind.TIMERFD,
     "[signalfd]": FileKind.SIGNALFD,
     "[pidfd]": FileKind.PIDFD,
+    "inotify": FileKind.INOTIFY,
 }
 _ANON_REFUSED = {
     "[io_uring]": "an io_uring instance",
     "[userfaultfd]": "a userfaultfd",
     "[perf_event]": "a performance counter (perf_event_open)",
     "[fanotify]": "a fanotify group",
-    "inotify": "an inotify instance",
     "bpf-map": "a BPF map",
     "bpf-prog": "a BPF program",
     "bpf_link": "a BPF link",
@@ -64,7 +64,7 @@ class Root:
         prefix = os.readlink(f"/proc/{pid}/root")
         self._prefix = "" if prefix == "/" else prefix
         self.known: dict[str, FileStatus | None] = {}  # what stat() is to answer, looked up ahead
-        self._pid = pid
+        self.pid = pid
         self._queues = -1
 
     def inside(self, path: str) -> str | None:
@@ -90,8 +90,8 @@ class Root:
     def queues(self) -> int:
         """The device of the POSIX message queues of the tree's own IPC namespace; 0 if it has none of its own."""
         if self._queues < 0:
-            own = os.readlink(f"/proc/{self._pid}/ns/ipc") != os.readlink("/proc/self/ns/ipc")
-            self._queues = ipc.with_ipc_namespace(self._pid, mqueue.device) if own else 0
+            own = os.readlink(f"/proc/{self.pid}/ns/ipc") != os.readlink("/proc/self/ns/ipc")
+            self._queues = ipc.with_ipc_namespace(self.pid, mqueue.device) if own else 0
         return self._queues
 
     def close(self) -> None:

@@ -14,7 +14,9 @@ from migrator.linux.stat import Status
 if TYPE_CHECKING:
     from migrator.engine.user.descriptors.predumped import Known
 
-OWNED = frozenset({FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR})  # those that can have an owner
+OWNED = frozenset(
+    {FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR, FileKind.INOTIFY}
+)  # those that can have an owner
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors import anonymous, epolls, files, locks, pipes
+from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks, pipes
+from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import OWNED, Description, Holder
 from migrator.engine.user.descriptors.found import MessageQueue
@@ -210,6 +211,8 @@ class DescriptorDump:
                     self._write_all(files.save_deleted(item.inode_objref, item))
             case FileKind.MEMFD:
                 item.inode_objref = self._objref(("shm", *item.inode))
+            case FileKind.INOTIFY:
+                self._inotify(item)
             case FileKind.MQUEUE:
                 item.inode_objref = self._objref(("mqueue", *item.inode))
             case FileKind.SOCKET:
@@ -217,6 +220,15 @@ class DescriptorDump:
             case FileKind.PIDFD:
                 item.inode_objref = self._objref(("pidfd", item.fd))
                 self._writer.write(PidFd(item.inode_objref, self._target_of_pidfd(item)))
+
+    def _inotify(self, item: Description) -> None:
+        item.inode_objref = self._objref(("inotify", item.fd))
+        try:
+            found = inotify.watches(item.info.watches)
+            inotify.resolve(item.root, found, self._predumped.watched)
+        except Obstacle as error:
+            raise CheckpointFailed(f"{item}: {error}", hint="the workload runs on, untouched") from None
+        self._write_all(inotify.save(item.inode_objref, found, self._predumped.watched))
 
     def _target_of_pidfd(self, item: Description) -> int:
         pid = int(item.info.fields["Pid"])

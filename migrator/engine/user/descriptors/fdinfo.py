@@ -30,6 +30,7 @@ class FdInfo:
     locks: tuple[str, ...] = ()
     ino: int = 0  # the kernel's own number, as /proc/locks has it; not always that of stat(2)
     targets: tuple[EpollTarget, ...] = ()
+    watches: tuple[str, ...] = ()  # of an inotify instance, a line each
 
 
 def numbers(pid: int) -> list[int]:
@@ -91,6 +92,7 @@ def parse(raw: bytes) -> FdInfo:
     fields: dict[str, str] = {}
     locks: list[str] = []
     targets: list[EpollTarget] = []
+    watches: list[str] = []
     for line in raw.decode("utf-8", "replace").split("\n")[2:]:
         key, colon, value = line.partition(":")
         if not colon:
@@ -98,11 +100,13 @@ def parse(raw: bytes) -> FdInfo:
         key = key.strip()
         if key == "tfd":
             targets.append(_target(value))
+        elif key == "inotify wd":
+            watches.append(line)
         elif key == "lock":
             locks.append(value.strip())
         else:
             fields[key] = value.strip()
-    return FdInfo(pos, flags, cloexec, fields, tuple(locks), ino, tuple(targets))
+    return FdInfo(pos, flags, cloexec, fields, tuple(locks), ino, tuple(targets), tuple(watches))
 
 
 def _target(text: str) -> EpollTarget:

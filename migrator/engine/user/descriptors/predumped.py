@@ -6,12 +6,13 @@ unreferenced ones are ignored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors import fdinfo
-from migrator.engine.user.descriptors.classify import Root
+from migrator.engine.user.descriptors import fdinfo, inotify
+from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.found import Found
@@ -66,6 +67,7 @@ class PredumpedFiles:
         self._tables: dict[int, list[Entry]] = {}  # as written last
         self._counts: dict[int, int] = {}  # by pid: how many were open then
         self.known: dict[Place, Known] = {}
+        self.watched: dict[inotify.Key, str] = {}  # where what is watched lies
 
     def has_grown(self, process: Holder) -> bool:
         """Whether a process has more descriptors open than when it was looked at. Raises OSError if it has ended."""
@@ -80,6 +82,9 @@ class PredumpedFiles:
         root = Root(self._root_pid)
         try:
             for item in look(process, root, []):
+                if item.verdict.kind == FileKind.INOTIFY:
+                    with contextlib.suppress(Obstacle):  # it is said at the freeze, if it is so then
+                        inotify.resolve(root, inotify.watches(item.info.watches), self.watched)
                 if item.verdict.kind in BY_PATH:
                     entries.append((item.number, self._predump(item), item.info.cloexec))
         finally:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from migrator.engine.base import LateLock, LockKind
-from migrator.engine.user.descriptors import anonymous, epolls, files, locks
+from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks
 from migrator.engine.user.descriptors.epolls import Stub
 from migrator.engine.user.descriptors.pipes import PipeRestore
 from migrator.engine.user.descriptors.predumped import BY_PATH
@@ -28,7 +28,9 @@ _MAX_NUMBER = 1 << 30
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
 OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
-_ANONYMOUS = frozenset(map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD)))
+_ANONYMOUS = frozenset(
+    map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD, r.FileKind.INOTIFY))
+)
 
 
 class _Given(NamedTuple):
@@ -79,6 +81,8 @@ class DescriptorRestore:
         self._epolls: list[r.EpollItems] = []
         self._locks: list[r.FileLock] = []
         self._pidfds: dict[int, int] = {}
+        self._inotifys: dict[int, int] = {}  # objref of an Inotify -> our descriptor of its File
+        self._watches: list[r.InotifyWatch] = []
         self._late_locks: list[LateLock] = []
         self.put_off: list[r.File | r.FileLock] = []  # what `late_locks` was made of
         self._installed: dict[int, tuple[Stub, int]] = {}  # vpid -> (stub, objref of its table)
@@ -93,6 +97,8 @@ class DescriptorRestore:
             r.TimerFd: self._timerfd,
             r.SignalFd: lambda rec: self._object(rec.objref, anonymous.make_signalfd(rec)),
             r.PidFd: self._pidfd,
+            r.Inotify: lambda rec: self._object(rec.objref, inotify.make()),
+            r.InotifyWatch: self._watches.append,
             r.DeletedFile: self._deleted_file,
             r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
             r.EpollItems: self._epoll_items,
@@ -158,6 +164,11 @@ class DescriptorRestore:
         self._owners()
         self._take_locks()
         self._sockets.settle()
+        for watch in self._watches:
+            inotify.watch(
+                self._known(self._inotifys, watch.inotify_objref, "inotify instance"), watch, self._context.root_fd
+            )
+        self._forget_events()
         for fd, timer in self._started:
             anonymous.start_timerfd(fd, timer)
 
@@ -176,6 +187,7 @@ class DescriptorRestore:
 
         Another agent can do it if we die: what it needs is in the kernel, or in `moves`."""
         self._sockets.activate()
+        self._forget_events()
 
     def close(self) -> None:
         """Close everything that the agent holds. The stubs keep what they were given."""
@@ -189,6 +201,11 @@ class DescriptorRestore:
         self._files.clear()
         self._ready.clear()
         self._started.clear()
+        self._inotifys.clear()
+
+    def _forget_events(self) -> None:
+        for fd in self._inotifys.values():
+            inotify.forget_events(fd)
 
     # ------------------------------------------------------------------ records
 
@@ -279,6 +296,8 @@ class DescriptorRestore:
                 return os.pidfd_open(self._pidfds[inode], _PIDFD_THREAD)
             if inode not in self._ready or (kind == r.FileKind.TIMERFD) != (inode in self._timers):
                 raise ImageError(f"file {rec.objref}: object {inode} is not there, taken, or something else")
+            if kind == r.FileKind.INOTIFY:
+                self._inotifys[inode] = self._ready[inode]
             return self._ready.pop(inode)
         raise ImageError(f"file {rec.objref}: unknown kind {kind}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from migrator.engine.user.descriptors import fdinfo
+from migrator.engine.user.descriptors import fdinfo, inotify
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.found import Found, MessageQueue, open_elsewhere
@@ -22,10 +22,12 @@ def survey(
     own_netns: bool,
     congestion: set[str] | None = None,
     queues: dict[tuple[int, int], MessageQueue] | None = None,
+    watched: set[str] | None = None,
 ) -> list[str]:
     """One sentence per obstacle, each naming pid, descriptor and reason; the tasks run on all the while.
 
     congestion: is given the congestion controls of its sockets, if somebody wants to know.
+    watched: is given the paths that it watches (inotify), likewise.
     queues: is given the POSIX message queues that it has open, likewise.
     own_netns: the tree has a network namespace of its own, so that its addresses move with it. Descriptors
     and processes that vanish meanwhile are no obstacles: the freeze looks again."""
@@ -44,6 +46,15 @@ def survey(
         reasons += _pidfds(found, processes)
         reasons += owners_outside(found, processes)
         reasons += epolls_apart(found)
+        paths: dict[inotify.Key, str] = {}
+        for item in found:
+            if item.verdict.kind == FileKind.INOTIFY:
+                try:
+                    inotify.resolve(root, inotify.watches(item.info.watches), paths)
+                except Obstacle as obstacle:
+                    reasons.append(f"{item}: {obstacle}")
+        if watched is not None:
+            watched.update(paths.values())
         if queues is not None:
             queues.update((queue.key, queue) for queue in _queues(found))
         sockets = [item for item in found if item.verdict.kind == FileKind.SOCKET]

@@ -19,6 +19,7 @@ def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
         try:
             numbers = fdinfo.numbers(process.pid)
             peers = [n for n in numbers if _knows_its_peer(process, n)]
+            watching = [n for n in numbers if _watches(process, n)]
             errors = [n for n in numbers if _has_an_error(process, n)]
             deleted = [n for n in numbers if _is_deleted(process, n)]
         except OSError:
@@ -26,6 +27,9 @@ def notes(processes: Sequence[Holder]) -> Iterator[tuple[str, str]]:
         if peers:
             words = "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
             yield _about(process, peers), words
+        if watching:
+            words = "what happens to watched files while the tasks are stopped will not be told (inotify)"
+            yield _about(process, watching), words
         if errors:
             words = "an error that a datagram has met waits to be read (SO_ERROR, MSG_ERRQUEUE), and will not be told"
             yield _about(process, errors), words
@@ -46,6 +50,13 @@ def _is_deleted(process: Holder, number: int) -> bool:
     except OSError:
         return False  # it was closed meanwhile
     return stat.S_ISREG(status.st_mode) and not status.st_nlink
+
+
+def _watches(process: Holder, number: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{process.pid}/fd/{number}") == "anon_inode:inotify"
+    except OSError:
+        return False  # it was closed meanwhile
 
 
 def _has_an_error(process: Holder, number: int) -> bool:

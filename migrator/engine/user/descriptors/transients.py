@@ -1,9 +1,9 @@
 """What is on its way in a running tree and cannot be saved: only running tasks can take it.
 
 A connection that waits to be accepted belongs to no descriptor yet, and a descriptor that is sent through a unix
-socket to none any more; what the kernel told a netlink socket, only its program can read. A program takes all of these
-within microseconds when it runs. So a freeze waits for a moment in
-which there is none, and looks again once the tasks are stopped.
+socket to none any more; what the kernel told a netlink socket or an inotify instance, only its program can read. A
+program takes all of these within microseconds when it runs. So a freeze waits for a moment in which there is none, and
+looks again once the tasks are stopped.
 
     with Transients(processes) as transients:    # ahead of the freeze
         ...                                      # hold back new connections
@@ -32,7 +32,8 @@ _CHUNK = 1 << 16
 
 
 class Transients:
-    """The listeners and unix sockets that `processes` have now, each held by a duplicate: close it soon.
+    """The listeners, unix sockets and inotify instances that `processes` have now, each held by a duplicate: close it
+    soon.
 
     A process or descriptor that vanishes meanwhile is left out."""
 
@@ -40,9 +41,11 @@ class Transients:
         self._listeners: dict[int, str] = {}  # our descriptor -> what it is to the tree
         self._unix: dict[int, str] = {}
         self._netlink: dict[int, str] = {}
+        self._inotify: dict[int, str] = {}
         self._poll = select.poll()
         self._poll_unix = select.poll()
         self._poll_netlink = select.poll()
+        self._poll_inotify = select.poll()
         seen: set[str] = set()
         for process in processes:
             try:
@@ -51,6 +54,10 @@ class Transients:
                     if link.startswith("socket:[") and link not in seen:
                         seen.add(link)
                         self._look(process, number)
+                    elif link == "anon_inode:inotify":
+                        fd = sys.pidfd_getfd(process.pidfd, number)
+                        self._inotify[fd] = f"pid {process.vpid} fd {number}"
+                        self._poll_inotify.register(fd, select.POLLIN)
             except OSError:
                 continue
 
@@ -79,6 +86,8 @@ class Transients:
             return f"{self._listeners[fd]}: a connection waits to be accepted"
         for fd, _ in self._poll_netlink.poll(0):
             return f"{self._netlink[fd]}: what the kernel says about the network waits to be read (netlink)"
+        for fd, _ in self._poll_inotify.poll(0):
+            return f"{self._inotify[fd]}: what happened to watched files waits to be read (inotify)"
         for fd, events in self._poll_unix.poll(0):
             if events & select.POLLIN and carries_descriptors(fd):
                 return f"{self._unix[fd]}: descriptors are on their way through this unix socket (SCM_RIGHTS)"
@@ -94,10 +103,11 @@ class Transients:
         return True
 
     def close(self) -> None:
-        for fd in (*self._listeners, *self._unix, *self._netlink):
+        for fd in (*self._listeners, *self._unix, *self._netlink, *self._inotify):
             os.close(fd)
         self._listeners.clear()
         self._netlink.clear()
+        self._inotify.clear()
         self._unix.clear()
 
     def __enter__(self) -> Transients:

@@ -86,7 +86,11 @@ def survey(
             continue  # it ended: nothing to carry
     owners = [descriptors.Holder(p.pid, p.vpid, p.pidfd) for p in tree.living]
     queues: dict[tuple[int, int], descriptors.MessageQueue] = {}
-    reasons += descriptors.survey(owners, own_netns=bool(options.container), congestion=congestion, queues=queues)
+    watched: set[str] = set()
+    reasons += descriptors.survey(
+        owners, own_netns=bool(options.container), congestion=congestion, queues=queues, watched=watched
+    )
+    files.named(tree.root, watched, found_files, tmpfs.devices)
     if mqueues is not None:
         reasons += mqueues.obstacles(queues.values(), set(tree.processes))
     _, xsize = processor.xstate_facts()
