@@ -59,8 +59,7 @@ def _is_of_link(name: str) -> bool:
 
 
 def _changed_here() -> dict[str, str]:
-    names = [*_NAMES, *(path[len(_SYS) + 1 :] for how in (*_OF_NETWORKS, *_OF_LINKS) for path in glob(f"{_SYS}/{how}"))]
-    theirs = _read_here(names)
+    theirs = _read_here(_names_here())
     unshare(CLONE_NEWIPC | CLONE_NEWNET)
     new = _read_here(theirs) | {"kernel/domainname": ""}  # a new one has that of whoever makes it
     return {name: value for name, value in theirs.items() if _without(name, theirs, new) != value}
@@ -71,6 +70,10 @@ def _without(name: str, theirs: Mapping[str, str], new: Mapping[str, str]) -> st
     if _is_of_link(name) and "/conf/" in name:
         return theirs.get(name.replace(f"/{LINK}/", "/default/"))
     return new.get(name.replace(f"/{LINK}/", "/lo/") if _is_of_link(name) else name)
+
+
+def _names_here() -> list[str]:
+    return [*_NAMES, *(path[len(_SYS) + 1 :] for how in (*_OF_NETWORKS, *_OF_LINKS) for path in glob(f"{_SYS}/{how}"))]
 
 
 def _read_here(names: Iterable[str]) -> dict[str, str]:

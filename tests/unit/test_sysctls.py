@@ -15,6 +15,10 @@ from migrator.linux.namespaces import run_in
 pytestmark = pytest.mark.root
 
 
+def _all() -> dict[str, str]:
+    return sysctls._read_here(sysctls._names_here())
+
+
 @pytest.fixture
 def namespaces() -> Iterator[int]:
     with subprocess.Popen(
@@ -29,7 +33,7 @@ def namespaces() -> Iterator[int]:
 def _write_all() -> int:
     """Give each of them another value, where the kernel takes one; how many."""
     written = 0
-    for name, value in sysctls._all_here().items():
+    for name, value in _all().items():
         first, *rest = value.split() or [""]
         more = [" ".join([str(int(first) + 1), *rest])] if first.isdigit() else []
         for other in ("other", "1" if value == "0" else "0", *more):
@@ -43,12 +47,12 @@ def _write_all() -> int:
 
 
 def test_none_of_them_reaches_another_namespace(namespaces: int) -> None:
-    before = sysctls._all_here()
-    theirs = run_in(namespaces, sysctls.KINDS, sysctls._all_here)
+    before = _all()
+    theirs = run_in(namespaces, sysctls.KINDS, _all)
     assert run_in(namespaces, sysctls.KINDS, _write_all) > 150
-    after = run_in(namespaces, sysctls.KINDS, sysctls._all_here)
+    after = run_in(namespaces, sysctls.KINDS, _all)
     assert sum(theirs[name] != after.get(name) for name in theirs) > 150
-    assert sysctls._all_here() == before
+    assert _all() == before
 
 
 @pytest.mark.parametrize(
