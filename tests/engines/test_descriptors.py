@@ -15,7 +15,7 @@ from fakestub import Child
 from moving import Bytes, Moved, Surroundings, child, hidden, move  # noqa: F401
 
 from migrator.engine.base import LockKind
-from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, survey
+from migrator.engine.user.descriptors import DescriptorDump, DescriptorRestore, Transients, survey
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
@@ -214,6 +214,31 @@ def test_a_pidfd_is_of_the_same_process(child: Child) -> None:
         with Moved(child, other) as moved:
             one, two = moved.restore([child, other])
             assert f"Pid:\t{two.pid}\n" in one.ask("open('/proc/self/fdinfo/0').read()")
+
+
+def test_a_pidfd_of_one_that_has_ended_waits_for_its_parent_to_take_note(child: Child) -> None:
+    child.run("a, b = os.pipe(); p = os.fork() or os.read(a, 1) and os._exit(0); one, two = map(os.pidfd_open, (p, p))")
+    with Transients([child.process]) as transients:
+        assert transients.settle(0) and not transients.waiting()
+        child.run("os.write(b, b'x'); os.waitid(os.P_PID, p, os.WEXITED | os.WNOWAIT)")
+        assert "has ended, and its parent is still to take note" in transients.waiting()
+        assert survey([child.process], own_netns=True) == []
+        child.run("os.waitpid(p, 0); os.close(one)")
+        assert transients.settle(0) and not transients.waiting()
+
+
+def test_an_inotify_instance_that_was_closed_waits_for_nobody(child: Child, tmp_path: Path) -> None:
+    child.run(
+        f"l = ctypes.CDLL(None); fd = l.inotify_init(); l.inotify_add_watch(fd, {os.fsencode(tmp_path)!r}, 0x100)"
+    )
+    child.run("other = os.dup(fd)")
+    with Transients([child.process]) as transients:
+        (tmp_path / "new").mkdir()
+        assert "(inotify)" in transients.waiting()
+        child.run("os.close(fd)")
+        assert "(inotify)" in transients.waiting()
+        child.run("os.close(other)")
+        assert not transients.waiting()
 
 
 def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from migrator.engine.user.descriptors.found import Found, MessageQueue, open_els
 from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
+from migrator.linux import procfs
 
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -115,8 +116,18 @@ def _queues(found: list[Found]) -> Iterator[MessageQueue]:
             yield MessageQueue(key, item.verdict.path, path, item.status.st_nlink == 0)
 
 
+def _has_ended(pid: int) -> bool:
+    """Whether a process waits for its parent to wait for it, or is gone by now."""
+    try:
+        return procfs.stat(pid)[3] in "ZX"
+    except _GONE:
+        return True
+
+
 def _pidfds(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
     inside = {process.pid for process in processes}
     for item in found:
-        if item.verdict.kind == FileKind.PIDFD and (pid := int(item.info.fields["Pid"])) not in inside:
+        if item.verdict.kind != FileKind.PIDFD or (pid := int(item.info.fields["Pid"])) in inside:
+            continue
+        if not _has_ended(pid):  # which is waited for in a moment: the freeze looks again
             yield f"{item}: a pidfd of pid {pid}, which is not in the tree"

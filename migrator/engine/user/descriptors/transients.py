@@ -1,9 +1,9 @@
 """What is on its way in a running tree and cannot be saved: only running tasks can take it.
 
 A connection that waits to be accepted belongs to no descriptor yet, and a descriptor that is sent through a unix
-socket to none any more; what the kernel told a netlink socket or an inotify instance, only its program can read. A
-program takes all of these within microseconds when it runs. So a freeze waits for a moment in which there is none, and
-looks again once the tasks are stopped.
+socket to none any more; what the kernel told a netlink socket or an inotify instance, only its program can read, and of
+a process that has ended behind a pidfd only its parent can take note. A program does all of this within microseconds
+when it runs. So a freeze waits for a moment in which there is none, and looks again once the tasks are stopped.
 
     with Transients(processes) as transients:    # ahead of the freeze
         ...                                      # hold back new connections
@@ -23,9 +23,13 @@ from types import TracebackType
 
 from migrator.engine.user.descriptors import fdinfo, sockopts
 from migrator.engine.user.descriptors.description import Holder
-from migrator.linux import sys
+from migrator.linux import descriptors, sys
 
 _PAUSE = 0.0002
+_READABLE = {
+    "anon_inode:inotify": "what happened to watched files waits to be read (inotify)",
+    "anon_inode:[pidfd]": "the process behind this pidfd has ended, and its parent is still to take note of it",
+}
 _CONTROL = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _CHUNK = 1 << 16
@@ -41,11 +45,11 @@ class Transients:
         self._listeners: dict[int, str] = {}  # our descriptor -> what it is to the tree
         self._unix: dict[int, str] = {}
         self._netlink: dict[int, str] = {}
-        self._inotify: dict[int, str] = {}
+        self._others: dict[int, tuple[Holder, int, str]] = {}  # and under which number who has it
         self._poll = select.poll()
         self._poll_unix = select.poll()
         self._poll_netlink = select.poll()
-        self._poll_inotify = select.poll()
+        self._poll_others = select.poll()
         seen: set[str] = set()
         for process in processes:
             try:
@@ -54,10 +58,10 @@ class Transients:
                     if link.startswith("socket:[") and link not in seen:
                         seen.add(link)
                         self._look(process, number)
-                    elif link == "anon_inode:inotify":
+                    elif link in _READABLE:
                         fd = sys.pidfd_getfd(process.pidfd, number)
-                        self._inotify[fd] = f"pid {process.vpid} fd {number}"
-                        self._poll_inotify.register(fd, select.POLLIN)
+                        self._others[fd] = process, number, _READABLE[link]
+                        self._poll_others.register(fd, select.POLLIN)
             except OSError:
                 continue
 
@@ -86,8 +90,10 @@ class Transients:
             return f"{self._listeners[fd]}: a connection waits to be accepted"
         for fd, _ in self._poll_netlink.poll(0):
             return f"{self._netlink[fd]}: what the kernel says about the network waits to be read (netlink)"
-        for fd, _ in self._poll_inotify.poll(0):
-            return f"{self._inotify[fd]}: what happened to watched files waits to be read (inotify)"
+        for fd, _ in self._poll_others.poll(0):
+            process, number, what = self._others[fd]
+            if _has_still(process, number, fd):
+                return f"pid {process.vpid} fd {number}: {what}"
         for fd, events in self._poll_unix.poll(0):
             if events & select.POLLIN and carries_descriptors(fd):
                 return f"{self._unix[fd]}: descriptors are on their way through this unix socket (SCM_RIGHTS)"
@@ -103,11 +109,11 @@ class Transients:
         return True
 
     def close(self) -> None:
-        for fd in (*self._listeners, *self._unix, *self._netlink, *self._inotify):
+        for fd in (*self._listeners, *self._unix, *self._netlink, *self._others):
             os.close(fd)
         self._listeners.clear()
         self._netlink.clear()
-        self._inotify.clear()
+        self._others.clear()
         self._unix.clear()
 
     def __enter__(self) -> Transients:
@@ -117,6 +123,16 @@ class Transients:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _has_still(process: Holder, number: int, fd: int) -> bool:
+    """Whether it has not been closed, and is no pidfd of a process that was waited for: closed in a moment, too."""
+    try:
+        return descriptors.same_file(os.getpid(), fd, process.pid, number) and (
+            fdinfo.read(os.getpid(), fd).fields.get("Pid") != "-1"
+        )
+    except OSError:
+        return False
 
 
 def _begins_with_descriptors(fd: int) -> bool:
