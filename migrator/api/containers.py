@@ -18,7 +18,7 @@ from pathlib import Path
 from migrator import container
 from migrator.api.results import exit_status
 from migrator.api.workloads import find_workload
-from migrator.container import Container, ContainerSpec, Row, list_containers, spec_for, state, switchover
+from migrator.container import Container, ContainerSpec, Row, attention, list_containers, spec_for, state, switchover
 from migrator.engine.select import select
 from migrator.errors import MigratorError, UsageError
 from migrator.linux import pidfd
@@ -132,7 +132,7 @@ async def watch(*, every: float = 1.0, rate: float = 0.0) -> AsyncIterator[built
 
 
 async def _dirty_rate(row: Row, seconds: float) -> float | None:
-    """Bytes per second; None for a container that does not run, or ends meanwhile."""
+    """Bytes per second; None for a container that does not run, ends meanwhile, or is being saved or moved."""
     if row.state != "running":
         return None
     async with OwnThread(f"dirty rate {row.name}") as thread:
@@ -142,14 +142,16 @@ async def _dirty_rate(row: Row, seconds: float) -> float | None:
             return None
 
 
-def _measure(name: str, seconds: float) -> float:
+def _measure(name: str, seconds: float) -> float | None:
     workload = find_workload(name)
-    sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        with select().engine.source(workload.pid, sink, workload.source_options()) as source:
-            return source.dirty_rate(seconds)
-    finally:
-        os.close(sink)
+    assert workload.container is not None
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(attention.measuring(workload.container)):
+            return None
+        sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        stack.callback(os.close, sink)
+        source = stack.enter_context(select().engine.source(workload.pid, sink, workload.source_options()))
+        return source.dirty_rate(seconds)
 
 
 def _stop(name: str, timeout: float) -> None:

@@ -16,6 +16,7 @@ from migrator.api import image_buffer
 from migrator.api.guard import CheckpointGuard
 from migrator.api.image_file import open_image
 from migrator.api.workloads import Workload
+from migrator.container import attention
 from migrator.container.sandbox import Sandbox
 from migrator.engine.base import (
     AfterCheckpoint,
@@ -67,7 +68,7 @@ def save(
         )
     choice = select(engine)
     try:
-        with CheckpointGuard(workload, after, whole=whole) as guard:
+        with attention.saving(workload.container), CheckpointGuard(workload, after, whole=whole) as guard:
             made = choice.engine.checkpoint(
                 workload.pid,
                 fd,

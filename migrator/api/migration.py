@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 
@@ -13,11 +14,12 @@ from migrator.api.results import CheckResult
 from migrator.api.settings import MigrateSettings
 from migrator.api.tasks import to_the_end
 from migrator.api.workloads import Workload, find_workload, trees
-from migrator.container import connection_filter
+from migrator.container import attention, connection_filter
 from migrator.container.switchover import NetworkLock
 from migrator.engine.select import select
 from migrator.errors import Fate, MigratorError, Overrun, Refused
 from migrator.model import MigrationResult, OnEvent, Outcome
+from migrator.runtime.thread import OwnThread
 from migrator.session.preflight import PreflightReport
 from migrator.session.settings import SourceSettings
 from migrator.session.source import SourceSession
@@ -134,10 +136,14 @@ async def _run(
         network=NetworkLock(found) if found is not None and found.ifindex else None,
         on_event=tell,
     )
-    try:
-        result = await session.run()
-    finally:
-        await to_the_end(link.close())
+    async with OwnThread("attention") as thread, contextlib.AsyncExitStack() as stack:
+        held = attention.saving(found)
+        await thread.run(held.__enter__)
+        stack.callback(held.__exit__, None, None, None)
+        try:
+            result = await session.run()
+        finally:
+            await to_the_end(link.close())
     if result.outcome is Outcome.MIGRATED and found is not None:
         await to_the_end(asyncio.to_thread(container.remove, found.name))
     return named(result), session.report

@@ -104,9 +104,15 @@ class Container:
         """The file for messages that are taken out of its queues (migrator.linux.message_ledger)."""
         return _path(self.name).with_suffix(".messages")
 
+    @property
+    def lock_file(self) -> Path:
+        """See `migrator.container.attention`."""
+        return _path(self.name).with_name(f".{self.name}.lock")
+
     def forget(self) -> None:
         _path(self.name).unlink(missing_ok=True)
         self.message_ledger.unlink(missing_ok=True)
+        self.lock_file.unlink(missing_ok=True)
 
 
 def get(name: str) -> Container:
