@@ -36,7 +36,8 @@ def init(
 ) -> None:
     """Make hosts a fleet: keys and rights on each, who the others are, and their names in the fleet's state.
 
-    Over an ordinary ssh that can log in already. Done again, it adds what is new and changes nothing else.
+    Over an ordinary ssh that can log in already, also to the hosts that are of the fleet. Done again, it adds what is
+    new and changes nothing else.
     """
     with reported():
         targets = [enrol.Target.parse(host, port) for host in hosts]
@@ -46,15 +47,25 @@ def init(
         async def work() -> None:
             line = enrol.controller_key(path)
             authority = keys.ensure_key(ca.expanduser(), "migrator fleet CA") if ca is not None else None
-            done = await enrol.enrol(targets, controllers=[line], sources=source or (), ca=authority)
             known = keys.default_known_hosts()[0]
+            async with membership.opened(store, Login()) as fleet:
+                hosts = {name: one.record for name, one in (await fleet.state.hosts.all()).items()}
+            others = {name: enrol.Target(one.address, agent_port=one.port) for name, one in hosts.items()}
+            try:
+                done = await enrol.enrol(
+                    targets, others=list(others.values()), controllers=[line], sources=source or (), ca=authority
+                )
+            except enrol.EnrolFailed as error:
+                if gone := [name for name, one in others.items() if f"{one.host}:" in error.message]:
+                    error.hint = f"{error.hint} If {', '.join(gone)} is gone: migrator leave {gone[0]}"
+                raise
             _merge(known, done.known_hosts)
             for member in done.members:
                 out.say("[green]{}[/] has its keys, and knows the others", member.name)
             login = Login(identity=path, known_hosts=known)
             async with membership.opened(store, login) as fleet:
-                for member in done.members:
-                    await _join(fleet, f"{member.target.host}:{port}", labels)
+                for target in targets:
+                    await _join(fleet, f"{target.host}:{port}", labels)
             out.say("use it with: [bold]export MIGRATOR_IDENTITY={}[/]", path)
 
         interrupts.run(lambda _: work())

@@ -104,12 +104,13 @@ Run = Callable[[Target, str, bytes], Awaitable[bytes]]
 async def enrol(
     targets: Sequence[Target],
     *,
+    others: Sequence[Target] = (),
     controllers: Sequence[str] = (),
     sources: Sequence[str] = (),
     ca: asyncssh.SSHKey | None = None,
     run: Run | None = None,
 ) -> Enrolled:
-    """Make the hosts one fleet.
+    """Make the hosts one fleet, with `others` that are of it already.
 
     controllers: public lines of the controllers' keys
     sources:     addresses or networks that members may come from; those that their names stand for, if not given
@@ -124,8 +125,12 @@ async def enrol(
     for source in sources:
         _check_source(source)
     run = run or over_ssh
-    found = await _each(targets, lambda target: _meet(target, run, tuple(sources)))
-    members = tuple(found[target.host] for target in targets)
+    everybody = [*targets, *(other for other in others if other.host not in {target.host for target in targets})]
+    found = await _each(everybody, lambda target: _meet(target, run, tuple(sources)))
+    # One that is of the fleet may have been named otherwise now.
+    named = {found[target.host].name for target in targets}
+    everybody = [one for one in everybody if one in targets or found[one.host].name not in named]
+    members = tuple(found[target.host] for target in everybody)
     check_members(members)
     certificates = {m.target.host: certify(ca, m) for m in members} if ca is not None else {}
     known = known_hosts_lines(members, ca)
@@ -137,7 +142,7 @@ async def enrol(
         if certificate := certificates.get(target.host):
             await run(target, _SETUP + 'cat > "$etc/host_key-cert.pub"', certificate.encode() + b"\n")
 
-    await _each(targets, bring)
+    await _each(everybody, bring)
     return Enrolled(members, "\n".join(known) + "\n", certificates)
 
 
@@ -153,13 +158,14 @@ def authorized_keys_lines(host: str, members: Sequence[Member], controllers: Seq
 
 
 def known_hosts_lines(members: Sequence[Member], ca: asyncssh.SSHKey | None) -> list[str]:
-    """Who the hosts are: one line for each, or one of the authority for all on its ports,
-    now and later: the certificate names the host."""
+    """Who the hosts are: one line for each; and one of the authority for all on its ports, now and later, as its
+    certificates name the host. An agent that has not been started since it got one has only its key."""
+    lines = []
     if ca is not None:
         ports = sorted({member.target.agent_port for member in members})
         patterns = ",".join(keys.host_pattern("*", port) for port in ports)
-        return [f"@cert-authority {patterns} {' '.join(keys.public_line(ca).split()[:2])}"]
-    return [
+        lines.append(f"@cert-authority {patterns} {' '.join(keys.public_line(ca).split()[:2])}")
+    return lines + [
         f"{keys.host_pattern(member.target.host, member.target.agent_port)} {' '.join(member.host_key.split()[:2])}"
         for member in members
     ]

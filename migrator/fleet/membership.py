@@ -46,7 +46,8 @@ async def opened(url: str, login: Login, *, prometheus: str = "") -> AsyncIterat
 
 
 async def join(fleet: Fleet, address: str, *, labels: Mapping[str, str], name: str = "") -> r.Host:
-    """Take a host in, or replace what is known of it: HOST[:PORT] of its agent, which must answer.
+    """Take a host in, or replace what is known of it: HOST[:PORT] of its agent, which must answer. Without `labels` it
+    keeps those that it has.
 
     Raises UsageError for one that calls itself otherwise, TransportError where the agent does not answer.
     """
@@ -70,12 +71,13 @@ async def join(fleet: Fleet, address: str, *, labels: Mapping[str, str], name: s
     other = others.get(made.address)
     if other is not None and other.name != seen.name and other.port == made.port:
         raise UsageError(f"{address} is host {other.name} already", hint=f"migrator leave {other.name}")
+    before = await fleet.state.hosts.get(seen.name)
     host = msgspec.structs.replace(
         made,
         name=seen.name,
         cpus=max(int(seen.cpus), 1),
         memory_bytes=max(seen.memory, 1),
-        labels=dict(labels),
+        labels=dict(labels) or (before.record.labels if before is not None else {}),
         cpu_features=tuple(sorted(seen.cpu_features)),
         kernel=seen.kernel,
         engines=(seen.engine,) if seen.engine else (),

@@ -116,3 +116,41 @@ def test_a_machine_that_lets_nobody_in_is_named_and_nothing_is_changed(machines:
     done = machines.command("init", a.address, b.address, "--key", str(machines.client.folder / "controller_key"))
     assert done.returncode == 7 and b.address in done.stderr and "without a password" in done.stderr
     assert not (a.folder / "etc/authorized_keys").exists()
+
+
+def test_hosts_are_added_to_a_fleet_that_keeps_what_it_has(machines: Machines) -> None:
+    a, b = machines.lan.members
+    key = ("--key", str(machines.client.folder / "controller_key"))
+    machines.command("init", a.address, *key)
+    machines.start_agent(a)
+    first = machines.command("init", a.address, *key, "--label", "zone=x")
+    assert first.returncode == 0 and "is of the fleet" in first.stdout, first.stderr
+    # With certificates from now on, of which the agent that runs knows nothing yet.
+    machines.command("init", b.address, *key, "--ca", str(machines.client.folder / "ca"))
+    machines.start_agent(b)
+    joined = machines.command("join", f"{b.address}:{AGENT_PORT}")
+    assert joined.returncode == 0, joined.stderr
+    hosts = json.loads(machines.command("hosts", "--json").stdout)
+    assert [(host["name"], host["state"], host["labels"]) for host in hosts] == [
+        ("a", "active", {"zone": "x"}),
+        ("b", "active", {}),
+    ]
+    a.run([*MIGRATOR, "run", "-d", "--name", "w", "--bridge", "", "--", *busy(20)])
+    done = machines.command("drain", "a", "--json")
+    assert done.returncode == 0, done.stderr
+    again = machines.command("init", a.address, *key)
+    assert json.loads(machines.command("hosts", "--json").stdout)[0]["labels"] == {"zone": "x"}, again.stderr
+
+
+def test_a_host_of_the_fleet_that_is_gone_is_named(machines: Machines) -> None:
+    a, b = machines.lan.members
+    key = ("--key", str(machines.client.folder / "controller_key"))
+    machines.command("init", a.address, *key)
+    machines.start_agent(a)
+    machines.command("join", f"{a.address}:{AGENT_PORT}")
+    (a.folder / "admins").write_text("")
+    done = machines.command("init", b.address, *key)
+    assert done.returncode == 7 and "migrator leave a" in done.stderr, done.stderr
+    assert not (b.folder / "etc/authorized_keys").exists()
+    assert machines.command("leave", "a").returncode == 0
+    assert machines.command("init", b.address, *key).returncode == 0
