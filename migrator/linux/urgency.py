@@ -7,9 +7,10 @@ be the next in the chain.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _PRIORITY = 1  # the lowest of SCHED_FIFO: above all ordinary tasks, below everything of real time
 
@@ -22,6 +23,18 @@ def raise_all() -> None:
 def is_raised() -> bool:
     """Whether the calling thread is; those that it makes are not by themselves."""
     return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Inside, the calling thread is above ordinary tasks; afterwards it is what it was."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    raise_tasks([0])
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, *before)
 
 
 def raise_tasks(tids: Iterable[int]) -> None:

@@ -442,3 +442,21 @@ def test_the_tables_of_both_agents_have_room_for_all_descriptors_before_the_free
         assert before == after > 2 * pipes
         before, after = b.call("run", _room_when_restoring, str(tmp_path / "image"))
         assert before == after > 2 * pipes
+
+
+def _policies_when_stopping(pid: int) -> list[int]:
+    found = [os.sched_getscheduler(0)]
+    with UserSource(pid, os.open(os.devnull, os.O_WRONLY), SourceOptions(cgroup_name=f"stop-{os.getpid()}")) as source:
+        source.survey()
+        source.instrument()
+        (process,) = source.tree.living
+        with source._memory.instruments.stopped(process, pid):
+            found.append(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
+    return [*found, os.sched_getscheduler(0)]
+
+
+def test_a_task_that_is_stopped_for_a_moment_does_not_wait_for_our_turn(tmp_path: Path) -> None:
+    with PidHost("a") as a, HostedWorkload(a, "counter", tmp_path) as workload:
+        policies = a.call("run", _policies_when_stopping, a.inner(workload.pid))
+        assert policies == [os.SCHED_OTHER, os.SCHED_FIFO, os.SCHED_OTHER]
+        workload.check_alive_and_progressing()

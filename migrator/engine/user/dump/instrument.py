@@ -18,7 +18,7 @@ from migrator.engine.user.dump.process import Process, Thread, vtid_of
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.tracing import stop_one
 from migrator.errors import CheckpointFailed
-from migrator.linux import memory, procfs, ptrace, sys
+from migrator.linux import memory, procfs, ptrace, sys, urgency
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner, WriteProtection
 from migrator.linux.remote import Remote, RemoteError
@@ -36,24 +36,28 @@ class Instrument:
 
     @contextmanager
     def stopped(self, process: Process, tid: int) -> Iterator[Thread]:
-        """A task that runs, stopped inside the block. Raises ProcessLookupError if it ends, TimeoutError."""
+        """A task that runs, stopped inside the block. Raises ProcessLookupError if it ends, TimeoutError.
+
+        On a busy host our turn would come after tens of milliseconds, in which the task stands still."""
         pid = process.pid
         self._restart_blocks.observe(pid, tid)
-        stop_one(tid)
-        try:
-            self._restart_blocks.confirm(pid, [tid])
-            regs = arch.get_regs(tid)
-            rseq = ptrace.rseq_configuration(tid)
-            adjusted = out_of_critical_section(pid, rseq.pointer, regs)
-            if without_spurious_eintr(regs):
-                self._restart_blocks.shorten(pid, tid, regs)
-                adjusted = True
-            if adjusted:
-                arch.set_regs(tid, regs)
-            yield Thread(tid, vtid_of(process, tid), regs, arch.get_xstate(tid), ptrace.get_sigmask(tid), rseq=rseq)
-            self._restart_blocks.interrupted(pid, tid)
-        finally:
-            ptrace.detach(tid)
+        with urgency.raised():
+            stop_one(tid)
+            try:
+                self._restart_blocks.confirm(pid, [tid])
+                regs = arch.get_regs(tid)
+                rseq = ptrace.rseq_configuration(tid)
+                adjusted = out_of_critical_section(pid, rseq.pointer, regs)
+                if without_spurious_eintr(regs):
+                    self._restart_blocks.shorten(pid, tid, regs)
+                    adjusted = True
+                if adjusted:
+                    arch.set_regs(tid, regs)
+                mask = ptrace.get_sigmask(tid)
+                yield Thread(tid, vtid_of(process, tid), regs, arch.get_xstate(tid), mask, rseq=rseq)
+                self._restart_blocks.interrupted(pid, tid)
+            finally:
+                ptrace.detach(tid)
 
     def install(self, process: Process) -> WpAsyncTracker:
         """Begin to track the writes of a running process. Raises OSError if it ends meanwhile."""
