@@ -33,7 +33,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "12.5 ms", "1.52 s", "3m 20s", "2h 5m" or "4d 3h"."""
+    """Seconds as "5 us", "12.5 ms", "1.52 s", "3m 20s", "2h 5m" or "4d 3h"."""
+    if 0 < seconds < 5e-5:
+        return f"{seconds * 1e6:.2g} us"
     if seconds < 1:
         return f"{seconds * 1e3:.1f} ms"
     if seconds < 120:

@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from migrator.errors import MigratorError
+from migrator.text import duration
 
 from .consistency import Trust
 from .cost import Cost
@@ -159,7 +160,7 @@ def over_budget(workloads: tuple[Workload, ...], costs: list[Cost]) -> str:
     for workload, cost in zip(workloads, costs, strict=True):
         budget = workload.downtime_budget
         if budget is not None and cost.downtime > budget:
-            return f"{workload.name} would stop for {cost.downtime:.3g} s, its budget is {budget:.3g} s"
+            return f"{workload.name} would stop for {duration(cost.downtime)}, its budget is {duration(budget)}"
     return ""
 
 

@@ -141,5 +141,8 @@ class Score:
 
     def text(self, host: int) -> str:
         """Utilisation for people."""
-        cpu, memory, _ = self.utilisation[host]
-        return f"{self.ledger.hosts[host].name} (cpu {cpu:.0%}, memory {memory:.0%})"
+        at, load, inverse = self.ledger.hosts[host], self.ledger.load[host], self.inverse[host]
+        text = f"{at.name} (cpu {load[0] * inverse[0]:.0%}, memory {load[1] * inverse[1]:.0%}"
+        pressure = {"cpu": at.pressure.cpu, "memory": at.pressure.memory}
+        under = [f", {name} pressure {share:.0%}" for name, share in pressure.items() if share >= 0.01]
+        return text + "".join(under) + ")"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import msgspec
 import typer
 
 from migrator.cli import interrupts
+from migrator.cli.control import whoami
 from migrator.cli.fleet import AsJson, PrometheusUrl, StoreUrl, look
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
@@ -122,8 +122,8 @@ async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: boo
         if dry_run or not made.moves:
             return None
         if now:
-            return await apply_plan(fleet, made, by=_by())
-        record = r.Plan(id=made.id, state=r.PlanState.PROPOSED, plan=made, by=_by(), changed_at=time.time())
+            return await apply_plan(fleet, made, by=whoami())
+        record = r.Plan(id=made.id, state=r.PlanState.PROPOSED, plan=made, by=whoami(), changed_at=time.time())
         await fleet.state.plans.put(made.id, record)
         if not as_json:
             out.say("carry it out: [bold]migrator balance --apply {}[/]", made.id)
@@ -132,7 +132,7 @@ async def _plan(store: str, login: Login, dry_run: bool, now: bool, as_json: boo
 
 async def _apply(store: str, login: Login, name: str, prometheus: str) -> r.Plan:
     async with opened(store, login, prometheus=prometheus) as fleet:
-        await approve(fleet.state, name, by=_by())
+        await approve(fleet.state, name, by=whoami())
         return await follow_plan(fleet, name)
 
 
@@ -142,7 +142,7 @@ async def _reject(store: str, name: str) -> None:
         if stored is None or stored.record.state is not r.PlanState.PROPOSED:
             raise UsageError(f"there is no plan {name!r} to be rejected", hint="`migrator plans` lists them")
         changed = msgspec.structs.replace(
-            stored.record, state=r.PlanState.REJECTED, why=f"rejected by {_by()}", changed_at=time.time()
+            stored.record, state=r.PlanState.REJECTED, why=f"rejected by {whoami()}", changed_at=time.time()
         )
         await fleet.state.plans.put(name, changed, expected=stored.revision)
         out.say("plan {} is rejected", name)
@@ -222,7 +222,3 @@ def _pace(text: str) -> Pace:
     if not comma or not whole.isdigit() or not of_host.isdigit() or not 0 < int(of_host) <= int(whole) <= 10_000:
         raise UsageError(f"{text!r} is no ALL,HOST: such as 8,2")
     return Pace(total=int(whole), per_host=int(of_host))
-
-
-def _by() -> str:
-    return f"uid {os.getuid()}@{os.uname().nodename}"

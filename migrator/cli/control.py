@@ -56,6 +56,13 @@ async def standing_in(fleet: Fleet) -> AsyncIterator[Lock]:
     yield Lock(LEADER, holder.revision, Lease(0, 0.0, 0.0))
 
 
+def whoami() -> str:
+    """Who asks, for others to read."""
+    with contextlib.suppress(OSError):
+        return f"{os.getlogin()}@{os.uname().nodename}"
+    return f"uid {os.getuid()}@{os.uname().nodename}"
+
+
 async def followed(
     look: Callable[[], Awaitable[tuple[str, bool]]], controller: Controller, *, console: Console = err
 ) -> None:

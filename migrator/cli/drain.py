@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
 from typing import Annotated
 
@@ -12,7 +10,7 @@ import msgspec
 import typer
 
 from migrator.cli import interrupts
-from migrator.cli.control import followed, leading, outcome_line
+from migrator.cli.control import followed, leading, outcome_line, whoami
 from migrator.cli.fleet import AsJson, HostName, StoreUrl
 from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
@@ -122,13 +120,16 @@ async def _begun(fleet: Fleet, asked: _Asked) -> bool:
     if running is not None and running.record.state is policy.State.RUNNING:
         err.say("[yellow]note:[/] a drain of {} is under way: going on with that", name)
         return True
+    begun = await asked.begin(fleet)
+    if running is not None and running.record.state is policy.State.EMPTY and not begun.wanted:
+        return True  # it is empty still, and what was moved can be brought back
     cordon = r.Cordon(
         host=name,
         mode=r.HostMode.DRAINING,
         since=time.time(),
-        by=_whoami(),
+        by=whoami(),
         reason=asked.reason,
-        drain=r.Drain(record=await asked.begin(fleet)),
+        drain=r.Drain(record=begun),
     )
     try:
         await fleet.state.cordons.put(name, cordon, expected=stored.revision if stored is not None else 0)
@@ -246,7 +247,7 @@ def cordon(
         async with opened(store, Login()) as fleet:
             await host_named(fleet, name)
             mode = r.HostMode.MAINTENANCE if maintenance else r.HostMode.CORDONED
-            made = r.Cordon(host=name, mode=mode, since=time.time(), by=_whoami(), reason=reason)
+            made = r.Cordon(host=name, mode=mode, since=time.time(), by=whoami(), reason=reason)
             try:
                 await fleet.state.cordons.put(name, made, expected=0)
             except Conflict:
@@ -285,11 +286,5 @@ async def _uncordon(store: str, login: Login, name: str, bring_back: bool) -> bo
         if not made.moves:
             out.say("nothing is to be brought back")
             return bool(made.notes)
-        done = await apply_plan(fleet, made, by=_whoami())
+        done = await apply_plan(fleet, made, by=whoami())
         return done.state is not r.PlanState.DONE or bool(done.failed)
-
-
-def _whoami() -> str:
-    with contextlib.suppress(OSError):
-        return f"{os.getlogin()}@{os.uname().nodename}"
-    return f"uid {os.getuid()}@{os.uname().nodename}"

@@ -89,7 +89,10 @@ def record(
     ] = 60.0,
     store: StoreUrl = "",
 ) -> None:
-    """Record what the fleet's workloads want, for `migrator simulate`. Nothing is moved by it."""
+    """Record what the fleet's workloads want, for `migrator simulate`. Nothing is moved by it.
+
+    Ctrl-C ends it, and what there is so far is kept.
+    """
     with reported():
         if path.exists():
             raise UsageError(f"{path} is there already", hint="name another file")

@@ -54,6 +54,8 @@ def snapshot(
                 await fleet.state.schedules.delete(workload)
                 out.say("{} is not saved on a schedule any more", workload)
             elif every is not None:
+                if every < 1:
+                    raise UsageError(f"a snapshot every {duration(every)} is more than can be taken", hint="1s or more")
                 made = r.SnapshotSchedule(
                     workload=workload,
                     every=every,

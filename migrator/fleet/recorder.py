@@ -15,7 +15,8 @@ async def record(
     observer: Observer, *, every: float, seconds: float, told: Callable[[int], None] = lambda _: None
 ) -> Recording:
     """Look at the fleet every so many seconds. The workloads are those of the first look, wherever they go; one that
-    has ended wants nothing. `told` hears the number of samples. Cancelled, it raises; nothing is moved by it.
+    has ended wants nothing. `told` hears the number of samples. Cancelled, it returns what there is so far; nothing is
+    moved by it.
 
     Raises UsageError for a fleet without hosts that answer, or without workloads.
     """
@@ -40,6 +41,10 @@ async def record(
         )
         told(len(samples))
         if len(samples) * every >= seconds:
-            return Recording(began_at=at, interval=every, hosts=hosts, workloads=workloads, recorded=tuple(samples))
-        await asyncio.sleep(max(began + len(samples) * every - time.monotonic(), 0.0))
-        await observer.look()
+            break
+        try:
+            await asyncio.sleep(max(began + len(samples) * every - time.monotonic(), 0.0))
+            await observer.look()
+        except asyncio.CancelledError:
+            break
+    return Recording(began_at=at, interval=every, hosts=hosts, workloads=workloads, recorded=tuple(samples))

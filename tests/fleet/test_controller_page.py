@@ -265,6 +265,22 @@ async def test_all_of_it_is_reached_by_keyboard(controller: Controller, acting_u
     assert browser.errors == []
 
 
+@pytest.mark.timeout(200)
+async def test_a_wrong_token_is_told_and_asked_for_again(acting_url: str, browser: Browser) -> None:
+    await browser.open(acting_url)
+    await browser.until("document.querySelectorAll('#hosts tbody tr').length == 3")
+    await browser.value("window.confirm = () => true")
+    await browser.value("document.querySelector('#token').value = 'no token of this controller'")
+    await browser.value("document.querySelector('#unlock').requestSubmit()")
+    await browser.until("document.querySelector('#unlock').hidden")
+    await browser.value("document.querySelector('button[aria-label=\"Drain b\"]').click()")
+    await browser.until("document.querySelector('#error').textContent.includes('the token is missing or wrong')")
+    await browser.until("!document.querySelector('#unlock').hidden")
+    assert await browser.value("document.querySelectorAll('button[aria-label^=Drain]').length") == 0
+    await browser.value("(async () => { for (let n = 0; n < 2; n++) { shown = ''; await refresh(); } })()")
+    assert await browser.value("!document.querySelector('#error').hidden"), "what was asked for still was not done"
+
+
 async def reach(browser: Browser, name: str) -> None:
     """Press Tab until it has the focus, and that can be seen."""
     for _ in range(40):

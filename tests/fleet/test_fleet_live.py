@@ -17,6 +17,7 @@ import pytest
 from migrator.testing.etcd import EtcdCluster
 from migrator.testing.fleet import CommandFailed, FleetStage, busy
 from migrator.testing.stage import MIGRATOR
+from policies.day import decode
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -187,6 +188,7 @@ def test_a_drained_host_is_empty_and_gets_back_what_it_had(fleet: FleetStage) ->
     assert {host["name"]: host["state"] for host in fleet.json("hosts")}["a"] == "maintenance"
     plan = fleet.json("balance", "--dry-run")
     assert all(move["target"] != "a" for move in plan["moves"])
+    assert fleet.json("drain", "a") == done, "asked for again it is empty still, and knows what it had"
     fleet.command("uncordon", "a", "--bring-back")
     assert fleet.where() == {"a": ["w0", "w1", "w2"], "b": [], "c": []}
 
@@ -321,6 +323,7 @@ def test_a_host_that_vanishes_is_lost_and_gets_nothing(fleet: FleetStage) -> Non
         (["rule", "w", "--apart", "x", "--with", "x"], "cannot be both"),
         (["simulate", "/etc/passwd"], "a file made by `migrator record`"),
         (["simulate", "/nowhere"], "No such file"),
+        (["snapshot", "w", "--every", "1ms"], "1s or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(nothing: FleetStage, argv: list[str], says: str) -> None:
@@ -402,6 +405,13 @@ def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> No
     fleet.command("record", str(path), "--for", "3s", "--every", "1s")
     with pytest.raises(CommandFailed, match="is there already"):
         fleet.command("record", str(path), "--for", "3s", "--every", "1s")
+    cut = tmp_path / "cut.json"
+    long = fleet.client.popen(
+        [*MIGRATOR, "record", str(cut), "--for", "1h", "--every", "1s"], stderr=subprocess.DEVNULL
+    )
+    time.sleep(6)
+    long.send_signal(signal.SIGINT)
+    assert long.wait(30) == 0 and decode(cut.read_bytes()).recorded
     found = fleet.json("simulate", str(path))
     assert (found["hosts"], found["workloads"]) == (3, 2)
     assert {run["rule"] for run in found["others"]} and len(found["nothing"]["imbalance"]) == 3

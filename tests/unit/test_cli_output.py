@@ -293,8 +293,8 @@ def test_sizes_and_durations() -> None:
     assert [size(n) for n in (0, 1023, 1024, 1536, 300 << 20, 5 << 40)] == [
         "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "300 MiB", "5.0 TiB",
     ]  # fmt: skip
-    assert [duration(s) for s in (0.0125, 1.5, 130, 7500, 100 * 3600)] == [
-        "12.5 ms", "1.50 s", "2m 10s", "2h 5m", "4d 4h",
+    assert [duration(s) for s in (0, 1e-6, 0.0125, 1.5, 130, 7500, 100 * 3600)] == [
+        "0.0 ms", "1 us", "12.5 ms", "1.50 s", "2m 10s", "2h 5m", "4d 4h",
     ]  # fmt: skip
 
 

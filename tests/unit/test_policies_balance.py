@@ -33,6 +33,13 @@ def test_load_goes_from_the_full_host_to_the_empty_one_and_says_why() -> None:
     assert move.cost.bytes == GIB
 
 
+def test_a_reason_tells_load_and_pressure_apart() -> None:
+    at = uneven()
+    pressed = msgspec.structs.replace(at.hosts[0], pressure=Pressure(cpu=0.5, memory=0.004))
+    plan, _ = balance(msgspec.structs.replace(at, hosts=(pressed, at.hosts[1])), settings=EAGER)
+    assert "a (cpu 75%, memory 9%, cpu pressure 50%) is above" in plan.moves[0].reason
+
+
 def test_an_even_cluster_is_left_alone() -> None:
     even = cluster([host("a"), host("b")], [workload("w0", "a"), workload("w1", "b")])
     plan, hold = balance(even, settings=EAGER)

@@ -156,7 +156,7 @@ def test_a_downtime_budget_is_kept_until_force() -> None:
     now = three(2, downtime_budget=0.01)
     last = World(now).run(drain.begin(now, "a"))
     assert last.record.state is State.STAYS
-    assert "its budget is 0.01 s" in last.stays["w0"]
+    assert "its budget is 10.0 ms" in last.stays["w0"]
     world = World(now)
     last = world.run(drain.begin(now, "a", seconds=60, at_deadline=AtDeadline.FORCE))
     assert last.record.state is State.EMPTY

@@ -4,6 +4,7 @@
 const EVERY = 1000;
 let token = sessionStorage.getItem("token") || "";
 let shown = "";
+const trouble = { asked: "", seen: "" }; // with what was asked for last, which stays; with looking
 
 const size = (bytes) => {
   for (const unit of ["B", "KiB", "MiB", "GiB"]) {
@@ -76,16 +77,26 @@ function action(label, path, body, question) {
       headers: { "Content-Type": "application/json", Authorization: `Bearer ${token}` },
       body: JSON.stringify(body),
     });
-    if (!answer.ok) fail((await answer.json().catch(() => ({}))).error || `the controller says ${answer.status}`);
-    else refresh();
+    const said = answer.ok ? "" : (await answer.json().catch(() => ({}))).error || `the controller says ${answer.status}`;
+    fail("asked", said && `${label}: ${said}.`);
+    if (answer.status === 403) remember("");
+    refresh();
   });
   return made;
 }
 
-function fail(text) {
+function fail(what, text) {
+  trouble[what] = text;
   const box = document.querySelector("#error");
-  box.hidden = !text;
-  box.textContent = text;
+  box.textContent = Object.values(trouble).filter(Boolean).join(" ");
+  box.hidden = !box.textContent;
+}
+
+function remember(given) {
+  token = given;
+  sessionStorage.setItem("token", token);
+  document.querySelector("#token").value = "";
+  shown = "";
 }
 
 function moveList(plan) {
@@ -195,17 +206,16 @@ async function refresh() {
       [...document.querySelectorAll("[aria-label]")].find((one) => one.getAttribute("aria-label") === focus)?.focus();
     }
     shown = text;
-    fail("");
+    fail("seen", "");
   } catch (error) {
-    fail(`The controller does not answer (${error.message}). What is below is as it was.`);
+    fail("seen", `The controller does not answer (${error.message}). What is below is as it was.`);
   }
 }
 
 document.querySelector("#unlock").addEventListener("submit", (event) => {
   event.preventDefault();
-  token = document.querySelector("#token").value;
-  sessionStorage.setItem("token", token);
-  shown = "";
+  remember(document.querySelector("#token").value);
+  fail("asked", "");
   refresh();
 });
 
