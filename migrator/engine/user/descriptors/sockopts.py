@@ -21,7 +21,6 @@ TCP_CONGESTION, TCP_ULP = 13, 31
 _SO_PRIORITY, _SO_INCOMING_CPU, _IP_TOS = 12, 49, 1
 _SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF, _BPF_RET = 51, 68, 0x06
 
-_WRITTEN_BY_PACKETS = SOL_SOCKET, _SO_INCOMING_CPU
 _AT_ONCE = 256  # sockets that are asked for all their options in one go
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
 _UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II"), struct.Struct("<q"), 0xFFFFFFFF
@@ -54,6 +53,8 @@ _IPV6 = (16, 23, 25, 26, 67, 70, 73, 75, 78)  # UNICAST_HOPS, MTU_DISCOVER, RECV
 _IPV6_DATAGRAM = (18, 19, 29, 49, 51, 62, 66)
 _TCP = (1, 3, 4, 5, 6, 7, 8, 16, 18, 25, 36, 37)  # NODELAY, CORK, KEEP*, SYNCNT, LINGER2 .. TX_DELAY
 _TCP_UNCONNECTED = (2, 9, 10, 23, 27, 30)  # MAXSEG, DEFER_ACCEPT, WINDOW_CLAMP, FASTOPEN*, SAVE_SYN
+# Not of a connection: what only a new socket takes, and what the kernel writes with each packet.
+_ONLY_NEW = {*((SOL_TCP, name) for name in _TCP_UNCONNECTED), (SOL_SOCKET, _SO_INCOMING_CPU)}
 _UDP = (1, 100, 103, 104)
 _NETLINK = (
     3,
@@ -173,16 +174,18 @@ class Defaults:
 
     def changed(self, socks: Sequence[socket.SocketType], connected: Container[int] = ()) -> list[list[SocketOption]]:
         """Of each the options that differ from a new one's; `connected` are indices of those with a peer."""
-        kinds: dict[tuple[int, int, int], list[int]] = {}
+        kinds: dict[tuple[tuple[int, int, int], bool], list[int]] = {}
         for at, sock in enumerate(socks):
-            kinds.setdefault((sock.family, sock.type, sock.proto), []).append(at)
+            kinds.setdefault(((sock.family, sock.type, sock.proto), at in connected), []).append(at)
         out: list[list[SocketOption]] = [[] for _ in socks]
-        for key, members in kinds.items():
+        for (key, has_peer), members in kinds.items():
             fresh = self._of.get(key)
             if fresh is None:
                 fresh = self._of[key] = self._read(*key)
+            if has_peer:
+                fresh = [known for known in fresh if known[:2] not in _ONLY_NEW]
             for first in range(0, len(members), _AT_ONCE):
-                self._compare(socks, members[first : first + _AT_ONCE], fresh, connected, out)
+                self._compare(socks, members[first : first + _AT_ONCE], fresh, out)
         return out
 
     @staticmethod
@@ -190,7 +193,6 @@ class Defaults:
         socks: Sequence[socket.SocketType],
         members: Sequence[int],
         fresh: Sequence[tuple[int, int, int, bool]],
-        connected: Container[int],
         out: Sequence[list[SocketOption]],
     ) -> None:
         ask = Ask([socks[at].fileno() for at in members])
@@ -201,10 +203,8 @@ class Defaults:
             values = [_number(name, raw) for raw in answers.all()] if special else answers.numbers()
             if values.count(default) == len(values):
                 continue
-            # of a connection, the kernel writes it with each packet
-            only_new = (level == SOL_TCP and name in _TCP_UNCONNECTED) or (level, name) == _WRITTEN_BY_PACKETS
             for at, value in zip(members, values, strict=True):
-                if value != default and not (only_new and at in connected):
+                if value != default:
                     out[at].append(SocketOption(level, name, value))
         for at in members:
             if any((o.level, o.name) == (SOL_IP, _IP_TOS) for o in out[at]):

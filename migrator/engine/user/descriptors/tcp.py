@@ -54,9 +54,11 @@ def listening(sock: socket.SocketType) -> tuple[int, int]:
 
 
 class Amounts(NamedTuple):
-    """What packets change of a connection whose program does not run: each only ever goes one way."""
+    """What packets change of a connection whose program does not run: each only ever goes one way. And `agreed`, which
+    comes with it: what the ends agreed on when they connected, two bytes of TCP_INFO."""
 
     state: int
+    agreed: bytes
     unacked: int
     unsent: int
     unread: int
@@ -68,7 +70,7 @@ def amounts(fds: Sequence[int]) -> list[Amounts]:
     """The amounts now, of connections in repair mode. Of each several calls, so packets may come in between them."""
     ask = Ask(fds)
     ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
-    info = ask.option(_TCP, TCP_INFO, 1)
+    info = ask.option(_TCP, TCP_INFO, 8)
     unacked, unsent = ask.amount(_SIOCOUTQ), ask.amount(_SIOCOUTQNSD)
     rcv_seq, window = ask.option(_TCP, TCP_QUEUE_SEQ), ask.option(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
     unread = ask.amount(_SIOCINQ)
@@ -84,7 +86,7 @@ def amounts(fds: Sequence[int]) -> list[Amounts]:
         if state[0] in FIN_UNACKED:
             not_acked, not_sent = not_acked - 1, max(0, not_sent - 1)
         seq = (seq - (state[0] in GOT_FIN)) & _MASK
-        out.append(Amounts(state[0], not_acked, not_sent, not_read, seq, raw))
+        out.append(Amounts(state[0], state[5:7], not_acked, not_sent, not_read, seq, raw))
     return out
 
 
@@ -134,7 +136,6 @@ def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
 def save(connections: Sequence[tuple[int, int, Amounts]]) -> list[SocketTcp]:
     """The state of connections in repair mode: (descriptor, objref, how much is in its queues)."""
     ask = Ask([fd for fd, _, _ in connections])
-    info = ask.option(_TCP, TCP_INFO, 8)
     ask.put(_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
     snd_seq = ask.option(_TCP, TCP_QUEUE_SEQ)
     sent = ask.peek([max(0, told.unacked) for _, _, told in connections], _PEEK)
@@ -142,11 +143,11 @@ def save(connections: Sequence[tuple[int, int, Amounts]]) -> list[SocketTcp]:
     received = ask.peek([told.unread for _, _, told in connections], _PEEK)
     mss, clock = ask.option(_TCP, TCP_MAXSEG), ask.option(_TCP, TCP_TIMESTAMP)
     ask.make()
-    for answers, what in ((info, "TCP_INFO"), (snd_seq, "TCP_QUEUE_SEQ"), (mss, "MAXSEG"), (clock, "TCP_TIMESTAMP")):
+    for answers, what in ((snd_seq, "TCP_QUEUE_SEQ"), (mss, "MAXSEG"), (clock, "TCP_TIMESTAMP")):
         answers.check(what)
     out = []
-    columns = zip(connections, info.all(), snd_seq.numbers(), mss.numbers(), clock.numbers(), strict=True)
-    for at, ((_, objref, told), facts, seq, segment, timestamp) in enumerate(columns):
+    columns = zip(connections, snd_seq.numbers(), mss.numbers(), clock.numbers(), strict=True)
+    for at, ((_, objref, told), seq, segment, timestamp) in enumerate(columns):
         snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(told.window)
         out.append(
             SocketTcp(
@@ -155,9 +156,9 @@ def save(connections: Sequence[tuple[int, int, Amounts]]) -> list[SocketTcp]:
                 told.rcv_seq,
                 (seq - (told.state in SENT_FIN)) & _MASK,
                 told.unsent,
-                facts[5] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
-                facts[6] & 0xF,
-                facts[6] >> 4,
+                told.agreed[0] & (_OPT_TIMESTAMPS | _OPT_SACK | _OPT_WSCALE),
+                told.agreed[1] & 0xF,
+                told.agreed[1] >> 4,
                 segment,
                 timestamp & _MASK,
                 snd_wl1,
