@@ -14,6 +14,7 @@ from migrator.cli.output import err, out, reported
 from migrator.cli.parameters import logs_in, seconds
 from migrator.errors import UsageError
 from migrator.host import Login
+from migrator.text import duration
 from policies.consistency import ClusterError
 from policies.day import Recording, decode
 
@@ -97,12 +98,16 @@ def record(
         if path.exists():
             raise UsageError(f"{path} is there already", hint="name another file")
 
+        def told(number: int) -> None:
+            if number == 1:
+                err.say("recording for {}; Ctrl-C ends it and keeps what there is", duration(length))
+
         async def work() -> None:
             from migrator.fleet.membership import opened
             from migrator.fleet.recorder import record as recorded
 
             async with opened(store, login) as fleet:
-                made = await recorded(fleet.observer, every=every, seconds=length)
+                made = await recorded(fleet.observer, every=every, seconds=length, told=told)
             path.write_bytes(msgspec.json.encode(made))
             out.say(
                 "{} observations of {} workloads on {} hosts: migrator simulate {}",

@@ -91,7 +91,7 @@ class Browser:
         number = next(self._numbers)
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             told = await waiting
         if "error" in told:
             raise RuntimeError(f"{method}: {told['error']}")
@@ -108,7 +108,7 @@ class Browser:
             raise RuntimeError(f"{expression}: {told['exceptionDetails']}")
         return told["result"].get("value")
 
-    async def until(self, expression: str, *, seconds: float = 20.0) -> None:
+    async def until(self, expression: str, *, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not await self.value(expression):
             if time.monotonic() > deadline:

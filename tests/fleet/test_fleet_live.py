@@ -406,12 +406,11 @@ def test_a_day_is_recorded_and_replayed(fleet: FleetStage, tmp_path: Path) -> No
     with pytest.raises(CommandFailed, match="is there already"):
         fleet.command("record", str(path), "--for", "3s", "--every", "1s")
     cut = tmp_path / "cut.json"
-    long = fleet.client.popen(
-        [*MIGRATOR, "record", str(cut), "--for", "1h", "--every", "1s"], stderr=subprocess.DEVNULL
-    )
-    time.sleep(6)
+    long = fleet.client.popen([*MIGRATOR, "record", str(cut), "--for", "1h", "--every", "1s"], stderr=subprocess.PIPE)
+    assert long.stderr is not None and b"recording for" in long.stderr.readline()
     long.send_signal(signal.SIGINT)
-    assert long.wait(30) == 0 and decode(cut.read_bytes()).recorded
+    assert long.wait(60) == 0 and decode(cut.read_bytes()).recorded
+    long.stderr.close()
     found = fleet.json("simulate", str(path))
     assert (found["hosts"], found["workloads"]) == (3, 2)
     assert {run["rule"] for run in found["others"]} and len(found["nothing"]["imbalance"]) == 3
