@@ -302,7 +302,7 @@ class ImageSummary:
             case f.Pipe() | f.EventFd() | f.TimerFd() | f.SignalFd() | f.Inotify():
                 self._named[record.objref] = f"{type(record).__name__} {record.objref}"
             case f.PidFd():
-                self._named[record.objref] = f"pid {record.pid}"
+                self._named[record.objref] = f"pid {record.pid}" if record.pid else "of a process that is gone"
 
     def _mapping(self, vma: r.VmaItem) -> MappingInfo:
         kind = _name(r.VmaKind, vma.kind)

@@ -139,7 +139,8 @@ class FilesOrder:
             self._fail(f"{len(data.data)} bytes at {data.offset} are beyond the end of the file")
 
     def _pidfd(self, pidfd: f.PidFd) -> None:
-        self._in_tree(pidfd.pid)
+        if pidfd.pid:
+            self._in_tree(pidfd.pid)
 
     def _watch(self, watch: f.InotifyWatch) -> None:
         self._references.use(watch.inotify_objref, "Inotify", "a watch")

@@ -180,7 +180,7 @@ class FileData(Record):
 @record(315)
 class PidFd(Record):
     objref: s32
-    pid: s32
+    pid: s32  # 0: of a process that has ended and was waited for
 
 
 @record(316)

@@ -216,6 +216,17 @@ def test_a_pidfd_is_of_the_same_process(child: Child) -> None:
             assert f"Pid:\t{two.pid}\n" in one.ask("open('/proc/self/fdinfo/0').read()")
 
 
+@pytest.mark.parametrize("flags", [0, os.O_EXCL], ids=["process", "thread"])
+def test_a_pidfd_of_one_that_is_gone_stays_that(child: Child, flags: int) -> None:
+    child.run(f"p = os.fork() or os._exit(0); fd = os.pidfd_open(p, {flags}); os.waitpid(p, 0); os.set_blocking(fd, 0)")
+    assert survey([child.process], own_netns=True) == []
+    with Moved(child) as moved:
+        (copy,) = moved.restore([child])
+        assert "Pid:\t-1\n" in copy.ask("open('/proc/self/fdinfo/0').read()")
+        assert copy.ask("fcntl.fcntl(0, fcntl.F_GETFL)") == os.O_RDWR | os.O_NONBLOCK | flags
+        assert copy.ask("__import__('select').select([0], [], [], 0)[0]") == [0]
+
+
 def test_a_pidfd_of_one_that_has_ended_waits_for_its_parent_to_take_note(child: Child) -> None:
     child.run("a, b = os.pipe(); p = os.fork() or os.read(a, 1) and os._exit(0); one, two = map(os.pidfd_open, (p, p))")
     with Transients([child.process]) as transients:

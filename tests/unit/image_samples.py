@@ -414,6 +414,7 @@ def latest() -> list[Record]:
         s.MqQueue(objref=61, removed=0, mode=0o640, **queue, name="jobs"),
         s.MqMessage(queue_objref=61, priority=32767, text=b"first"),
         s.MqMessage(queue_objref=61, priority=0, text=b"last"),
+        f.PidFd(objref=63, pid=0),
         f.Inotify(objref=62, reserved=0),
         f.InotifyWatch(inotify_objref=62, wd=1, mask=0x100, reserved=0, path="/"),
         f.InotifyWatch(inotify_objref=62, wd=77, mask=0x84000FFF, reserved=0, path="/etc/hosts"),

@@ -690,7 +690,7 @@ struct ckpt_hdr_file_data {
 struct ckpt_hdr_pid_fd {
 	struct ckpt_hdr h;
 	__s32 objref;
-	__s32 pid;
+	__s32 pid; /* 0: of a process that has ended and was waited for */
 } __attribute__((aligned(8)));
 
 /*

@@ -72,5 +72,16 @@ def start_timerfd(fd: int, rec: TimerFd) -> None:
         fcntl.ioctl(fd, descriptors.TFD_IOC_SET_TICKS, struct.pack("<Q", rec.ticks))
 
 
+def make_pidfd_of_gone(flags: int = 0) -> int:
+    """A pidfd of a process that has ended and was waited for: a child of ours."""
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    try:
+        return os.pidfd_open(pid, flags)
+    finally:
+        os.waitpid(pid, 0)
+
+
 def make_signalfd(rec: SignalFd) -> int:
     return descriptors.signalfd(rec.mask)

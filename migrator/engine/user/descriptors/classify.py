@@ -131,8 +131,8 @@ def _anon(name: str, info: FdInfo) -> Classification:
     if kind is None:
         what = _ANON_REFUSED.get(name, f"a kernel object ({name})")
         raise Obstacle(f"{what} cannot be carried; the program must close it first")
-    if kind == FileKind.PIDFD and int(info.fields.get("Pid", "-1")) <= 0:
-        raise Obstacle("a pidfd of a process that is gone cannot be carried")
+    if kind == FileKind.PIDFD and int(info.fields.get("Pid", "0")) == 0:
+        raise Obstacle("a pidfd of a process that this host does not see cannot be carried")
     if kind == FileKind.EVENTFD and "eventfd-semaphore" not in info.fields:
         raise Obstacle("this kernel does not tell whether an eventfd is a semaphore (Linux 6.5 does)")
     return Classification(kind)

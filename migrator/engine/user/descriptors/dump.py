@@ -11,7 +11,7 @@ from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, 
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import OWNED, Description, Holder
-from migrator.engine.user.descriptors.found import MessageQueue
+from migrator.engine.user.descriptors.found import GONE, MessageQueue
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
@@ -232,6 +232,8 @@ class DescriptorDump:
 
     def _target_of_pidfd(self, item: Description) -> int:
         pid = int(item.info.fields["Pid"])
+        if pid == GONE:
+            return 0
         for process in self._processes:
             if process.pid == pid:
                 return process.vpid

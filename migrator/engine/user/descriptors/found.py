@@ -11,6 +11,8 @@ from migrator.engine.user.descriptors.classify import Classification
 from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 
+GONE = -1  # in fdinfo of a pidfd: its process has ended and was waited for
+
 
 @dataclass(slots=True, frozen=True)
 class Found:

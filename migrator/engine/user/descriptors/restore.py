@@ -222,6 +222,10 @@ class DescriptorRestore:
         self._timers[rec.objref] = rec
 
     def _pidfd(self, rec: r.PidFd) -> None:
+        if not rec.pid:
+            self._object(rec.objref, anonymous.make_pidfd_of_gone())
+            self._pidfds[rec.objref] = 0
+            return
         pid = self._context.pid_of(rec.pid) if rec.pid > 0 else 0
         if not pid:
             raise ImageError(f"a pidfd of pid {rec.pid}, which is not in the tree")
@@ -293,7 +297,8 @@ class DescriptorRestore:
         if kind in _ANONYMOUS:
             if rec.flags & _PIDFD_THREAD and inode in self._pidfds and inode in self._ready:
                 os.close(self._ready.pop(inode))
-                return os.pidfd_open(self._pidfds[inode], _PIDFD_THREAD)
+                pid = self._pidfds[inode]
+                return os.pidfd_open(pid, _PIDFD_THREAD) if pid else anonymous.make_pidfd_of_gone(_PIDFD_THREAD)
             if inode not in self._ready or (kind == r.FileKind.TIMERFD) != (inode in self._timers):
                 raise ImageError(f"file {rec.objref}: object {inode} is not there, taken, or something else")
             if kind == r.FileKind.INOTIFY:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from migrator.engine.user.descriptors import fdinfo, inotify
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
-from migrator.engine.user.descriptors.found import Found, MessageQueue, open_elsewhere
+from migrator.engine.user.descriptors.found import GONE, Found, MessageQueue, open_elsewhere
 from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
 from migrator.image.records_files import FileKind
@@ -127,7 +127,7 @@ def _has_ended(pid: int) -> bool:
 def _pidfds(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
     inside = {process.pid for process in processes}
     for item in found:
-        if item.verdict.kind != FileKind.PIDFD or (pid := int(item.info.fields["Pid"])) in inside:
+        if item.verdict.kind != FileKind.PIDFD or (pid := int(item.info.fields["Pid"])) in {*inside, GONE}:
             continue
         if not _has_ended(pid):  # which is waited for in a moment: the freeze looks again
             yield f"{item}: a pidfd of pid {pid}, which is not in the tree"
