@@ -76,7 +76,20 @@ def in_thread(code: str) -> str:
     )
 
 
+NAMED_SOCKET = (
+    "#include <sys/socket.h>\n#include <sys/stat.h>\n#include <sys/un.h>\n"
+    + MAIN
+    + """struct sockaddr_un name = { .sun_family = AF_UNIX, .sun_path = "s" };
+    *strrchr(argv[1], '/') = 0;
+    TRY(chdir(argv[1]));
+    TRY(bind(TRY(socket(AF_UNIX, SOCK_STREAM, 0)), (void *)&name, sizeof(name)));
+    """
+)
+
 STATES = {
+    "has other names (link(2))": NAMED_SOCKET + 'TRY(link("s", "t"));',
+    "has another name in another directory": NAMED_SOCKET
+    + 'TRY(mkdir("d", 0700)); TRY(link("s", "d/t")); TRY(unlink("s"));',
     "is in mnt namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWNS));",
     "is in uts, cgroup namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUTS | CLONE_NEWCGROUP));",
     "is in user namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUSER));",

@@ -977,6 +977,49 @@ int main(int argc, char **argv)
 """
 
 
+RENAMED_SOCKETS = r"""
+#include <sys/socket.h>
+#include <sys/un.h>
+#include "workload.h"
+static const char *const bound[] = { "linked.1", "renamed.1" }, *const there[] = { "linked", "renamed" };
+static int listeners[2];
+static void check(void)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	socklen_t length;
+	int client;
+
+	for (int i = 0; i < 2; i++) {
+		length = sizeof(name);
+		TRY(getsockname(listeners[i], (struct sockaddr *)&name, &length));
+		CHECK(!strcmp(name.sun_path, bound[i]), "%s", name.sun_path);
+		CHECK(access(bound[i], F_OK) && errno == ENOENT, "%s is there", bound[i]);
+		strcpy(name.sun_path, there[i]);
+		client = TRY(socket(AF_UNIX, SOCK_STREAM, 0));
+		TRY(connect(client, (struct sockaddr *)&name, sizeof(name)));
+		TRY(close(TRY(accept(listeners[i], NULL, NULL))));
+		TRY(close(client));
+	}
+}
+int main(int argc, char **argv)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+
+	wl_start(argc, argv);
+	*strrchr(argv[1], '/') = 0;
+	TRY(chdir(argv[1]));
+	for (int i = 0; i < 2; i++) {
+		strcpy(name.sun_path, bound[i]);
+		listeners[i] = TRY(socket(AF_UNIX, SOCK_STREAM, 0));
+		TRY(bind(listeners[i], (struct sockaddr *)&name, sizeof(name)));
+		TRY(listen(listeners[i], 3));
+	}
+	TRY(link(bound[0], there[0])); /* as supervisord does */
+	TRY(unlink(bound[0]));
+	TRY(rename(bound[1], there[1]));
+"""
+
+
 POLL_OF_A_USER = (
     r"""
 #include <grp.h>
@@ -1071,6 +1114,7 @@ STATES = {
     "memory that the kernel may drop": DROPPABLE,
     "guard regions that come and go": GUARDS,
     "a socket whose name was removed, and a descriptor of a thread": UNLINKED_SOCKET,
+    "sockets under other names than they were bound to": RENAMED_SOCKETS,
     "an offset to peek at, and a range of ports": PEEKED,
 }
 

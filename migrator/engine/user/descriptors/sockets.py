@@ -75,8 +75,13 @@ def taken_name(sock: socket.SocketType) -> bytes:
 def outside_of_root(sock: socket.socket, root: Root) -> str:
     """Why the file that a unix socket is bound to cannot be carried, or ""."""
     where = unix_dump.file_of(sock.fileno())
-    if where is not None and where.there and root.inside(where.path) is None:
-        return f"{where.path} lies outside of the root directory of the tree"
+    if where is not None and where.there:
+        try:
+            unix_dump.place_of(where, root)
+        except Obstacle as obstacle:
+            return str(obstacle)
+        except OSError:
+            pass  # it was removed meanwhile
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import os
 import socket
@@ -11,10 +12,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
-from migrator.engine.user.descriptors.classify import DELETED
+from migrator.engine.user.descriptors.classify import DELETED, Obstacle, Root
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketOption, SocketState
+from migrator.linux.openat2 import open_in_root
 
 SIOCUNIXFILE = 0x89E0
 _LISTEN = 10
@@ -45,6 +47,44 @@ def file_of(sock: int) -> BoundFile | None:
     finally:
         os.close(fd)
     return BoundFile(path, status, not (path.endswith(DELETED) and status.st_nlink == 0))
+
+
+def place_of(where: BoundFile, root: Root) -> str:
+    """Where the file of a socket lies in the tree. Raises Obstacle.
+
+    The name that it was bound to may be another's by now: supervisord gives it its own by link(2) and unlink(2)."""
+    status, path = where.status, where.path
+    if status.st_nlink > 1:
+        raise Obstacle(f"{path.removesuffix(DELETED)}, the file of a unix socket, has other names (link(2))")
+    removed = path.endswith(DELETED)
+    folder, name = os.path.split(path)
+    inside = root.inside(folder)
+    if inside is None:
+        raise Obstacle(f"{path} lies outside of the root directory of the tree")
+    if removed:
+        name = _other_name(inside, status, root)
+        if not name:
+            raise Obstacle(
+                f"{path.removesuffix(DELETED)}, the file of a unix socket, has another name in another directory"
+            )
+    return os.path.join(inside, name)
+
+
+def _other_name(folder: str, status: os.stat_result, root: Root) -> str:
+    with _directory(root.fd, folder.lstrip("/") or ".") as fd, os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.inode() == status.st_ino and entry.stat(follow_symlinks=False).st_dev == status.st_dev:
+                return entry.name
+    return ""
+
+
+@contextlib.contextmanager
+def _directory(root: int, path: str) -> Iterator[int]:
+    fd = open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class UnixDump:
@@ -159,9 +199,10 @@ class UnixDump:
         if not where.there or key in self._with_file:
             return "", 0, 0, 0
         self._with_file.add(key)
-        inside = item.root.inside(where.path)
-        if inside is None:
-            raise CheckpointFailed(f"{item}: {where.path} lies outside of the root directory of the tree")
+        try:
+            inside = place_of(where, item.root)
+        except Obstacle as error:
+            raise CheckpointFailed(f"{item}: {error}") from None
         return inside, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
     def _waiting(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
