@@ -111,7 +111,7 @@ def log_to_stderr(level: int = logging.WARNING, form: str = "%(message)s") -> No
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter(form))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for library in ("asyncssh", "pyroute2"):  # each message of theirs is a line
+    for library in ("asyncssh", "httpcore", "httpx", "pyroute2"):  # each message of theirs is a line
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -285,7 +285,7 @@ def test_no_package_prints_by_itself() -> None:
 def test_libraries_do_not_log_each_message_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     output.log_to_stderr(logging.DEBUG)
-    for library in ("asyncssh", "pyroute2.netlink.nlsocket"):
+    for library in ("asyncssh", "httpx", "pyroute2.netlink.nlsocket"):
         assert not logging.getLogger(library).isEnabledFor(logging.INFO)
 
 
