@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The two calls, until a C library has them. Numbers are those of x86-64.
+ * The calls, until a C library has them. Numbers are those of x86-64.
  */
 #ifndef TOOLS_CHECKPOINT_H
 #define TOOLS_CHECKPOINT_H
@@ -14,12 +14,22 @@
 #define __NR_restart 549
 #endif
 
+#ifndef __NR_cradvise
+#define __NR_cradvise 550
+#endif
+
 #ifndef CHECKPOINT_SUBTREE
 #define CHECKPOINT_SUBTREE 1UL
 #endif
 
 #ifndef RESTART_FROZEN
 #define RESTART_FROZEN 2UL
+#endif
+
+#ifndef CRADVISE_SKIP_FILE
+#define CRADVISE_SKIP_FILE 3
+#define CRADVISE_SAVE_FILE 4
+#define CRADVISE_PRESET_FILE 5
 #endif
 
 /* A checkpoint identifier; 0 in a copy that has saved itself and comes to life here; -1 with errno. */
@@ -32,6 +42,11 @@ static inline long checkpoint(pid_t pid, int fd, unsigned long flags)
 static inline long restart(pid_t pid, int fd, unsigned long flags)
 {
 	return syscall(__NR_restart, pid, fd, flags);
+}
+
+static inline int cradvise(int advice, unsigned long arg1, unsigned long arg2, unsigned long arg3)
+{
+	return syscall(__NR_cradvise, advice, arg1, arg2, arg3);
 }
 
 #endif

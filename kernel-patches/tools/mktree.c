@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * mktree [-d] < IMAGE: restarts the tree that is in an image, under the pids that it had.
+ * mktree [-d] [-p PID:FD]... < IMAGE: restarts the tree that is in an image, under the pids that it had.
  *
  * Looks into the stream for the pid of the root without taking anything out of it, makes a child with that pid, and
  * lets it become the root; the kernel makes the others. Waits for the root and ends as it does; with -d prints its
- * pid and leaves it.
+ * pid and leaves it. Descriptor FD of process PID is that of mktree with this number (cradvise(2)).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -119,18 +119,40 @@ static void complain(void)
 	}
 }
 
+static int usage(void)
+{
+	fputs("usage: mktree [-d] [-p PID:FD]... < IMAGE\n", stderr);
+	return 2;
+}
+
+/* Presets are the task's that restarts. */
+static int preset(const char *text)
+{
+	int pid, fd;
+
+	sscanf(text, "%d:%d", &pid, &fd);
+	if (!cradvise(CRADVISE_PRESET_FILE, pid, fd, fd))
+		return 0;
+	fprintf(stderr, "mktree: -p %s: %s\n", text, strerror(errno));
+	return -1;
+}
+
 int main(int argc, char **argv)
 {
 	struct clone_args args = { .exit_signal = SIGCHLD, .set_tid_size = 1 };
-	int detach = argc == 2 && !strcmp(argv[1], "-d");
-	int fds[2], status;
+	int fds[2], status, opt, detach = 0, bad = 0, one, two, end = 0;
 	pid_t pid, child;
 	char failed;
 
-	if (argc > 1 + detach) {
-		fputs("usage: mktree [-d] < IMAGE\n", stderr);
-		return 2;
+	while ((opt = getopt(argc, argv, "dp:")) != -1) {
+		if (opt == 'p' && (sscanf(optarg, "%d:%d%n", &one, &two, &end) != 2 || optarg[end]))
+			return usage();
+		if (opt == '?')
+			return usage();
+		detach |= opt == 'd';
 	}
+	if (optind != argc)
+		return usage();
 	pid = root_of_image();
 	args.set_tid = (uintptr_t)&pid;
 	/* Closed without a byte once the child has become the root, which has other descriptors. */
@@ -144,8 +166,13 @@ int main(int argc, char **argv)
 	if (!child) {
 		if (detach)
 			setsid();
-		restart(getpid(), STDIN_FILENO, 0);
-		complain();
+		for (optind = 1; (opt = getopt(argc, argv, "dp:")) != -1;)
+			if (opt == 'p')
+				bad |= preset(optarg);
+		if (!bad) {
+			restart(getpid(), STDIN_FILENO, 0);
+			complain();
+		}
 		if (write(fds[1], "", 1) != 1)
 			_exit(2);
 		_exit(1);
