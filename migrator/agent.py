@@ -14,7 +14,6 @@ from pathlib import Path
 
 from migrator import host, model
 from migrator.api.recovery import settle
-from migrator.engine.select import select
 from migrator.errors import Fate, TransportError
 from migrator.fleet.fencing import fence_directory
 from migrator.fleet.host_report import Capacity
@@ -39,7 +38,7 @@ class AgentSettings:
 
     capacity:  what of this host is for workloads; None for all of it
     storage:   where checkpoints go that a controller wants
-    engine:    the name of the one that restarts what comes; "" for the best that this host has
+    engine:    the name of the one that restarts what comes; "" for the one that has saved it, where it works here
     """
 
     listen_host: str
@@ -63,7 +62,7 @@ async def run_daemon(settings: AgentSettings) -> None:
     on_event = _metrics(settings.metrics) if settings.metrics else model.nobody
     journal = journal_directory()
     open_ones = await _settle(settings.login)
-    here = host.destination_settings(select(settings.engine), bridge=settings.bridge, journal=journal)
+    here = host.destination_settings(settings.engine, bridge=settings.bridge, journal=journal)
 
     service = FleetService(
         here.host,
@@ -109,7 +108,7 @@ async def run_stdio(bridge: str = "", engine: str = "") -> None:
     link = await wire.stdio_link()
     login = host.Login()
     await _settle(login)
-    here = host.destination_settings(select(engine), bridge=bridge)
+    here = host.destination_settings(engine, bridge=bridge)
     service = FleetService(here.host, login, fences=fence_directory(), bridge=bridge)
     await serve_link(link, here, requests=service.answers)
     await service.departures.close()

@@ -20,7 +20,7 @@ from migrator.container import connection_filter, rtnetlink, state, switchover
 from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
-from migrator.engine.select import Choice, select
+from migrator.engine.select import Choice, select, select_like
 from migrator.errors import MigratorError, Refused, UsageError
 from migrator.fleet.fencing import Fence, fence_directory
 from migrator.linux import confinement, message_ledger, procfs
@@ -78,6 +78,7 @@ class HostHooks:
         if not header.locks or open_group(header.cgroup) is None:
             return []
         locks = [LateLock(*lock) for lock in header.locks]
+        # Of the engine that carries them: no other leaves any.
         return [str(lock) for lock in select().engine.take_locks(header.cgroup, locks, seconds)]
 
     def reopen(self, header: JournalHeader) -> None:
@@ -155,11 +156,20 @@ def check_mounts() -> None:
     )
 
 
-def destination_settings(choice: Choice, *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
-    """This host as a destination. `bridge` is for containers whose bridge is called otherwise there."""
+def destination_settings(engine: str = "", *, bridge: str = "", journal: Path | None = None) -> DestinationSettings:
+    """This host as a destination. What comes is restarted by the engine of that name, else by the one that saved it
+    where it works here too. `bridge` is for containers whose bridge is called otherwise there.
+
+    Raises UsageError, Refused: see `select`."""
+
+    def choose(proposal: Propose) -> Choice:
+        saved_by = "" if proposal.verify else proposal.source.engine  # a second look is not for each of them
+        return select_like(saved_by, engine)
+
     return DestinationSettings(
-        host=facts(choice),
-        prepare=lambda proposal: _prepare(choice.engine, proposal, bridge),
+        host=facts(select(engine)),
+        host_for=lambda proposal: facts(choose(proposal)),
+        prepare=lambda proposal: _prepare(choose(proposal).engine, proposal, bridge),
         root_of=_root_of,
         log_of=_log_of,
         journal=journal or journal_directory(),

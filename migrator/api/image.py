@@ -38,7 +38,7 @@ async def checkpoint(
              left out, and in the copy has ended with status 0
     output:  a file, which appears when the image is whole and on the disk, replacing one of that name; or a
              descriptor, which stays open. With KILL into a pipe nobody knows what becomes of the image
-    engine:  its name; "" for the best that this host has
+    engine:  its name; "" for the first that refuses nothing of it
 
     On every error, and if the task is cancelled before the image is whole, the tasks run on as if nothing had
     been asked. Cancelling later changes nothing, and what was done is returned. Raises UsageError, Refused,
@@ -72,7 +72,7 @@ async def restart(
     frozen:   leave the tasks complete and frozen, for `containers.thaw()`
     bridge:   for a container: the bridge of this host, if it is called otherwise than where it was saved
     verify:   save the copy again before it runs and compare: RestartFailed if it is not what was saved
-    engine:   its name; "" for the best that this host has
+    engine:   its name; "" for the one that has saved it, where it works
     built:    called, on another thread, with the root's pid when the copy is complete and does not run yet; what
               it raises discards the copy
     waiting:  called, on another thread, when the original is still in the way: the image is read to its end first

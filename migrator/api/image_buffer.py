@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from collections.abc import Callable
 from migrator import container
 from migrator.errors import ImageError
 from migrator.image.decoder import Decoder
-from migrator.image.records import Container, Tree
+from migrator.image.records import Container, Header, Tree
 from migrator.linux import pipes
 
 _QUIET = 2.0  # seconds without news after which no more is expected before something is taken out
 _LAST_BREATH = 5.0  # seconds that an original may take to end once its image is whole
+
+_MOST_HEADER = 8192  # bytes that hold the first record
 
 InTheWay = Callable[[], bool]
 
@@ -41,6 +44,23 @@ def beginning(fd: int) -> InTheWay:
             break
         time.sleep(0.005)
     return lambda: False  # whoever reads it will say what is wrong with it
+
+
+def saved_by(fd: int) -> str:
+    """The name of the engine that wrote the image in the file or pipe `fd`, of which nothing is taken; "" if that
+    cannot be told."""
+    try:
+        mode = os.fstat(fd).st_mode
+        data = b""
+        if stat.S_ISREG(mode):
+            data = os.pread(fd, _MOST_HEADER, os.lseek(fd, 0, os.SEEK_CUR))
+        elif stat.S_ISFIFO(mode):
+            data = pipes.peek(fd)
+        return next(
+            (record.engine for record in Decoder(keep_pages=False).feed(data) if isinstance(record, Header)), ""
+        )
+    except (ImageError, OSError):
+        return ""  # whoever reads it will say what is wrong with it
 
 
 def keep(fd: int, in_the_way: InTheWay, given_up: Callable[[], bool] = lambda: False) -> int:

@@ -26,7 +26,7 @@ from migrator.engine.base import (
     RestartFlags,
     RestartHooks,
 )
-from migrator.engine.select import select
+from migrator.engine.select import select_for, select_like
 from migrator.errors import CheckpointFailed, Refused
 from migrator.host import SandboxMaker
 from migrator.linux import pipes, procfs
@@ -66,7 +66,8 @@ def save(
             [f"container {workload.name}: migrator itself runs in it"],
             hint="save it from outside, or name the pid of a program in it",
         )
-    choice = select(engine)
+    options = workload.source_options()
+    choice = select_for(workload.pid, options, engine)
     try:
         with attention.saving(workload.container), CheckpointGuard(workload, after, whole=whole) as guard:
             made = choice.engine.checkpoint(
@@ -74,7 +75,7 @@ def save(
                 fd,
                 CheckpointFlags.SUBTREE,
                 after=after,
-                options=workload.source_options(),
+                options=options,
                 hooks=guard,
             )
     except BrokenPipeError:
@@ -141,7 +142,8 @@ def restart(
         made = SandboxMaker(bridge)
         hooks = _Hooks(made, frozen, built)
         options = DestinationOptions(sandbox=made, verify=verify)
-        choice = select(engine)
+        # A second look at the copy is not for each of them.
+        choice = select_like("" if verify else image_buffer.saved_by(fd), engine)
         root = choice.engine.restart(
             fd, RestartFlags.FROZEN if frozen else RestartFlags(0), options=options, hooks=hooks
         )

@@ -16,8 +16,8 @@ from migrator.api.tasks import to_the_end
 from migrator.api.workloads import Workload, find_workload, trees
 from migrator.container import attention, connection_filter
 from migrator.container.switchover import NetworkLock
-from migrator.engine.select import select
-from migrator.errors import Fate, MigratorError, Overrun, Refused
+from migrator.engine.select import select_for
+from migrator.errors import CheckpointFailed, Fate, MigrationAborted, MigratorError, Overrun, Refused, WorkloadEnded
 from migrator.model import MigrationResult, OnEvent, Outcome
 from migrator.runtime.thread import OwnThread
 from migrator.session.preflight import PreflightReport
@@ -49,17 +49,22 @@ async def migrate(
     """
     asked, login = settings or MigrateSettings(), login or host.Login()
     until = time.monotonic() + asked.timeout
-    for _ in range(_TRIES - 1):
+    tries, fallback = _TRIES, ""
+    while True:
         try:
-            result, _ = await _run(target, peer, asked, login, on_event, dry=False)
+            result, _ = await _run(target, peer, asked, login, on_event, dry=False, fallback=fallback)
             return result
         except Overrun:
-            left = until - time.monotonic()
-            if left <= 0:
+            tries -= 1
+            if not tries or time.monotonic() >= until:
                 raise
-            asked = dataclasses.replace(asked, timeout=left)
-    result, _ = await _run(target, peer, asked, login, on_event, dry=False)
-    return result
+        except _Unfit as unfit:
+            # It refused nothing, and failed all the same: the one that carries whatever can be carried does not.
+            fallback = unfit.reason
+            on_event(model.Waiting(unfit.migration, fallback))
+            if time.monotonic() >= until:
+                raise unfit.error from None
+        asked = dataclasses.replace(asked, timeout=until - time.monotonic())
 
 
 async def check(
@@ -82,18 +87,37 @@ async def check(
     )
 
 
+class _Unfit(Exception):
+    """An engine that carries less than others, and was not asked for, has failed; the workload runs on."""
+
+    def __init__(self, migration: str, engine: str, error: MigratorError) -> None:
+        super().__init__(error.message)
+        self.migration, self.error = migration, error
+        self.reason = f"engine {engine}: {error.message}"
+
+
 async def _run(
-    target: str | int, peer: str, asked: MigrateSettings, login: host.Login, on_event: OnEvent, *, dry: bool
+    target: str | int,
+    peer: str,
+    asked: MigrateSettings,
+    login: host.Login,
+    on_event: OnEvent,
+    *,
+    dry: bool,
+    fallback: str = "",
 ) -> tuple[MigrationResult, PreflightReport | None]:
+    """`fallback`: why the engine is to be taken that carries whatever can be carried; "" for the best one."""
     workload = await asyncio.to_thread(find_workload, str(target))
     copy_files = asked.copy_files or bool(asked.copy_paths)
     carried = await asyncio.to_thread(trees, workload, copy_files, list(asked.copy_paths))
-    choice = await asyncio.to_thread(select, asked.engine)
     for one in await host.settle(login):
         on_event(model.Settled(one.migration, one.detail, one.fate.value))
     try:
         options = await asyncio.to_thread(workload.source_options)
         await asyncio.to_thread(_check_network, workload)
+        choice = await asyncio.to_thread(select_for, workload.pid, options, asked.engine, general=bool(fallback))
+        if fallback:
+            choice = dataclasses.replace(choice, reason=fallback)
         here = await asyncio.to_thread(host.facts, choice)
         link = await login.connect(peer)
     except MigratorError as error:
@@ -108,10 +132,10 @@ async def _run(
             event = msgspec.structs.replace(event, result=named(event.result))
         on_event(event)
 
-    found = workload.container
+    found, migration = workload.container, asked.migration or host.new_migration()
     session = SourceSession(
         SourceSettings(
-            migration=asked.migration or host.new_migration(),
+            migration=migration,
             peer=peer,
             container=options.container,
             container_spec=options.container_spec,
@@ -136,14 +160,21 @@ async def _run(
         network=NetworkLock(found) if found is not None and found.ifindex else None,
         on_event=tell,
     )
-    async with OwnThread("attention") as thread, contextlib.AsyncExitStack() as stack:
-        held = attention.saving(found)
-        await thread.run(held.__enter__)
-        stack.callback(held.__exit__, None, None, None)
-        try:
-            result = await session.run()
-        finally:
-            await to_the_end(link.close())
+    try:
+        async with OwnThread("attention") as thread, contextlib.AsyncExitStack() as stack:
+            held = attention.saving(found)
+            await thread.run(held.__enter__)
+            stack.callback(held.__exit__, None, None, None)
+            try:
+                result = await session.run()
+            finally:
+                await to_the_end(link.close())
+    except (Overrun, WorkloadEnded):
+        raise
+    except (CheckpointFailed, MigrationAborted) as error:
+        if dry or asked.engine or fallback or error.fate is not Fate.SOURCE or not choice.engine.carries_less:
+            raise
+        raise _Unfit(migration, choice.engine.name, error) from error
     if result.outcome is Outcome.MIGRATED and found is not None:
         await to_the_end(asyncio.to_thread(container.remove, found.name))
     return named(result), session.report

@@ -18,7 +18,7 @@ class MigrateSettings:
     cold:          no pre-copy: stop, copy, restart
     copy_files:    carry along files that are missing or other there
     copy_paths:    files and directories to carry along whole, as the workload sees them; implies `copy_files`
-    engine:        the name of the one that saves here; "" for the best that this host has
+    engine:        the name of the one that saves here; "" for the first that refuses nothing of it
     migration:     its id, if it has one already; "" for a new one
     fleet, token:  of the controller that wants it, which both hosts check; 0 where a person does
     verify:        save the copy again before it runs, while all is stopped, and give up if it is not what was saved

@@ -69,7 +69,7 @@ Target = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A container of this host.", autocompletion=_workloads)]
 EngineName = Annotated[
-    str, typer.Option("--engine", metavar="NAME", help="user or kernel; the best that this host has, if not told.")
+    str, typer.Option("--engine", metavar="NAME", help="user or kernel; the first that carries it, if not told.")
 ]
 Peer = Annotated[str, typer.Argument(metavar="[USER@]HOST[:PORT]", help="The other host: any sshd, or an agent.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]

@@ -176,6 +176,7 @@ class SourceOptions:
     cgroup_name: str = ""  # the hold cgroup; derived from the pid where empty
     message_ledger: str = ""  # a file in memory for messages that are taken out of a queue to be read; "" for none
     checksums: bool = False  # of contents of pages: for an image that is kept; a link has its own
+    surveyed: bool = False  # the same engine has just found nothing to refuse: see `select_for`
 
 
 class Sandbox(Protocol):
@@ -405,7 +406,7 @@ class Engine(Protocol):
 
     @property
     def carries_less(self) -> bool:
-        """Whether it refuses what others carry: then it is taken by its name, or where no other works."""
+        """Whether it refuses what others carry: then its survey is asked before it is taken (`select_for`)."""
 
     def probe(self) -> list[Capability]:
         """What it can do on this host, found out by trying. Takes some milliseconds; touches no workload."""

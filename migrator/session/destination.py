@@ -73,6 +73,7 @@ class DestinationSession:
         Raises nothing for what the peer does: see `outcome` and `reason` of the result.
         """
         self._proposal, self._migration = proposal, proposal.migration
+        self.settings = await asyncio.to_thread(self.settings.fitted, proposal)
         self._admission = Admission(proposal, self.settings)
         self._journal = DestinationJournal(self.settings.journal, proposal.migration, self._link)
         self._driver = Driver(

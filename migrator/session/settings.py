@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from migrator.protocol import messages as m
@@ -76,6 +76,7 @@ class Prepared:
 class DestinationSettings:
     """A host that takes workloads in.
 
+    host_for: the facts of this host for one proposal, where they are others than `host`
     prepare:  checks that the proposal fits this host and makes it ready; raises Refused. Called on the
               engine's thread, before the source begins.
     root_of:  the directory that will be the root of a proposed workload, "" for the host's root
@@ -85,8 +86,13 @@ class DestinationSettings:
 
     host: m.HostFacts
     prepare: Callable[[m.Propose], Prepared]
+    host_for: Callable[[m.Propose], m.HostFacts] | None = None
     root_of: Callable[[m.Propose], str] = lambda proposal: ""
     log_of: Callable[[m.Propose], str] = lambda proposal: ""
     limit: float = 3600.0
     journal: Path = field(default_factory=journal_directory)
     tools: Tools = field(default_factory=Tools)
+
+    def fitted(self, proposal: m.Propose) -> DestinationSettings:
+        """With the facts of this host for one proposal."""
+        return replace(self, host=self.host_for(proposal)) if self.host_for is not None else self

@@ -42,6 +42,7 @@ from tests.unit import image_samples
 SUBTREE = CheckpointFlags.SUBTREE
 HEAD = image_samples.header().encode() + image_samples.header_x86().encode()
 PLAIN = DestinationOptions(verify=False)
+IMAGE = HEAD + image_samples.tree().encode() + r.Trailer(r.TRAILER_MAGIC, 4).encode()
 
 # Reads `stream` to its end. Then it writes `result` to `status`, or closes that if it is 0; and waits.
 _FAKE_RESTART = (
@@ -103,17 +104,17 @@ def where(pid: int) -> str:
 def test_a_tree_is_frozen_while_it_is_saved_and_runs_on_where_it_was(
     program: Workload, tmp_path: Path, played: Callable[..., Checkpoint]
 ) -> None:
-    before, fake = where(program.pid), played(b"dry", b"image")
+    before, fake = where(program.pid), played(b"round", b"dry", IMAGE)
     with open(tmp_path / "image", "wb", buffering=0) as image:
         assert KernelEngine().checkpoint(program.pid, image.fileno(), SUBTREE) > 0
-    assert (tmp_path / "image").read_bytes() == b"image", "the rehearsal goes nowhere"
-    assert fake.frozen == [True, True]
+    assert (tmp_path / "image").read_bytes() == IMAGE, "the rehearsal goes nowhere"
+    assert fake.frozen == [False, True, True], "its memory goes ahead of the rehearsal as well"
     assert where(program.pid) == before
     program.check_alive_and_progressing()
 
 
 def test_with_kill_nothing_is_left_of_it(program: Workload, tmp_path: Path, played: Callable[..., Checkpoint]) -> None:
-    played(b"dry", b"image")
+    played(b"round", b"dry", IMAGE)
     pid, seen = program.pid, []
 
     class Hooks(CheckpointHooks):
@@ -129,7 +130,7 @@ def test_with_kill_nothing_is_left_of_it(program: Workload, tmp_path: Path, play
 def test_left_stopped_it_goes_on_by_sigcont(
     program: Workload, tmp_path: Path, played: Callable[..., Checkpoint]
 ) -> None:
-    played(b"dry", b"image")
+    played(b"round", b"dry", IMAGE)
     with open(tmp_path / "image", "wb", buffering=0) as image:
         KernelEngine().checkpoint(program.pid, image.fileno(), SUBTREE, after=AfterCheckpoint.STOP)
     deadline = time.monotonic() + 10
@@ -155,27 +156,27 @@ def test_what_the_kernel_refuses_is_refused_by_the_survey_and_it_runs_on(
 
 
 def test_what_is_only_on_its_way_is_asked_about_again(program: Workload, played: Callable[..., Checkpoint]) -> None:
-    fake = played(calls.NotNow("a connection waits to be accepted"), b"dry")
+    fake = played(b"round", calls.NotNow("a connection waits to be accepted"), b"round", b"dry")
     with KernelEngine().source(program.pid, -1, SourceOptions()) as source:
         assert program.pid in source.survey().pids
     assert fake.plan == []
     program.check_alive_and_progressing()
 
 
-def test_a_failure_in_the_freeze_lets_it_run_and_ends_the_stream_as_the_kernel_left_it(
+def test_a_failure_in_the_freeze_lets_it_run_and_ends_the_stream_with_its_cause(
     program: Workload, tmp_path: Path, played: Callable[..., Checkpoint]
 ) -> None:
     before = where(program.pid)
-    played(b"dry", CheckpointFailed("it ran"))
+    played(b"round", b"dry", CheckpointFailed("it ran"))
     with open(tmp_path / "image", "wb", buffering=0) as image, pytest.raises(CheckpointFailed, match="it ran"):
         KernelEngine().checkpoint(program.pid, image.fileno(), SUBTREE)
-    assert (tmp_path / "image").read_bytes() == b"", "the kernel writes the error record itself"
+    assert (tmp_path / "image").read_bytes() == r.Error("it ran").encode()
     assert where(program.pid) == before
     program.check_alive_and_progressing()
 
 
 def test_the_survey_counts_what_there_is(program: Workload, played: Callable[..., Checkpoint]) -> None:
-    played(b"dry")
+    played(b"round", b"dry")
     with KernelEngine().source(program.pid, -1, SourceOptions()) as source:
         found = source.survey()
     assert (found.pids, found.threads, found.wanted_pids) == ([program.pid], 1, [program.pid])
@@ -188,7 +189,8 @@ def test_a_survey_that_is_killed_leaves_the_tree_running(program: Workload, tmp_
     script = (
         "import sys, time; from migrator.engine.kernel import calls; from migrator.engine.base import SourceOptions\n"
         "from migrator.engine.kernel.engine import KernelEngine\n"
-        "def stay(pid, fd, flags):\n    print('frozen', flush=True); time.sleep(60)\n"
+        "def stay(pid, fd, flags):\n"
+        "    if flags & calls.LAST: print('frozen', flush=True); time.sleep(60)\n"
         "calls.checkpoint = stay\n"
         "KernelEngine().source(int(sys.argv[1]), -1, SourceOptions()).survey()"
     )

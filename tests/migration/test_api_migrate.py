@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ import pytest
 
 import migrator
 from migrator import model
+from migrator.engine.base import SourceOptions
+from migrator.engine.select import CANDIDATES
+from migrator.engine.user.dump.source import UserSource
+from migrator.engine.user.engine import UserEngine
+from migrator.errors import CheckpointFailed
 from migrator.testing.hosts import Host
 from migrator.testing.stage import AGENT_PORT, MIGRATOR, Stage
 from migrator.testing.workloads import build
@@ -116,3 +121,39 @@ def test_what_is_not_there_and_who_cannot_be_reached_are_errors_of_their_kinds(s
             asyncio.run(migrator.check(NAME, **{**asked, "peer": "root@10.77.0.2:7023"}))
     assert raised.value.fate is migrator.Fate.SOURCE
     assert states(stage.a) == ["running"]
+
+
+class Partial(UserEngine):
+    """Refuses nothing, and fails where it is to save the state of the tasks."""
+
+    name = "partial"
+    carries_less = True
+
+    def source(self, pid: int, fd: int, options: SourceOptions) -> UserSource:
+        class Failing(UserSource):
+            def final(self, silence: Callable[[], None] | None = None) -> None:
+                raise CheckpointFailed("pid 7: a piece that is not carried")
+
+        return Failing(pid, fd, options)
+
+
+def test_what_an_engine_fails_at_that_carries_less_another_does(
+    stage: Stage, ticks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migrator.engine.select.CANDIDATES", {"partial": Partial, **CANDIDATES})
+    events: list[model.Event] = []
+    with stage.a.inside():
+        assert asyncio.run(migrator.check(NAME, **arguments(stage))).result.engine == "partial"
+        result = asyncio.run(migrator.migrate(NAME, **arguments(stage), on_event=events.append))
+        assert (states(stage.a), states(stage.b)) == ([], ["running"])
+    assert (result.engine, result.engine_reason) == ("user", "engine partial: pid 7: a piece that is not carried")
+    assert [event.reason for event in events if isinstance(event, model.Waiting)] == [result.engine_reason]
+
+
+def test_an_engine_that_was_asked_for_fails_alone(stage: Stage, ticks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrator.engine.select.CANDIDATES", {"partial": Partial, **CANDIDATES})
+    settings = migrator.MigrateSettings(engine="partial")
+    with stage.a.inside(), pytest.raises(CheckpointFailed, match="pid 7: a piece that is not carried") as raised:
+        asyncio.run(migrator.migrate(NAME, **arguments(stage), settings=settings))
+    assert raised.value.fate is migrator.Fate.SOURCE
+    assert (states(stage.a), states(stage.b)) == (["running"], [])

@@ -18,7 +18,7 @@ from migrator.engine.base import (
     RestartFlags,
     SourceOptions,
 )
-from migrator.engine.select import CANDIDATES, Choice, select
+from migrator.engine.select import CANDIDATES, Choice, select, select_for, select_like
 from migrator.errors import CheckpointFailed, Refused, RestartFailed, UsageError
 from migrator.model import MigrationResult, Outcome
 from migrator.recovery.hooks import Tools
@@ -179,3 +179,61 @@ def test_only_a_container_is_saved_without_subtree(world: FakeWorld, tmp_path: P
     with open(tmp_path / "image", "wb") as image, pytest.raises(UsageError, match="init task of a container"):
         FakeEngine(world).checkpoint(os.getpid(), image.fileno(), CheckpointFlags(0))
     assert world.check() == ("run", "none")
+
+
+# ---------------------------------------------------------------------- one workload
+
+
+def refusing(world: FakeWorld, *reasons: str) -> FakeEngine:
+    return FakeEngine(world, Script(fail={"survey": Refused(list(reasons))}), name="kernel", carries_less=True)
+
+
+def test_an_engine_that_carries_less_is_taken_for_what_it_does_not_refuse(world: FakeWorld) -> None:
+    less, options = FakeEngine(world, name="kernel", carries_less=True), SourceOptions()
+    choice = select_for(TASK, options, candidates=candidates(less, FakeEngine(world)))
+    assert choice.engine is less
+    assert choice.reason == "the first choice, and it refuses nothing of this workload"
+    assert options.surveyed, "its own survey need not try again"
+    assert world.check() == ("run", "none")
+
+
+def test_what_it_refuses_is_the_reason_for_another_one(world: FakeWorld) -> None:
+    options, general = SourceOptions(), FakeEngine(world)
+    choice = select_for(TASK, options, candidates=candidates(refusing(world, "pid 7: inotify", "and that"), general))
+    assert choice.engine is general
+    assert choice.reason == "engine kernel: pid 7: inotify, and 1 more"
+    assert not options.surveyed
+    assert general.sources == [], "whoever does the work looks itself"
+
+
+def test_it_is_not_asked_where_it_does_not_matter(world: FakeWorld) -> None:
+    lacking = FakeEngine(world, name="kernel", carries_less=True, lacks="checkpoint()")
+    there = candidates(lacking, FakeEngine(world))
+    assert select_for(TASK, SourceOptions(), candidates=there).engine.name == "fake"
+    less = FakeEngine(world, name="kernel", carries_less=True)
+    there = candidates(less, FakeEngine(world))
+    assert select_for(TASK, SourceOptions(), "fake", there).reason == "it was asked for"
+    assert select_for(TASK, SourceOptions(), candidates=there, general=True).engine.name == "fake"
+    assert lacking.sources == less.sources == []
+
+
+def test_alone_it_is_taken_all_the_same_and_says_itself_what_it_refuses(world: FakeWorld) -> None:
+    less = refusing(world, "pid 7: inotify")
+    choice = select_for(TASK, SourceOptions(), candidates=candidates(less, FakeEngine(world, lacks="ptrace")))
+    assert (choice.engine, choice.reason) == (
+        less,
+        "engine kernel: pid 7: inotify; engine fake: no ptrace (not on this host)",
+    )
+
+
+def test_what_an_engine_has_saved_it_restarts(world: FakeWorld) -> None:
+    less, general = FakeEngine(world, name="kernel", carries_less=True), FakeEngine(world)
+    there = candidates(less, general)
+    assert select_like("kernel", candidates=there).engine is less
+    assert select_like("fake", candidates=there).engine is general
+    assert select_like("fake", "kernel", there).reason == "it was asked for"
+    for unknown in ("", "\n", "a name of somebody else"):
+        assert select_like(unknown, candidates=there).engine is general
+    lacking = FakeEngine(world, name="kernel", carries_less=True, lacks="restart()")
+    choice = select_like("kernel", candidates=candidates(lacking, general))
+    assert (choice.engine, choice.reason) == (general, "engine kernel: no restart() (not on this host)")

@@ -19,7 +19,6 @@ import pytest
 
 from migrator import host, model
 from migrator.engine import base
-from migrator.engine.select import select
 from migrator.errors import MigrationAborted, TransportError
 from migrator.metrics import Metrics
 from migrator.protocol import facts, trees
@@ -121,7 +120,7 @@ async def test_migrations_that_fail_early_leave_no_memory_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIGRATOR_STATE_DIR", str(tmp_path / "state"))
-    settings = host.destination_settings(select(), journal=tmp_path / "journal")
+    settings = host.destination_settings(journal=tmp_path / "journal")
     for number in range(10):
         await begin_and_fail(settings, f"warm-{number:08}")
     gc.collect()

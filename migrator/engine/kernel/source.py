@@ -86,11 +86,11 @@ class KernelSource:
     # ------------------------------------------------------------------ while the workload runs
 
     def survey(self) -> Survey:
-        """Look at the tree, and have the kernel save it to nowhere, which tells what it would refuse: the tasks are
-        frozen for that long. Raises Refused; the workload runs on."""
+        """Look at the tree, and have the kernel save it to nowhere, which tells what it would refuse: its memory while
+        it runs, and the rest frozen. Raises Refused; the workload runs on."""
         self._pids = self._list_pids()
         reasons = list(survey.obstacles(self.pid, self._pids, self.options))
-        if not reasons:
+        if not reasons and not self.options.surveyed:
             reasons = self._rehearse()
         if reasons:
             raise Refused(reasons, hint="the workload runs on; another engine may carry it: --engine user")
@@ -105,11 +105,12 @@ class KernelSource:
             adoption = Adoption(self.pid, self.options)
             try:
                 group = adoption.adopt()
+                self._save_to_nowhere(calls.ROUND)
                 with _guarded(group):
                     group.freeze()
                     if waits := self._borrowed(adoption.pids()):
                         raise calls.NotNow(waits)
-                    self._save_to_nowhere()
+                    self._save_to_nowhere(calls.LAST)
                 return []
             except CgroupError as error:
                 return [error.message]
@@ -123,6 +124,7 @@ class KernelSource:
                     adoption.cgroup.thaw()
                 adoption.move_back()
                 adoption.close()
+                self._drop()
             time.sleep(_AGAIN_AFTER)
         return []
 
@@ -215,7 +217,7 @@ class KernelSource:
             silence()
         flags = self._flags | (calls.LAST if self._rounds else 0)
         with self._phases.step("checkpoint"):
-            if self.options.container:
+            if self.options.container or self.options.checksums:
                 self._save_through(self._pass_on, flags)
             else:
                 self._ended = True  # also where it fails: it writes the cause itself
@@ -224,9 +226,9 @@ class KernelSource:
 
     def _new_passage(self) -> Passage:
         """The kernel knows nothing of what stands around a container: its record is put in on the way."""
-        if not self.options.container:
-            return Passage()
-        return Passage(insert=Container(1, self.options.container, self.options.container_spec).encode())
+        options = self.options
+        record = Container(1, options.container, options.container_spec).encode() if options.container else b""
+        return Passage(insert=record, checksums=options.checksums)
 
     def _pass_on(self, fd: int) -> bool:
         data = os.read(fd, _CHUNK)
@@ -235,9 +237,9 @@ class KernelSource:
         self._ended = self._passage.done
         return bool(data)
 
-    def _save_to_nowhere(self) -> None:
+    def _save_to_nowhere(self, flags: int) -> None:
         with open(os.devnull, "wb", buffering=0) as nowhere:
-            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0, self._flags)
+            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0, self._flags | flags)
 
     def _save_through(self, take: Callable[[int], bool], flags: int) -> int:
         """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more. What the
