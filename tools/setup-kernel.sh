@@ -4,6 +4,14 @@ set -euo pipefail
 
 die() { printf 'setup-kernel: %s\n' "$*" >&2; exit 1; }
 
+# What the sources, the builds and the images of guests take, and what the guests of two tests at a time do.
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/migrator
+mkdir -p "$cache"
+room=$(df --output=avail -BG "$cache" | tail -n 1 | tr -dc 0-9)
+[ -e "$cache/guest" ] || [ "$room" -ge 8 ] || die "$cache has $room GiB of room, 8 are needed; XDG_CACHE_HOME names another place"
+memory=$(awk '$1 == "MemAvailable:" { print int($2 / 1048576) }' /proc/meminfo)
+[ "$memory" -ge 4 ] || die "$memory GiB of memory are available, guests need 4"
+
 # A file that must exist, and the Debian package that brings it.
 needs=(
 	/usr/src/linux-source-6.12.tar.xz:linux-source-6.12
