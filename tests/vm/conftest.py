@@ -26,6 +26,12 @@ OF_THE_CALLS = [
 collect_ignore_glob = [] if os.environ.get("MIGRATOR_TEST_KERNEL") else ["test_*.py"]
 collect_ignore = [] if series() else OF_THE_CALLS
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fuzzer first, which takes ten minutes on one processor: all others go on beside it."""
+    items.sort(key=lambda item: item.path.name != "test_fuzz.py")
+
+
 _FAILED = pytest.StashKey[bool]()
 
 

@@ -144,6 +144,12 @@ def start_agent(guest: Machine, *options: str) -> None:
     )
 
 
+def restart_agent(guest: Machine, *options: str) -> None:
+    """Another agent with these options in place of the one of the snapshot."""
+    guest.run("pkill -f 'migrator agent'; while pgrep -f 'migrator agent'; do sleep 0.1; done")
+    start_agent(guest, *options)
+
+
 def migrate(workload: object, source: Machine, destination: Machine, *options: str) -> dict[str, Any]:
     """`migrator migrate` from one guest to the other; its result."""
     for guest in (source, destination):

@@ -42,9 +42,8 @@ class Program:
         return [str(build(self.name))]
 
     def __enter__(self) -> Program:
-        self.guest.spawn(f"{self._command} < /dev/null > {self.out}.stdout 2> {self.out}.stderr")
-        ready = self.await_lines("ready pid=", 1)[0]
-        self.pid = int(ready.removeprefix("ready pid="))
+        self.pid = self.guest.spawn(f"{self._command} < /dev/null > {self.out}.stdout 2> {self.out}.stderr")
+        self.await_lines("", 1)  # "ready" of those that say so, else what they say while they run
         return self
 
     def __exit__(

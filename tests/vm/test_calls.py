@@ -25,7 +25,13 @@ WORKLOADS = [
     ("creds", ()),
     ("heap.py", (4,)),
     ("pipeline.sh", ()),
+    ("many", ("files", 50)),
+    ("many", ("pipes", 20)),
+    ("many", ("mappings", 200)),
+    ("many", ("connections", 10)),
 ]
+# Those that go on until they are killed.
+ENDLESS = [("ledger.py", ("/tmp/ledger.db",)), ("locker.py", ("/tmp",)), ("pools.py", ())]
 
 WATCHER = """
 import ctypes, time
