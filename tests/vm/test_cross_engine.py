@@ -26,7 +26,7 @@ def from_engine_to_engine(
     for saves, restarts in BOTH_WAYS:
         guest.run(f"migrator checkpoint {workload} --engine {saves} --kill -o /tmp/image", seconds=LONG)
         gone()
-        assert f" by {saves}," in guest.run("migrator image info /tmp/image", seconds=LONG).stdout
+        guest.run(f"head -c 500 /tmp/image | grep -aqw {saves}")  # the header says who has written it
         guest.run(f"migrator restart --engine {restarts} --detach -i /tmp/image", seconds=LONG)
         goes_on()
 
