@@ -442,16 +442,25 @@ def test_udp_sockets_keep_their_addresses_and_datagrams(net: Net) -> None:
             assert client.recvfrom(99) == (b"answer", (V4, 6001))
 
 
+def packets(server: Child) -> int:
+    """Packets that the network of a server has handed up so far (Ip: InDelivers)."""
+    names, values = (line.split() for line in server.ask("open('/proc/net/snmp').read()").split("\n")[:2])
+    return int(values[names.index("InDelivers")])
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0", V4])
 def test_datagrams_stay_with_the_one_of_several_sockets_of_one_address_that_got_them(net: Net, address: str) -> None:
     with net.child() as server:
         server.run("import select; us = [socket.socket(2, 2) for _ in range(4)]")
         server.run(f"for u in us: u.setsockopt(1, 15, 1); u.bind(({address!r}, 6000))")
+        before, deadline = packets(server), time.monotonic() + 20
         with entered(net.path(net.peer)):
             for number in range(40):
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
                     client.sendto(b"%d" % number, (V4, 6000))
-        time.sleep(0.05)
+        while packets(server) < before + 40:  # the first wait for the answer to an ARP request
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         told = "[[u.recv(9, {}) for _ in range(40) if select.select([u], [], [], 0)[0]] for u in {}]"
         net.cut()
         with Moved(server, context=net.context()) as moved:
