@@ -146,14 +146,14 @@ class FleetStage:
         self.command("join", *(f"{host.address}:{AGENT_PORT}" for host in self.hosts.values()))
 
     def new_fleet(self, name: str = "") -> None:
-        """Another store, in which all hosts are, and agents that run."""
-        for label in self.hosts.keys() - self._agents.keys():
-            self.start_agent(label)
+        """Another store, in which all hosts are."""
         self._number += 1
         self.use_store(f"sqlite:{self.lan.folder}/{name or f'fleet-{self._number}'}.db")
 
     def use_store(self, url: str) -> None:
-        """The fleet is the one in this store from now on, with all hosts in it."""
+        """The fleet is the one in this store from now on, with all hosts in it, and agents that run."""
+        for label in self.hosts.keys() - self._agents.keys():
+            self.start_agent(label)
         self.store = self.client.env["MIGRATOR_STORE"] = url
         self.join()
 
