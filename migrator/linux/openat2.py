@@ -52,12 +52,12 @@ def made_by_root(folder: os.stat_result, link: os.stat_result) -> bool:
     return link.st_uid in ours and folder.st_uid in ours and not folder.st_mode & _OTHERS_WRITE
 
 
-def only_root_leads_to(path: str) -> bool:
-    """Whether the absolute path is that of a directory, over no symbolic link, and root alone can make it lead
-    elsewhere."""
-    at = "/"
+def only_root_leads_to(root_fd: int, path: str) -> bool:
+    """Whether `path`, with `root_fd` as "/", is that of a directory, over no symbolic link, and root alone can make it
+    lead elsewhere. Raises OSError."""
+    at = "."
     for part in [*path.split("/"), ""]:
-        status = os.lstat(at)
+        status = os.stat(at, dir_fd=root_fd, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             return False
         if part in ("", "."):

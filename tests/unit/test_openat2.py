@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator.linux import own_directory
-from migrator.linux.openat2 import UntrustedLink, open_in_root
+from migrator.linux.openat2 import UntrustedLink, only_root_leads_to, open_in_root
 from migrator.linux.own_directory import make_own_directory
 
 pytestmark = pytest.mark.root
@@ -138,6 +138,27 @@ def test_a_device_is_not_opened_to_see_whose_it_is(root: int, monkeypatch: pytes
     os.set_blocking(reader, False)
     assert os.read(reader, 1) == b"", "no writer came"
     os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("path", "leads"),
+    [
+        ("/", True),
+        ("/etc", True),
+        ("/etc/./deep/", True),
+        ("/home", True),  # nobody but root can replace it, whoever owns it
+        ("/home/deep", False),
+        ("/tmp/deep", False),
+        ("/etc/link", False),
+        ("/etc/secret", False),
+        ("/etc/../etc", False),
+    ],
+)
+def test_whether_only_root_leads_to_a_directory(root: int, tmp_path: Path, path: str, leads: bool) -> None:
+    link(root, "etc/link", "/etc", 0)
+    for name in ("etc/deep", "home/deep", "tmp/deep"):
+        (tmp_path / name).mkdir()
+    assert only_root_leads_to(root, path) is leads
 
 
 def replaced_by_a_link(place: Path, name: str) -> None:

@@ -40,6 +40,10 @@ class Backing:
                 hint=openat2.LINK_HINT if isinstance(error, openat2.UntrustedLink) else _HINT,
             ) from error
 
+    def only_root_leads_to(self, path: str) -> bool:
+        """Whether nobody else than root can make a directory's path lead elsewhere. Raises OSError."""
+        return openat2.only_root_leads_to(self.root_fd, path)
+
     def open_backing(self, item: VmaItem) -> int:
         """A descriptor of ours for the file or shared memory behind a mapping. Raises RestartFailed where the file is
         another one on this host."""

@@ -79,7 +79,7 @@ class UserDestination(UnfinishedCopy):
         self._clocks: clocks.Offsets | None = None
         self._marked_at = 0  # ns of the source's wall clock: when the tasks were stopped
         self._live = not stat.S_ISREG(os.fstat(fd).st_mode)  # then their own clocks have run on since
-        self._tasks = TaskRestore(self._backing.open_path, own_root=not options.root)
+        self._tasks = TaskRestore(self._backing.open_path, self._backing.only_root_leads_to, own_root=not options.root)
         self._descriptors: DescriptorRestore | None = None
         self._saved = Contents() if options.verify else None
         self.pages = 0

@@ -34,7 +34,6 @@ from migrator.image.records import (
 from migrator.image.records import TaskState as SavedState
 from migrator.linux import ptrace
 from migrator.linux import x86_64 as arch
-from migrator.linux.openat2 import only_root_leads_to
 from migrator.linux.remote import Call, waiting_signals
 from migrator.linux.threads import set_all, set_all_xstates
 
@@ -59,10 +58,14 @@ class TaskState:
 class TaskRestore:
     """Collects the records of tasks and applies them to stubs."""
 
-    def __init__(self, open_path: Callable[[str, int], int], *, own_root: bool) -> None:
+    def __init__(
+        self, open_path: Callable[[str, int], int], only_root_leads_to: Callable[[str], bool], *, own_root: bool
+    ) -> None:
         """`open_path(path, flags)`: a descriptor of ours for a path in the tree's file system.
+        `only_root_leads_to(path)`: whether nobody else can make a directory's path lead elsewhere.
         `own_root`: that file system is the one that the stubs see."""
         self._open_path = open_path
+        self._only_root_leads_to = only_root_leads_to
         self._own_root = own_root
         self.passed = 0  # ns by which the tasks' clocks ran on since they were stopped
         self._shaped: dict[int, tuple[Mm, str]] = {}
@@ -241,7 +244,7 @@ class TaskRestore:
             return False
         if fs.cwd not in self._plain:
             try:
-                self._plain[fs.cwd] = only_root_leads_to(fs.cwd)
+                self._plain[fs.cwd] = self._only_root_leads_to(fs.cwd)
             except OSError:
                 return False
         return self._plain[fs.cwd]
