@@ -34,7 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """When to balance, how eagerly, and within what.
 
     `imbalance`: the cluster's, above which it is balanced. `excess`: how far above the mean a host's utilisation makes
-    it hot. Either must hold for `hold` observations. `margin`: by how much a move's gain must exceed its price.
+    it hot. Either must hold for `hold` observations, or two that are LASTING apart. `margin`: by how much a move's gain
+    must exceed its price.
     `thrift`: how much cost weighs against gain; twice as much means fewer moves. `cooldown`: seconds for which a moved
     workload stays. `bytes_per_hour`: what balancing may send on average; `bytes_at_once`: how much of that may be saved
     up, and may be sent at the beginning, a day's worth if None.
@@ -85,6 +86,8 @@ class _Choice(msgspec.Struct, frozen=True):
     costs: tuple[Cost, ...]
 
 
+# Seconds: what is seen again after so long is no spike, however rarely one looks.
+LASTING = 1800.0
 HOLD = Hold()
 SETTINGS = Settings()
 
@@ -137,14 +140,17 @@ class _Balance:
         self.refused: set[tuple[str, int]] = set()
 
     def _count(self, hold: Hold) -> Hold:
-        settings = self.settings
-        hot = {
-            self.ledger.hosts[host].name: hold.hot.get(self.ledger.hosts[host].name, 0) + 1
-            for host in self.score.members
-            if self.score.excess(host) > settings.excess
-        }
-        uneven = hold.uneven + 1 if self.imbalance > settings.imbalance else 0
-        return Hold(uneven, hot, self.cluster.time)
+        settings, now = self.settings, self.cluster.time
+        more = settings.hold if hold.at is not None and now - hold.at > LASTING else 1
+
+        def counted(before: int) -> int:
+            return before + more if before else 1
+
+        names = [
+            self.ledger.hosts[host].name for host in self.score.members if self.score.excess(host) > settings.excess
+        ]
+        uneven = counted(hold.uneven) if self.imbalance > settings.imbalance else 0
+        return Hold(uneven, {name: counted(hold.hot.get(name, 0)) for name in names}, now)
 
     def run(self) -> tuple[Plan, Hold]:
         settings = self.settings

@@ -57,6 +57,26 @@ def test_imbalance_must_hold() -> None:
     assert lengths[2] > 0
 
 
+def later(seen: Cluster, seconds: float) -> Cluster:
+    """The same, observed later."""
+    hosts = tuple(msgspec.structs.replace(one, observed_at=seen.time + seconds) for one in seen.hosts)
+    return msgspec.structs.replace(seen, time=seen.time + seconds, hosts=hosts)
+
+
+def test_what_is_seen_again_half_an_hour_later_has_held() -> None:
+    settings = Settings(hold=3)
+    plan, hold = balance(later(uneven(), 0), settings=settings)
+    assert not plan.moves
+    soon, _ = balance(later(uneven(), 1000), hold, settings)
+    assert not soon.moves
+    late, _ = balance(later(uneven(), 2000), hold, settings)
+    assert late.moves
+    even = cluster([host("a"), host("b")], [workload("w0", "a"), workload("w1", "b")])
+    _, hold = balance(even, settings=settings)
+    first, _ = balance(later(uneven(), 2000), hold, settings)
+    assert not first.moves, "it was even when it was looked at before"
+
+
 def test_a_calm_observation_starts_the_count_anew() -> None:
     even = cluster([host("a"), host("b")], [workload("w0", "a"), workload("w1", "b")])
     _, hold = balance(uneven(), settings=Settings(hold=2))
