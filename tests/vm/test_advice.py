@@ -46,7 +46,7 @@ def test_what_is_left_out_comes_from_whoever_restarts(guest: Machine) -> None:
     guest.run(f"ckpt -x 1 -x 10 {pid} > /tmp/image")
     # The marks are gone again.
     with pytest.raises(CommandFailed, match=rf"task {pid}, descriptor 1: "):
-        save(guest, pid)
+        save(guest, pid, "/tmp/again")
     kill(guest, pid)
     guest.run(f"mktree -d -p {pid}:1 < /tmp/image 1> /tmp/log")
     guest.run("until [ $(grep -c step /tmp/log) -ge 5 ]; do sleep 0.1; done")
