@@ -316,12 +316,24 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
         ("fcntl.fcntl(os.open('/etc/hostname', os.O_RDONLY), 1024, 0)", "a lock that cannot be carried"),
         ("os.pidfd_open(1)", "pidfd of pid 1"),
         (
+            "d = tempfile.mkdtemp(); a, b = d + '/a', d + '/b'; open(a, 'w').close(); os.link(a, b); os.open(a, 0);"
+            " os.unlink(a)",
+            "its name was removed, but it has others",
+        ),
+        ("d = tempfile.mkdtemp(); os.open(d, 0); os.rmdir(d)", "is a directory that was removed"),
+        (
+            "s = socket.socket(2, 2); b = ctypes.create_string_buffer(b'\\6\\0\\0\\0\\0\\1\\0\\0', 8);"
+            " s.setsockopt(1, 26, struct.pack('@HP', 1, ctypes.addressof(b)))",
+            "a socket with a packet filter",
+        ),
+        (
             "l = ctypes.CDLL(None); l.mq_open(b'/t', 0o102, 0o600, None); l.mq_unlink(b'/t')",
             "message queue of the host",
         ),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reason: str) -> None:
+    child.run("import struct, tempfile")
     child.run(code)
     (sentence,) = survey([child.process], own_netns=True)
     assert sentence.startswith(f"pid {child.pid} (") and reason in sentence

@@ -412,6 +412,19 @@ def test_connections_that_have_ended_still_say_how(net: Net) -> None:
                 copy.run("c.recv(9); c.recv(9)")
 
 
+def test_urgent_data_that_waits_is_refused_and_stays_what_it_is(net: Net) -> None:
+    with net.child() as server:
+        client = connected(net, server)
+        client.sendall(b"before")
+        client.send(b"!", socket.MSG_OOB)
+        server.run("import select; assert select.select([], [], [c], 20)[2]")
+        net.cut()
+        with pytest.raises(CheckpointFailed, match="urgent data"), Moved(server, context=net.context()):
+            pass
+        server.go_on()
+        assert server.ask("c.recv(9), c.recv(1, socket.MSG_OOB)") == (b"before", b"!")
+
+
 def test_udp_sockets_keep_their_addresses_and_datagrams(net: Net) -> None:
     with net.child() as server:
         server.run(
