@@ -18,7 +18,7 @@ from migrator.engine.user.dump import instrument
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.source import UserSource
 from migrator.linux import procfs
-from migrator.linux.remote import Remote
+from migrator.linux.remote import Remote, RemoteError
 from migrator.testing.workloads import Workload
 
 pytestmark = pytest.mark.root
@@ -83,8 +83,16 @@ def test_a_zombie_whose_parent_is_not_in_the_tree_is_no_part_of_it_once_it_is_st
             tree.close()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EFAULT, "process_vm_readv: short read"),
+        RemoteError(errno.ENOENT, "no syscall instruction in the vdso"),
+    ],
+    ids=str,
+)
 def test_a_process_that_becomes_another_program_while_it_is_armed_is_armed_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(Remote):
         tries = 0
@@ -92,7 +100,7 @@ def test_a_process_that_becomes_another_program_while_it_is_armed_is_armed_later
         def prepare(self) -> None:
             Late.tries += 1
             if Late.tries == 1:
-                raise OSError(errno.EFAULT, "process_vm_readv: short read", f"pid {self.pid}")
+                raise error
             super().prepare()
 
     monkeypatch.setattr(instrument, "Remote", Late)

@@ -22,4 +22,4 @@ def test_the_demonstration_of_short_connections_ends_with_its_picture(tmp_path: 
     assert " 0 failed; " in told.stdout
     words = [e.text or "" for e in ElementTree.parse(picture).iter() if e.tag.endswith("text")]
     assert "A web server moves to another host: nobody waits longer than" in " ".join(words)
-    assert {"on the source", "on the destination", "freeze", "resume"} <= set(words)
+    assert {"on the source", "on the destination", "The whole migration", "The longest wait, magnified"} <= set(words)

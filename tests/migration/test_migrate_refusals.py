@@ -174,7 +174,7 @@ def await_nothing_left(host: Host) -> None:
 # ---------------------------------------------------------------------- what it holds
 
 OBSTACLES = {
-    "inotify": ("libc.inotify_init1(0)", r"fd 3.*inotify"),
+    "fanotify": ("libc.fanotify_init(0, 0)", r"fd 3.*fanotify"),
     "io_uring": ("libc.syscall(425, 4, ctypes.create_string_buffer(120))", r"fd 3.*io_uring"),
     "a terminal": ("os.openpty()", r"fd [34].*(pty|terminal|/dev/pt)"),
     "a connection": (

@@ -92,7 +92,8 @@ class MemoryDump:
                 alive = procfs.stat(process.pid)[3] not in "ZX" and bool(procfs.maps(process.pid))
             except OSError:
                 alive = False
-            replaced = error.errno == errno.EFAULT  # what was mapped a moment ago is not: execve(2) came between
+            # execve(2) came between: what was mapped a moment ago is not, or the new program has no vdso yet.
+            replaced = error.errno in (errno.EFAULT, errno.ENOENT)
             if alive and not replaced and not isinstance(error, ProcessLookupError):
                 raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
 
