@@ -84,6 +84,24 @@ def entered(where: int | str, kind: str = "net") -> Iterator[None]:
         os.close(home)
 
 
+@contextlib.contextmanager
+def born_in(pid: int) -> Iterator[None]:
+    """Children that this thread makes inside the block are in the pid namespace of `pid`; it makes no threads there."""
+    home = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        there = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            setns(there, CLONE_NEWPID)
+        finally:
+            os.close(there)
+        try:
+            yield
+        finally:
+            setns(home, CLONE_NEWPID)
+    finally:
+        os.close(home)
+
+
 def enter(pid: int, kinds: Collection[str]) -> None:
     """Move this process into namespaces of `pid`, for good. Needs a process with a single thread.
 

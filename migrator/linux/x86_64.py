@@ -32,9 +32,10 @@ NR = {
     "membarrier": 324, "set_tid_address": 218, "restart_syscall": 219, "timer_create": 222, "timer_settime": 223,
     "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "clock_nanosleep": 230,
     "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "ioprio_set": 251,
-    "openat": 257, "set_robust_list": 273, "epoll_pwait": 281, "dup3": 292, "rt_tgsigqueueinfo": 297,
-    "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334, "pidfd_open": 434,
-    "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "ptrace": 101, "epoll_pwait2": 441, "poll": 7, "ppoll": 271,
+    "openat": 257, "set_robust_list": 273, "get_robust_list": 274, "epoll_pwait": 281, "dup3": 292,
+    "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334,
+    "pidfd_open": 434, "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "ptrace": 101, "epoll_pwait2": 441,
+    "poll": 7, "ppoll": 271,
     "semop": 65, "semtimedop": 220, "io_getevents": 208, "io_pgetevents": 333, "readv": 19, "writev": 20,
     "accept": 43, "accept4": 288, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmmsg": 299,
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
@@ -175,6 +176,38 @@ def guard_code(pipe: int, fd: int, text: bytes) -> bytes:
     head = bytes.fromhex("6a00") + struct.pack("<Bi", 0xBF, pipe) + bytes.fromhex("4889e6ba0100000031c00f05")
     head += struct.pack("<Bi", 0xBF, fd) + bytes.fromhex("488d3515000000") + struct.pack("<Bi", 0xBA, len(text))
     return head + bytes.fromhex("b8010000000f0531ffb8e70000000f05") + text
+
+
+# if the call has failed: exit_group
+_OR_END = bytes.fromhex("85c07907b8e70000000f05")
+# again: kill(getpid(), SIGSTOP); jmp again
+_STAY_STOPPED = bytes.fromhex("b8270000000f0589c7be13000000b83e0000000f05ebe9")
+
+
+def bystander_code(address: int, pidfd: int, namespaces: int, uid: int, gid: int) -> bytes:
+    """For an executable at `address`: enters `namespaces` of the process behind `pidfd`, gives up all descriptors,
+    groups and capabilities, takes `uid` and `gid`, ends with who has made it, can be looked at, and stays stopped.
+    Where one of these fails, it ends."""
+    kill, set_pdeathsig, set_dumpable = 9, 1, 4
+    size = 8 * (4 * 5 + len(SYSCALL_INSTRUCTION) + len(_OR_END)) + len(_STAY_STOPPED)
+    header = address + 0x78 + size  # of capset: version 3, then no capability
+    calls = (
+        (NR["setns"], pidfd, namespaces, 0),
+        (NR["close_range"], 0, 0xFFFFFFFF, 0),
+        (NR["setgroups"], 0, 0, 0),
+        (NR["setresgid"], gid, gid, gid),
+        (NR["setresuid"], uid, uid, uid),
+        (NR["capset"], header, header + 8, 0),
+        (NR["prctl"], set_pdeathsig, kill, 0),
+        (NR["prctl"], set_dumpable, 1, 0),
+    )
+    code = b"".join(
+        struct.pack("<BIBIBIBI", 0xB8, call[0], 0xBF, call[1], 0xBE, call[2], 0xBA, call[3])
+        + SYSCALL_INSTRUCTION
+        + _OR_END
+        for call in calls
+    )
+    return code + _STAY_STOPPED + struct.pack("<II", 0x20080522, 0) + bytes(24)
 
 
 def start_batch(tid: int, regs: Regs, code: int, table: int, count: int, signal: int, context: int) -> None:

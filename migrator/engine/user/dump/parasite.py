@@ -46,8 +46,8 @@ _RLIMITS = 16
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig, TSC (4 each), name (16),
 # mode of the NUMA policy (4)
-_THREAD_CALLS = 11
-_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE = 3, 5, 6, 8, 9  # which of them return what
+_THREAD_CALLS = 12
+_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _LOOK = 3, 5, 6, 8, 9, 11  # which of them return what
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -86,6 +86,7 @@ class ThreadReply:
     cpuid_denied: bool  # ARCH_SET_CPUID
     mce: int  # PR_MCE_KILL: 0 late, 1 early, 2 as the host does
     numa: bool  # it has a NUMA policy
+    denied: bool  # it could not look at the bystander
 
 
 @dataclass(slots=True)
@@ -116,17 +117,24 @@ class Parasite:
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._calls = 0  # of the process's table
+        self._bystander = 0
         self._prepared = self._running = False
 
     @property
     def _probe(self) -> int:
         return self._remote.scratch + SCRATCH - PROBE
 
+    def meet(self, bystander: int) -> None:
+        """Its pid, as the process sees it; see migrator.engine.user.dump.bystander. 0: nobody is looked at."""
+        if bystander != self._bystander:
+            self._bystander, self._prepared = bystander, False
+            self.prepare()
+
     def prepare(self) -> None:
         """Write the tables. The process may run."""
         out = self._remote.data
         calls: list[tuple[int, ...]] = [
-            *_thread_calls(out),
+            *_thread_calls(out, self._bystander),
             *((_NR["rt_sigaction"], n, 0, out + _ACTIONS + i * SIGACTION_SIZE, 8) for i, n in enumerate(_ASKED)),
             *((_NR["getitimer"], which, out + _ITIMERS + 32 * which) for which in range(3)),
             *((_NR["prlimit64"], 0, which, 0, out + _LIMITS + 16 * which) for which in range(_RLIMITS)),
@@ -143,7 +151,8 @@ class Parasite:
         ]
         self._calls = len(calls)
         memory.write(self._remote.pid, self._remote.table, pack_calls(calls))
-        tables = b"".join(pack_calls(_thread_calls(out + _THREADS + i * _THREAD_OUT)) for i in range(_GROUP))
+        outs = (out + _THREADS + i * _THREAD_OUT for i in range(_GROUP))
+        tables = b"".join(pack_calls(_thread_calls(at, self._bystander)) for at in outs)
         memory.write(self._remote.pid, out + _TABLES, tables)
         self._prepared = True
 
@@ -281,7 +290,7 @@ class Parasite:
         return replies
 
 
-def _thread_calls(out: int) -> list[tuple[int, ...]]:
+def _thread_calls(out: int, bystander: int) -> list[tuple[int, ...]]:
     return [
         (_NR["sigaltstack"], 0, out),
         (_NR["prctl"], _PR_GET_TID_ADDRESS, out + 24, 0, 0, 0),
@@ -294,6 +303,7 @@ def _thread_calls(out: int) -> list[tuple[int, ...]]:
         (_NR["arch_prctl"], _ARCH_GET_CPUID, 0),
         (_NR["prctl"], _PR_MCE_KILL_GET, 0, 0, 0, 0),
         (_NR["get_mempolicy"], out + 56, 0, 0, 0, 0),
+        (_NR["get_robust_list"], bystander, 0, 0),
     ]
 
 
@@ -312,4 +322,5 @@ def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
         results[_CPUID] == 0,
         results[_MCE] if results[_MCE] >= 0 else _MCE_DEFAULT,
         policy != 0,
+        results[_LOOK] in (-errno.EPERM, -errno.ESRCH),
     )

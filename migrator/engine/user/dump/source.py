@@ -20,9 +20,10 @@ from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
 from migrator.engine.user.dump import header, survey_tasks
+from migrator.engine.user.dump.bystander import RESTRICTED, Bystanders, otherwise_confined
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.mqueues import MqueueDump
-from migrator.engine.user.dump.process import Process, ask_all
+from migrator.engine.user.dump.process import Process, Thread, ask_all
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
@@ -56,6 +57,7 @@ class UserSource:
         self._adoption = Adoption(pid, options)
         self.tree = ProcessTree(pid, self._list_pids)
         self._restart_blocks = RestartBlocks()
+        self._bystanders = Bystanders()
         self._sysv = SysvDump(pid) if options.container else None
         self._mqueues = MqueueDump(pid, options.message_ledger, self._still) if options.container else None
         self._memory = MemoryDump(
@@ -209,6 +211,8 @@ class UserSource:
         with self._phase("seize"):
             self.tree.seize()
             for process in self.tree.living:
+                with contextlib.suppress(OSError):  # it has ended, which stop() will tell
+                    self._meet(process)
                 self._tasks.warm(process)
                 for tid in process.threads:
                     self._restart_blocks.observe(process.pid, tid)
@@ -259,6 +263,8 @@ class UserSource:
                 self._memory.prepare(process)
                 states[process.pid] = procfs.status(process.pid)
             self._survey_new(states)
+            for process in living:
+                self._meet(process, states[process.pid])
             self._write_tree(states)
             self._restart_blocks.stopped()
             self._writer.write(RoundMark(len(self._rounds) + 1, RoundFlag.LAST, time.time_ns()))
@@ -272,12 +278,16 @@ class UserSource:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
                 assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
+                for thread, reply in zip(process.threads.values(), (replies[pid].leader, *others[pid]), strict=True):
+                    if reply.denied:
+                        self._refuse_restricted(process, thread)
                 if any(reply.seccomp for reply in (replies[pid].leader, *others[pid])):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=_SINCE)
                 if any(reply.numa for reply in (replies[pid].leader, *others[pid])):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=_SINCE)
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
+            self._bystanders.close()
         if silence is not None:
             silence()
         with self._phase("descriptors"):
@@ -315,6 +325,25 @@ class UserSource:
                 state = {**states[process.pid], "TracerPid": "0"}  # that is us
                 for reason in survey_tasks.of_process(self.tree, process, state, None):
                     raise CheckpointFailed(reason, hint=_SINCE)
+
+    def _meet(self, process: Process, state: dict[str, str] | None = None) -> None:
+        """Have a process, with all its threads, asked for Landlock when it is asked next."""
+        if process.parasite is not None:
+            process.parasite.meet(self._bystanders.pid_for(state or procfs.status(process.pid)))
+
+    def _refuse_restricted(self, process: Process, thread: Thread) -> None:
+        """A stopped thread could not look at the bystander of its process: ask it with one of its own, as it may have
+        other ids, or have got them since."""
+        assert process.parasite is not None
+        state = procfs.status(process.pid, thread.tid)
+        process.parasite.meet(self._bystanders.pid_for(state))
+        (reply,) = process.parasite.threads([thread])
+        if reply.denied and not otherwise_confined(thread.tid):
+            which = f": its thread {thread.tid}" if thread.tid != process.pid else ""
+            raise CheckpointFailed(
+                f"pid {process.pid} ({state['Name']}){which} {RESTRICTED}",
+                hint="the workload runs on; start it without that, if it can be told to",
+            )
 
     @contextmanager
     def _still(self) -> Iterator[None]:
@@ -414,6 +443,7 @@ class UserSource:
                     self._predump_process(process, known)
                 except OSError:
                     continue  # it has ended, or does not stop: final() writes all of it
+        self._bystanders.close()
 
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
@@ -424,14 +454,19 @@ class UserSource:
         if not new or parasite is None or not self._memory.layout.written(process.mm_objref):
             return  # what was mapped when it was looked at was not any more: the next round has it
         table = self._predumped.predump(owner)
+        self._meet(process)
         with self._memory.instruments.stopped(process, pid) as leader:
             assert leader.regs is not None
             reply = parasite.process(leader.regs, leader.mask, (), leader.xstate)
+            if reply.leader.denied:
+                self._refuse_restricted(process, leader)
         threads = [(leader, reply.leader)]
         for tid in new:
             if tid != pid and procfs.stat(pid, tid)[3] != "D":
                 with self._memory.instruments.stopped(process, tid) as thread:
                     (thread_reply,) = parasite.threads([thread])
+                    if thread_reply.denied:
+                        self._refuse_restricted(process, thread)
                 if thread.vtid in known:
                     threads.append((thread, thread_reply))
         self._tasks.predump(process, procfs.status(pid), reply, threads, table)
@@ -445,6 +480,7 @@ class UserSource:
                 continue
 
     def _close(self) -> None:
+        self._bystanders.close()
         if self._transients is not None:
             self._transients.close()
             self._transients = None
