@@ -15,6 +15,7 @@ from migrator.errors import ImageError
 from migrator.image import records as r
 from migrator.image.decoder import Decoder
 from migrator.image.order import Order
+from migrator.image.records_shared import TmpfsEntry
 from tests.unit import image_samples
 
 CONTAINER = r.Container(1, "web", "{}")
@@ -117,3 +118,15 @@ def test_what_comes_out_is_an_image_with_the_container_in_it() -> None:
 def test_contents_of_pages_get_their_checksum(cuts: list[int]) -> None:
     bare = stream(container=False, checksums=False)
     assert through(Passage(checksums=True), bare, cuts) == stream(container=False) != bare
+
+
+@given(CUTS)
+def test_what_is_in_a_tmpfs_is_left_out_and_told(cuts: list[int]) -> None:
+    entry = TmpfsEntry(0, 0o41777, 0, 0, 0, 0, "/dev/shm", ".", "")
+    whole = stream(container=False)
+    end = len(r.Trailer(r.TRAILER_MAGIC, 0).encode())
+    count = r.Trailer.decode(whole[-end + 8 :]).nr_records
+    longer = whole[:-end] + entry.encode() + r.Trailer(r.TRAILER_MAGIC, count + 1).encode()
+    passage = Passage(leave_out=True)
+    assert through(passage, longer, cuts) == whole
+    assert passage.tmpfs == [entry]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -15,6 +16,7 @@ from migrator.engine.unfinished_copy import UnfinishedCopy
 from migrator.errors import RestartFailed
 from migrator.image.order import Order
 from migrator.image.records import Container, Header, Tree
+from migrator.image.records_shared import TmpfsEntry
 from migrator.linux import repair
 from migrator.linux.cgroup import Cgroup, CgroupError, unique_name
 
@@ -153,7 +155,9 @@ class KernelDestination(UnfinishedCopy):
         assert self._caller is not None
         told = 0
         while True:
-            for part in passage.feed(data):
+            parts = passage.feed(data)
+            self._check_tmpfs(passage.tmpfs)
+            for part in parts:
                 if not self._caller.write(part):
                     return
             for number in passage.rounds[told:]:
@@ -165,6 +169,20 @@ class KernelDestination(UnfinishedCopy):
             if not following:
                 return  # the end of the stream, or of the call: which says why
             data = following
+
+    def _check_tmpfs(self, entries: list[TmpfsEntry]) -> None:
+        """Raises RestartFailed for what a container has in a tmpfs of its own; that each is there, and empty, is said
+        by an entry as well."""
+        assert self._caller is not None
+        while entries:
+            entry = entries.pop()
+            there = os.stat(f"/proc/{self._caller.pid}/root{entry.mount}") if entry.path == "." else None
+            if there is None or (there.st_mode, there.st_uid, there.st_gid) != (entry.mode, entry.uid, entry.gid):
+                raise RestartFailed(
+                    f"{os.path.normpath(os.path.join(entry.mount, entry.path))}, on a tmpfs of the container's own, is"
+                    " not carried by the kernel engine",
+                    hint="--engine user",
+                )
 
     def _close(self) -> None:
         if self._caller is not None:

@@ -17,14 +17,15 @@ import zlib
 from migrator.errors import ImageError
 from migrator.image.codec import HEADER, MAX_RECORD
 from migrator.image.records import Container, Error, PageKind, PageRange, Pages, RoundFlag, RoundMark, Trailer, Tree
+from migrator.image.records_shared import TmpfsEntry
 
 _CRC_AT = 4  # bytes into the fixed part of a `Pages` record
-_LOOKED_AT = frozenset({Container.TYPE, RoundMark.TYPE, Trailer.TYPE, Error.TYPE})
+_LOOKED_AT = frozenset({Container.TYPE, TmpfsEntry.TYPE, RoundMark.TYPE, Trailer.TYPE, Error.TYPE})
 
 
 class Passage:
     """insert:       a record that comes ahead of the first tree, b"" for none
-    leave_out:    pass on no `Container`
+    leave_out:    pass on no `Container`, and no `TmpfsEntry`: they are in `tmpfs`
     checksums:    put in those of the contents of pages
     done:         the trailer has passed, or an error record
     rounds:       numbers of the rounds whose end has passed
@@ -34,6 +35,7 @@ class Passage:
     def __init__(self, *, insert: bytes = b"", leave_out: bool = False, checksums: bool = False) -> None:
         self.done = False
         self.rounds: list[int] = []
+        self.tmpfs: list[TmpfsEntry] = []
         self.bytes = self.absent = 0
         self._insert, self._leave_out = insert, leave_out
         self._whole = _LOOKED_AT | {Pages.TYPE} if checksums else _LOOKED_AT
@@ -98,7 +100,9 @@ class Passage:
         if kind == Pages.TYPE:
             return _with_checksum(raw)
         payload = raw[HEADER.size :]
-        if kind == Container.TYPE and self._leave_out:
+        if kind in (Container.TYPE, TmpfsEntry.TYPE) and self._leave_out:
+            if kind == TmpfsEntry.TYPE:
+                self.tmpfs.append(TmpfsEntry.decode(payload))
             self._more -= 1
             return b""
         if kind == RoundMark.TYPE:
