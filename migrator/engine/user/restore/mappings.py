@@ -109,10 +109,12 @@ class AddressSpace:
         ends = [piece.end for piece in old]
         for item in changed:
             kept = self._kept(item, itertools.islice(old, bisect.bisect_right(ends, item.start), None))
+            reach = 0  # of one that is made larger: what lies there now goes first, whatever it is
             if self.stub.forked and kept and not item.flags & VmaFlag.SHARED and not _covers(kept, item):
                 start, end, before = kept[0]
                 if len(kept) == 1 and start == item.start:
                     grown.append((NR["mremap"], start, end - start, item.end - start, 0))
+                    reach = end
                     kept = [(start, item.end, before)]
                     if before.flags & _PROT != item.flags & _PROT:
                         calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
@@ -128,7 +130,7 @@ class AddressSpace:
                     calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
                 if advice.differs(before, item):
                     advised.append((start, end, before, item))
-                keep.append((start, end))
+                keep.append((start, reach or end))
                 at = end
             if at < item.end:
                 holes.append((at, item.end, item))
