@@ -36,7 +36,8 @@ def open_in_root(root_fd: int, path: str, flags: int, *, links: bool = True) -> 
     try:
         return _open(root_fd, path, flags, resolve)
     except OSError as error:
-        if not links or error.errno != errno.ELOOP:
+        # EACCES, too, stands for a link at the end of the path (fs.protected_symlinks)
+        if not links or error.errno not in (errno.ELOOP, errno.EACCES):
             raise
     return _open_through_links(root_fd, path, flags)
 
