@@ -13,11 +13,12 @@ import errno
 import functools
 import os
 import signal
+import threading
 from collections.abc import Mapping
 
 from migrator.engine.spawn import STUB_ADDRESS, spawn
 from migrator.errors import CheckpointFailed, RestartFailed
-from migrator.linux import namespaces, procfs, sys
+from migrator.linux import namespaces, pidfd, procfs, sys
 from migrator.linux import x86_64 as arch
 
 _CREATE_RULESET, _VERSION = 444, 1
@@ -25,17 +26,37 @@ _ENTERED = ("cgroup", "ipc", "uts", "net", "mnt")  # the pid namespace it is bor
 RESTRICTED = "has restricted itself by Landlock (landlock_restrict_self(2)), which is not carried"
 
 
+class _Bystander:
+    """there: its pid, as the tree sees it.
+
+    The first process of a pid namespace does not end before all others of it are waited for: so whatever ends this
+    one, somebody waits for it all the time."""
+
+    def __init__(self, pid: int, own: int) -> None:
+        self._pidfd = own
+        self.there = procfs.ns_pid(procfs.status(pid))
+        threading.Thread(target=os.waitpid, args=(pid, 0), name="bystander", daemon=True).start()
+
+    def has_ended(self) -> bool:
+        return pidfd.ends(self._pidfd, 0)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        pidfd.ends(self._pidfd, None)
+        os.close(self._pidfd)
+
+
 class Bystanders:
     """Those of one tree, made as they are asked for. All calls come from one thread."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, int], tuple[int, int]] = {}  # (pid here, pid there) by user and group
+        self._made: dict[tuple[int, int], _Bystander] = {}  # by user and group
 
     def close(self) -> None:
         """They end."""
-        for pid, _ in self._made.values():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for one in self._made.values():
+            one.end()
         self._made.clear()
 
     def pid_for(self, state: Mapping[str, str]) -> int:
@@ -45,26 +66,30 @@ class Bystanders:
         if not landlock():
             return 0
         ids = int(state["Uid"].split()[0]), int(state["Gid"].split()[0])
-        if ids not in self._made or os.waitpid(self._made[ids][0], os.WNOHANG)[0]:  # the task may well end it
-            self._made.pop(ids, None)
-            self._made[ids] = _make(int(state["Tgid"]), *ids)
-        return self._made[ids][1]
+        known = self._made.get(ids)
+        if known is not None and known.has_ended():  # the task may well end it
+            del self._made[ids]
+            known.end()
+            known = None
+        if known is None:
+            known = self._made[ids] = _make(int(state["Tgid"]), *ids)
+        return known.there
 
 
-def _make(beside: int, uid: int, gid: int) -> tuple[int, int]:
+def _make(beside: int, uid: int, gid: int) -> _Bystander:
     flags = functools.reduce(int.__or__, (namespaces.KINDS[kind] for kind in _ENTERED))
-    pidfd = os.pidfd_open(beside)
+    target = os.pidfd_open(beside)
     try:
         with namespaces.born_in(beside):
-            pid, own = spawn([], code=arch.bystander_code(STUB_ADDRESS, pidfd, flags, uid, gid), keep=(pidfd, -1))
-        os.close(own)
+            pid, own = spawn([], code=arch.bystander_code(STUB_ADDRESS, target, flags, uid, gid), keep=(target, -1))
     except RestartFailed as error:
         raise CheckpointFailed(f"no process can be made beside pid {beside}: {error}") from error
     finally:
-        os.close(pidfd)
+        os.close(target)
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):  # it is all that it is to be
-        return pid, procfs.ns_pid(procfs.status(pid))
+        return _Bystander(pid, own)
+    os.close(own)
     if procfs.stat(beside)[3] in "ZX":
         raise ProcessLookupError(errno.ESRCH, "has ended", f"pid {beside}")
     raise CheckpointFailed(f"no process can be made beside pid {beside}: it ended ({status:#x})")
