@@ -31,7 +31,7 @@ WORKLOADS = [
     ("many", ("connections", 10)),
 ]
 # Those that go on until they are killed.
-ENDLESS = [("ledger.py", ("/tmp/ledger.db",)), ("locker.py", ("/tmp",)), ("pools.py", ())]
+ENDLESS = [("ledger.py", ("/tmp/ledger.db",)), ("locker.py", ("/tmp",))]
 
 WATCHER = """
 import ctypes, time
