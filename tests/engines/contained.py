@@ -5,6 +5,7 @@ A test file that imports this runs its tests with directories of their own (`own
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,3 +64,10 @@ def await_ticks(folder: Path, more: int = 3) -> None:
         assert time.monotonic() < deadline and "Traceback" not in log(folder), log(folder)
         time.sleep(0.01)
     assert "Traceback" not in log(folder) and "FAIL" not in log(folder), log(folder)
+
+
+def assert_refused(folder: Path, reason: str) -> None:
+    """It is not saved, for this reason, and runs on."""
+    done = migrator("checkpoint", NAME, "--kill", "-o", folder / "image", code=3)
+    assert reason in done.stderr
+    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cli import migrator
-from contained import NAME, await_ticks, move, own_directories, run
+from contained import NAME, assert_refused, await_ticks, move, own_directories, run
 
 from migrator.linux import ipc, message_ledger, mqueue, namespaces
 
@@ -145,9 +145,7 @@ print("ready"); time.sleep(600)
 )
 def test_a_queue_that_is_not_carried_is_refused(tmp_path: Path, script: str, reason: str) -> None:
     run(tmp_path, script)
-    done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
-    assert reason in done.stderr
-    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+    assert_refused(tmp_path, reason)
 
 
 QUIET = (

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from cli import migrator
-from contained import NAME, await_ticks, move, own_directories, run
+from contained import assert_refused, await_ticks, move, own_directories, run
 
 from migrator.linux import ipc
 from migrator.linux.namespaces import run_in
@@ -131,6 +129,4 @@ print("ready"); time.sleep(600)
 )
 def test_what_is_not_carried_of_interprocess_communication_is_refused(tmp_path: Path, script: str, reason: str) -> None:
     run(tmp_path, script)
-    done = migrator("checkpoint", NAME, "--kill", "-o", tmp_path / "image", code=3)
-    assert reason in done.stderr
-    assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
+    assert_refused(tmp_path, reason)
