@@ -308,9 +308,9 @@ def test_a_workload_that_ends_meanwhile_is_said_to_have_ended(stage: Stage, coun
     assert code == WorkloadEnded.exit_code, text
     assert f"pid {counting.pid} ended by itself" in text and f"the workload is {Fate.ENDED.value}" in text, text
     assert "running on the source" not in text
-    assert counting.where() == {"a": [], "b": []}
     for host in (stage.a, stage.b):
-        await_closed(host)
+        await_closed(host)  # the source does not wait for the destination to have discarded what it had made
+    assert counting.where() == {"a": [], "b": []}
 
 
 NEVER = ("--max-downtime", "1us", "--timeout", "60s")  # pre-copy goes on and on
