@@ -16,6 +16,7 @@ from migrator.api.tasks import to_the_end
 from migrator.api.workloads import Workload, find_workload, trees
 from migrator.container import attention, connection_filter
 from migrator.container.switchover import NetworkLock
+from migrator.engine.base import TOLD_OF_ALL
 from migrator.engine.select import select_for
 from migrator.errors import CheckpointFailed, Fate, MigrationAborted, MigratorError, Overrun, Refused, WorkloadEnded
 from migrator.model import MigrationResult, OnEvent, Outcome
@@ -83,7 +84,7 @@ async def check(
         processes=len(result.pids),
         files=report.files if report is not None else 0,
         predicted_downtime=report.predicted_downtime if report is not None else 0.0,
-        notes=result.warnings,
+        notes=[*result.warnings, TOLD_OF_ALL],
     )
 
 

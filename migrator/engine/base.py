@@ -37,6 +37,9 @@ from typing import NamedTuple, Protocol, Self
 
 from migrator.linux.cgroup import Cgroup
 
+# What is not the same after any move, by any engine; what is particular to a workload is in the notes of its survey.
+TOLD_OF_ALL = "processor times and counters of use (getrusage, /proc/PID/io, page faults) will begin anew"
+
 
 class CheckpointFlags(enum.IntFlag):
     SUBTREE = 0x1  # `pid` need not be the init task of a container

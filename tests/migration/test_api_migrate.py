@@ -67,6 +67,7 @@ def test_events_come_in_order_on_the_loop_and_the_last_has_the_result(stage: Sta
         assert (found.processes, found.result.outcome) == (1, migrator.Outcome.DRY_RUN)
         assert found.files > 0
         assert found.predicted_downtime > 0
+        assert "processor times and counters of use" in found.notes[-1]
         assert states(stage.b) == []
         return await migrator.migrate(NAME, **arguments(stage), on_event=tell)
 
@@ -78,6 +79,7 @@ def test_events_come_in_order_on_the_loop_and_the_last_has_the_result(stage: Sta
     assert result.downtime > 0
     assert isinstance(events[0], model.Started)
     assert isinstance(events[-1], model.Ended)
+    assert not any("counters of use" in note for note in result.warnings)  # what is true of each move is told by check
     assert events[-1].result == result
     rounds = [event.round.number for event in events if isinstance(event, model.RoundDone)]
     assert rounds == [made.number for made in result.rounds][: len(rounds)] == list(range(1, len(rounds) + 1))

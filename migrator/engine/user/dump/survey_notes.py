@@ -42,9 +42,6 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
         yield _about(stopped), "that it is stopped will be told to its parent once more (WUNTRACED)"
     if slices:
         yield _about(slices), "a time slice of its own (sched_setattr) will be that of the host"
-    if processes:
-        about = "processor times and counters of use (getrusage, /proc/PID/io, page faults) will begin anew"
-        yield f"pid {processes[0].pid} and its tree", about
     for where, pids in groups.items():
         yield _about(pids), f"the cgroup {where} and its limits do not come along"
 
