@@ -7,6 +7,7 @@ of the request and the tid.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ GETREGSET, SETREGSET = 0x4204, 0x4205
 SEIZE, INTERRUPT, LISTEN = 0x4206, 0x4207, 0x4208
 PEEKSIGINFO, GETSIGMASK, SETSIGMASK = 0x4209, 0x420A, 0x420B
 GET_RSEQ_CONFIGURATION = 0x420F
+GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 
 O_TRACESYSGOOD = 0x1  # also what makes a tracee survive its tracer in a system-call stop
 O_EXITKILL = 0x100000
@@ -154,6 +156,18 @@ def peek_siginfo(tid: int, *, shared: bool) -> bytes:
 def rseq_configuration(tid: int) -> RseqConfiguration:
     request(GET_RSEQ_CONFIGURATION, tid, 24, _buffer_address, "get_rseq_configuration")
     return RseqConfiguration(*struct.unpack_from("<QIII", _buffer))
+
+
+def dispatches_syscalls(tid: int) -> bool:
+    """Whether a stopped tracee may have its system calls turned into signals (PR_SET_SYSCALL_USER_DISPATCH). False
+    before Linux 6.4, which does not tell."""
+    try:
+        request(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, _buffer_address, "get_syscall_user_dispatch_config")
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EINVAL):
+            return False
+        raise
+    return bool(struct.unpack_from("<Q", _buffer)[0])
 
 
 def wait(tid: int) -> int:

@@ -28,21 +28,23 @@ class State(NamedTuple):
     xstate: bytes
     mask: int
     rseq: ptrace.RseqConfiguration
+    dispatches: bool  # see ptrace.dispatches_syscalls()
 
 
 def get_all(tids: Sequence[int]) -> list[State]:
-    """Registers, extended state, signal mask and rseq area of stopped threads, all in one go."""
+    """Registers, extended state, signal mask, rseq area and dispatch of stopped threads, all in one go."""
     if not tids:
         return []
     size = len(arch.get_xstate(tids[0]))
-    regs, states, masks, areas = (Area(n, len(tids)) for n in (arch.REGS_SIZE, size, 8, 24))
+    regs, states, masks, areas, modes = (Area(n, len(tids)) for n in (arch.REGS_SIZE, size, 8, 24, 32))
     vectors, more = Iovecs(regs.addresses, arch.REGS_SIZE), Iovecs(states.addresses, size)
-    results = each(
+    *results, unknown = each(
         len(tids),
         (NR["ptrace"], ptrace.GETREGSET, tids, ptrace.NT_PRSTATUS, vectors.addresses),
         (NR["ptrace"], ptrace.GETREGSET, tids, ptrace.NT_X86_XSTATE, more.addresses),
         (NR["ptrace"], ptrace.GETSIGMASK, tids, 8, masks.addresses),
         (NR["ptrace"], ptrace.GET_RSEQ_CONFIGURATION, tids, 24, areas.addresses),
+        (NR["ptrace"], ptrace.GET_SYSCALL_USER_DISPATCH_CONFIG, tids, 32, modes.addresses),
     )
     for name, result in zip(("regs", "xstate", "sigmask", "rseq"), results, strict=True):
         raise_first(result, f"ptrace of {name}", [f"tid {tid}" for tid in tids])
@@ -52,6 +54,7 @@ def get_all(tids: Sequence[int]) -> list[State]:
             states.get(i, size),
             struct.unpack_from("<Q", masks.view, 8 * i)[0],
             ptrace.RseqConfiguration(*struct.unpack_from("<QIII", areas.view, 24 * i)),
+            not unknown[i] and bool(modes.view[modes.stride * i]),
         )
         for i in range(len(tids))
     ]

@@ -33,6 +33,7 @@ FORWARD_SECONDS = 1.0  # how long frames that still come to the old place are pa
 _FORWARD_EVERY = 0.002
 _HANDSHAKE_SECONDS = 0.5  # a peer that has not answered by then may never do so
 _HANDSHAKE_PAUSE = 0.001
+_PASSING_SECONDS = 2.0  # for processes that come and go and cannot be carried
 _ACCEPT_SECONDS = 3.0  # for a program that accepts one connection after the other
 _ORPHAN_SECONDS = 30.0  # how long connections that stayed behind are served
 _AHEAD = range(128, 4097)  # pages of the last round for which one more is worth its while
@@ -188,6 +189,8 @@ class WorkloadThread:
         late_files: Callable[[], Awaitable[None]] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        with self.log.phase("quiesce"):
+            self._source.quiesce(_PASSING_SECONDS)
         if self.rounds and self.rounds[-1].pages in _AHEAD:
             # What was written since the last round took as long as that round did; this takes a part of it. Nobody
             # waits for it: at the worst it is on its way when what is left would be.

@@ -285,8 +285,8 @@ def test_what_has_come_since_the_survey_is_refused_at_the_freeze(act: str, reaso
     with surveyed(act) as (source, go_on):
         go_on()
         source.instrument()
-        source.freeze()
         with pytest.raises(CheckpointFailed, match=reason):
+            source.freeze()
             source.final()
         source.thaw()
 

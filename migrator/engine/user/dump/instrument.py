@@ -15,6 +15,7 @@ from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.parasite import PROBE, SCRATCH, Parasite
 from migrator.engine.user.dump.process import Process, Thread, vtid_of
+from migrator.engine.user.dump.process_tree import dispatches_syscalls
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.tracing import stop_one
 from migrator.errors import CheckpointFailed
@@ -44,6 +45,8 @@ class Instrument:
         with urgency.raised():
             stop_one(tid)
             try:
+                if ptrace.dispatches_syscalls(tid):
+                    raise dispatches_syscalls(pid, tid)
                 self._restart_blocks.confirm(pid, [tid])
                 regs = arch.get_regs(tid)
                 rseq = ptrace.rseq_configuration(tid)

@@ -86,6 +86,9 @@ class MemoryDump:
                 return
             process.mm_objref = self._mm_objref(process)
             self.trackers[process.pid] = self.instruments.install(process)
+        except CheckpointFailed:
+            process.remote = None
+            raise
         except OSError as error:
             process.remote = None
             try:  # one that is ending has lost its memory before it is a zombie

@@ -23,6 +23,15 @@ LEADERLESS = "such a process is not carried yet"
 _STUCK = 0.002  # seconds after which the others run again for one that may wait for them
 
 
+def dispatches_syscalls(pid: int, tid: int) -> CheckpointFailed:
+    """A call of ours would become a signal of the program's."""
+    return CheckpointFailed(
+        f"pid {pid}: its thread {tid} has system calls turned into signals (PR_SET_SYSCALL_USER_DISPATCH), "
+        "which is not carried",
+        hint="the workload runs on; a program that emulates another system does that, such as wine",
+    )
+
+
 class ProcessTree:
     """The processes below (and with) `root`, or all those that `list_pids` names.
 
@@ -139,11 +148,16 @@ class ProcessTree:
         self.check_root()
 
     def _read_threads(self) -> None:
+        refused = None
         stopped = [(process.pid, thread) for process in self.living for thread in process.threads.values()]
         for (pid, thread), state in zip(stopped, get_all([thread.tid for _, thread in stopped]), strict=True):
-            thread.regs, thread.xstate, thread.mask, thread.rseq = state
+            thread.regs, thread.xstate, thread.mask, thread.rseq, dispatches = state
+            if dispatches:
+                refused = dispatches_syscalls(pid, thread.tid)
             thread.adjusted = without_spurious_eintr(thread.regs)
             thread.adjusted |= out_of_critical_section(pid, thread.rseq.pointer, thread.regs)
+        if refused is not None:
+            raise refused
 
     def _forget_reaped(self) -> None:
         """Of the zombies only those stay whose parent is here, and stopped: nobody reaps them any more."""

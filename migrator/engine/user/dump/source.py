@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import time
@@ -42,6 +43,8 @@ from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
 _RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the next attempt to find it quiet
+_PASSING_SECONDS = 1.0  # for processes that cannot be carried
+_PASSING_PAUSE = 0.005
 _SURVEYS = 4
 _SINCE = "it is so since the workload was surveyed; the workload runs on"
 
@@ -122,8 +125,9 @@ class UserSource:
         """Look at the tree without stopping it. Raises Refused with every obstacle; the workload runs on."""
         self.tree.refresh()
         survey, reasons = self._survey()
-        for _ in range(_SURVEYS):  # a child that comes or goes meanwhile looks like somebody outside
-            if not reasons:
+        end = time.monotonic() + 2 * _PASSING_SECONDS
+        for attempt in itertools.count():  # a child that comes or goes meanwhile looks like somebody outside
+            if not reasons or (attempt >= _SURVEYS and not (self._has_young() and time.monotonic() < end)):
                 break
             time.sleep(0.015)
             self.tree.refresh()
@@ -133,6 +137,11 @@ class UserSource:
         if reasons:
             raise Refused(reasons, hint="nothing was stopped; see `migrator check` for the same report")
         return survey
+
+    def _has_young(self) -> bool:
+        """Whether a process has begun just now: what cannot be carried may be passing."""
+        since = (time.clock_gettime(time.CLOCK_BOOTTIME) - _PASSING_SECONDS) * os.sysconf("SC_CLK_TCK")
+        return any(process.start_time > since for process in self.tree.living)
 
     def _survey(self) -> tuple[Survey, list[str]]:
         return survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv, self._mqueues)
@@ -147,9 +156,18 @@ class UserSource:
                 self._writer.write(Container(1, self.options.container, self.options.container_spec))
             self._write_tree()
             for process in self.tree.living:
-                self._memory.instrument(process)
+                self._instrument(process)
             self._instrumented = True
             self._writer.flush()
+
+    def _instrument(self, process: Process) -> None:
+        """One that was born since the survey may deny it, as one without descriptors does: most have gone by the
+        freeze, which sends the whole memory of the others."""
+        try:
+            self._memory.instrument(process)
+        except CheckpointFailed:
+            if not self._surveyed or (process.pid, process.start_time) in self._surveyed:
+                raise
 
     def round(self) -> Round:
         """Send what was written since the last round (everything, the first time). The workload runs on."""
@@ -165,7 +183,7 @@ class UserSource:
             except OSError:
                 continue  # it has ended: the next round knows
             if process.pid not in self._memory.trackers:
-                self._memory.instrument(process)
+                self._instrument(process)
         self._write_tree()
         self._writer.write(RoundMark(number, 0, time.time_ns()))
         for process in self.tree.living:
@@ -222,7 +240,28 @@ class UserSource:
         self._seized = True
 
     def quiesce(self, seconds: float) -> bool:
-        return self._transients is None or self._transients.settle(seconds)
+        end = time.monotonic() + seconds
+        while self._passing():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_PASSING_PAUSE)
+        return self._transients is None or self._transients.settle(max(0.0, end - time.monotonic()))
+
+    def _passing(self) -> str:
+        """Why a process that was born since the survey cannot be carried; "" if there is none.
+
+        Such a process mostly ends soon, as one that talks to a client before it is known who that is."""
+        if not self._surveyed:
+            return ""
+        if not self.tree.stopped:
+            self.tree.refresh()
+        for process in self.tree.living:
+            if (process.pid, process.start_time) not in self._surveyed:
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                    state = {**procfs.status(process.pid), "TracerPid": "0"}  # that is us
+                    for reason in survey_tasks.of_process(self.tree, process, state, None):
+                        return reason
+        return ""
 
     def freeze(self) -> None:
         if not self._seized:
@@ -230,20 +269,26 @@ class UserSource:
         self.quiesce(_ACCEPT_SECONDS)
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"), _killed_is_failed():
+            patience = _PASSING_SECONDS
             for pause in (*_RETRY_AFTER, None):
                 self.tree.stop()
+                passing = self._passing()
                 waits = self._transients.waiting() if self._transients is not None else ""
-                if not waits or pause is None:
+                if not (passing or waits) or pause is None or (passing and patience <= 0):
                     break
                 self.tree.detach()
+                begun = time.monotonic()
                 time.sleep(pause)
-                self.quiesce(_ACCEPT_SECONDS)
+                self.quiesce(patience if passing else _ACCEPT_SECONDS)
+                patience -= time.monotonic() - begun if passing else 0.0
                 self.tree.seize()
         if self._transients is not None:
             self._transients.close()
             self._transients = None
-            if waits:
-                raise CheckpointFailed(waits, hint="try again: a moment later the program will have taken it")
+        if passing:
+            raise CheckpointFailed(passing, hint=_SINCE)
+        if waits:
+            raise CheckpointFailed(waits, hint="try again: a moment later the program will have taken it")
 
     def final(self, silence: Callable[[], None] | None = None) -> None:
         """Write the last dirty pages, the state of all tasks and the trailer. The tasks stay stopped."""
@@ -262,7 +307,6 @@ class UserSource:
                 self._memory.look(process)
                 self._memory.prepare(process)
                 states[process.pid] = procfs.status(process.pid)
-            self._survey_new(states)
             for process in living:
                 self._meet(process, states[process.pid])
             self._write_tree(states)
@@ -317,14 +361,6 @@ class UserSource:
                     thread_replies = [replies[pid].leader, *others[pid]]
                     self._tasks.write(process, states[pid], replies[pid], timers[pid], thread_replies, tables[pid])
             self._writer.trailer()
-
-    def _survey_new(self, states: dict[int, dict[str, str]]) -> None:
-        """What the survey says of a process that it has seen, said of those that were born since."""
-        for process in self.tree.living if self._surveyed else ():
-            if (process.pid, process.start_time) not in self._surveyed:
-                state = {**states[process.pid], "TracerPid": "0"}  # that is us
-                for reason in survey_tasks.of_process(self.tree, process, state, None):
-                    raise CheckpointFailed(reason, hint=_SINCE)
 
     def _meet(self, process: Process, state: dict[str, str] | None = None) -> None:
         """Have a process, with all its threads, asked for Landlock when it is asked next."""

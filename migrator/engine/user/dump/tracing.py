@@ -17,23 +17,21 @@ from migrator.linux import x86_64 as arch
 PATIENCE = 3.0  # seconds that a task may take to stop
 
 
+# A filter of system calls would end the task for a call of ours (seccomp(2)). It takes CAP_SYS_ADMIN.
+_OPTIONS = ptrace.O_TRACESYSGOOD | ptrace.O_SUSPEND_SECCOMP
+
+
 def seize(pid: int, tid: int) -> bool:
     """Attach to a task; False for one that has ended and waits for its parent."""
-    options = ptrace.O_TRACESYSGOOD
     try:
-        ptrace.seize(tid, options | ptrace.O_SUSPEND_SECCOMP)
-        return True
-    except PermissionError:
-        pass  # not for this option, perhaps
-    try:
-        ptrace.seize(tid, options)
+        ptrace.seize(tid, _OPTIONS)
         return True
     except PermissionError as error:
         if procfs.stat(pid, tid)[3] in "ZX":
             return False
         raise CheckpointFailed(
             f"pid {pid} cannot be traced (tid {tid})",
-            hint="a debugger may be attached; `grep TracerPid /proc/PID/status` tells",
+            hint="a debugger may be attached (`grep TracerPid /proc/PID/status` tells), or we lack CAP_SYS_ADMIN",
         ) from error
 
 
@@ -41,7 +39,7 @@ def stop_one(tid: int) -> None:
     """Seize and stop a single task for a moment; undone by ptrace.detach.
 
     Raises ProcessLookupError if it has ended, TimeoutError if it does not stop."""
-    ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+    ptrace.seize(tid, _OPTIONS)
     bring_to_stop(tid)
 
 
