@@ -29,3 +29,23 @@ def test_an_image_that_was_cut_restarts_nothing(guest: Machine) -> None:
         guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
         program.check_progress()
         program.finish()
+
+
+def test_a_link_that_a_user_has_planted_is_refused(guest: Machine) -> None:
+    guest.run(
+        "mkdir -p /tmp/planted/home/deep && cd /tmp/planted && mkdir -m 700 root && echo secret > root/file && "
+        "chown -R 4321 home"
+    )
+    pid = guest.spawn(
+        "setpriv --reuid 4321 --regid 4321 --clear-groups sh -c 'exec sleep 1000 >> /tmp/planted/home/deep/file'"
+    )
+    guest.run("until [ -e /tmp/planted/home/deep/file ]; do sleep 0.05; done")
+    guest.run(f"migrator checkpoint {pid} --engine kernel --kill -o /tmp/image", seconds=LONG)
+    guest.run("cd /tmp/planted/home/deep && rm file && ln -s ../../root/file file && chown -h 4321 file")
+    with pytest.raises(CommandFailed, match=r"exit status 5[^$]*a symbolic link of user 4321 leads to"):
+        guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+    # The user's own file by another way is opened.
+    guest.run("cd /tmp/planted/home/deep && : > other && chown 4321 other && ln -sf other file && chown -h 4321 file")
+    guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+    assert guest.run(f"readlink /proc/{pid}/fd/1").stdout == "/tmp/planted/home/deep/other\n"
+    guest.run(f"kill {pid} && while [ -e /proc/{pid} ]; do sleep 0.1; done; rm -r /tmp/planted")
