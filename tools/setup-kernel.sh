@@ -26,6 +26,7 @@ needs=(
 	/usr/bin/xz:xz-utils
 	/usr/bin/lz4:lz4
 	/usr/bin/cpio:cpio
+	/sbin/depmod:kmod
 	/usr/bin/ccache:ccache
 	/usr/include/libelf.h:libelf-dev
 	/usr/include/openssl/ssl.h:libssl-dev

@@ -25,6 +25,19 @@ series() {
 	sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "$patches/series"
 }
 
+# The objects of what some patches touch of the kernel, as far as it is in a tree; without the option, not its own.
+objects() {
+	local tree=$1 option=$2 source
+	shift 2
+	(cd "$patches" && cat "$@") | sed -n 's/^+++ b\/\(.*\)\.c$/\1/p' | sort -u | while read -r source; do
+		case $source in
+		tools/*) continue ;;
+		*checkpoint*) [ "$option" = y ] || continue ;;
+		esac
+		[ ! -e "$tree/$source.c" ] || printf '%s.o\n' "$source"
+	done
+}
+
 source_version() {
 	[ -e $tarball ] || die "no $tarball; run tools/setup-kernel.sh"
 	dpkg-query -W -f '${Version}' linux-source-6.12

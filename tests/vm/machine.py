@@ -56,7 +56,7 @@ class Completed:
 class Machine:
     """A guest; a context manager.
 
-    kernel:    bzImage
+    kernel:    bzImage; an `initrd` beside it is booted with it
     drives:    read-only images, /dev/vda first: the root, then the project
     folder:    for the console and the sockets; kept by whoever owns it
     snapshot:  start from this file, made by `save` of a machine with the same arguments, in place of booting
@@ -106,6 +106,8 @@ class Machine:
             "-netdev", f"user,id=user,restrict=on{forward}",
             "-device", "virtio-net-pci,netdev=user,romfile=",
         ]  # fmt: skip
+        if (initrd := kernel.with_name("initrd")).exists():
+            self._argv += ["-initrd", str(initrd)]
         for number, drive in enumerate(drives):
             self._argv += ["-drive", f"if=none,id=d{number},file={drive},format=raw,read-only=on",
                            "-device", f"virtio-blk-pci,drive=d{number}"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The same source without the option: a kernel that has no such calls."""
+"""Debian's own kernel of the same source: it has no such calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ for number in (548, 549):
 
 
 def test_a_kernel_without_the_calls_says_so_and_the_user_engine_works(folder: Path) -> None:
-    with Lab(folder).guest("off") as guest:
+    with Lab(folder).guest("stock") as guest:
         assert guest.python(CALLS).split() == ["ENOSYS", "ENOSYS"]
         assert "Function not implemented" in guest.run("rstr < /dev/null", status=1).stderr
         with Program(guest, "counter") as counter:
