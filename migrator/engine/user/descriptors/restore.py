@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -25,6 +26,7 @@ from migrator.linux.x86_64 import NR
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
+_OF_A_TASK = re.compile(r"/proc/\d+/")
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
 OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
@@ -73,6 +75,7 @@ class DescriptorRestore:
         self._has_already: dict[int, _Given] = {}  # by vpid
         self._files: dict[int, int] = {}  # objref of a File -> our descriptor
         self._records: dict[int, r.File] = {}
+        self._late: set[int] = set()  # Files of procfs about what the tasks do not have yet
         self._pipes: dict[int, PipeRestore] = {}
         self._deleted: dict[int, files.DeletedRestore] = {}
         self._ready: dict[int, int] = {}  # objref of an anonymous object -> our descriptor, to be taken once
@@ -155,6 +158,7 @@ class DescriptorRestore:
         for stub in stubs:
             if stub.vpid not in self._installed:
                 raise ImageError(f"pid {stub.vpid} has no table of descriptors")
+        self._open_late()
         for pipe in self._pipes.values():
             pipe.close()
         for deleted in self._deleted.values():
@@ -272,16 +276,39 @@ class DescriptorRestore:
                 fd = -1
                 self._opened[rec.objref] = self._opened.get(rec.objref, 0) + 1
                 self._openings += 1
-                fd = files.open_path(rec, self._context.root_fd)
+                fd = self._open_path(rec)
         finally:
             if fd >= 0:
                 self._files[rec.objref] = fd
+
+    def _open_path(self, rec: r.File) -> int:
+        """What tells about a descriptor or thread is opened once they are there, and another file has its place."""
+        try:
+            return files.open_path(rec, self._context.root_fd)
+        except RestartFailed:
+            if not _OF_A_TASK.match(rec.path):
+                raise
+            self._late.add(rec.objref)
+            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _open_late(self) -> None:
+        for objref in self._late:
+            fd = files.open_path(self._records[objref], self._context.root_fd)
+            os.close(self._files[objref])
+            self._files[objref] = fd
+        for stub, table in self._installed.values() if self._late else ():
+            for item in self.tables[table].descriptors:
+                if item.file_objref in self._late:
+                    (number,) = stub.receive([self._files[item.file_objref]])
+                    cloexec = os.O_CLOEXEC if item.cloexec else 0
+                    placing = [(NR["dup3"], number, item.fd, cloexec), (NR["close"], number)]
+                    stub.checked(placing, "placing descriptors")
 
     def _open(self, rec: r.File) -> int:
         """A description of our own, which is still to be configured."""
         kind, inode = rec.kind, rec.inode_objref
         if kind in BY_PATH:
-            return files.open_path(rec, self._context.root_fd)
+            return self._open_path(rec)
         if kind in (r.FileKind.PIPE, r.FileKind.FIFO):
             return self._known(self._pipes, inode, "pipe").open(rec, self._context.root_fd)
         if kind == r.FileKind.DELETED and inode in self._deleted:
