@@ -7,6 +7,8 @@ config=$here/../config
 tarball=/usr/src/linux-source-6.12.tar.xz
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/migrator/kernel
 export CCACHE_DIR=$cache/ccache CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=4G
+# gcc tells what it has read: nothing is preprocessed once more to know an object by. A fifth of a build.
+export CCACHE_DEPEND=1
 export KBUILD_BUILD_TIMESTAMP='1970-01-01' KBUILD_BUILD_USER=migrator KBUILD_BUILD_HOST=lab
 
 say() { printf 'kernel: %s\n' "$*" >&2; }
