@@ -128,6 +128,149 @@ def test_a_program_that_never_rests_is_moved_as_it_was_in_the_end(
         program.finish()
 
 
+PIPES = """
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include "workload.h"
+/* Changes one of its pipes in every turn, and checks all of them: contents, flags, capacity, who shares what. */
+#define N 6
+static struct one { int r, w, flags, size, waits; unsigned char first; } all[N];
+static void fresh(struct one *p, unsigned long turn)
+{
+	int ends[2];
+
+	if (p->size) {
+		TRY(close(p->r));
+		if (p->w >= 0)
+			TRY(close(p->w));
+	}
+	TRY(pipe2(ends, turn % 3 ? 0 : O_CLOEXEC));
+	*p = (struct one){ ends[0], ends[1], 0, 65536, 0, 0 };
+}
+static void put(struct one *p, unsigned long turn)
+{
+	unsigned char data[3000];
+	int n = 1 + turn * 61 % sizeof(data);
+
+	struct pollfd poller = { p->w, POLLOUT, 0 };
+
+	if (p->w < 0 || p->waits + n > 12000 || TRY(poll(&poller, 1, 0)) == 0)
+		return;
+	for (int i = 0; i < n; i++)
+		data[i] = p->first + p->waits + i;
+	CHECK(write(p->w, data, n) == n, "turn %lu", turn);
+	p->waits += n;
+}
+static void take(struct one *p, unsigned long turn)
+{
+	unsigned char data[16384];
+	int got;
+
+	if (!p->waits)
+		return;
+	got = TRY(read(p->r, data, sizeof(data)));
+	CHECK(got > 0, "turn %lu: %d", turn, got);
+	for (int i = 0; i < got; i++)
+		CHECK(data[i] == (unsigned char)(p->first + i), "turn %lu byte %d", turn, i);
+	p->first += got;
+	p->waits -= got;
+}
+static void change(struct one *p, unsigned long turn, int how)
+{
+	char path[64];
+	int end;
+
+	switch (how) {
+	case 0:
+		fresh(p, turn);
+		break;
+	case 1: /* packets, or no waiting, for whoever writes */
+		if (!p->waits)
+			p->flags ^= O_DIRECT;
+		if (turn % 2)
+			p->flags ^= O_NONBLOCK;
+		if (p->w >= 0)
+			TRY(fcntl(p->w, F_SETFL, p->flags));
+		break;
+	case 2:
+		end = fcntl(p->r, F_SETPIPE_SZ, turn % 2 ? 131072 : 65536);
+		p->size = end > 0 ? end : p->size; /* not smaller than what is in it */
+		break;
+	case 3:
+		take(p, turn);
+		break;
+	case 4: /* another description of the same end, under the same number */
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", p->r);
+		end = TRY(open(path, O_RDONLY));
+		TRY(dup2(end, p->r));
+		TRY(close(end));
+		break;
+	case 5: /* nobody writes any more: the reader sees an end */
+		if (p->w >= 0)
+			TRY(close(p->w));
+		p->w = -1;
+		break;
+	case 6: /* other rights */
+		TRY(fchmod(p->r, turn % 2 ? 0600 : 0660));
+		break;
+	default:
+		put(p, turn);
+	}
+}
+static void check(struct one *p, unsigned long turn)
+{
+	struct pollfd poller = { p->r, POLLIN, 0 };
+	/* an agent may have an end of its own for a moment */
+	int waits, n = TRY(poll(&poller, 1, p->w < 0 ? 2000 : 0));
+
+	TRY(ioctl(p->r, FIONREAD, &waits));
+	CHECK(waits == p->waits, "turn %lu: %d wait, not %d", turn, waits, p->waits);
+	CHECK(fcntl(p->r, F_GETPIPE_SZ) == p->size, "turn %lu: %d", turn, fcntl(p->r, F_GETPIPE_SZ));
+	CHECK(n == (p->waits || p->w < 0), "turn %lu: %x", turn, poller.revents);
+	CHECK(!(fcntl(p->r, F_GETFL) & (O_NONBLOCK | O_DIRECT)), "turn %lu", turn);
+	if (p->w >= 0)
+		CHECK((fcntl(p->w, F_GETFL) & (O_NONBLOCK | O_DIRECT)) == p->flags, "turn %lu", turn);
+}
+int main(int argc, char **argv)
+{
+	unsigned long ticks = 0;
+
+	wl_start(argc, argv);
+	for (int i = 0; i < N; i++)
+		fresh(all + i, i);
+	wl_ready();
+	for (unsigned long turn = 0; !wl_stopping; turn++) {
+		unsigned long dice = wl_mix(turn);
+
+		change(all + dice % N, turn, dice / N % 12);
+		put(all + dice / 97 % N, turn);
+		wl_sleep_us(1000);
+		for (int i = 0; i < N; i++)
+			check(all + i, turn);
+		if (turn % 50 == 0)
+			wl_line("tick %lu", ++ticks);
+	}
+	for (int i = 0; i < N; i++)
+		while (all[i].waits)
+			take(all + i, 0);
+	wl_ok();
+}
+"""
+
+
+def test_pipes_that_change_all_the_time_are_moved_as_they_were_in_the_end(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    here, there = hosts
+    with Program(here, PIPES, tmp_path) as program:
+        for _ in range(12):
+            migrate(program, here, there)
+            program.check_alive_and_progressing(ticks=1)
+            here, there = there, here
+        program.finish()
+
+
 class Stream:
     """What is written, as the reader will have it."""
 

@@ -190,14 +190,21 @@ class DescriptorDump:
                 pipe_ends.setdefault(item.inode, []).append(item)
             else:
                 others.append(item)
-        for key, ends in pipe_ends.items():
+        for ends in pipe_ends.values():
             pipes.check(ends)
-            objref = self._objref(("pipe", *key))
-            for end in ends:
-                end.inode_objref = objref
-        self._write_all(pipes.save_all([(ends[0].inode_objref, ends) for ends in pipe_ends.values()]))
+        self._write_all(pipes.save_all([*pipe_ends.values()], self._pipe))
         for item in others:
             self._inode(item)
+
+    def _pipe(self, ends: list[Description], capacity: int) -> tuple[int, bool]:
+        """The objref of a pipe, and whether it is new in the stream."""
+        objref = self._predumped.pipes.find(ends, capacity)
+        new = not objref
+        if new:
+            objref = self._objref(("pipe", *ends[0].inode))
+        for end in ends:
+            end.inode_objref = objref
+        return objref, new
 
     def _inode(self, item: Description) -> None:
         match item.kind:

@@ -10,13 +10,14 @@ import contextlib
 import fcntl
 import os
 import select
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.records_files import MAX_CHUNK, File, FileKind, Pipe, PipeBuffer
 from migrator.linux import descriptors
-from migrator.linux.batch import Area, each, raise_first
+from migrator.linux.batch import Area, Strings, each, raise_first
 from migrator.linux.openat2 import open_in_root
 from migrator.linux.sockets import Peeked
 from migrator.linux.x86_64 import NR
@@ -25,8 +26,10 @@ _PAGE = 4096
 _USUAL = 16 * _PAGE  # bytes that a pipe takes unless told otherwise
 _AT_ONCE = 256  # pipes whose contents are read at the same time
 _PACKET = 1
+_MODE = 0o600  # of a new pipe
 _SPLICE_F_NONBLOCK = 2
 _ONCE = os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL | os.O_TRUNC
+_SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 
 
 def outside_end(ends: list[Description]) -> str | None:
@@ -110,10 +113,14 @@ class Copies:
         os.close(self._write)
 
 
-def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | PipeBuffer]:
-    """The records of pipes: of each its objref, and all the ends that the tree holds of it."""
-    read_ends = [next((end.fd for end in ends if end.readable), -1) for _, ends in pipes]
-    fds = [fd if fd >= 0 else ends[0].fd for fd, (_, ends) in zip(read_ends, pipes, strict=True)]
+def save_all(
+    pipes: Sequence[list[Description]], objref_of: Callable[[list[Description], int], tuple[int, bool]]
+) -> Iterator[Pipe | PipeBuffer]:
+    """The records of pipes, each given as all the ends that the tree holds of it.
+
+    objref_of: of a pipe with a capacity, its objref, and whether its Pipe is still to be written"""
+    read_ends = [next((end.fd for end in ends if end.readable), -1) for ends in pipes]
+    fds = [fd if fd >= 0 else ends[0].fd for fd, ends in zip(read_ends, pipes, strict=True)]
     sizes = Area(8, len(fds))
     capacities, asked = each(
         len(fds), (NR["fcntl"], fds, fcntl.F_GETPIPE_SZ), (NR["ioctl"], fds, descriptors.FIONREAD, sizes.addresses)
@@ -122,30 +129,35 @@ def save_all(pipes: Sequence[tuple[int, list[Description]]]) -> Iterator[Pipe | 
     raise_first(asked, "FIONREAD", fds)
     waiting_bytes = sizes.view.cast("i")[::2].tolist()
     filled = {at for at, fd in enumerate(read_ends) if fd >= 0 and waiting_bytes[at]}  # else nobody can ever read it
-    packets = {at for at in filled if any(end.flags & os.O_DIRECT for end in pipes[at][1])}
+    packets = {at for at in filled if any(end.flags & os.O_DIRECT for end in pipes[at])}
     small = sorted(at for at in filled - packets if capacities[at] <= _USUAL)
     done: set[int] = set()
+    objrefs: list[int] = []
+    for at, ends in enumerate(pipes):
+        objref, new = objref_of(ends, capacities[at])
+        objrefs.append(objref)
+        if new:
+            yield Pipe(objref, capacities[at])
     with Copies() as copies:
         for first in range(0, len(small), _AT_ONCE):
             part = small[first : first + _AT_ONCE]
             for at, data in zip(part, copies.small([(fds[at], waiting_bytes[at]) for at in part]) or (), strict=False):
-                yield Pipe(pipes[at][0], capacities[at])
-                yield PipeBuffer(pipes[at][0], 0, data)
+                yield PipeBuffer(objrefs[at], 0, data)
                 done.add(at)
-        for at, (objref, _) in enumerate(pipes):
-            if at in done:
-                continue
-            yield Pipe(objref, capacities[at])
-            if at in filled:
+        for at, objref in enumerate(objrefs):
+            if at in filled and at not in done:
                 for data in copies.contents(fds[at], waiting_bytes[at], capacities[at]):
                     yield PipeBuffer(objref, _PACKET if at in packets else 0, data)
 
 
 class PipeRestore:
-    """One pipe being built. Its first ends are those of pipe2(2), all others are opened anew."""
+    """One pipe being built. Its first ends are those of pipe2(2), all others are opened anew.
+
+    What was in it goes in with the first end that is opened; by fill_all(), if that was ahead of the freeze."""
 
     def __init__(self, rec: Pipe) -> None:
         self.capacity = rec.capacity
+        self.flags = os.O_NONBLOCK  # of the end that it is filled through, once that has its own
         self._buffers: list[PipeBuffer] = []
         self._bytes = 0
         self._fresh: dict[bool, int] = {}  # writable? -> an end that nobody has yet
@@ -157,6 +169,19 @@ class PipeRestore:
         if self._bytes > self.capacity or rec.flags & ~_PACKET or not rec.data:
             raise ImageError(f"{self._bytes} bytes or more in a pipe of {self.capacity}")
         self._buffers.append(rec)
+
+    @property
+    def made(self) -> bool:
+        return self._any >= 0
+
+    def take_buffers(self) -> list[tuple[int, int, int, bytes]]:
+        """What is to be filled into a pipe that is made: of each (end, flags for that, flags afterwards, data)."""
+        out = [
+            (self._any, os.O_NONBLOCK | (os.O_DIRECT if buffer.flags else 0), self.flags, buffer.data)
+            for buffer in self._buffers
+        ]
+        self._buffers.clear()
+        return out
 
     def open(self, rec: File, root_fd: int) -> int:
         """The description that `rec` is about, ours; its flags are still to be set."""
@@ -174,6 +199,10 @@ class PipeRestore:
                 raise ImageError(f"file {rec.objref}: a pipe has three ends")
         else:
             fd = descriptors.reopen(self._any, flags & ~os.O_DIRECT | os.O_NONBLOCK)
+        if fd == self._any:
+            self.flags = rec.flags & _SETTABLE
+        if rec.kind == FileKind.PIPE and stat.S_IMODE(rec.mode) != _MODE:
+            os.fchmod(fd, stat.S_IMODE(rec.mode))
         return fd
 
     @staticmethod
@@ -215,3 +244,19 @@ class PipeRestore:
         if self._fifo >= 0:
             os.close(self._fifo)
             self._fifo = -1
+
+
+def fill_all(pipes: Sequence[PipeRestore]) -> None:
+    """Fill pipes that were made ahead of their contents, and whose ends have their flags."""
+    parts = [part for pipe in pipes for part in pipe.take_buffers()]
+    ends, while_filled, afterwards, contents = zip(*parts, strict=True) if parts else ((), (), (), ())
+    lengths = [len(data) for data in contents]
+    there = Strings(contents)
+    _, written, _ = each(
+        len(parts),
+        (NR["fcntl"], ends, fcntl.F_SETFL, while_filled),
+        (NR["write"], ends, there.addresses, lengths),
+        (NR["fcntl"], ends, fcntl.F_SETFL, afterwards),
+    )
+    if written != lengths:
+        raise RestartFailed("a pipe does not take what was in it")

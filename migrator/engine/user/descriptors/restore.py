@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from migrator.engine.base import LateLock, LockKind
 from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks
 from migrator.engine.user.descriptors.epolls import Stub
-from migrator.engine.user.descriptors.pipes import PipeRestore
+from migrator.engine.user.descriptors.pipes import PipeRestore, fill_all
 from migrator.engine.user.descriptors.predumped import BY_PATH
 from migrator.engine.user.descriptors.private_root import Move
 from migrator.engine.user.descriptors.socket_restore import SocketRestore
@@ -27,6 +27,7 @@ _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 _OF_A_TASK = re.compile(r"/proc/\d+/")
+_PIPES_AT_ONCE = 64  # that are filled together
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
 OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
@@ -68,7 +69,8 @@ class DescriptorRestore:
         self._context = context
         self.tables: dict[int, r.FileTable] = {}
         self.final = True  # else the tasks still run, and what comes is pre-dumped
-        self._early: set[int] = set()  # Files that came pre-dumped
+        self._early: set[int] = set()  # Files by path that came pre-dumped
+        self._ahead: set[int] = set()  # ends of pipes that did
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
         self._openings = 0  # how often any of them was opened anew
@@ -77,6 +79,8 @@ class DescriptorRestore:
         self._records: dict[int, r.File] = {}
         self._late: set[int] = set()  # Files of procfs about what the tasks do not have yet
         self._pipes: dict[int, PipeRestore] = {}
+        self._unfilled: dict[int, PipeRestore] = {}
+        self._unfilled_bytes = 0
         self._deleted: dict[int, files.DeletedRestore] = {}
         self._ready: dict[int, int] = {}  # objref of an anonymous object -> our descriptor, to be taken once
         self._timers: dict[int, r.TimerFd] = {}
@@ -95,7 +99,7 @@ class DescriptorRestore:
             r.File: self._file,
             r.FileTable: self._table,
             r.Pipe: self._pipe,
-            r.PipeBuffer: lambda rec: self._known(self._pipes, rec.pipe_objref, "pipe").add(rec),
+            r.PipeBuffer: self._pipe_buffer,
             r.EventFd: lambda rec: self._object(rec.objref, anonymous.make_eventfd(rec)),
             r.TimerFd: self._timerfd,
             r.SignalFd: lambda rec: self._object(rec.objref, anonymous.make_signalfd(rec)),
@@ -123,6 +127,7 @@ class DescriptorRestore:
 
     def settle(self, tables: Iterable[int]) -> None:
         """Once all records are there, and ahead of install(): complete the pre-dumped files that `tables` name."""
+        self._fill_pipes()
         named = [d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors]
         early = [objref for objref in dict.fromkeys(named) if objref in self._early]  # in order: memory is slow
         opened = [(self._files[objref], self._records[objref]) for objref in early if objref in self._files]
@@ -159,6 +164,7 @@ class DescriptorRestore:
             if stub.vpid not in self._installed:
                 raise ImageError(f"pid {stub.vpid} has no table of descriptors")
         self._open_late()
+        self._drop_unnamed()
         for pipe in self._pipes.values():
             pipe.close()
         for deleted in self._deleted.values():
@@ -175,6 +181,13 @@ class DescriptorRestore:
         self._forget_events()
         for fd, timer in self._started:
             anonymous.start_timerfd(fd, timer)
+
+    def _drop_unnamed(self) -> None:
+        """Close the ends of pipes that nobody has in the end: whoever has the other end would wait for them."""
+        if self._ahead:
+            named = {d.file_objref for _, table in self._installed.values() for d in self.tables[table].descriptors}
+            for objref in self._ahead - named:
+                os.close(self._files.pop(objref))
 
     @property
     def late_locks(self) -> list[LateLock]:
@@ -217,6 +230,19 @@ class DescriptorRestore:
         self._new(self._pipes, rec.objref)
         self._pipes[rec.objref] = PipeRestore(rec)
 
+    def _pipe_buffer(self, rec: r.PipeBuffer) -> None:
+        pipe = self._known(self._pipes, rec.pipe_objref, "pipe")
+        pipe.add(rec)
+        if pipe.made:  # ahead of the freeze: else it is filled when it is
+            self._unfilled[rec.pipe_objref] = pipe
+            self._unfilled_bytes += len(rec.data)
+            if len(self._unfilled) >= _PIPES_AT_ONCE or self._unfilled_bytes >= r.MAX_CHUNK:
+                self._fill_pipes()
+
+    def _fill_pipes(self) -> None:
+        unfilled, self._unfilled, self._unfilled_bytes = [*self._unfilled.values()], {}, 0
+        fill_all(unfilled)
+
     def _deleted_file(self, rec: r.DeletedFile) -> None:
         self._new(self._deleted, rec.objref)
         self._deleted[rec.objref] = files.DeletedRestore(rec, self._context.root_fd)
@@ -254,7 +280,7 @@ class DescriptorRestore:
         if before is not None:
             self._changed.add(rec.objref)  # and made good when all is there
             return
-        if not self.final:
+        if not self.final and rec.kind != r.FileKind.PIPE:
             self._early.add(rec.objref)
             try:
                 self._files[rec.objref] = files.open_path(rec, self._context.root_fd)
@@ -262,6 +288,8 @@ class DescriptorRestore:
                 pass  # it may be closed by the end
             return
         self._files[rec.objref] = fd = self._open(rec)
+        if not self.final:
+            self._ahead.add(rec.objref)
         self._configure(fd, rec)
 
     def _make_good(self, rec: r.File, *, kept: bool) -> None:
