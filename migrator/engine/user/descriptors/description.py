@@ -44,7 +44,7 @@ class Description:
     inode_objref: int = 0
     locks_saved: bool = False
     owned: bool = False  # somebody gets its signals (F_SETOWN)
-    predumped: bool = False  # an end of a pipe whose File is written, and holds
+    predumped: bool = False  # of a pipe or a connection, whose File is written, and holds
     known: Known | None = None  # it is just what was found while the tasks ran
 
     @property

@@ -80,6 +80,8 @@ class DescriptorDump:
         self._collection: Collection | None = None
         self._nameless: list[Description] = []  # those that are no files that were opened by path
         self._sockets: SocketDump | None = None
+        self._socket_objrefs: dict[int, int] = {}  # by inode number, of those that are pre-dumped
+        self._standing: set[int] = set()  # these objrefs
         self.memfds: list[Memfd] = []
 
     def collect(self) -> None:
@@ -151,12 +153,14 @@ class DescriptorDump:
 
     def _write(self, collection: Collection) -> dict[int, int]:
         write = self._writer.write
-        self._inodes()
         assert self._sockets is not None
-        for rec in self._sockets.sockets(self._objref):
-            write(rec)
+        self._connections(self._sockets)
+        self._inodes()
+        for made in self._sockets.sockets(self._socket):
+            if made.objref not in self._standing:
+                write(made)
         self._writer.flush()  # the other side has something to do while connections are looked at
-        for rec in self._sockets.buffers(self._objref):
+        for rec in self._sockets.buffers(self._socket):
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
         for item in collection.descriptions:
@@ -177,6 +181,18 @@ class DescriptorDump:
             self._predumped.put_table(objref, [(s.number, s.description.objref, s.cloexec) for s in table.slots])
             out.update({process.pid: objref for process in table.processes})
         return out
+
+    def _connections(self, sockets: SocketDump) -> None:
+        """Find those of which the stream has all but their state."""
+        records = {rec.objref: rec for rec in sockets.connections}
+        for item in self._nameless if records else ():
+            rec = records.get(item.stat.st_ino) if item.kind == FileKind.SOCKET else None
+            if rec is not None and (objref := self._predumped.sockets.find(item, rec)):
+                self._socket_objrefs[rec.objref] = objref
+                self._standing.add(objref)
+
+    def _socket(self, inode: int) -> int:
+        return self._socket_objrefs.get(inode) or self._objref(("socket", inode))
 
     def _objref(self, key: Hashable) -> int:
         return self._objhash.get(key)[0]
@@ -223,7 +239,7 @@ class DescriptorDump:
             case FileKind.MQUEUE:
                 item.inode_objref = self._objref(("mqueue", *item.inode))
             case FileKind.SOCKET:
-                item.inode_objref = self._objref(("socket", item.stat.st_ino))
+                item.inode_objref = self._socket(item.stat.st_ino)
             case FileKind.PIDFD:
                 item.inode_objref = self._objref(("pidfd", item.fd))
                 self._writer.write(PidFd(item.inode_objref, self._target_of_pidfd(item)))

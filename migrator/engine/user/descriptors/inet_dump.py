@@ -7,23 +7,42 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts, tcp
-from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState, SocketTcp
 from migrator.linux import repair
 from migrator.linux.sockets import Ask
+from migrator.linux.stat import Status
 
 _WHOLE = 1
 _RDHUP = 0x2000
 _BIG = 1 << 16
 _SIZES = (sockopts.SO_SNDBUF, sockopts.SO_RCVBUF, sockopts.SO_BUF_LOCK)
 
-Item = tuple[Description, socket.SocketType]
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+class Fetched(Protocol):
+    """A socket that is fetched as `fd`. Its str() is a name for messages."""
+
+    @property
+    def fd(self) -> int: ...
+    @property
+    def stat(self) -> Status: ...
+
+
+Item = tuple[Fetched, socket.SocketType]
 Still = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def established(items: Sequence[Item], defaults: sockopts.Defaults) -> list[Socket | None]:
+    """Of sockets of TCP, whose program may run, the records of those that are connected and whose ends have said
+    nothing of an end yet; None of the others. Called inside of their network namespace."""
+    return InetDump(items, defaults, 0, contextlib.nullcontext).established()
 
 
 class InetDump:
@@ -74,6 +93,19 @@ class InetDump:
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
 
+    def established(self) -> list[Socket | None]:
+        self._ask()
+        records = [
+            self._record(at, SocketState.CONNECTED, peer) if state == tcp.ESTABLISHED and peer else None
+            for at, (state, peer) in enumerate(zip(self._states, self._peers, strict=True))
+        ]
+        there = [at for at, rec in enumerate(records) if rec is not None]
+        options = self._defaults.changed([self._items[at][1] for at in there], range(len(there)))
+        for at, changed in zip(there, options, strict=True):
+            if (rec := records[at]) is not None:
+                rec.options = changed
+        return records
+
     def _shutdowns(self) -> None:
         """What was shut down of UDP sockets."""
         for family in {rec.family for rec in self._sockets if rec.protocol == socket.IPPROTO_UDP}:
@@ -82,7 +114,7 @@ class InetDump:
                 if rec.protocol == socket.IPPROTO_UDP and rec.family == family:
                     rec.shutdown = shut.get(rec.objref, 0)
 
-    def _look_at(self, connections: Sequence[Description]) -> None:
+    def _look_at(self, connections: Sequence[Fetched]) -> None:
         """What of connections only poll(2) tells: that they are shut down for reading, and that urgent data waits."""
         poll = select.poll()
         for item in connections:
@@ -102,18 +134,23 @@ class InetDump:
             if events & _RDHUP and self._states[at[item.fd]] not in tcp.GOT_FIN:
                 records[item.stat.st_ino].shutdown = 1
 
-    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    @property
+    def connections(self) -> Iterator[Socket]:
+        """The records of connections; their objrefs are inode numbers."""
+        return (rec for rec in self._sockets if rec.state == SocketState.CONNECTED and rec.type == socket.SOCK_STREAM)
+
+    def sockets(self, objref: Callable[[int], int]) -> Iterator[Socket]:
         for rec in self._sockets:
-            rec.objref = objref(("socket", rec.objref))
+            rec.objref = objref(rec.objref)
             yield rec
 
-    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    def buffers(self, objref: Callable[[int], int]) -> Iterator[Record]:
         """Connections of TCP are in repair mode when they are looked at for this, and only then."""
         if self._connections:
             with self._still(), _under_repair([sock for _, sock in self._connections]):
                 self._buffers += tcp.save_all([(sock, item.stat.st_ino, str(item)) for item, sock in self._connections])
         for rec in self._buffers:
-            rec.socket_objref = objref(("socket", rec.socket_objref))
+            rec.socket_objref = objref(rec.socket_objref)
             yield rec
 
     def close(self, *, silent: bool) -> None:
@@ -215,7 +252,7 @@ class InetDump:
         peer = self._peers[at]
         return self._record(at, SocketState.CONNECTED if peer else SocketState.UNCONNECTED, peer)
 
-    def _datagrams(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
+    def _datagrams(self, item: Fetched, sock: socket.SocketType) -> Iterator[SocketBuffer]:
         """Datagrams that wait, left in place."""
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)

@@ -58,6 +58,7 @@ class InetRestore(MadeSockets[socket.SocketType]):
         self._net = net
         self._records: dict[int, Socket] = {}
         self._tcp: dict[int, SocketTcp] = {}
+        self._early: set[int] = set()  # sockets of connections that were made ahead of the freeze
         self._due: list[SocketTcp] = []  # those whose connections are still to be made
         self._buffers: list[SocketBuffer] = []
         self._bytes = 0
@@ -77,12 +78,25 @@ class InetRestore(MadeSockets[socket.SocketType]):
         if rec.state in (SocketState.CONNECTED, SocketState.CONNECTING) and addresses.is_any(rec.peer):
             raise ImageError(f"socket {rec.objref}: connected to nobody")
 
+    def add_early(self, rec: Socket) -> None:
+        """Make the socket of a connection ahead of the freeze. It has no address before tcp(), which may never come."""
+        self.add(rec)
+        self._early.add(rec.objref)
+        self._open([rec])
+
+    def is_early(self, objref: int) -> bool:
+        return objref in self._early
+
+    def has_come(self, objref: int) -> bool:
+        """Whether the state of a connection came."""
+        return objref in self._tcp
+
     def _make_all(self) -> None:
         """Make what is no connection, once all Sockets came: who shares an address with whom is known then."""
         if self._all_made:
             return
         self._all_made = True
-        for rec in self._records.values():
+        for rec in self._records.values():  # those that came early and not since, too: it does no harm
             for which in (sockopts.SO_REUSEADDR, sockopts.SO_REUSEPORT):
                 if _option(rec, sockopts.SOL_SOCKET, which):
                     self._shared.setdefault((rec.protocol, rec.local[2:4]), set()).add(which)
@@ -90,7 +104,8 @@ class InetRestore(MadeSockets[socket.SocketType]):
             if rec.type != socket.SOCK_STREAM or rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE):
                 self._make(rec)
         for rec in self._records.values():  # while others came, each had what sharing takes
-            for which in self._flags_shared(rec) if rec.objref in self._made else ():
+            there = rec.objref in self._made and rec.objref not in self._early
+            for which in self._flags_shared(rec) if there else ():
                 option = _option(rec, sockopts.SOL_SOCKET, which)
                 self._made[rec.objref].setsockopt(sockopts.SOL_SOCKET, which, option)
 
@@ -121,7 +136,8 @@ class InetRestore(MadeSockets[socket.SocketType]):
         self._make_all()
         tcp.check(rec)
         objref = rec.socket_objref
-        if objref in self._tcp or objref in self._made or self._records[objref].state != SocketState.CONNECTED:
+        made = objref in self._made and objref not in self._early
+        if objref in self._tcp or made or self._records[objref].state != SocketState.CONNECTED:
             raise ImageError(f"socket {objref}: the state of a connection, but none is due")
         self._tcp[objref] = rec
         self._due.append(rec)
@@ -138,7 +154,8 @@ class InetRestore(MadeSockets[socket.SocketType]):
 
     def _connect_all(self, family: int, due: Sequence[tuple[Socket, SocketTcp]]) -> None:
         owners = [owner for owner, _ in due]
-        socks = self._open(owners)
+        self._open([owner for owner in owners if owner.objref not in self._early])
+        socks = [self._made[owner.objref] for owner in owners]
         with self._named(family, owners, socks):
             tcp.make_all([(sock, owner, rec) for sock, (owner, rec) in zip(socks, due, strict=True)])
         _control_congestion(owners, socks)
@@ -183,7 +200,7 @@ class InetRestore(MadeSockets[socket.SocketType]):
                 with contextlib.suppress(OSError):  # ENOTCONN: it is shut down all the same
                     self._made[made.objref].shutdown((made.shutdown & 3) - 1)
         for owner in self._records.values():
-            if owner.objref not in self._made:
+            if owner.objref not in self._made:  # which the early ones are
                 if owner.state != SocketState.PEER_GONE:
                     raise ImageError(f"socket {owner.objref}: the state of its connection never came")
                 self._ended(owner, ended.get(owner.objref, b""))

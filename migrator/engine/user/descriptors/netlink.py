@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from migrator.engine.user.descriptors import sockopts
 from migrator.engine.user.descriptors.description import Description
@@ -66,12 +66,12 @@ class NetlinkDump:
                 )
             )
 
-    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    def sockets(self, objref: Callable[[int], int]) -> Iterator[Socket]:
         for rec in self._sockets:
-            rec.objref = objref(("socket", rec.objref))
+            rec.objref = objref(rec.objref)
             yield rec
 
-    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    def buffers(self, objref: Callable[[int], int]) -> Iterator[Record]:
         return iter(())
 
     def close(self, *, silent: bool) -> None:

@@ -1,4 +1,4 @@
-"""Pre-dumped files: those opened by path, and pipes, written ahead of the freeze. Most do not change until then.
+"""Pre-dumped files: those opened by path, pipes and connections, written ahead of the freeze. Most stay as they are.
 
 The final FileTable supersedes these records; unreferenced ones are ignored.
 """
@@ -16,6 +16,7 @@ from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.predumped_pipes import PredumpedPipes
+from migrator.engine.user.descriptors.predumped_sockets import PredumpedSockets
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
 from migrator.linux import descriptors
@@ -68,6 +69,7 @@ class PredumpedFiles:
         self._counts: dict[int, int] = {}  # by pid: how many were open then
         self.known: dict[Place, Known] = {}
         self.pipes = PredumpedPipes(self._new, writer)
+        self.sockets = PredumpedSockets(self._new, writer)
         self.watched: dict[inotify.Key, str] = {}  # where what is watched lies
 
     def has_grown(self, process: Holder) -> bool:
@@ -75,11 +77,13 @@ class PredumpedFiles:
         return fdinfo.count(process.pid) > self._counts.get(process.pid, 0)
 
     def predump(self, process: Holder) -> int:
-        """Write what a running process has open by path, and its pipes; the objref that its table will have.
+        """Write the files of a running process that can be pre-dumped; the objref that its table will have.
 
         Raises OSError if the tree ends."""
         entries: list[Entry] = []
-        pipes: dict[int, bool] = {}  # number -> close-on-exec
+        cloexec: dict[int, bool] = {}  # of pipes and sockets, by number
+        pipes: list[int] = []
+        sockets: list[int] = []
         self._counts[process.pid] = fdinfo.count(process.pid)
         root = Root(self._root_pid)
         try:
@@ -89,11 +93,13 @@ class PredumpedFiles:
                         inotify.resolve(root, inotify.watches(item.info.watches), self.watched)
                 if item.verdict.kind in BY_PATH:
                     entries.append((item.number, self._predump(item), item.info.cloexec))
-                elif item.verdict.kind == FileKind.PIPE:
-                    pipes[item.number] = item.info.cloexec
+                elif item.verdict.kind in (FileKind.PIPE, FileKind.SOCKET):
+                    cloexec[item.number] = item.info.cloexec
+                    (pipes if item.verdict.kind == FileKind.PIPE else sockets).append(item.number)
         finally:
             root.close()
-        entries += [(number, objref, pipes[number]) for number, objref in self.pipes.predump(process, [*pipes])]
+        for number, objref in (*self.pipes.predump(process, pipes), *self.sockets.predump(process, sockets)):
+            entries.append((number, objref, cloexec[number]))
         entries.sort()
         table, _ = self._objhash.get(("files", process.pid))
         self.put_table(table, entries)
@@ -102,7 +108,7 @@ class PredumpedFiles:
     def objref_of(self, description: Description) -> int:
         """The objref of a description of the stopped tree; the pre-dumped one if there is one that fits."""
         if description.objref:
-            return description.objref  # an end of a pre-dumped pipe
+            return description.objref  # of a pre-dumped pipe or connection
         known = description.known
         if known is not None and known.objref not in self._taken:
             self._taken.add(known.objref)
@@ -119,7 +125,7 @@ class PredumpedFiles:
     def stands(self, description: Description) -> bool:
         """Whether what the stream has of a description is all that there is to say of it."""
         known = description.known
-        if description.kind == FileKind.PIPE:
+        if description.kind in (FileKind.PIPE, FileKind.SOCKET):
             return description.predumped
         return known is not None and description.objref == known.objref and self._sent[known.objref] is known.written
 

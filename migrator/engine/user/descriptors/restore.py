@@ -27,6 +27,7 @@ _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 _OF_A_TASK = re.compile(r"/proc/\d+/")
+_AHEAD = (r.FileKind.PIPE, r.FileKind.SOCKET)  # that can be made while the tasks still run
 _PIPES_AT_ONCE = 64  # that are filled together
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class DescriptorRestore:
         self.tables: dict[int, r.FileTable] = {}
         self.final = True  # else the tasks still run, and what comes is pre-dumped
         self._early: set[int] = set()  # Files by path that came pre-dumped
-        self._ahead: set[int] = set()  # ends of pipes that did
+        self._ahead: set[int] = set()  # those of pipes and connections that did
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
         self._openings = 0  # how often any of them was opened anew
@@ -110,7 +111,7 @@ class DescriptorRestore:
             r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
             r.EpollItems: self._epoll_items,
             r.FileLock: self._lock,
-            r.Socket: self._sockets.add,
+            r.Socket: self._socket,
             r.SocketBuffer: self._sockets.buffer,
             r.SocketTcp: self._sockets.tcp,
         }
@@ -154,8 +155,13 @@ class DescriptorRestore:
         if given is not None and given.stub is stub and given.openings == self._openings and given.table is table:
             return  # nothing has come since
         contents = [(d.fd, d.cloexec, d.file_objref, self._opened.get(d.file_objref, 0)) for d in table.descriptors]
-        if given is None or given.stub is not stub or given.contents != contents:
+        if given is None or given.stub is not stub:
             stub.install_fds([(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in table.descriptors])
+        elif given.contents != contents:
+            has, wanted = set(given.contents), set(contents)
+            gone = sorted(number for number, *_ in has - wanted)
+            new = [(self._files[objref], number, bool(cloexec)) for number, cloexec, objref, _ in wanted - has]
+            stub.change_fds(gone, new)
         self._has_already[stub.vpid] = _Given(stub, table, self._openings, contents)
 
     def finish(self, stubs: Iterable[Stub]) -> None:
@@ -183,11 +189,17 @@ class DescriptorRestore:
             anonymous.start_timerfd(fd, timer)
 
     def _drop_unnamed(self) -> None:
-        """Close the ends of pipes that nobody has in the end: whoever has the other end would wait for them."""
-        if self._ahead:
-            named = {d.file_objref for _, table in self._installed.values() for d in self.tables[table].descriptors}
-            for objref in self._ahead - named:
-                os.close(self._files.pop(objref))
+        """Of what was made ahead, close what nobody has in the end: whoever has the other end of a pipe would wait
+        for it."""
+        if not self._ahead:
+            return
+        named = {d.file_objref for _, table in self._installed.values() for d in self.tables[table].descriptors}
+        for objref in self._ahead - named:
+            os.close(self._files.pop(objref))
+        for objref in self._ahead & named:
+            rec = self._records[objref]
+            if rec.kind == r.FileKind.SOCKET and not self._sockets.is_whole(rec.inode_objref):
+                raise ImageError(f"socket {rec.inode_objref}: the state of its connection never came")
 
     @property
     def late_locks(self) -> list[LateLock]:
@@ -229,6 +241,12 @@ class DescriptorRestore:
     def _pipe(self, rec: r.Pipe) -> None:
         self._new(self._pipes, rec.objref)
         self._pipes[rec.objref] = PipeRestore(rec)
+
+    def _socket(self, rec: r.Socket) -> None:
+        if self.final:
+            self._sockets.add(rec)
+        else:
+            self._sockets.add_early(rec)
 
     def _pipe_buffer(self, rec: r.PipeBuffer) -> None:
         pipe = self._known(self._pipes, rec.pipe_objref, "pipe")
@@ -280,7 +298,7 @@ class DescriptorRestore:
         if before is not None:
             self._changed.add(rec.objref)  # and made good when all is there
             return
-        if not self.final and rec.kind != r.FileKind.PIPE:
+        if not self.final and rec.kind not in _AHEAD:
             self._early.add(rec.objref)
             try:
                 self._files[rec.objref] = files.open_path(rec, self._context.root_fd)

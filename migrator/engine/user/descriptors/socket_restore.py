@@ -34,6 +34,16 @@ class SocketRestore:
         self._settled = False
 
     def add(self, rec: r.Socket) -> None:
+        family = self._add(rec)
+        family.add(rec)
+
+    def add_early(self, rec: r.Socket) -> None:
+        """A connection of TCP while its program still runs. It counts once its SocketTcp comes."""
+        if self._add(rec) is not self._inet or rec.state != r.SocketState.CONNECTED or rec.type != socket.SOCK_STREAM:
+            raise ImageError(f"socket {rec.objref} comes too early")
+        self._inet.add_early(rec)
+
+    def _add(self, rec: r.Socket) -> UnixRestore | InetRestore | NetlinkRestore:
         if rec.objref in self._families or self._settled:
             raise ImageError(f"socket {rec.objref} comes twice, or too late")
         if rec.state not in tuple(r.SocketState) or rec.shutdown > 3:
@@ -43,8 +53,8 @@ class SocketRestore:
             family = self._unix
         elif rec.family == socket.AF_NETLINK:
             family = self._netlink
-        family.add(rec)
         self._families[rec.objref] = family
+        return family
 
     def buffer(self, rec: r.SocketBuffer) -> None:
         self._family(rec.socket_objref).buffer(rec)
@@ -59,9 +69,14 @@ class SocketRestore:
         family = self._family(objref)
         if objref in self._taken:
             raise ImageError(f"socket {objref} is open twice")
-        self.settle()
+        if not self._inet.is_early(objref):
+            self.settle()
         self._taken.add(objref)
         return family.take(objref)
+
+    def is_whole(self, objref: int) -> bool:
+        """Whether all of a socket came, after settle()."""
+        return not self._inet.is_early(objref) or self._inet.has_come(objref)
 
     def activate(self) -> None:
         """Connections speak, and files of unix sockets are in their places."""

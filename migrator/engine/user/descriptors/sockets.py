@@ -7,20 +7,21 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from migrator.engine.user.descriptors import multicast, netlink, sockopts, unix_dump
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description
+from migrator.engine.user.descriptors.inet_dump import FAMILIES as INET
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
 from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
+from migrator.image.records_files import Socket
 from migrator.linux import descriptors
 from migrator.linux.namespaces import entered, identity
 from migrator.linux.sockets import Ask
 
-INET = (socket.AF_INET, socket.AF_INET6)
 _PLAIN = [(int(family), int(socket.SOCK_STREAM), socket.IPPROTO_TCP) for family in INET]
 _FAMILIES = {
     17: "a packet socket",
@@ -184,11 +185,18 @@ class SocketDump:
             if (name := taken_name(sock)) and names.setdefault(name, item) is not item:
                 raise CheckpointFailed(f"{item}: {same_name(name, names[name])}")
 
-    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    @property
+    def connections(self) -> Iterator[Socket]:
+        """The records of connections of TCP, ahead of sockets(); their objrefs are inode numbers."""
+        for dump in self._dumps:
+            if isinstance(dump, InetDump):
+                yield from dump.connections
+
+    def sockets(self, objref: Callable[[int], int]) -> Iterator[Socket]:
         for dump in self._dumps:
             yield from dump.sockets(objref)
 
-    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[Record]:
+    def buffers(self, objref: Callable[[int], int]) -> Iterator[Record]:
         """What waits in the sockets, and the state of connections. Raises CheckpointFailed."""
         for dump in self._dumps:
             yield from dump.buffers(objref)

@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts
@@ -115,15 +115,15 @@ class UnixDump:
                 self._buffers += self._waiting(item, sock)
         self._sockets.sort(key=lambda rec: rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE))
 
-    def sockets(self, objref: Callable[[Hashable], int]) -> Iterator[Socket]:
+    def sockets(self, objref: Callable[[int], int]) -> Iterator[Socket]:
         for rec in self._sockets:
-            rec.objref = objref(("socket", rec.objref))
-            rec.peer_objref = objref(("socket", rec.peer_objref)) if rec.peer_objref else 0
+            rec.objref = objref(rec.objref)
+            rec.peer_objref = objref(rec.peer_objref) if rec.peer_objref else 0
             yield rec
 
-    def buffers(self, objref: Callable[[Hashable], int]) -> Iterator[SocketBuffer]:
+    def buffers(self, objref: Callable[[int], int]) -> Iterator[SocketBuffer]:
         for rec in self._buffers:
-            rec.socket_objref = objref(("socket", rec.socket_objref))
+            rec.socket_objref = objref(rec.socket_objref)
             yield rec
 
     def close(self, *, silent: bool) -> None:

@@ -240,6 +240,25 @@ class Stub:
         if numbers != list(range(len(items))):
             raise RestartFailed(f"pid {self.vpid}: descriptors arrived as {numbers}")
 
+    def change_fds(self, gone: Sequence[int], items: Sequence[tuple[int, int, bool]]) -> None:
+        """Of the descriptors that install_fds() gave, close those numbers, and give these instead."""
+        items = sorted(items, key=lambda item: item[1])
+        if items and items[-1][1] >= self._their_fd:
+            self._move_channel(items[-1][1] + 1)
+        self.checked([(NR["close"], number) for number in gone], "closing descriptors")
+        numbers = self.receive([fd for fd, _, _ in items])
+        # The n-th to arrive gets the n-th free number: at or below its place, as above.
+        place: list[Call] = []
+        for number, (_, at, cloexec) in reversed([*zip(numbers, items, strict=True)]):
+            if number != at:
+                place.append((NR["dup3"], number, at, _O_CLOEXEC if cloexec else 0))
+                place.append((NR["close"], number))
+            elif cloexec:
+                place.append((NR["fcntl"], number, 2, 1))
+        if numbers != sorted(numbers) or any(n > at for n, (_, at, _) in zip(numbers, items, strict=True)):
+            raise RestartFailed(f"pid {self.vpid}: descriptors arrived as {numbers}")
+        self.checked(place, "placing descriptors")
+
     def _move_channel(self, number: int) -> None:
         try:
             self.checked([(NR["dup3"], self._their_fd, number, _O_CLOEXEC)], "moving the channel")

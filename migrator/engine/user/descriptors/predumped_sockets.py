@@ -1,0 +1,157 @@
+"""Pre-dumped connections of TCP: their sockets are made on the other side ahead of the freeze, with no address yet.
+
+One counts as pre-dumped in the end if its Socket record and its File are as they were written; else it is written
+anew, as other objects. What is in its queues, and its sequence numbers, are of the freeze anyway.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from migrator.engine.user.descriptors import inet_dump, sockopts
+from migrator.engine.user.descriptors.description import Description, Holder
+from migrator.image.records_files import File, FileKind, Socket
+from migrator.linux.batch import Area, each
+from migrator.linux.namespaces import entered
+from migrator.linux.stat import STAT_SIZE, Status
+from migrator.linux.x86_64 import NR
+
+_AT_ONCE = 128  # sockets that are held at the same time
+_KIND = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
+
+Place = tuple[int, int]  # pid, number
+Facts = tuple[int, int, int, int]  # of a File: st_dev, st_ino, st_mode, F_GETFL
+
+
+class _Sent(NamedTuple):
+    """What the stream has of a connection: its Socket, and of its File."""
+
+    rec: Socket
+    file_objref: int
+    facts: Facts
+
+
+class _Held(NamedTuple):
+    number: int
+    fd: int
+    stat: Status
+    flags: int
+
+
+class Writer(Protocol):
+    def encoded(self, raw: bytes) -> None: ...
+
+
+class PredumpedSockets:
+    def __init__(self, new: Callable[[], int], writer: Writer) -> None:
+        """`new` gives out objrefs."""
+        self._new = new
+        self._writer = writer
+        self._sent: dict[int, _Sent] = {}  # by inode number
+
+    def predump(self, process: Holder, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Write the connections that a running process has under these numbers; of each number the objref of its File.
+
+        Each is held for a moment, so that a close of the program may count that much later."""
+        for first in range(0, len(numbers), _AT_ONCE):
+            with _held(process, numbers[first : first + _AT_ONCE]) as held:
+                yield from self._predump(process, held)
+
+    def find(self, item: Description, rec: Socket) -> int:
+        """The objref of the Socket of a description of the stopped tree, which has its own then; 0 if either is not as
+        it was written."""
+        sent = self._sent.get(item.stat.st_ino)
+        status = item.stat
+        if (
+            sent is None
+            or sent.facts != (status.st_dev, status.st_ino, status.st_mode, item.flags)
+            or item.owned
+            or item.info.locks
+        ):
+            return 0
+        objref, rec.objref = rec.objref, sent.rec.objref
+        same = rec == sent.rec
+        rec.objref = objref
+        if not same:
+            return 0
+        item.objref, item.predumped = sent.file_objref, True
+        return sent.rec.objref
+
+    def _predump(self, process: Holder, held: Sequence[_Held]) -> Iterator[tuple[int, int]]:
+        socks = [sockopts.borrow(one.fd) for one in held]
+        try:
+            items = [
+                (one, sock)
+                for one, sock in zip(held, socks, strict=True)
+                if sock.family in inet_dump.FAMILIES and (sock.type, sock.proto) == _KIND
+            ]
+            if not items:
+                return
+            with entered(f"/proc/{process.pid}/ns/net"):
+                records = inet_dump.established(items, sockopts.Defaults())
+        finally:
+            for sock in socks:
+                sock.detach()
+        for (one, _), rec in zip(items, records, strict=True):
+            if rec is not None:
+                yield one.number, self._put(one, rec)
+
+    def _put(self, one: _Held, rec: Socket) -> int:
+        status = one.stat
+        facts = status.st_dev, status.st_ino, status.st_mode, one.flags
+        before = self._sent.get(status.st_ino)
+        if before is not None and before.facts == facts and replace(rec, objref=before.rec.objref) == before.rec:
+            return before.file_objref
+        rec.objref = self._new()
+        self._writer.encoded(rec.encode())
+        objref = self._new()
+        self._sent[status.st_ino] = _Sent(rec, objref, facts)
+        self._writer.encoded(
+            File(
+                objref=objref,
+                kind=FileKind.SOCKET,
+                flags=one.flags,
+                mode=status.st_mode,
+                pos=0,
+                size=0,
+                mtime=max(0, status.st_mtime_ns),
+                dev=status.st_dev,
+                ino=status.st_ino,
+                rdev=status.st_rdev,
+                inode_objref=rec.objref,
+                owner_type=0,
+                owner_pid=0,
+                owner_signal=0,
+                lock=0,
+                reserved=0,
+                path="",
+            ).encode()
+        )
+        return objref
+
+
+@contextmanager
+def _held(process: Holder, numbers: Sequence[int]) -> Iterator[list[_Held]]:
+    """Those of them that are sockets, held."""
+    count = len(numbers)
+    (fds,) = each(count, (NR["pidfd_getfd"], [process.pidfd] * count, numbers, 0))
+    try:
+        states = Area(STAT_SIZE, count)
+        looked, flags = each(count, (NR["fstat"], fds, states.addresses), (NR["fcntl"], fds, fcntl.F_GETFL))
+        stats = [Status.unpack(states.view, at * states.stride) for at in range(count)]
+        yield [
+            _Held(number, fds[at], stats[at], flags[at])
+            for at, number in enumerate(numbers)
+            if looked[at] == 0 and not flags[at] & os.O_PATH and stat.S_ISSOCK(stats[at].st_mode)
+        ]
+    finally:
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
