@@ -17,7 +17,7 @@ from fakestub import Child
 from moving import Moved, Surroundings, hidden  # noqa: F401
 
 from migrator.engine.user.descriptors import DescriptorRestore
-from migrator.errors import MigratorError, RestartFailed
+from migrator.errors import ImageError, MigratorError, RestartFailed
 from migrator.image import records_files as r
 from migrator.image.codec import Record
 
@@ -57,13 +57,19 @@ def records(tmp_path: Path, hidden: None) -> list[Record]:
             return moved.saved.records
 
 
-def build(records: list[Record], netns: str) -> None:
+def build(records: list[Record], netns: str, ahead: list[Record] = []) -> None:  # noqa: B006
+    """ahead: those that come while the program still runs."""
     context = Surroundings()
     context.netns = netns
     restore = DescriptorRestore(context)
     try:
+        restore.final = False
+        for rec in ahead:
+            restore.record(rec)
+        restore.final = True
         for rec in records:
             restore.record(rec)
+        restore.settle(list(restore.tables))
         for objref in list(restore.tables):
             with Child() as stub:
                 restore.install(stub, objref)
@@ -92,6 +98,74 @@ def spoil(rng: random.Random, rec: Record) -> Record:
     else:
         setattr(rec, name, rng.choice([[], value * 2, value[::-1], value[:1]]))
     return rec
+
+
+def part(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Those that can be pre-dumped, and the others."""
+    pipes = {rec.objref for rec in records if isinstance(rec, r.Pipe)}
+    tcp = {rec.socket_objref for rec in records if isinstance(rec, r.SocketTcp)}
+    ahead = [
+        rec
+        for rec in records
+        if isinstance(rec, r.Pipe)
+        or (isinstance(rec, r.Socket) and rec.objref in tcp)
+        or (isinstance(rec, r.File) and rec.inode_objref in pipes | tcp and rec.kind != r.FileKind.FIFO)
+    ]
+    return ahead, [rec for rec in records if rec not in ahead]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_altered_records_that_come_ahead_raise_nothing_but_errors_that_say_so(
+    seed: int, records: list[Record], nowhere: str
+) -> None:
+    rng = random.Random(seed)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(25):
+        halves = part(records)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            half = rng.choice(halves)
+            at = rng.randrange(len(half))
+            how = rng.random()
+            if how < 0.5:
+                half[at] = spoil(rng, half[at])
+            elif how < 0.7:
+                half.insert(rng.randrange(len(half)), half[at])
+            elif how < 0.9:
+                other = rng.choice(halves)
+                other.insert(rng.randrange(len(other) + 1), half[at])
+            else:
+                del half[at]
+        try:
+            build(halves[1], nowhere, halves[0])
+        except MigratorError as error:
+            assert str(error)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_connection_that_came_ahead_and_has_no_state_in_the_end_is_refused(
+    records: list[Record], nowhere: str
+) -> None:
+    ahead, rest = part([rec for rec in records if not isinstance(rec, r.EpollItems)])
+    build(rest, nowhere, ahead)
+    lost = next(rec for rec in rest if isinstance(rec, r.SocketTcp))
+    with pytest.raises(ImageError, match="the state of its connection never came"):
+        build([rec for rec in rest if rec is not lost], nowhere, ahead)
+
+
+def test_sockets_that_are_no_connections_do_not_come_ahead(records: list[Record], nowhere: str) -> None:
+    ahead, rest = part(records)
+    for rec in rest:
+        if isinstance(rec, r.Socket):
+            with pytest.raises(ImageError, match="comes too early"):
+                build([], nowhere, [*ahead, rec])
+
+
+def test_a_pipe_that_came_ahead_takes_no_more_than_it_holds(records: list[Record], nowhere: str) -> None:
+    ahead, rest = part(records)
+    pipe = next(rec for rec in ahead if isinstance(rec, r.Pipe))
+    more = r.PipeBuffer(pipe.objref, 0, bytes(pipe.capacity))
+    with pytest.raises(ImageError, match="bytes or more in a pipe"):
+        build([more, *rest], nowhere, ahead)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -23,7 +23,7 @@ from migrator.linux.sockets import Peeked
 from migrator.linux.x86_64 import NR
 
 _PAGE = 4096
-_USUAL = 16 * _PAGE  # bytes that a pipe takes unless told otherwise
+USUAL = 16 * _PAGE  # bytes that a pipe takes unless told otherwise
 _AT_ONCE = 256  # pipes whose contents are read at the same time
 _PACKET = 1
 _MODE = 0o600  # of a new pipe
@@ -73,7 +73,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._capacity = _USUAL
+        self._capacity = USUAL
 
     def contents(self, read_end: int, left: int, capacity: int) -> Iterator[bytes]:
         """All `left` bytes behind a read end: packet by packet, or in large parts. To be read to the end."""
@@ -100,7 +100,7 @@ class Copies:
         )
         if copied != counts or taken.results != counts:
             with contextlib.suppress(BlockingIOError):
-                while os.read(self._read, _USUAL):
+                while os.read(self._read, USUAL):
                     pass
             return None
         return [taken.raw(at) for at in range(len(pipes))]
@@ -130,7 +130,7 @@ def save_all(
     waiting_bytes = sizes.view.cast("i")[::2].tolist()
     filled = {at for at, fd in enumerate(read_ends) if fd >= 0 and waiting_bytes[at]}  # else nobody can ever read it
     packets = {at for at in filled if any(end.flags & os.O_DIRECT for end in pipes[at])}
-    small = sorted(at for at in filled - packets if capacities[at] <= _USUAL)
+    small = sorted(at for at in filled - packets if capacities[at] <= USUAL)
     done: set[int] = set()
     objrefs: list[int] = []
     for at, ends in enumerate(pipes):

@@ -82,8 +82,8 @@ class PredumpedFiles:
         Raises OSError if the tree ends."""
         entries: list[Entry] = []
         cloexec: dict[int, bool] = {}  # of pipes and sockets, by number
-        pipes: list[int] = []
-        sockets: list[int] = []
+        pipes: list[Found] = []
+        sockets: list[Found] = []
         self._counts[process.pid] = fdinfo.count(process.pid)
         root = Root(self._root_pid)
         try:
@@ -95,10 +95,10 @@ class PredumpedFiles:
                     entries.append((item.number, self._predump(item), item.info.cloexec))
                 elif item.verdict.kind in (FileKind.PIPE, FileKind.SOCKET):
                     cloexec[item.number] = item.info.cloexec
-                    (pipes if item.verdict.kind == FileKind.PIPE else sockets).append(item.number)
+                    (pipes if item.verdict.kind == FileKind.PIPE else sockets).append(item)
         finally:
             root.close()
-        for number, objref in (*self.pipes.predump(process, pipes), *self.sockets.predump(process, sockets)):
+        for number, objref in (*self.pipes.predump(pipes), *self.sockets.predump(process, sockets)):
             entries.append((number, objref, cloexec[number]))
         entries.sort()
         table, _ = self._objhash.get(("files", process.pid))

@@ -1,25 +1,20 @@
 """Pre-dumped pipes: made on the other side ahead of the freeze, so that only what waits in them is left for it.
 
-A pipe counts as pre-dumped in the end if its capacity and all of its ends are as they were written. Else it is
-written anew, as another object; unreferenced ones are ignored.
+A pipe counts as pre-dumped in the end if it has the usual capacity and all of its ends are as they were written. Else
+it is written anew, as another object; unreferenced ones are ignored.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from migrator.engine.user.descriptors.description import Description, Holder
+from migrator.engine.user.descriptors.description import Description
+from migrator.engine.user.descriptors.found import Found
+from migrator.engine.user.descriptors.pipes import USUAL
 from migrator.image.records_files import File, FileKind, Pipe
 from migrator.linux import descriptors
-from migrator.linux.batch import Area, each
-from migrator.linux.stat import STAT_SIZE, Status
-from migrator.linux.x86_64 import NR
-
-_AT_ONCE = 512  # descriptors that are held at the same time
 
 Place = tuple[int, int]  # pid, number
 Facts = tuple[int, int, int, int]  # of an end: st_dev, st_ino, st_mode, F_GETFL
@@ -27,7 +22,6 @@ Facts = tuple[int, int, int, int]  # of an end: st_dev, st_ino, st_mode, F_GETFL
 
 class _Pipe(NamedTuple):
     objref: int
-    capacity: int
     mode: int
 
 
@@ -50,19 +44,18 @@ class PredumpedPipes:
         self._first: set[tuple[int, int, int]] = set()  # inode and way of ends that came with their pipe
         self._alike: dict[Facts, list[Place]] = {}
 
-    def predump(self, process: Holder, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Write the pipes that a running process has under these numbers; of each number the objref of its File.
+    def predump(self, found: Iterable[Found]) -> Iterator[tuple[int, int]]:
+        """Write pipes that a running process has open; of each number the objref of its File.
 
-        Each end is held for a moment, so that a close of the program may count that much later."""
-        for first in range(0, len(numbers), _AT_ONCE):
-            for number, status, flags, capacity in _look(process, numbers[first : first + _AT_ONCE]):
-                if objref := self._end((process.pid, number), status, flags, capacity):
-                    yield number, objref
+        Nothing is held meanwhile, so the capacity is not known: that of most pipes is taken for it."""
+        for item in found:
+            if objref := self._end((item.process.pid, item.number), item.status, item.info.flags):
+                yield item.number, objref
 
     def find(self, ends: Sequence[Description], capacity: int) -> int:
         """The objref of a pipe of the stopped tree, and its ends have theirs; 0 if it is not as it was written."""
         known = self._pipes.get(ends[0].inode)
-        if known is None or known.capacity != capacity:
+        if known is None or capacity != USUAL:
             return 0
         objrefs: list[int] = []
         for end in ends:
@@ -81,7 +74,7 @@ class PredumpedPipes:
             end.objref, end.predumped = objref, True
         return known.objref
 
-    def _end(self, place: Place, status: Status, flags: int, capacity: int) -> int:
+    def _end(self, place: Place, status: os.stat_result, flags: int) -> int:
         """The objref of what is open there; 0 if that has changed since it was written, and is left for the end."""
         key = status.st_dev, status.st_ino
         facts = *key, status.st_mode, flags
@@ -95,8 +88,8 @@ class PredumpedPipes:
                 return self._ends[other].objref
         pipe = self._pipes.get(key)
         if pipe is None:
-            pipe = self._pipes[key] = _Pipe(self._new(), capacity, status.st_mode)
-            self._writer.encoded(Pipe(pipe.objref, capacity).encode())
+            pipe = self._pipes[key] = _Pipe(self._new(), status.st_mode)
+            self._writer.encoded(Pipe(pipe.objref, USUAL).encode())
         if pipe.mode != status.st_mode:
             return 0
         if not flags & descriptors.O_LARGEFILE:  # an end that came with the pipe: there is one for each way
@@ -129,25 +122,6 @@ class PredumpedPipes:
         self._ends[place] = _End(objref, facts)
         others.append(place)
         return objref
-
-
-def _look(process: Holder, numbers: Sequence[int]) -> Iterator[tuple[int, Status, int, int]]:
-    """(number, status, F_GETFL, capacity) of those that are pipes."""
-    count = len(numbers)
-    (fds,) = each(count, (NR["pidfd_getfd"], process.pidfd, numbers, 0))
-    states = Area(STAT_SIZE, count)
-    looked, flags, capacities, _ = each(
-        count,
-        (NR["fstat"], fds, states.addresses),
-        (NR["fcntl"], fds, fcntl.F_GETFL),
-        (NR["fcntl"], fds, fcntl.F_GETPIPE_SZ),
-        (NR["close"], fds),
-    )
-    for at, number in enumerate(numbers):
-        if looked[at] == 0 and flags[at] >= 0 and capacities[at] > 0 and not flags[at] & os.O_PATH:
-            status = Status.unpack(states.view, at * states.stride)
-            if stat.S_ISFIFO(status.st_mode):
-                yield number, status, flags[at], capacities[at]
 
 
 def _same(a: Place, b: Place) -> bool:

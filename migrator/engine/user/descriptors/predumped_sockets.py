@@ -17,13 +17,15 @@ from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import inet_dump, sockopts
 from migrator.engine.user.descriptors.description import Description, Holder
+from migrator.engine.user.descriptors.found import Found
 from migrator.image.records_files import File, FileKind, Socket
+from migrator.linux import inet_diag
 from migrator.linux.batch import Area, each
 from migrator.linux.namespaces import entered
 from migrator.linux.stat import STAT_SIZE, Status
 from migrator.linux.x86_64 import NR
 
-_AT_ONCE = 128  # sockets that are held at the same time
+_AT_ONCE = 8  # sockets that are held at the same time, for about a millisecond
 _KIND = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 
 Place = tuple[int, int]  # pid, number
@@ -56,13 +58,23 @@ class PredumpedSockets:
         self._writer = writer
         self._sent: dict[int, _Sent] = {}  # by inode number
 
-    def predump(self, process: Holder, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Write the connections that a running process has under these numbers; of each number the objref of its File.
+    def predump(self, process: Holder, found: Sequence[Found]) -> Iterator[tuple[int, int]]:
+        """Write the connections among sockets that a running process has; of each number the objref of its File.
 
-        Each is held for a moment, so that a close of the program may count that much later."""
-        for first in range(0, len(numbers), _AT_ONCE):
-            with _held(process, numbers[first : first + _AT_ONCE]) as held:
-                yield from self._predump(process, held)
+        A connection can only be asked through a descriptor. So each is held for a moment, and a FIN of its program
+        can leave that much later. Nothing else is: what was bound could not be bound again meanwhile."""
+        if not found:
+            return
+        read: list[tuple[_Held, Socket]] = []
+        with entered(f"/proc/{process.pid}/ns/net"):
+            there = {sock.inode for sock in inet_diag.tcp_sockets_here([inet_diag.ESTABLISHED])}
+            numbers = [item.number for item in found if item.status.st_ino in there]
+            defaults = sockopts.Defaults()
+            for first in range(0, len(numbers), _AT_ONCE):
+                with _held(process, numbers[first : first + _AT_ONCE]) as held:
+                    read += _read(held, defaults)
+        for one, rec in read:
+            yield one.number, self._put(one, rec)
 
     def find(self, item: Description, rec: Socket) -> int:
         """The objref of the Socket of a description of the stopped tree, which has its own then; 0 if either is not as
@@ -83,25 +95,6 @@ class PredumpedSockets:
             return 0
         item.objref, item.predumped = sent.file_objref, True
         return sent.rec.objref
-
-    def _predump(self, process: Holder, held: Sequence[_Held]) -> Iterator[tuple[int, int]]:
-        socks = [sockopts.borrow(one.fd) for one in held]
-        try:
-            items = [
-                (one, sock)
-                for one, sock in zip(held, socks, strict=True)
-                if sock.family in inet_dump.FAMILIES and (sock.type, sock.proto) == _KIND
-            ]
-            if not items:
-                return
-            with entered(f"/proc/{process.pid}/ns/net"):
-                records = inet_dump.established(items, sockopts.Defaults())
-        finally:
-            for sock in socks:
-                sock.detach()
-        for (one, _), rec in zip(items, records, strict=True):
-            if rec is not None:
-                yield one.number, self._put(one, rec)
 
     def _put(self, one: _Held, rec: Socket) -> int:
         status = one.stat
@@ -135,6 +128,22 @@ class PredumpedSockets:
             ).encode()
         )
         return objref
+
+
+def _read(held: Sequence[_Held], defaults: sockopts.Defaults) -> list[tuple[_Held, Socket]]:
+    """Of those that are connections, the records."""
+    socks = [sockopts.borrow(one.fd) for one in held]
+    try:
+        items = [
+            (one, sock)
+            for one, sock in zip(held, socks, strict=True)
+            if sock.family in inet_dump.FAMILIES and (sock.type, sock.proto) == _KIND
+        ]
+        records = inet_dump.established(items, defaults) if items else []
+    finally:
+        for sock in socks:
+            sock.detach()
+    return [(one, rec) for (one, _), rec in zip(items, records, strict=True) if rec is not None and not rec.device]
 
 
 @contextmanager

@@ -195,10 +195,13 @@ class DescriptorRestore:
             return
         named = {d.file_objref for _, table in self._installed.values() for d in self.tables[table].descriptors}
         for objref in self._ahead - named:
+            rec = self._records[objref]
+            if rec.kind == r.FileKind.SOCKET and self._sockets.has_come(rec.inode_objref):
+                raise ImageError(f"socket {rec.inode_objref}: a connection that nobody has")
             os.close(self._files.pop(objref))
         for objref in self._ahead & named:
             rec = self._records[objref]
-            if rec.kind == r.FileKind.SOCKET and not self._sockets.is_whole(rec.inode_objref):
+            if rec.kind == r.FileKind.SOCKET and not self._sockets.has_come(rec.inode_objref):
                 raise ImageError(f"socket {rec.inode_objref}: the state of its connection never came")
 
     @property

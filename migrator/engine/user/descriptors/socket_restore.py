@@ -74,9 +74,9 @@ class SocketRestore:
         self._taken.add(objref)
         return family.take(objref)
 
-    def is_whole(self, objref: int) -> bool:
-        """Whether all of a socket came, after settle()."""
-        return not self._inet.is_early(objref) or self._inet.has_come(objref)
+    def has_come(self, objref: int) -> bool:
+        """Whether the state of a connection of TCP came."""
+        return self._inet.has_come(objref)
 
     def activate(self) -> None:
         """Connections speak, and files of unix sockets are in their places."""
