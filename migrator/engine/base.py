@@ -254,9 +254,11 @@ class Source(Protocol):
     def survey(self) -> Survey:
         """Look at the tree. Runs before and after. Raises Refused with every obstacle."""
 
-    def instrument(self) -> None:
+    def instrument(self, reader: str = "") -> None:
         """Begin to track writes, and write the header and the hierarchy. Runs before and after; each process stops
-        for less than a millisecond. Raises CheckpointFailed."""
+        for less than a millisecond. Raises CheckpointFailed.
+
+        reader: the engine that restarts what is written, while it is written; "" if nobody knows"""
 
     def round(self) -> Round:
         """Write what has changed in memory since the last round; all of it, the first time. Runs before and after.

@@ -37,6 +37,8 @@ class Precopy:
         """Send until it is time to freeze. The workload runs before and after. `began` is the start of the migration
         in ns, `lost` is called if the stream fails. Raises MigrationAborted where max_downtime is out of reach."""
         settings, workload, files = self._settings, self._workload, self._proposal.files
+        report = self._proposal.report
+        assert report is not None
         if settings.bandwidth:
             self._peer.link.set_cap(settings.bandwidth)
         if files is not None:
@@ -44,7 +46,7 @@ class Precopy:
                 await files.send()
         workload.start_pump(lost)
         with log.phase("instrument"):
-            await workload.instrument()
+            await workload.instrument(report.destination.engine)
         if settings.cold:
             await self._clock.ask()
             return

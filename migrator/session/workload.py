@@ -95,8 +95,9 @@ class WorkloadThread:
 
         pump.task.add_done_callback(ended)
 
-    async def instrument(self) -> None:
-        await self.thread.run(self._source.instrument)
+    async def instrument(self, reader: str) -> None:
+        """`reader`: the engine of the destination."""
+        await self.thread.run(self._source.instrument, reader)
         if self.network is not None:
             await self.thread.run(self.network.prepare)
 

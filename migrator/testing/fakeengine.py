@@ -210,7 +210,7 @@ class FakeSource(_Phases):
         wanted = self._script.wanted_pids
         return Survey([os.getpid()], 1, 1 << 20, self._script.files, frozenset(), 2696, "wp-async", 0, wanted)
 
-    def instrument(self) -> None:
+    def instrument(self, reader: str = "") -> None:
         self._play("instrument")
         os.write(self._fd, b"header")
 

@@ -92,7 +92,7 @@ class Agent:
         options = SourceOptions(cgroup_name=f"{self.name}-{next(_serial)}")
         with UserSource(pid, fd, options) as source:
             survey = source.survey()
-            source.instrument()
+            source.instrument("user")
             for _ in range(rounds):
                 done.append(source.round())
                 time.sleep(pause)

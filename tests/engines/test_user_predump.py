@@ -383,6 +383,8 @@ int main(int argc, char **argv)
 	wl_start(argc, argv);
 	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
 	listener = TRY(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+	/* Here, where connections of its port have just ended, nobody could bind it again without. */
+	TRY(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &(int){ 1 }, sizeof(int)));
 	TRY(bind(listener, (void *)&address, size));
 	TRY(listen(listener, 16));
 	TRY(getsockname(listener, (void *)&address, &size));
@@ -696,7 +698,7 @@ def _room_when_saving(pid: int, path: str) -> tuple[int, int]:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with UserSource(pid, fd, SourceOptions(cgroup_name=f"room-{os.getpid()}")) as source:
         source.survey()
-        source.instrument()
+        source.instrument("user")
         source.round()
         source.seize()
         before = _room()
@@ -740,7 +742,7 @@ def _policies_when_stopping(pid: int) -> list[int]:
     found = [os.sched_getscheduler(0)]
     with UserSource(pid, os.open(os.devnull, os.O_WRONLY), SourceOptions(cgroup_name=f"stop-{os.getpid()}")) as source:
         source.survey()
-        source.instrument()
+        source.instrument("user")
         (process,) = source.tree.living
         with source._memory.instruments.stopped(process, pid):
             found.append(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
@@ -751,4 +753,33 @@ def test_a_task_that_is_stopped_for_a_moment_does_not_wait_for_our_turn(tmp_path
     with PidHost("a") as a, HostedWorkload(a, "counter", tmp_path) as workload:
         policies = a.call("run", _policies_when_stopping, a.inner(workload.pid))
         assert policies == [os.SCHED_OTHER, os.SCHED_FIFO, os.SCHED_OTHER]
+        workload.check_alive_and_progressing()
+
+
+def _sent_ahead(pid: int, path: str, reader: str) -> set[str]:
+    """The kinds of records that come before the freeze."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with UserSource(pid, fd, SourceOptions(cgroup_name=f"ahead-{os.getpid()}")) as source:
+        source.survey()
+        source.instrument(reader)
+        source.round()
+        source.round()
+        kinds, raw = set(), Path(path).read_bytes()
+        while raw:
+            kind, length = HEADER.unpack_from(raw)
+            kinds.add(REGISTRY[kind].__name__)
+            raw = raw[length:]
+    os.close(fd)
+    return kinds
+
+
+@pytest.mark.parametrize(("what", "record"), [("pipes", "Pipe"), ("connections", "Socket")])
+@pytest.mark.parametrize("reader", ["user", "kernel", ""])
+def test_pipes_and_connections_go_ahead_to_who_drops_them_again(
+    tmp_path: Path, reader: str, what: str, record: str
+) -> None:
+    with PidHost("a") as a, HostedWorkload(a, "many", tmp_path, what, 10) as workload:
+        kinds = a.call("run", _sent_ahead, a.inner(workload.pid), str(tmp_path / "image"), reader)
+        assert {"Task", "File", "FileTable"} <= kinds
+        assert (record in kinds) == (reader == "user")
         workload.check_alive_and_progressing()

@@ -272,7 +272,7 @@ def test_saving_a_tree_that_runs_leaves_shared_what_it_shares(tmp_path: Path) ->
         running.check_alive_and_progressing(ticks=1)
         before = proportional(running.pid)
         with open("/dev/null", "wb") as nowhere, UserSource(running.pid, nowhere.fileno(), SourceOptions()) as source:
-            source.instrument()
+            source.instrument("user")
             for _ in range(3):
                 source.round()
         assert proportional(running.pid) < before + (1 << 10)

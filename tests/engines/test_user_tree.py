@@ -107,7 +107,7 @@ def test_a_process_that_becomes_another_program_while_it_is_armed_is_armed_later
     with Workload("counter", tmp_path) as counter, open(os.devnull, "wb") as sink:
         options = SourceOptions(cgroup_name=f"late-{os.getpid()}")
         with UserSource(counter.pid, sink.fileno(), options) as source:
-            source.instrument()
+            source.instrument("user")
             source.round()
             assert Late.tries == 2
             second = source.round()

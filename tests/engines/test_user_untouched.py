@@ -69,7 +69,7 @@ def test_a_remote_call_leaves_no_trace(tmp_path: Path) -> None:
     with Workload("threads", tmp_path) as threads, open(os.devnull, "wb") as sink:
         options = SourceOptions(cgroup_name=f"untouched-{os.getpid()}")
         with UserSource(threads.pid, sink.fileno(), options) as source:
-            source.instrument()
+            source.instrument("user")
             source.freeze()
             before = of_threads(source)
             for tid, thread in source.tree.living[0].threads.items():  # what the stop itself has to mend

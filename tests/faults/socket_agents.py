@@ -84,7 +84,7 @@ def agent(pid: int, journals: Path, number: int, told: int) -> None:
             origins=source.origins,
         )
         Journal.create(journals, facts)
-        source.instrument()
+        source.instrument("user")
         killed_at(number, told)
         source.freeze()
         source.final()

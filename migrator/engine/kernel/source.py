@@ -132,7 +132,7 @@ class KernelSource:
     def _flags(self) -> int:
         return calls.SUBTREE if self.options.subtree else 0
 
-    def instrument(self) -> None:
+    def instrument(self, reader: str = "") -> None:
         """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header, in the
         first round."""
         with self._phases.step("instrument"):

@@ -70,6 +70,7 @@ class PredumpedFiles:
         self.known: dict[Place, Known] = {}
         self.pipes = PredumpedPipes(self._new, writer)
         self.sockets = PredumpedSockets(self._new, writer)
+        self.with_pipes_and_connections = False
         self.watched: dict[inotify.Key, str] = {}  # where what is watched lies
 
     def has_grown(self, process: Holder) -> bool:
@@ -93,7 +94,7 @@ class PredumpedFiles:
                         inotify.resolve(root, inotify.watches(item.info.watches), self.watched)
                 if item.verdict.kind in BY_PATH:
                     entries.append((item.number, self._predump(item), item.info.cloexec))
-                elif item.verdict.kind in (FileKind.PIPE, FileKind.SOCKET):
+                elif self.with_pipes_and_connections and item.verdict.kind in (FileKind.PIPE, FileKind.SOCKET):
                     cloexec[item.number] = item.info.cloexec
                     (pipes if item.verdict.kind == FileKind.PIPE else sockets).append(item)
         finally:

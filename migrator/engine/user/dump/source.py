@@ -146,8 +146,10 @@ class UserSource:
     def _survey(self) -> tuple[Survey, list[str]]:
         return survey_tree(self.tree, self.options, self._memory.shared.tmpfs, self._sysv, self._mqueues)
 
-    def instrument(self) -> None:
+    def instrument(self, reader: str = "") -> None:
         """Write the header and the hierarchy and start tracking writes: each process stops for under 1 ms."""
+        # Pipes and connections that are not as they were sent ahead are dropped again by this engine alone.
+        self._predumped.with_pipes_and_connections = reader == "user"
         with self._phase("instrument"):
             self._adopt()
             self.tree.refresh()
