@@ -86,6 +86,8 @@ def obstacles(root: int, pids: Sequence[int], options: SourceOptions) -> Iterato
 
 
 def _ipc_objects() -> list[str]:
+    # The calls carry those of System V. But in their copies a wait in semop(2) ends with EINTR, which programs that
+    # have semaphores seldom expect; the user engine makes it again.
     found = [f"System V segment {one.id}" for one in ipc.segments()]
     found += [f"System V semaphore set {one.id}" for one in ipc.semaphores()]
     found += [f"System V message queue {one.id}" for one in ipc.queues()]
