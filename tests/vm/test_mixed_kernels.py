@@ -19,7 +19,7 @@ Pair = tuple[Machine, Machine]
 @pytest.fixture(scope="module")
 def kernels(module_folder: Path) -> Iterator[Pair]:
     """(a stock kernel, a patched one whose agent restarts by the kernel engine whatever comes)."""
-    with Lab(module_folder).pair("stock", "release") as (stock, patched):
+    with Lab(module_folder).pair("off", "release") as (stock, patched):
         restart_agent(patched, "--engine", "kernel")
         yield stock, patched
 
