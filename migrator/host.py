@@ -17,7 +17,7 @@ from msgspec import structs
 
 from migrator import container
 from migrator.container import connection_filter, rtnetlink, state, switchover
-from migrator.container.sandbox import Sandbox, prepare, take_down
+from migrator.container.sandbox import SandboxMaker, take_down
 from migrator.container.spec import ContainerSpec
 from migrator.engine.base import Destination, DestinationOptions, Engine, LateLock
 from migrator.engine.select import Choice, select, select_like
@@ -54,20 +54,6 @@ class Login:
             command=self.command,
             accept_new_host_key=self.accept_new_host_key,
         )
-
-
-class SandboxMaker:
-    """What stands around a container that an engine restores here; see `migrator.engine.base.SandboxFactory`.
-
-    `bridge` is the one of this host, if it is called otherwise than on the source."""
-
-    def __init__(self, bridge: str = "") -> None:
-        self.sandbox: Sandbox | None = None
-        self._bridge = bridge
-
-    def __call__(self, spec: str, init_pid: int) -> Sandbox:
-        self.sandbox = prepare(ContainerSpec.from_json(spec), init_pid, bridge=self._bridge or None)
-        return self.sandbox
 
 
 class HostHooks:

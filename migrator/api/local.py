@@ -17,7 +17,7 @@ from migrator.api.guard import CheckpointGuard
 from migrator.api.image_file import open_image
 from migrator.api.workloads import Workload
 from migrator.container import attention
-from migrator.container.sandbox import Sandbox
+from migrator.container.sandbox import Sandbox, SandboxMaker
 from migrator.engine.base import (
     AfterCheckpoint,
     CheckpointFlags,
@@ -28,7 +28,6 @@ from migrator.engine.base import (
 )
 from migrator.engine.select import select_for, select_like
 from migrator.errors import CheckpointFailed, Refused
-from migrator.host import SandboxMaker
 from migrator.linux import pipes, procfs
 
 

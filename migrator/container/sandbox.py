@@ -189,3 +189,17 @@ def _step(what: str, name: str, act: Callable[[], T]) -> T:
         return act()
     except OSError as error:
         raise SandboxError(f"container {name}: {what}: {error}") from error
+
+
+class SandboxMaker:
+    """What stands around a container that an engine restores here; see `migrator.engine.base.SandboxFactory`.
+
+    `bridge` is the one of this host, if it is called otherwise than on the source."""
+
+    def __init__(self, bridge: str = "") -> None:
+        self.sandbox: Sandbox | None = None
+        self._bridge = bridge
+
+    def __call__(self, spec: str, init_pid: int) -> Sandbox:
+        self.sandbox = prepare(ContainerSpec.from_json(spec), init_pid, bridge=self._bridge or None)
+        return self.sandbox

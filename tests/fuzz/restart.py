@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from migrator.container.sandbox import SandboxMaker
 from migrator.engine.base import DestinationOptions
 from migrator.engine.user.engine import UserEngine
 from migrator.errors import MigratorError
-from migrator.host import SandboxMaker
 from migrator.linux import ptrace
 from migrator.testing.workloads import Workload, build
 from tests.fuzz.counts import Counts

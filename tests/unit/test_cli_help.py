@@ -131,6 +131,14 @@ def test_moving_a_process_loads_neither_pyroute2_nor_what_serves() -> None:
     assert not loaded & {"pyroute2", "migrator.agent", "migrator.session.destination", "migrator.fleet.controller"}
 
 
+def test_saving_to_a_file_loads_nothing_of_ssh() -> None:
+    asked = "import sys; import migrator.api.local; from migrator.cli.app import make; make(['checkpoint'])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{asked}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & {"asyncssh", "cryptography", "transport.ssh", "migrator.host"}
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("20ms", 0.02), ("1.5s", 1.5), ("10m", 600.0), ("1h", 3600.0), ("3", 3.0), ("250us", 0.00025), (".5s", 0.5)],
