@@ -105,7 +105,7 @@ def snapshot(variant: str, memory_mib: int, role: str) -> Path:
         partial = target.with_name(f"{target.name}.new")
         booted = Machine(
             kernel(variant), drives(), folder=image.CACHE / "boot", name=role, memory_mib=memory_mib,
-            boot_seconds=60 if variant in ("release", "off") else 180,
+            boot_seconds=60 if variant in ("release", "uncalled") else 180,
         )  # fmt: skip
         with booted as guest:
             guest.run("migrator checkpoint --help", seconds=120)  # so that it need not be read from the disk again

@@ -33,7 +33,7 @@ To try: run a program that counts, and move it to b while it runs:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A shell in two networked guests with the patched kernel.")
-    parser.add_argument("--kernel", default="release", help="release, debug, stock or off")
+    parser.add_argument("--kernel", default="release", help="release, debug, stock or uncalled")
     parser.add_argument("command", nargs="*", help="to run in guest a, in place of a shell")
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -18,8 +18,10 @@ Pair = tuple[Machine, Machine]
 
 @pytest.fixture(scope="module")
 def kernels(module_folder: Path) -> Iterator[Pair]:
-    """(a stock kernel, a patched one whose agent restarts by the kernel engine whatever comes)."""
-    with Lab(module_folder).pair("off", "release") as (stock, patched):
+    """(a kernel without the calls, one with them whose agent restarts by the kernel engine whatever comes).
+
+    They have the same vdso, which tasks of Debian's own kernel could not do without."""
+    with Lab(module_folder).pair("uncalled", "release") as (stock, patched):
         restart_agent(patched, "--engine", "kernel")
         yield stock, patched
 
