@@ -1,4 +1,4 @@
-"""Live migrations between two guests with patched kernels, over SSH, by the engine that is chosen, and by each."""
+"""Live migrations between two guests with patched kernels, over SSH, by the engine that is chosen and by the other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ while True:
         ("heap.py", (4,), ""),
         ("threads", (6,), ""),
         ("tree", (4,), ""),
-        ("heap.py", (4,), "user"),
         ("tree", (4,), "user"),
     ],
 )
@@ -62,8 +61,7 @@ def test_a_program_moves_there_and_back(pair: Pair, name: str, arguments: tuple[
             assert numbers(lines) == list(range(1, len(numbers(lines)) + 1)), "no step is lost or made twice"
 
 
-@pytest.mark.parametrize("engine", ["kernel", "user"])
-def test_redis_moves_and_its_client_never_notices(pair: Pair, engine: str) -> None:
+def test_redis_moves_and_its_client_never_notices(pair: Pair) -> None:
     """The client is on guest a, the server on a, then on b: its connection and every reply survive."""
     a, b = pair
     a.run(
@@ -75,8 +73,8 @@ def test_redis_moves_and_its_client_never_notices(pair: Pair, engine: str) -> No
     with client:
         client.check_progress()
         for here, there in ((a, b), (b, a)):
-            result = migrate("shop", here, there, "--copy-files", *(["--engine", "user"] if engine == "user" else []))
-            assert result["engine"] == engine, result["engine_reason"]
+            result = migrate("shop", here, there, "--copy-files")
+            assert result["engine"] == "kernel", result["engine_reason"]
             assert result["rounds"], "its memory went ahead"
             (row,) = json.loads(there.run("migrator ps --json").stdout)
             assert (row["name"], row["state"]) == ("shop", "running")
