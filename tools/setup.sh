@@ -31,6 +31,7 @@ needs=(
 	promtool:prometheus
 	prometheus-node-exporter:prometheus-node-exporter
 	ansible-playbook:ansible-core
+	chromium:chromium
 )
 
 missing=()
