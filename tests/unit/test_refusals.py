@@ -28,6 +28,9 @@ OTHERWISE = {
     "pid \0 shares its address space with its parent": "survey:  shares ",
     "the main thread of pid \0 has ended while others run": "survey: its main thread has ended while others run",
     "\0: more than \0 files in tmpfs cannot be carried": "survey:  files lie in tmpfs, ",
+    "pid \0: its thread \0 has system calls turned into signals (PR_SET_SYSCALL_USER_DISPATCH), "
+    "which is not carried": "later: the kernel tells of a stopped thread alone",
+    "passing": "survey: runs under seccomp, whose filters cannot be carried",
     "descriptors cannot be saved: \0": "later: a call that failed",
     "descriptors cannot be collected: \0": "later: a call that failed",
     "\0: a connection of \0 in TCP state \0": "later: states of a moment, of a socket that nobody accepted",
@@ -89,6 +92,7 @@ OF_RESTART = {
     "locks: \0 is locked by somebody else here": "later: somebody on that host",
     "pipes: \0 (file \0): other data waits in this FIFO here": "later: somebody there writes to it",
     "pipes: file \0: the pipe does not take what was in it": "host: a call",
+    "pipes: a pipe does not take what was in it": "host: a call",
     "pipes: file \0: a pipe of \0 bytes cannot be made: \0": "host: what pipes may take of memory there",
     "private_root: a unix socket is bound to \0, which is no name": "image: names are absolute",
     "private_root: \0 is no socket here, but a unix socket was bound to it": "later: somebody there made something",
