@@ -140,7 +140,7 @@ int main(int argc, char **argv)
 	for (long n = 1; !wl_stopping; n++) {
 		char path[64], state = 0;
 		snprintf(path, sizeof(path), "/proc/%d/stat", child);
-		for (int tries = 0; state != 'T' && tries < 20; tries++) { /* it may be just stopping again */
+		for (int tries = 0; state != 'T' && tries < 5000; tries++) { /* it may be just stopping again */
 			FILE *f = fopen(path, "r");
 			CHECK(f && fscanf(f, "%*d (%*[^)]) %c", &state) == 1, "%s", path);
 			fclose(f);
