@@ -16,10 +16,11 @@ from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 from migrator.engine.user.descriptors import fdinfo
+from migrator.engine.user.descriptors.ahead import Place
 from migrator.engine.user.descriptors.classify import Classification, Obstacle, Root, check_locks, classify
 from migrator.engine.user.descriptors.description import Description, DescriptorTable, Holder, Slot
 from migrator.engine.user.descriptors.fdinfo import FdInfo
-from migrator.engine.user.descriptors.predumped import Known, Place
+from migrator.engine.user.descriptors.predumped import Known
 from migrator.errors import CheckpointFailed
 from migrator.image.records_files import FileKind
 from migrator.linux import descriptors

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import fdinfo, inotify
+from migrator.engine.user.descriptors.ahead import Place, Writer, file_record, same
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
@@ -19,12 +20,9 @@ from migrator.engine.user.descriptors.predumped_pipes import PredumpedPipes
 from migrator.engine.user.descriptors.predumped_sockets import PredumpedSockets
 from migrator.engine.user.descriptors.survey import look
 from migrator.image.records_files import Descriptor, File, FileKind, FileTable
-from migrator.linux import descriptors
 from migrator.linux.stat import Fingerprint, Status
 
 BY_PATH = (FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE)  # few: faster than by a hash
-
-Place = tuple[int, int]  # pid, number
 
 
 class Known(NamedTuple):
@@ -45,10 +43,6 @@ Entry = tuple[int, int, bool]  # number, objref, close-on-exec
 
 class Refs(Protocol):
     def get(self, key: Hashable) -> tuple[int, bool]: ...
-
-
-class Writer(Protocol):
-    def encoded(self, raw: bytes) -> None: ...
 
 
 class PredumpedFiles:
@@ -160,25 +154,7 @@ class PredumpedFiles:
         self._predumped[item.process.pid, item.number] = objref
         self._kinds[objref] = verdict.kind, verdict.path
         written = self.put(
-            File(
-                objref=objref,
-                kind=verdict.kind,
-                flags=info.flags,
-                mode=status.st_mode,
-                pos=info.pos,
-                size=status.st_size,
-                mtime=max(0, status.st_mtime_ns),
-                dev=status.st_dev,
-                ino=status.st_ino,
-                rdev=status.st_rdev,
-                inode_objref=0,
-                owner_type=0,
-                owner_pid=0,
-                owner_signal=0,
-                lock=0,
-                reserved=0,
-                path=verdict.path,
-            )
+            file_record(objref, verdict.kind, status, info.flags, pos=info.pos, size=status.st_size, path=verdict.path)
         )
         place = item.process.pid, item.number
         self.known.pop(place, None)
@@ -197,14 +173,7 @@ class PredumpedFiles:
         others = self._inodes.setdefault((item.status.st_dev, item.status.st_ino, item.info.flags), [])
         for other in others:
             objref = self._predumped[other]
-            if self._kinds[objref] == (verdict.kind, verdict.path) and _same(place, other):
+            if self._kinds[objref] == (verdict.kind, verdict.path) and same(place, other):
                 return objref
         others.append(place)
         return self._new()
-
-
-def _same(a: Place, b: Place) -> bool:
-    try:
-        return descriptors.same_file(*a, *b)
-    except OSError:
-        return False  # one of them is closed

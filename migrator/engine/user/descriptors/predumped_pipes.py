@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from migrator.engine.user.descriptors.ahead import Facts, Place, Writer, facts_of, file_record, same
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.pipes import USUAL
-from migrator.image.records_files import File, FileKind, Pipe
+from migrator.image.records_files import FileKind, Pipe
 from migrator.linux import descriptors
-
-Place = tuple[int, int]  # pid, number
-Facts = tuple[int, int, int, int]  # of an end: st_dev, st_ino, st_mode, F_GETFL
 
 
 class _Pipe(NamedTuple):
@@ -28,10 +26,6 @@ class _Pipe(NamedTuple):
 class _End(NamedTuple):
     objref: int  # of its File
     facts: Facts
-
-
-class Writer(Protocol):
-    def encoded(self, raw: bytes) -> None: ...
 
 
 class PredumpedPipes:
@@ -59,8 +53,7 @@ class PredumpedPipes:
             return 0
         objrefs: list[int] = []
         for end in ends:
-            status = end.stat
-            facts = status.st_dev, status.st_ino, status.st_mode, end.flags
+            facts = facts_of(end.stat, end.flags)
             for process, number in end.holders:
                 there = self._ends.get((process.pid, number))
                 if there is not None and there.facts == facts and there.objref not in objrefs:
@@ -77,13 +70,13 @@ class PredumpedPipes:
     def _end(self, place: Place, status: os.stat_result, flags: int) -> int:
         """The objref of what is open there; 0 if that has changed since it was written, and is left for the end."""
         key = status.st_dev, status.st_ino
-        facts = *key, status.st_mode, flags
+        facts = facts_of(status, flags)
         before = self._ends.get(place)
         if before is not None and before.facts == facts:
             return before.objref
         others = self._alike.setdefault(facts, [])
         for other in others:
-            if self._ends[other].facts == facts and _same(place, other):
+            if self._ends[other].facts == facts and same(place, other):
                 self._ends[place] = self._ends[other]
                 return self._ends[other].objref
         pipe = self._pipes.get(key)
@@ -98,34 +91,8 @@ class PredumpedPipes:
                 return 0
             self._first.add(way)
         objref = self._new()
-        self._writer.encoded(
-            File(
-                objref=objref,
-                kind=FileKind.PIPE,
-                flags=flags,
-                mode=status.st_mode,
-                pos=0,
-                size=0,
-                mtime=max(0, status.st_mtime_ns),
-                dev=status.st_dev,
-                ino=status.st_ino,
-                rdev=status.st_rdev,
-                inode_objref=pipe.objref,
-                owner_type=0,
-                owner_pid=0,
-                owner_signal=0,
-                lock=0,
-                reserved=0,
-                path="",
-            ).encode()
-        )
+        rec = file_record(objref, FileKind.PIPE, status, flags, inode_objref=pipe.objref)
+        self._writer.encoded(rec.encode())
         self._ends[place] = _End(objref, facts)
         others.append(place)
         return objref
-
-
-def _same(a: Place, b: Place) -> bool:
-    try:
-        return descriptors.same_file(*a, *b)
-    except OSError:
-        return False  # one of them is closed

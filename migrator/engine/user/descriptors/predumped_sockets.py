@@ -13,12 +13,13 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from migrator.engine.user.descriptors import inet_dump, sockopts
+from migrator.engine.user.descriptors.ahead import Facts, Writer, facts_of, file_record
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.found import Found
-from migrator.image.records_files import File, FileKind, Socket
+from migrator.image.records_files import FileKind, Socket
 from migrator.linux import inet_diag
 from migrator.linux.batch import Area, each
 from migrator.linux.namespaces import entered
@@ -27,9 +28,6 @@ from migrator.linux.x86_64 import NR
 
 _AT_ONCE = 8  # sockets that are held at the same time, for about a millisecond
 _KIND = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
-
-Place = tuple[int, int]  # pid, number
-Facts = tuple[int, int, int, int]  # of a File: st_dev, st_ino, st_mode, F_GETFL
 
 
 class _Sent(NamedTuple):
@@ -45,10 +43,6 @@ class _Held(NamedTuple):
     fd: int
     stat: Status
     flags: int
-
-
-class Writer(Protocol):
-    def encoded(self, raw: bytes) -> None: ...
 
 
 class PredumpedSockets:
@@ -80,13 +74,7 @@ class PredumpedSockets:
         """The objref of the Socket of a description of the stopped tree, which has its own then; 0 if either is not as
         it was written."""
         sent = self._sent.get(item.stat.st_ino)
-        status = item.stat
-        if (
-            sent is None
-            or sent.facts != (status.st_dev, status.st_ino, status.st_mode, item.flags)
-            or item.owned
-            or item.info.locks
-        ):
+        if sent is None or sent.facts != facts_of(item.stat, item.flags) or item.owned or item.info.locks:
             return 0
         objref, rec.objref = rec.objref, sent.rec.objref
         same = rec == sent.rec
@@ -98,7 +86,7 @@ class PredumpedSockets:
 
     def _put(self, one: _Held, rec: Socket) -> int:
         status = one.stat
-        facts = status.st_dev, status.st_ino, status.st_mode, one.flags
+        facts = facts_of(status, one.flags)
         before = self._sent.get(status.st_ino)
         if before is not None and before.facts == facts and replace(rec, objref=before.rec.objref) == before.rec:
             return before.file_objref
@@ -106,27 +94,8 @@ class PredumpedSockets:
         self._writer.encoded(rec.encode())
         objref = self._new()
         self._sent[status.st_ino] = _Sent(rec, objref, facts)
-        self._writer.encoded(
-            File(
-                objref=objref,
-                kind=FileKind.SOCKET,
-                flags=one.flags,
-                mode=status.st_mode,
-                pos=0,
-                size=0,
-                mtime=max(0, status.st_mtime_ns),
-                dev=status.st_dev,
-                ino=status.st_ino,
-                rdev=status.st_rdev,
-                inode_objref=rec.objref,
-                owner_type=0,
-                owner_pid=0,
-                owner_signal=0,
-                lock=0,
-                reserved=0,
-                path="",
-            ).encode()
-        )
+        file = file_record(objref, FileKind.SOCKET, status, one.flags, inode_objref=rec.objref)
+        self._writer.encoded(file.encode())
         return objref
 
 

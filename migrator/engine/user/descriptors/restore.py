@@ -346,12 +346,9 @@ class DescriptorRestore:
             os.close(self._files[objref])
             self._files[objref] = fd
         for stub, table in self._installed.values() if self._late else ():
-            for item in self.tables[table].descriptors:
-                if item.file_objref in self._late:
-                    (number,) = stub.receive([self._files[item.file_objref]])
-                    cloexec = os.O_CLOEXEC if item.cloexec else 0
-                    placing = [(NR["dup3"], number, item.fd, cloexec), (NR["close"], number)]
-                    stub.checked(placing, "placing descriptors")
+            late = [d for d in self.tables[table].descriptors if d.file_objref in self._late]
+            items = [(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in late]
+            stub.change_fds([d.fd for d in late], items)
 
     def _open(self, rec: r.File) -> int:
         """A description of our own, which is still to be configured."""

@@ -75,7 +75,7 @@ class Instrument:
                 if fd < 0:
                     raise CheckpointFailed(
                         f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-fd)}",
-                        hint="the workload runs on; its descriptor limit or a seccomp filter may forbid it",
+                        hint="the workload runs on; its descriptor limit may forbid it",
                     )
                 try:
                     protection = process.protection = WriteProtection(sys.pidfd_getfd(process.pidfd, fd))

@@ -247,7 +247,10 @@ class UserSource:
             if time.monotonic() > end:
                 return False
             time.sleep(_PASSING_PAUSE)
-        return self._transients is None or self._transients.settle(max(0.0, end - time.monotonic()))
+        return self._settle(max(0.0, end - time.monotonic()))
+
+    def _settle(self, seconds: float) -> bool:
+        return self._transients is None or self._transients.settle(seconds)
 
     def _passing(self) -> str:
         """Why a process that was born since the survey cannot be carried; "" if there is none.
@@ -268,7 +271,7 @@ class UserSource:
     def freeze(self) -> None:
         if not self._seized:
             self.seize()
-        self.quiesce(_ACCEPT_SECONDS)
+        self._settle(_ACCEPT_SECONDS)
         gc.disable()  # nothing but the freeze makes so much garbage, and nothing so little time for it
         with self._phase("freeze"), _killed_is_failed():
             patience = _PASSING_SECONDS
@@ -281,8 +284,11 @@ class UserSource:
                 self.tree.detach()
                 begun = time.monotonic()
                 time.sleep(pause)
-                self.quiesce(patience if passing else _ACCEPT_SECONDS)
-                patience -= time.monotonic() - begun if passing else 0.0
+                if passing:
+                    self.quiesce(patience)
+                    patience -= time.monotonic() - begun
+                else:
+                    self._settle(_ACCEPT_SECONDS)
                 self.tree.seize()
         if self._transients is not None:
             self._transients.close()

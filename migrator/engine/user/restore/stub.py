@@ -222,13 +222,7 @@ class Stub:
             self._move_channel(items[-1][1] + 1)
         # With all others closed the n-th to arrive gets number n: what to do with it is known beforehand.
         # It lies at or below its place, so moving from the top never hits one that still waits.
-        place: list[Call] = []
-        for number, (_, at, cloexec) in reversed(list(enumerate(items))):
-            if number != at:
-                place.append((NR["dup3"], number, at, _O_CLOEXEC if cloexec else 0))
-                place.append((NR["close"], number))
-            elif cloexec:
-                place.append((NR["fcntl"], number, 2, 1))
+        place = _placing(range(len(items)), items)
         clear: list[Call] = [(NR["close_range"], 0, self._their_fd - 1, 0)]
         fds = [fd for fd, _, _ in items]
         if len(items) + len(place) < _FDS_PER_MESSAGE and items:
@@ -248,16 +242,9 @@ class Stub:
         self.checked([(NR["close"], number) for number in gone], "closing descriptors")
         numbers = self.receive([fd for fd, _, _ in items])
         # The n-th to arrive gets the n-th free number: at or below its place, as above.
-        place: list[Call] = []
-        for number, (_, at, cloexec) in reversed([*zip(numbers, items, strict=True)]):
-            if number != at:
-                place.append((NR["dup3"], number, at, _O_CLOEXEC if cloexec else 0))
-                place.append((NR["close"], number))
-            elif cloexec:
-                place.append((NR["fcntl"], number, 2, 1))
         if numbers != sorted(numbers) or any(n > at for n, (_, at, _) in zip(numbers, items, strict=True)):
             raise RestartFailed(f"pid {self.vpid}: descriptors arrived as {numbers}")
-        self.checked(place, "placing descriptors")
+        self.checked(_placing(numbers, items), "placing descriptors")
 
     def _move_channel(self, number: int) -> None:
         try:
@@ -298,3 +285,15 @@ def await_birth(tid: int) -> None:
     status = ptrace.wait(tid)
     if not ptrace.is_stop(status):
         raise RestartFailed(f"tid {tid} ended at birth (wait status {status:#x})")
+
+
+def _placing(numbers: Sequence[int], items: Sequence[tuple[int, int, bool]]) -> list[Call]:
+    """The calls that put what arrived as `numbers` into the places of `items`: see install_fds()."""
+    place: list[Call] = []
+    for number, (_, at, cloexec) in reversed([*zip(numbers, items, strict=True)]):
+        if number != at:
+            place.append((NR["dup3"], number, at, _O_CLOEXEC if cloexec else 0))
+            place.append((NR["close"], number))
+        elif cloexec:
+            place.append((NR["fcntl"], number, 2, 1))
+    return place
