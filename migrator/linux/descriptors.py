@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import struct
+from collections.abc import Iterable
 
 from migrator.linux import sys
 
@@ -29,6 +30,16 @@ FIONREAD = 0x541B
 def reopen(fd: int, flags: int) -> int:
     """A new description of what `fd` is open on, with these flags; O_LARGEFILE is always set."""
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors of ours, those with neighbouring numbers in one go."""
+    ordered = sorted(fds)
+    first = 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or ordered[end] != ordered[end - 1] + 1:
+            os.closerange(ordered[first], ordered[end - 1] + 1)
+            first = end
 
 
 _slot = ctypes.create_string_buffer(12)  # struct kcmp_epoll_slot

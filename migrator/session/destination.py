@@ -383,7 +383,7 @@ class DestinationSession:
         self._copy.guard.leave()
         await self._copy.stop()
         if self.state is DestinationState.LOCKING:
-            await self._copy.tidy()  # a file that we have open as well would stay locked for as long
+            await self._copy.tidy()  # whoever has got the locks lets the copy run: nothing of it is ours then
         for left in await self._admission.close(kept):
             log.warning("%s: files that were only here have been set aside in %s", self._migration, left)
         await self._copy.network.announced()

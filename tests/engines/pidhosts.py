@@ -23,15 +23,16 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from migrator.engine.base import DestinationOptions, Phase, Round, SourceOptions, Survey
+from migrator.engine.user.descriptors import fdinfo
 from migrator.errors import Refused
-from migrator.linux import cgroup, file_locks, procfs
+from migrator.linux import cgroup, descriptors, file_locks, procfs
 from migrator.linux.namespaces import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, unshare
 from migrator.testing.workloads import CACHE, CFLAGS, LIBS, SOURCES, Workload
 
@@ -137,7 +138,9 @@ class Agent:
 
     def resume(self) -> list[Phase]:
         self.destination.resume()
+        shared = descriptions_shared_with(self.destination.pids)
         self.destination.tidy()
+        assert not shared, f"what the copy closes does not end while it is open here: {shared[:5]}"
         return list(self.destination.phases)
 
     def settle(self) -> list[Phase]:
@@ -164,6 +167,24 @@ class Agent:
         for old in folder.glob(f"{self.name}-*"):
             with contextlib.suppress(OSError):
                 old.rmdir()
+
+
+def descriptions_shared_with(pids: Sequence[int]) -> list[str]:
+    """Open file descriptions of other processes, which may run, that this one has open as well."""
+    ours: dict[tuple[int, int], list[int]] = {}
+    for fd in fdinfo.numbers(os.getpid()):
+        with contextlib.suppress(OSError):  # the directory that was listed
+            status = os.fstat(fd)
+            ours.setdefault((status.st_dev, status.st_ino), []).append(fd)
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended, or closed something
+            for number in fdinfo.numbers(pid):
+                status = os.stat(f"/proc/{pid}/fd/{number}")
+                here = ours.get((status.st_dev, status.st_ino), [])
+                if any(descriptors.same_file(os.getpid(), fd, pid, number) for fd in here):
+                    found.append(f"pid {pid} fd {number}: {os.readlink(f'/proc/{pid}/fd/{number}')}")
+    return found
 
 
 class PidHost:

@@ -187,6 +187,16 @@ class DescriptorRestore:
         self._forget_events()
         for fd, timer in self._started:
             anonymous.start_timerfd(fd, timer)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what activate() has no need of. What a task closes would not end while it is open here as well: a pipe
+        for its reader, a lock for whoever waits, the writing of a program for who executes it."""
+        needed = (r.FileKind.SOCKET, r.FileKind.INOTIFY)
+        kept = {objref: fd for objref, fd in self._files.items() if self._records[objref].kind in needed}
+        descriptors.close_all({*self._files.values()} - {*kept.values()})
+        self._files = kept
+        self._started.clear()
 
     def _drop_unnamed(self) -> None:
         """Of what was made ahead, close what nobody has in the end: whoever has the other end of a pipe would wait
@@ -215,11 +225,13 @@ class DescriptorRestore:
         return self._sockets.moves
 
     def activate(self) -> None:
-        """The last thing before the tasks run: connections speak again, files of sockets are in their places.
+        """The last thing before the tasks run: connections speak again, files of sockets are in their places, and
+        nothing is open but in the tasks.
 
         Another agent can do it if we die: what it needs is in the kernel, or in `moves`."""
         self._sockets.activate()
         self._forget_events()
+        self.close()
 
     def close(self) -> None:
         """Close everything that the agent holds. The stubs keep what they were given."""
@@ -228,8 +240,7 @@ class DescriptorRestore:
             pipe.close()
         for deleted in self._deleted.values():
             deleted.close()
-        for fd in {*self._files.values(), *self._ready.values()}:
-            os.close(fd)
+        descriptors.close_all({*self._files.values(), *self._ready.values()})
         self._files.clear()
         self._ready.clear()
         self._started.clear()

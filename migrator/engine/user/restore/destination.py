@@ -175,13 +175,12 @@ class UserDestination(UnfinishedCopy):
         """Let the tasks run. Nothing that can fail is left to do, and nothing is done that can wait: see tidy()."""
         with self._phases.step("resume"):
             assert self._cgroup is not None
-            if self._descriptors is not None:
-                self._descriptors.activate()
+            self._activate()
             self._cgroup.thaw()
             self._done = True
 
     def tidy(self) -> None:
-        """After resume(), soon: what the tasks close ends only when we have closed ours. Twice does no harm."""
+        """After resume(), or when another lets the copy run: close what was needed to make it. Twice does no harm."""
         if self._sandbox is not None:
             self._sandbox.settled()
         if self._descriptors is not None:
@@ -190,9 +189,7 @@ class UserDestination(UnfinishedCopy):
 
     def leave_frozen(self) -> None:
         """Instead of resume(): the tasks are complete and stay frozen in their cgroup."""
-        if self._descriptors is not None:
-            self._descriptors.activate()
-            self._descriptors.close()
+        self._activate()
         self._done = True
         self._close()
 
@@ -396,6 +393,13 @@ class UserDestination(UnfinishedCopy):
             if task.state == TaskState.STOPPED and task.exit_code in _STOP_SIGNALS:
                 out.append(stub.pid)
         return out
+
+    def _activate(self) -> None:
+        """The connections speak, and nothing that the tasks have is open here as well: what they close ends."""
+        if self._descriptors is not None:
+            self._descriptors.activate()
+        self._shared.close()
+        self._backing.close()
 
     def _close(self) -> None:
         gc.enable()
