@@ -119,14 +119,15 @@ def snapshot(variant: str, memory_mib: int, role: str) -> Path:
 
 
 def plug_in(guest: Machine, number: int) -> None:
-    """Give a guest its place on the cable, and a bridge for containers."""
+    """Give a guest its place on the cable, a bridge for containers, and pids that no other guest gives out."""
     address = f"10.77.0.{number}"
     guest.run(
         f"ip link set eth0 address 52:54:00:77:00:{number:02x}\n"
         "ip link add br0 type bridge forward_delay 0 stp_state 0\n"
         "ip link set eth0 master br0 && ip link set eth0 up && ip link set br0 up\n"
         f"ip addr add {address}/24 dev br0\n"
-        f"echo 'export MIGRATOR_HOST={guest.name}' >> /var/root/.profile"
+        f"echo 'export MIGRATOR_HOST={guest.name}' >> /var/root/.profile\n"
+        f"echo {number * 10000} > /proc/sys/kernel/ns_last_pid"  # of some 30000: a copy's are free on the other one
     )
 
 
