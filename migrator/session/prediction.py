@@ -38,7 +38,7 @@ MEASURED = {
     "threads": 0.00012,
     "mappings": 0.000002,
     "files": 0.0000145,
-    "pipes": 0.00003,
+    "pipes": 0.00002,
     "sockets": 0.00012,
     "others": 0.00008,
 }

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import ImageError, RestartFailed
@@ -100,26 +101,35 @@ def adjust(fd: int, rec: File) -> None:
         raise RestartFailed(f"{where}: {error}") from error
 
 
-def still_there(opened: Sequence[tuple[int, File]], root_fd: int) -> list[bool]:
+class Opened(NamedTuple):
+    """A file that was opened ahead of the freeze, what it is, and how it is open."""
+
+    fd: int
+    name: bytes  # the path from the root
+    place: tuple[int, int]  # st_dev, st_ino
+    how: int
+
+    @classmethod
+    def of(cls, fd: int, rec: File) -> Opened:
+        status = os.fstat(fd)
+        how = fcntl.fcntl(fd, fcntl.F_GETFL) & _HOW
+        return cls(fd, os.fsencode(rec.path.lstrip("/") or "."), (status.st_dev, status.st_ino), how)
+
+
+def still_there(opened: Sequence[tuple[Opened, File]], root_fd: int) -> list[bool]:
     """Of each whether the path of the record still leads to what was opened for it, opened in the same way."""
-    fds = [fd for fd, _ in opened]
-    names = Strings([os.fsencode(rec.path.lstrip("/") or ".") for _, rec in opened])
-    there, ours = Area(STAT_SIZE, len(fds)), Area(STAT_SIZE, len(fds))
+    names = Strings([file.name for file, _ in opened])
+    there = Area(STAT_SIZE, len(opened))
     # an absolute link leads out of the root here: then it is another file, and asked again
-    *found, flags = each(
-        len(fds),
-        (NR["newfstatat"], root_fd, names.addresses, there.addresses, 0),
-        (NR["fstat"], fds, ours.addresses),
-        (NR["fcntl"], fds, fcntl.F_GETFL),
-    )
-    places = zip(fingerprints(there.view), fingerprints(ours.view), *found, flags, strict=True) if fds else ()
+    calls = NR["newfstatat"], root_fd, names.addresses, there.addresses, 0
+    (found,) = each(len(opened), calls)
     out = [
-        place[:2] == own[:2] and there == ours == 0 and how & _HOW == rec.flags & _HOW
-        for (place, own, there, ours, how), (_, rec) in zip(places, opened, strict=True)
+        result == 0 and place[:2] == file.place and file.how == rec.flags & _HOW
+        for result, place, (file, rec) in zip(found, fingerprints(there.view) if opened else (), opened, strict=True)
     ]
-    for at, (fd, rec) in enumerate(opened):
+    for at, (file, rec) in enumerate(opened):
         if not out[at]:
-            out[at] = _is_still_there(fd, rec, root_fd)
+            out[at] = _is_still_there(file.fd, rec, root_fd)
     return out
 
 

@@ -70,7 +70,7 @@ class DescriptorRestore:
         self._context = context
         self.tables: dict[int, r.FileTable] = {}
         self.final = True  # else the tasks still run, and what comes is pre-dumped
-        self._early: set[int] = set()  # Files by path that came pre-dumped
+        self._early: dict[int, files.Opened | None] = {}  # Files by path that came pre-dumped; None: not opened so far
         self._ahead: set[int] = set()  # those of pipes and connections that did
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
@@ -131,12 +131,13 @@ class DescriptorRestore:
         self._fill_pipes()
         named = [d.file_objref for objref in tables if objref in self.tables for d in self.tables[objref].descriptors]
         early = [objref for objref in dict.fromkeys(named) if objref in self._early]  # in order: memory is slow
-        opened = [(self._files[objref], self._records[objref]) for objref in early if objref in self._files]
+        opened = [(file, self._records[objref]) for objref in early if (file := self._early[objref]) is not None]
         there = files.still_there(opened, self._context.root_fd)
         kept = {rec.objref for (_, rec), same in zip(opened, there, strict=True) if same}
-        for objref in early:
-            if objref not in kept or objref in self._changed:
-                self._make_good(self._records[objref], kept=objref in kept)
+        if self._changed or len(kept) < len(early):
+            for objref in early:
+                if objref not in kept or objref in self._changed:
+                    self._make_good(self._records[objref], kept=objref in kept)
 
     def install(self, stub: Stub, files_objref: int) -> None:
         """Give a stopped stub the descriptors of a table, and no others."""
@@ -313,11 +314,10 @@ class DescriptorRestore:
             self._changed.add(rec.objref)  # and made good when all is there
             return
         if not self.final and rec.kind not in _AHEAD:
-            self._early.add(rec.objref)
-            try:
-                self._files[rec.objref] = files.open_path(rec, self._context.root_fd)
-            except RestartFailed:
-                pass  # it may be closed by the end
+            self._early[rec.objref] = None
+            with contextlib.suppress(RestartFailed):  # it may be closed by the end
+                self._files[rec.objref] = fd = files.open_path(rec, self._context.root_fd)
+                self._early[rec.objref] = files.Opened.of(fd, rec)
             return
         self._files[rec.objref] = fd = self._open(rec)
         if not self.final:
@@ -333,7 +333,7 @@ class DescriptorRestore:
             else:
                 if fd >= 0:
                     os.close(fd)
-                fd = -1
+                fd, self._early[rec.objref] = -1, None
                 self._opened[rec.objref] = self._opened.get(rec.objref, 0) + 1
                 self._openings += 1
                 fd = self._open_path(rec)
