@@ -520,6 +520,16 @@ def test_netlink_sockets_ask_and_hear_as_before(net: Net) -> None:
             assert copy.ask("struct.unpack_from('<IH', n.recv(999))[1]") == 20  # RTM_NEWADDR
 
 
+def test_a_socket_to_the_audit_of_this_host_is_refused(net: Net) -> None:
+    with net.child() as server:
+        server.run("n = socket.socket(16, 3, 9)")
+        (sentence,) = survey([server.process], own_netns=False)
+        assert "a netlink socket" in sentence and "migrator run" in sentence
+        server.stop()
+        with pytest.raises(CheckpointFailed, match="fd 0: a netlink socket of this host's audit"):
+            DescriptorDump([server.process], ObjHash(), Bytes()).dump()
+
+
 def test_what_the_kernel_told_a_netlink_socket_waits_for_its_program(net: Net) -> None:
     with net.child() as server:
         server.run("n = socket.socket(16, 3, 0); n.bind((0, 0x10))")

@@ -245,7 +245,7 @@ def test_a_peer_outside_of_the_tree_is_refused_by_name(child: Child) -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("socket.socket(16, 3, 9)", "a netlink socket of protocol 9"),
+        ("socket.socket(16, 3, 16)", "a netlink socket of protocol 16"),
         ("socket.socket(17, 3, 0)", "a packet socket"),
         ("socket.socket(40, 1, 0)", "a vsock socket"),
         ("socket.socket(2, 3, 1)", "protocol raw"),

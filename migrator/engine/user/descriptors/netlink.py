@@ -1,5 +1,6 @@
 """Netlink sockets to the network stack (NETLINK_ROUTE, rtnetlink(7)): who asks for addresses and routes, or listens for
-changes of them. BIND, dnsmasq, ntpd and many others have one for as long as they run.
+changes of them. BIND, dnsmasq, ntpd and many others have one for as long as they run. And those to the audit subsystem
+(NETLINK_AUDIT), through which dbus-daemon and programs with PAM tell it what they have done.
 
 Only in a network namespace of the tree's own: another host's network is another one. What waits to be read can be
 read by the program alone (migrator.engine.user.descriptors.transients waits for that): nobody but the kernel can put
@@ -8,6 +9,7 @@ its messages into such a socket. What happens to the copy's network from when it
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,27 @@ from migrator.engine.user.descriptors.netns import NetNs
 from migrator.errors import ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import Socket, SocketBuffer, SocketOption, SocketState
+from migrator.linux.namespaces import identity
 
-ROUTE = 0  # NETLINK_ROUTE
+_ROUTE, _AUDIT = 0, 9  # NETLINK_ROUTE, NETLINK_AUDIT
+PROTOCOLS = (_ROUTE, _AUDIT)
 OF_THE_HOST = "a netlink socket of this host's network cannot be carried; run it under `migrator run`"
 
+_OF_ITS_AUDIT = "a netlink socket of this host's audit cannot be carried; run it under `migrator run`"
 _TYPES = (socket.SOCK_RAW, socket.SOCK_DGRAM)
 _ADDRESS = struct.Struct("<HHII")  # struct sockaddr_nl: family, padding, port id, groups
 _LIST_MEMBERSHIPS, _GROUPS = 9, 1 << 10  # linux/netlink.h; bits that are asked for
+
+
+def outside(sock: socket.SocketType, pid: int) -> str:
+    """Why a socket of process `pid` belongs to this host rather than to its tree, or "".
+
+    In the pid namespace of the host it can be the audit daemon, which nothing tells of a socket (kernel/audit.c)."""
+    if identity(pid, "net") == identity(os.getpid(), "net"):
+        return OF_THE_HOST
+    if sock.proto == _AUDIT and identity(pid, "pid") == identity(os.getpid(), "pid"):
+        return _OF_ITS_AUDIT
+    return ""
 
 
 class NetlinkDump:
@@ -95,7 +111,7 @@ class NetlinkRestore(MadeSockets[socket.SocketType]):
         self._records: dict[int, Socket] = {}
 
     def add(self, rec: Socket) -> None:
-        if rec.type not in _TYPES or rec.protocol != ROUTE:
+        if rec.type not in _TYPES or rec.protocol not in PROTOCOLS:
             raise ImageError(f"socket {rec.objref}: netlink of type {rec.type} and protocol {rec.protocol}")
         for raw in (rec.local, rec.peer or rec.local):
             if len(raw) != _ADDRESS.size or raw[:4] != struct.pack("<HH", rec.family, 0):

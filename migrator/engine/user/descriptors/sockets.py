@@ -19,7 +19,7 @@ from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import Socket
 from migrator.linux import descriptors
-from migrator.linux.namespaces import entered, identity
+from migrator.linux.namespaces import entered
 from migrator.linux.sockets import Ask
 
 _PLAIN = [(int(family), int(socket.SOCK_STREAM), socket.IPPROTO_TCP) for family in INET]
@@ -39,7 +39,7 @@ def judge(sock: socket.SocketType) -> None:
     """Raises Obstacle for a kind of socket that cannot be carried."""
     if sock.family == socket.AF_UNIX:
         return
-    if sock.family == socket.AF_NETLINK and sock.proto != netlink.ROUTE:
+    if sock.family == socket.AF_NETLINK and sock.proto not in netlink.PROTOCOLS:
         raise Obstacle(f"a netlink socket of protocol {sock.proto} cannot be carried; the program must close it first")
     if sock.family not in (*INET, socket.AF_NETLINK):
         what = _FAMILIES.get(sock.family, f"a socket of family {int(sock.family)}")
@@ -173,8 +173,9 @@ class SocketDump:
 
     def _refuse(self) -> None:
         """What the survey refuses as well, and has come into being since."""
-        if self._netlink and identity(self._pid, "net") == identity(os.getpid(), "net"):
-            raise CheckpointFailed(f"{self._netlink[0][0]}: {netlink.OF_THE_HOST}")
+        for item, sock in self._netlink:
+            if reason := netlink.outside(sock, self._pid):
+                raise CheckpointFailed(f"{item}: {reason}")
         datagrams = [(item, sock) for item, sock in self._inet if sock.proto == socket.IPPROTO_UDP]
         groups = multicast.joined(self._pid) if datagrams else []
         for item, sock in datagrams:
