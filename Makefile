@@ -22,8 +22,8 @@ PYTHON := $(ROOT)/.venv/bin/python
 STAMP  := $(ROOT)/build/setup.stamp
 # What goes to pytest and to the bench, as in: make test ARGS="-k redis -x", or ARGS="-n 0" for one at a time
 ARGS   ?=
-# Tests wait a good part of their time, so there is one worker more than processors; the many short ones come last.
-TESTS  := -m pytest -q -ra --durations=10 -n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder
+# Tests wait a good part of their time, so there is one worker more than processors.
+TESTS  := -m pytest -q -ra --durations=10 -n $(shell expr $$(nproc) + 1) --dist loadfile
 
 .PHONY: demo demo-fleet demo-web test coverage bench bench-fleet fuzz lint man setup clean help test-kernel bench-kernel fuzz-kernel lab setup-kernel
 .DEFAULT_GOAL := help
