@@ -100,6 +100,7 @@ class WpAsyncTracker:
         self._there = _populated()
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
+        self._unmapped: list[Span] = []  # what had contents when it was unmapped, and is not mapped again so far
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
         self._returned = _RETURN | guards_known()
         self.first = True  # until the first sweep is over
@@ -113,8 +114,8 @@ class WpAsyncTracker:
         `whole`: spans of which everything is to be sent, written or not."""
         self._strict = strict
         private = [v for v in vmas if _is_private(v)]
-        owed, self._owed = self._owed, []
         mapped = merge((v.start, v.end) for v in private)
+        owed, self._owed = [*self._owed, *self._mapped_again(mapped)], []
         yield self._sweep_small(vmas)
         there: dict[int, list[Span]] = {}
         for vma in private:
@@ -124,6 +125,16 @@ class WpAsyncTracker:
         for start, end in windows([*whole, *intersect(merge(owed), mapped)], _WINDOW):
             yield self._taken_whole(start, end)
         self.first = False
+
+    def _mapped_again(self, mapped: Sequence[Span]) -> list[Span]:
+        """Where a mapping ended between two sweeps and there is one again: one that shrank and grew is still tracked,
+        and nothing would tell that what was sent of its end has been dropped."""
+        big = [span for spans in self._big.values() for span in spans]
+        gone = subtract(self._present, mapped) + subtract(big, mapped)
+        self._unmapped = merge([*self._unmapped, *gone])
+        again = intersect(self._unmapped, mapped)
+        self._unmapped = subtract(self._unmapped, mapped)
+        return again
 
     def _sweep_small(self, vmas: Sequence[Vma]) -> Sweep:
         out = Sweep()
