@@ -7,10 +7,11 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrator.engine.user.dump.dirty_tracker import groups_of
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, groups_of
 from migrator.engine.user.dump.pages import chunks, split_readable
 from migrator.engine.user.ranges import Span, coarse, intersect, merge, subtract, windows
 from migrator.linux.memory import IOV_MAX
+from migrator.linux.pagemap import CHECK_WPASYNC, NotRegistered
 from migrator.linux.procfs import Vma
 
 raw_spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
@@ -84,6 +85,32 @@ def test_of_a_stopped_process_gaps_are_swept_over_where_nothing_can_be() -> None
     vmas += [vma(70, 80, read=True), vma(80, 80 + (8 << 20), read=True), vma(9 << 20, 10 << 20, read=True)]
     assert starts(groups_of(vmas, (30, 35))) == [[0, 20], [40], [70], [9 << 20]]
     assert starts(groups_of(vmas, (0, 0))) == [[0, 20, 40], [70], [9 << 20]]
+
+
+class Untracked:
+    """A kernel that tracks what was registered: as a scanner, and as the protection."""
+
+    def __init__(self) -> None:
+        self.registered: list[Span] = []
+
+    def register(self, start: int, end: int) -> None:
+        self.registered = merge([*self.registered, (start, end)])
+
+    def scan(self, start: int, end: int, *, flags: int = 0, **_: object) -> list[object]:
+        if flags & CHECK_WPASYNC and (missing := subtract([(start, end)], self.registered)):
+            raise NotRegistered([], missing[0][0])
+        return []
+
+
+def test_a_mapping_that_moves_across_the_end_of_what_is_registered_is_not_left_cut_in_two() -> None:
+    kernel = Untracked()
+    listed = [vma(1, 10, read=True), vma(20, 30, read=True), vma(50, 60, read=False)]
+    cut = [vma(1, 10, read=True), vma(12, 20, read=True), vma(20, 28, read=True), vma(50, 60, read=False)]
+    lists = iter([listed, cut, cut])  # what is there when it registers, and after it
+    tracker = WpAsyncTracker(kernel, kernel, lambda: next(lists, cut))  # type: ignore[arg-type]
+    tracker.first = False
+    list(tracker.sweep([vma(1, 10, read=True)]))
+    assert subtract([(12, 28)], kernel.registered) == []
 
 
 def starts(groups: list[list[Vma]]) -> list[list[int]]:

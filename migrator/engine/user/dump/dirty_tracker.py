@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from operator import attrgetter
 
 from migrator.engine.user.ranges import Span, coarse, intersect, merge, subtract, windows
@@ -100,6 +101,7 @@ class WpAsyncTracker:
         self._there = _populated()
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
+        self._edges: set[int] = set()  # of what was registered while the tasks ran, until _join_cut()
         self._unmapped: list[Span] = []  # what had contents when it was unmapped, and is not mapped again so far
         self._big: dict[int, list[Span]] = {}  # populated spans of big mappings, by where these begin
         self._returned = _RETURN | guards_known()
@@ -141,6 +143,9 @@ class WpAsyncTracker:
         groups = groups_of(vmas, self._hidden if self._strict else None)
         for group in groups:
             self._sweep_group(group, out)
+            if not self.first:  # then all are registered, and the mappings would be read again for each
+                self._join_cut()
+        self._join_cut()
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
         present = merge(s for g in groups for s in self._present_in(g[0].start, g[-1].end))
@@ -176,6 +181,7 @@ class WpAsyncTracker:
             if not self._register(vma, vmas if self._strict else self._list()) and not self._strict:
                 self._owed.append((vma.start, vma.end))
                 return []
+            self._join_cut()
             for start, end in windows(all_of_it, _WINDOW):
                 yield self._taken_whole(start, end)
             known = []
@@ -287,7 +293,22 @@ class WpAsyncTracker:
             self._protection.register(start, end)
         except OSError:
             return False
+        if not self._strict:
+            self._edges |= {start, end}
         return True
+
+    def _join_cut(self) -> None:
+        """A mapping that came to lie across an end of what was registered, after it was listed, is two mappings now: as
+        soon as both are tracked, the kernel makes them one again."""
+        if not self._edges:
+            return
+        edges, self._edges = self._edges, set()
+        for left, right in pairwise(self._list()):
+            if left.end == right.start and left.end in edges and _alike(left, right):
+                with contextlib.suppress(OSError):
+                    self._protection.register(left.start, right.end)
+                if not self.first:
+                    self._owed.append((left.start, right.end))
 
     def _classify(self, regions: Sequence[Region], out: Sweep) -> None:
         for start, end, categories in regions:
@@ -318,6 +339,11 @@ def groups_of(vmas: Sequence[Vma], hidden: Span | None) -> list[list[Vma]]:
         groups[-1].append(vma)
         last = vma
     return groups
+
+
+def _alike(a: Vma, b: Vma) -> bool:
+    """Whether two neighbours can be parts of one anonymous mapping."""
+    return _is_private(a) and not a.inode and replace(a, start=b.start, end=b.end) == b
 
 
 def _is_private(vma: Vma) -> bool:
