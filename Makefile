@@ -2,7 +2,7 @@
 # make demo-fleet  four hosts with agents: an uneven load is evened out, a host is emptied, the controller is killed
 # make demo-web  a web server with short connections, there and back; ARGS="--delay 25" for a round trip of 50 ms
 # make test    all tests; non-zero on any failure
-# make coverage  the same, and which lines they do not reach; takes half as long again
+# make coverage  the same, and which lines they do not reach
 # make bench   every workload beside its stop-copy-restart and its floor; how the downtime grows with what there is;
 #              how long planning takes for 100 to 10,000 hosts
 # make bench-fleet  planning time, distance from the exact placement, a day under our rule and the others'
