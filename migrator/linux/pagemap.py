@@ -12,6 +12,8 @@ import errno
 import functools
 import os
 import threading
+from array import array
+from itertools import groupby
 
 IS_WPALLOWED, IS_WRITTEN, IS_FILE, IS_PRESENT, IS_SWAPPED, IS_PFNZERO, IS_HUGE, IS_SOFT_DIRTY = (
     1 << bit for bit in range(8)
@@ -33,6 +35,13 @@ _ioctl.restype = ctypes.c_int
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 _VECTOR = 32768
+_PAGE = 4096
+_ENTRIES = 65536  # of /proc/PID/pagemap, read at a time
+_ENTRY_PRESENT, _ENTRY_SWAP, _ENTRY_FRAME = 1 << 63, 1 << 62, (1 << 55) - 1
+_ENTRY_KIND = _ENTRY_PRESENT | _ENTRY_SWAP | _ENTRY_FRAME
+# No page, and only the note that it is protected: the last type of swap entries, and of such the first bit
+# (include/linux/swapops.h: SWP_PTE_MARKER, PTE_MARKER_UFFD_WP)
+_ENTRY_MARKER = _ENTRY_SWAP | 1 << 5 | 31
 
 
 class _ScanArg(ctypes.Structure):
@@ -104,10 +113,36 @@ class Scanner:
     def close(self) -> None:
         os.close(self.fd)
 
+    def pages(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of a range of IS_SWAPPED in which there are pages: swapped out, being moved by the kernel, or lost
+        by a memory error. The rest was dropped, and has only its write protection left.
+
+        Where the kernel hides which it is (without CAP_SYS_ADMIN), all of it."""
+        out: list[tuple[int, int]] = []
+        while start < end:
+            raw = os.pread(self.fd, min((end - start) // _PAGE, _ENTRIES) * 8, start // _PAGE * 8)
+            if not raw:
+                break
+            alike = raw == raw[:8] * (len(raw) // 8)
+            for kind, run in groupby([entry & _ENTRY_KIND for entry in array("Q", raw[:8] if alike else raw)]):
+                count = len(raw) // 8 if alike else len(list(run))
+                if kind & (_ENTRY_PRESENT | _ENTRY_SWAP) and kind != _ENTRY_MARKER:
+                    out.append((start, start + count * _PAGE))
+                start += count * _PAGE
+        return out
+
     def scan(
-        self, start: int, end: int, *, mask: int = 0, anyof: int = 0, returned: int = 0, flags: int = 0
+        self,
+        start: int,
+        end: int,
+        *,
+        mask: int = 0,
+        anyof: int = 0,
+        without: int = 0,
+        returned: int = 0,
+        flags: int = 0,
     ) -> list[Region]:
-        """Ranges of [start, end) that have all categories of `mask` and any of `anyof`.
+        """Ranges of [start, end) that have all categories of `mask`, any of `anyof` and none of `without`.
 
         Raises NotRegistered (only with CHECK_WPASYNC) or OSError."""
         out: list[Region] = []
@@ -119,7 +154,7 @@ class Scanner:
                 vector.used = 0
             arg.size, arg.flags, arg.start, arg.end, arg.walk_end = 96, flags, start, end, 0
             arg.vec, arg.vec_len, arg.max_pages = ctypes.addressof(vector.words), _VECTOR, 0
-            arg.category_inverted, arg.category_mask, arg.category_anyof_mask = 0, mask, anyof
+            arg.category_inverted, arg.category_mask, arg.category_anyof_mask = without, mask | without, anyof
             arg.return_mask = returned
             count = _ioctl(self.fd, _PAGEMAP_SCAN, ctypes.addressof(arg))
             if count < 0:

@@ -11,7 +11,16 @@ from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, groups_of
 from migrator.engine.user.dump.pages import chunks, split_readable
 from migrator.engine.user.ranges import Span, coarse, intersect, merge, subtract, windows
 from migrator.linux.memory import IOV_MAX
-from migrator.linux.pagemap import CHECK_WPASYNC, NotRegistered
+from migrator.linux.pagemap import (
+    CHECK_WPASYNC,
+    IS_FILE,
+    IS_PRESENT,
+    IS_SWAPPED,
+    IS_WRITTEN,
+    WP_MATCHING,
+    NotRegistered,
+    Region,
+)
 from migrator.linux.procfs import Vma
 
 raw_spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
@@ -111,6 +120,42 @@ def test_a_mapping_that_moves_across_the_end_of_what_is_registered_is_not_left_c
     tracker.first = False
     list(tracker.sweep([vma(1, 10, read=True)]))
     assert subtract([(12, 28)], kernel.registered) == []
+
+
+class Kernel(Untracked):
+    """A kernel whose page tables a test writes: pages by number, each with its categories."""
+
+    def __init__(self, pages: dict[int, int], markers: set[int]) -> None:
+        super().__init__()
+        self.categories, self.markers = pages, markers
+
+    def scan(  # type: ignore[override]
+        self, start: int, end: int, *, mask: int = 0, anyof: int = -1, without: int = 0, returned: int, flags: int = 0
+    ) -> list[Region]:
+        found = []
+        for page in sorted(self.categories):
+            has = self.categories[page]
+            if start <= page < end and has & mask == mask and has & anyof and not has & without:
+                found.append((page, page + 1, has & returned))
+                if flags & WP_MATCHING:
+                    self.categories[page] &= ~IS_WRITTEN
+        return found
+
+    def pages(self, start: int, end: int) -> list[Span]:
+        return [(page, page + 1) for page in range(start, end) if page not in self.markers]
+
+
+def test_what_is_swapped_is_there_unless_it_is_the_marker_of_a_dropped_page() -> None:
+    there, moving, dropped = IS_PRESENT | IS_WRITTEN, IS_SWAPPED | IS_WRITTEN, IS_SWAPPED
+    kernel = Kernel({1: there, 2: moving, 3: there, 4: there, 5: there, 6: IS_PRESENT | IS_FILE}, markers=set())
+    mapped = [vma(1, 10, read=True)]
+    tracker = WpAsyncTracker(kernel, kernel, lambda: mapped)  # type: ignore[arg-type]
+    (first,) = tracker.sweep(mapped)
+    assert (pages(first.data), first.absent) == ({1, 2, 3, 4, 5}, [])
+    kernel.categories |= {1: moving, 3: IS_SWAPPED, 4: dropped, 5: IS_PRESENT | IS_FILE}
+    kernel.markers = {4}
+    (second,) = tracker.sweep(mapped)
+    assert (pages(second.data), pages(second.absent)) == ({1}, {4, 5})
 
 
 def starts(groups: list[list[Vma]]) -> list[list[int]]:

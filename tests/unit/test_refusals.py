@@ -45,6 +45,8 @@ OTHERWISE = {
     "\0: a message of more than \0 bytes is on its way": "later: it is taken in a moment",
     "pid \0 has ended": "later: it ends when it likes",
     "pid \0 denies itself memory that can be executed (PR_SET_MDWE)": "later: before the freeze; the workload runs on",
+    "pid \0: the page at \0 cannot be read: whoever touches it gets SIGBUS "
+    "(a memory error, or UFFDIO_POISON), which is not carried": "later: when it is read, ahead of the freeze",
     "pid \0 (\0)\0 \0": "later: by Landlock, which no survey can see",
     "no process can be made beside pid \0: \0": "later: a call that failed",
     "no process can be made beside pid \0: it ended (\0)": "later: a call that failed",

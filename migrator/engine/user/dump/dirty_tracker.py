@@ -9,7 +9,10 @@ What the kernel does that one must know:
 - a mapping made, moved or inherited by fork after instrument() is not tracked: the scan stops there with EPERM,
   the ranges before it are already re-protected and must not be lost; it is registered and sent whole;
 - a page dropped by madvise(MADV_DONTNEED) is reported as written and not present;
-- a page of a private file mapping that was never written is FILE: the destination has it in its file.
+- a page of a private file mapping that was never written is FILE: the destination has it in its file;
+- of a page of a private file mapping that was dropped, its write protection is left: SWAPPED, and FILE when it is read
+  again, never WRITTEN. So a page counts as there only as long as it is the process's own;
+- a page that the kernel is moving (compaction, a huge page taken apart) is SWAPPED for that time, on any host.
 """
 
 from __future__ import annotations
@@ -38,9 +41,11 @@ from migrator.linux.pagemap import (
     WriteProtection,
     guards_known,
 )
-from migrator.linux.procfs import Vma, read_text
+from migrator.linux.procfs import Vma
 
-_RETURN = IS_WRITTEN | IS_PRESENT | IS_SWAPPED | IS_FILE | IS_PFNZERO
+_THERE = IS_PRESENT | IS_SWAPPED
+_ELSEWHERE = IS_FILE | IS_PFNZERO  # there, and not the process's own
+_RETURN = IS_WRITTEN | _THERE | _ELSEWHERE
 _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 _BIG = 8 << 20  # bytes from which on a mapping is worth a scan of its own
 _LONG = 256 << 10  # bytes of a written stretch that is looked at before it is read
@@ -98,7 +103,6 @@ class WpAsyncTracker:
         self._list = list_vmas
         self._hidden = hidden
         self._protection = protection
-        self._there = _populated()
         self._present: list[Span] = []
         self._owed: list[Span] = []  # to be taken whole by the next sweep
         self._edges: set[int] = set()  # of what was registered while the tasks ran, until _join_cut()
@@ -202,8 +206,8 @@ class WpAsyncTracker:
 
     def _sort_out(self, start: int, end: int, out: Sweep) -> None:
         """What of a written stretch has contents."""
-        regions = self._scanner.scan(start, end, anyof=self._there | guards_known(), returned=self._returned)
-        there = merge((a, b) for a, b, categories in regions if self._has_content(categories))
+        regions = self._scanner.scan(start, end, anyof=_THERE | guards_known(), returned=self._returned)
+        there = merge(self._contents(regions))
         out.data += there
         out.absent += subtract([(start, end)], there)
 
@@ -212,8 +216,7 @@ class WpAsyncTracker:
         """All that is in the private mappings of a stopped process that was never tracked."""
         mapped = merge((v.start, v.end) for v in vmas if _is_private(v))
         for window in windows(mapped, _WINDOW):
-            regions = scanner.scan(*window, anyof=_populated(), returned=_RETURN)
-            yield Sweep(merge((a, b) for a, b, categories in regions if not categories & (IS_FILE | IS_PFNZERO)))
+            yield Sweep(merge(present(scanner, *window)))
 
     def sweep_shared(self, vma: Vma) -> list[Span]:
         """Addresses of a shared mapping that were written through it since the last sweep."""
@@ -258,14 +261,13 @@ class WpAsyncTracker:
             start,
             end,
             mask=IS_WRITTEN,
-            anyof=IS_PRESENT | IS_SWAPPED,
+            anyof=_THERE,
             returned=self._returned,
             flags=WP_MATCHING | CHECK_WPASYNC,
         )
 
     def _present_in(self, start: int, end: int) -> list[Span]:
-        regions = self._scanner.scan(start, end, anyof=self._there, returned=self._there)
-        return [(a, b) for a, b, _ in regions]
+        return present(self._scanner, start, end)
 
     def _taken_whole(self, start: int, end: int) -> Sweep:
         """Everything that is in a stretch of a mapping; the rest of it is to be dropped.
@@ -311,14 +313,31 @@ class WpAsyncTracker:
                     self._owed.append((left.start, right.end))
 
     def _classify(self, regions: Sequence[Region], out: Sweep) -> None:
-        for start, end, categories in regions:
-            (out.data if self._has_content(categories) else out.absent).append((start, end))
+        there = self._contents(regions)
+        out.data += there
+        out.absent += subtract([(start, end) for start, end, _ in regions], there)
 
-    def _has_content(self, categories: int) -> bool:
-        if categories & IS_GUARD:
-            self.met_guards = True
-            return False
-        return bool(categories & self._there) and not categories & (IS_FILE | IS_PFNZERO)
+    def _contents(self, regions: Sequence[Region]) -> list[Span]:
+        self.met_guards |= any(categories & IS_GUARD for _, _, categories in regions)
+        return _own(self._scanner, regions)
+
+
+def present(scanner: Scanner, start: int, end: int) -> list[Span]:
+    """Where a process has pages of its own."""
+    return _own(scanner, scanner.scan(start, end, anyof=_THERE, without=_ELSEWHERE | guards_known(), returned=_THERE))
+
+
+def _own(scanner: Scanner, regions: Sequence[Region]) -> list[Span]:
+    """What of scanned regions are pages of the process's own, as far as the scan has told."""
+    out: list[Span] = []
+    for start, end, categories in regions:
+        if categories & (IS_GUARD | _ELSEWHERE):
+            continue
+        if categories & IS_PRESENT:
+            out.append((start, end))
+        elif categories & IS_SWAPPED:
+            out += scanner.pages(start, end)
+    return out
 
 
 def groups_of(vmas: Sequence[Vma], hidden: Span | None) -> list[list[Vma]]:
@@ -352,11 +371,3 @@ def _is_private(vma: Vma) -> bool:
 
 def _is_big(vma: Vma) -> bool:
     return not vma.inode and vma.end - vma.start >= _BIG
-
-
-def _populated() -> int:
-    return IS_PRESENT | (IS_SWAPPED if _has_swap() else 0)
-
-
-def _has_swap() -> bool:
-    return len(read_text("/proc/swaps").strip().split("\n")) > 1

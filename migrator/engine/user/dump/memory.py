@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump import guards
-from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered, present
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
@@ -17,7 +17,7 @@ from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
-from migrator.engine.user.ranges import Span
+from migrator.engine.user.ranges import Span, merge
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE
@@ -140,7 +140,7 @@ class MemoryDump:
             pieces = WpAsyncTracker.everything(process.scanner, vmas)
         pieces = gathered(pieces, CHUNK // PAGE_SIZE)
         sent: list[Span] = []
-        unreadable = self.sender.unreadable
+        unreadable = False
         while True:
             try:
                 piece = next(pieces, None)
@@ -151,17 +151,34 @@ class MemoryDump:
             if piece is None:
                 break
             self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem, first=first)
+            if self.sender.unreadable:
+                unreadable = True
+                self._read_again(process, process.scanner, process.mem)
             if process.guards:
                 sent += [*piece.data, *piece.absent]
         for vma in vmas:
             if vma.shared and self.shared.is_shm(vma):
                 spans = tracker.sweep_shared(vma) if tracker is not None else [(vma.start, vma.end)]
                 self.shared.note_writes(process.pid, vma, spans)
-        met = tracker is None or tracker.met_guards or self.sender.unreadable > unreadable
+        met = tracker is None or tracker.met_guards or unreadable
         guards.send(process, self.sender, sent, met=met)
         if tracker is not None:
             tracker.met_guards = False
         self.sender.end(process.mm_objref)
+
+    def _read_again(self, process: Process, scanner: Scanner, mem: memory.MemFile) -> None:
+        """What could not be read was unmapped meanwhile, and what comes to be there is met by a later sweep; what is
+        still there cannot be had."""
+        for turn in range(2):
+            missed, self.sender.unreadable = merge(self.sender.unreadable), []
+            there = merge(page for start, end in missed for page in present(scanner, start, end))
+            if there and turn:
+                raise CheckpointFailed(
+                    f"pid {process.pid}: the page at {there[0][0]:#x} cannot be read: whoever touches it gets SIGBUS "
+                    "(a memory error, or UFFDIO_POISON), which is not carried",
+                    hint="the program can unmap it, or drop it by madvise(MADV_DONTNEED)",
+                )
+            self.sender.send(process.pid, process.mm_objref, there, [], process.vmas, mem)
 
 
 def _has_mapping(maps: str, start: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -25,7 +26,7 @@ class PageSender:
         self._buffer = memory.Buffer(CHUNK)
         self.pages = 0
         self.zero_pages = 0
-        self.unreadable = 0  # pages that were to be sent, and could not be read
+        self.unreadable: list[Span] = []  # pages that were to be sent, and could not be read
 
     def send(
         self,
@@ -41,8 +42,7 @@ class PageSender:
         """Send pages of an address space: `absent` first, then `data`. end() is to follow, once.
 
         `first`: nothing of it was sent yet, so much may be shared with who forked it, and stays so.
-        A range that vanishes while it is read (the tasks may run) is left out: whatever is there in the
-        end is met by a later sweep."""
+        What cannot be read is left out, and told in `unreadable`."""
         self.announce(objref, absent, PageKind.ABSENT)
         readable, hidden = split_readable(data, vmas)
         for ranges, total in chunks(readable):
@@ -90,10 +90,9 @@ class PageSender:
                 view = self._buffer.view[position : position + PAGE_SIZE]
                 try:
                     if os.preadv(mem.fd, [view], page) != PAGE_SIZE:
-                        self.unreadable += 1
-                        continue
+                        raise OSError(errno.EIO, "short read")
                 except OSError:
-                    self.unreadable += 1
+                    self.unreadable.append((page, page + PAGE_SIZE))
                     continue
                 got.append((page, PAGE_SIZE))
                 position += PAGE_SIZE
