@@ -17,6 +17,7 @@ from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
+from migrator.engine.user.dump.tracing import stuck
 from migrator.engine.user.ranges import Span, merge
 from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
@@ -89,6 +90,9 @@ class MemoryDump:
         except CheckpointFailed:
             process.remote = None
             raise
+        except TimeoutError as error:
+            process.remote = None
+            raise stuck(process.pid, process.pid) from error
         except OSError as error:
             process.remote = None
             try:  # one that is ending has lost its memory before it is a zombie

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.process import Process, Thread, vtid_of
-from migrator.engine.user.dump.tracing import PATIENCE, bring_to_stop, go_on, in_d_state, interrupt, poll, seize
+from migrator.engine.user.dump.tracing import PATIENCE, bring_to_stop, go_on, in_d_state, interrupt, poll, seize, stuck
 from migrator.errors import CheckpointFailed
 from migrator.linux import procfs, ptrace
 from migrator.linux import x86_64 as arch
@@ -203,10 +203,7 @@ class ProcessTree:
             now = time.monotonic()
             if now > deadline:
                 tid = next(iter(waiting))
-                raise CheckpointFailed(
-                    f"pid {waiting[tid][0].pid} (tid {tid}) does not stop within {PATIENCE:g} s",
-                    hint="it may be in an uninterruptible sleep (state D), as on a dead network file system",
-                )
+                raise stuck(waiting[tid][0].pid, tid)
             if not loose and now > stuck_at and halted and any(in_d_state(p.pid, t) for t, (p, _) in waiting.items()):
                 for tid in halted:
                     go_on(tid)

@@ -35,6 +35,14 @@ def seize(pid: int, tid: int) -> bool:
         ) from error
 
 
+def stuck(pid: int, tid: int) -> CheckpointFailed:
+    """What to raise for a task that does not stop."""
+    return CheckpointFailed(
+        f"pid {pid} (tid {tid}) does not stop within {PATIENCE:g} s",
+        hint="it may be in an uninterruptible sleep (state D), as on a dead network file system: try again",
+    )
+
+
 def stop_one(tid: int) -> None:
     """Seize and stop a single task for a moment; undone by ptrace.detach.
 
