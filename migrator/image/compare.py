@@ -42,13 +42,14 @@ SKIPPED = {
     "File.mtime": "of a file of the host, or of an inode that was made anew",
     "File.size": "of a file of the host; what is carried has a size of its own",
     "RestartBlock": "time goes on: the wait may be over",
+    "SigPending of SIGSTOP": "who sent it: nobody can take it, or look at it",
     "SigPending of timers": "time goes on: they may have expired again",
     "Cpu.orig_rax": "of a task that is in no call",
     "Cpu.rax": "how an interrupted call is made again; or a wait that is over",
     "Cpu.r10": "what is left of epoll_wait(2)",
     "Cpu.rdx": "what is left of poll(2)",
     "Cpu.xstate header": "which components are marked as in their initial state: what is in each is compared",
-    "Itimer.value": "time goes on; whether it is armed is compared, but where it is over soon",
+    "Itimer.value": "time goes on; whether it is armed is compared, but where it was over soon",
     "PosixTimer.value": "as of Itimer",
     "PosixTimer.overrun": "told by the kernel when the signal is taken",
     "TimerFd.value": "as of Itimer",
@@ -80,7 +81,9 @@ _X86_64 = (
 _RESTARTED = frozenset(range(-516, -511))  # -ERESTARTSYS to -ERESTART_RESTARTBLOCK
 _TIMES = {("Itimer", "value"), ("PosixTimer", "value"), ("TimerFd", "value")}
 _SOON = {"Itimer": 5_000_000, "PosixTimer": 5_000_000_000, "TimerFd": 5_000_000_000}  # in the unit of the record
-_TIMER_SIGNALS, _SI_KERNEL, _SI_TIMER, _SIGINFO = (14, 26, 27), 0x80, -2, 128
+_ARMED, _OVER_SOON, _NOT_ARMED = "armed", "over soon", "not armed"
+_TIME_GOES_ON = {(_ARMED, _OVER_SOON), (_OVER_SOON, _NOT_ARMED)}  # as saved, in the copy
+_TIMER_SIGNALS, _SI_KERNEL, _SI_TIMER, _SIGINFO, _SIGSTOP = (14, 26, 27), 0x80, -2, 128, 19
 _XSAVE_HEADER = 512  # of the xsave area of x86-64: the components that are not in their initial state
 _O_TMPFILE = 0o20200000
 _NSIG = 64
@@ -206,7 +209,10 @@ def differences(saved: Contents, copied: Contents) -> list[Difference]:
     for pid, pages in copied.touched().items():
         touched.setdefault(pid, set()).update(pages)
     a, b = _Walk(saved, waits, touched).out, _Walk(copied, waits, touched).out
-    return [Difference(way, a.get(way), b.get(way)) for way in sorted({*a, *b}) if a.get(way) != b.get(way)]
+    ways = [
+        way for way in sorted({*a, *b}) if a.get(way) != b.get(way) and (a.get(way), b.get(way)) not in _TIME_GOES_ON
+    ]
+    return [Difference(way, a.get(way), b.get(way)) for way in ways]
 
 
 class _Walk:
@@ -308,7 +314,8 @@ class _Walk:
             elif isinstance(value, list):
                 self._items(way, value)
             elif (kind, name) in _TIMES:
-                self.out[way] = "armed" if rec.interval or value > _SOON[kind] else "not armed, or over soon"  # type: ignore[attr-defined]
+                lasting = rec.interval or value > _SOON[kind]  # type: ignore[attr-defined]
+                self.out[way] = _ARMED if lasting else _OVER_SOON if value else _NOT_ARMED
             else:
                 self.out[way] = bytes(value) if isinstance(value, (bytes, memoryview)) else value
 
@@ -404,10 +411,12 @@ class _Walk:
 
 
 def _signals(pending: r.SigPending) -> Iterator[bytes]:
-    """Each siginfo_t but those of timers."""
+    """Each siginfo_t but those of timers. What is with a SIGSTOP nobody can see."""
     for at in range(0, len(pending.infos), _SIGINFO):
         signal, _, code = struct.unpack_from("<iii", pending.infos, at)
-        if code != _SI_TIMER and not (code == _SI_KERNEL and signal in _TIMER_SIGNALS):
+        if signal == _SIGSTOP:
+            yield b"SIGSTOP"
+        elif code != _SI_TIMER and not (code == _SI_KERNEL and signal in _TIMER_SIGNALS):
             yield pending.infos[at : at + _SIGINFO]
 
 

@@ -73,6 +73,30 @@ def test_a_field_that_is_not_the_same_is_found(index: int, kind: str, name: str)
     assert all(name in difference.where for difference in found)
 
 
+@pytest.mark.parametrize(
+    ("saved", "copied", "same"),
+    [
+        (60_000_000, 59_000_000, True),
+        (5_100_000, 4_900_000, True),
+        (4_000_000, 1_000_000, True),
+        (4_000_000, 0, True),
+        (0, 0, True),
+        (60_000_000, 0, False),
+        (0, 60_000_000, False),
+        (0, 4_000_000, False),
+    ],
+)
+def test_a_timer_may_have_less_left_in_the_copy_and_be_over_if_it_was_soon(saved: int, copied: int, same: bool) -> None:
+    def with_timer(left: int) -> Contents:
+        records = closed(body())
+        signal = next(record for record in records if isinstance(record, r.Signal))
+        signal.itimers[0] = r.Itimer(value=left, interval=0)
+        return contents(records)
+
+    found = differences(with_timer(saved), with_timer(copied))
+    assert [d.where.endswith("itimers 0.value") for d in found] == [True] * (not same)
+
+
 def test_a_page_that_is_not_the_same_is_found_and_one_that_was_sent_again_is_not() -> None:
     records = closed(body())
     at, pages = next((i, p) for i, p in enumerate(records) if isinstance(p, r.Pages) and p.data and p.objref == 3)
