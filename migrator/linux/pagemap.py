@@ -13,12 +13,14 @@ import functools
 import os
 import threading
 from array import array
+from collections.abc import Sequence
 from itertools import groupby
 
 IS_WPALLOWED, IS_WRITTEN, IS_FILE, IS_PRESENT, IS_SWAPPED, IS_PFNZERO, IS_HUGE, IS_SOFT_DIRTY = (
     1 << bit for bit in range(8)
 )
 IS_GUARD = 1 << 8  # MADV_GUARD_INSTALL; Linux 6.16
+_NOT_OWN = IS_FILE | IS_PFNZERO
 WP_MATCHING, CHECK_WPASYNC = 1, 2
 
 UFFDIO_API = 0xC018AA3F
@@ -77,6 +79,7 @@ def guards_known() -> int:
     return IS_GUARD
 
 
+Span = tuple[int, int]  # start, end
 Region = tuple[int, int, int]  # start, end, categories
 
 
@@ -113,12 +116,29 @@ class Scanner:
     def close(self) -> None:
         os.close(self.fd)
 
-    def pages(self, start: int, end: int) -> list[tuple[int, int]]:
+    def own(self, start: int, end: int) -> list[Span]:
+        """Where the process has pages of its own: not those of a file, and not memory that it has only read."""
+        there = IS_PRESENT | IS_SWAPPED
+        return self.own_of(self.scan(start, end, anyof=there, without=_NOT_OWN | guards_known(), returned=there))
+
+    def own_of(self, regions: Sequence[Region]) -> list[Span]:
+        """What of scanned regions are pages of the process's own, as far as the scan has told."""
+        out: list[Span] = []
+        for start, end, categories in regions:
+            if categories & (IS_GUARD | _NOT_OWN):
+                continue
+            if categories & IS_PRESENT:
+                out.append((start, end))
+            elif categories & IS_SWAPPED:
+                out += self.pages(start, end)
+        return out
+
+    def pages(self, start: int, end: int) -> list[Span]:
         """The parts of a range of IS_SWAPPED in which there are pages: swapped out, being moved by the kernel, or lost
         by a memory error. The rest was dropped, and has only its write protection left.
 
         Where the kernel hides which it is (without CAP_SYS_ADMIN), all of it."""
-        out: list[tuple[int, int]] = []
+        out: list[Span] = []
         while start < end:
             raw = os.pread(self.fd, min((end - start) // _PAGE, _ENTRIES) * 8, start // _PAGE * 8)
             if not raw:

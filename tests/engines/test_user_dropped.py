@@ -15,7 +15,6 @@ import pytest
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.stream import RecordReader
-from migrator.engine.user.dump.dirty_tracker import present
 from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.ranges import merge
 from migrator.errors import CheckpointFailed
@@ -177,7 +176,7 @@ def test_pages_that_the_kernel_moves_are_there(tmp_path: Path) -> None:
         while moved < 50:
             assert time.monotonic() < deadline, f"{moved} seen"
             moved += len(scanner.scan(start, start + size, mask=IS_SWAPPED, returned=IS_SWAPPED))
-            assert merge(present(scanner, start, start + size)) == [(start, start + size)]
+            assert merge(scanner.own(start, start + size)) == [(start, start + size)]
         scanner.close()
         run.go_on(0)
         assert run.program.wait(30) == 0, (tmp_path / "out").read_text()

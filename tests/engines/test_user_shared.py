@@ -128,6 +128,65 @@ def test_mappings_of_deleted_files_and_of_memfds_keep_what_is_in_them(
         moving.finish()
 
 
+EQUAL = r"""
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include "workload.h"
+#define PAGE 4096L
+
+int main(int argc, char **argv)
+{
+	int fd, page, status;
+	long tick;
+
+	wl_start(argc, argv);
+	fd = open(wl_beside(".mapped"), O_RDWR | O_CREAT | O_TRUNC, 0600);
+	CHECK(fd >= 0, "%m");
+	for (page = 0; page < 4; page++) {
+		char contents[PAGE];
+
+		memset(contents, 'f', PAGE);
+		TRY(write(fd, contents, PAGE) == PAGE ? 0 : -1);
+	}
+	volatile char *at = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	CHECK(at != MAP_FAILED, "%m");
+	at[0] = 'p';
+	pid_t child = fork();
+	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		at[PAGE] = 'c';
+		at[2 * PAGE] = 'f';		/* its own page, of the file's contents */
+		kill(getpid(), SIGSTOP);
+		CHECK(at[0] == 'p' && at[PAGE] == 'c' && at[2 * PAGE] == 'f', "own: %c%c%c", at[0], at[PAGE], at[2 * PAGE]);
+		CHECK(at[3 * PAGE] == 'F', "the file's: %c", at[3 * PAGE]);
+		_exit(23);
+	}
+	TRY(waitpid(child, &status, WUNTRACED));
+	wl_ready();
+	for (tick = 1; !wl_stopping; tick++) {
+		wl_line("tick %ld", tick);
+		wl_sleep_us(2000);
+	}
+	for (page = 0; page < 4; page++)
+		CHECK(pwrite(fd, "F", 1, page * PAGE) == 1, "%m");
+	CHECK(at[0] == 'p' && at[2 * PAGE] == 'F', "%c%c", at[0], at[2 * PAGE]);
+	TRY(kill(child, SIGCONT));
+	TRY(waitpid(child, &status, 0));
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 23, "the child: %#x", status);
+	wl_ok();
+}
+"""
+
+
+def test_a_page_of_its_own_that_is_like_its_file_does_not_change_with_it(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    with Program(hosts[0], EQUAL, tmp_path) as moving:
+        there_and_back(moving, hosts, 2)
+        moving.finish()
+
+
 FORKED = r"""
 #include <sys/mman.h>
 #include <sys/prctl.h>

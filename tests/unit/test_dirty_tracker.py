@@ -20,6 +20,7 @@ from migrator.linux.pagemap import (
     WP_MATCHING,
     NotRegistered,
     Region,
+    Scanner,
 )
 from migrator.linux.procfs import Vma
 
@@ -96,16 +97,16 @@ def test_of_a_stopped_process_gaps_are_swept_over_where_nothing_can_be() -> None
     assert starts(groups_of(vmas, (0, 0))) == [[0, 20, 40], [70], [9 << 20]]
 
 
-class Untracked:
+class Untracked(Scanner):
     """A kernel that tracks what was registered: as a scanner, and as the protection."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # of no process
         self.registered: list[Span] = []
 
     def register(self, start: int, end: int) -> None:
         self.registered = merge([*self.registered, (start, end)])
 
-    def scan(self, start: int, end: int, *, flags: int = 0, **_: object) -> list[object]:
+    def scan(self, start: int, end: int, *, flags: int = 0, **_: object) -> list[Region]:  # type: ignore[override]
         if flags & CHECK_WPASYNC and (missing := subtract([(start, end)], self.registered)):
             raise NotRegistered([], missing[0][0])
         return []

@@ -44,8 +44,7 @@ from migrator.linux.pagemap import (
 from migrator.linux.procfs import Vma
 
 _THERE = IS_PRESENT | IS_SWAPPED
-_ELSEWHERE = IS_FILE | IS_PFNZERO  # there, and not the process's own
-_RETURN = IS_WRITTEN | _THERE | _ELSEWHERE
+_RETURN = IS_WRITTEN | _THERE | IS_FILE | IS_PFNZERO
 _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 _BIG = 8 << 20  # bytes from which on a mapping is worth a scan of its own
 _LONG = 256 << 10  # bytes of a written stretch that is looked at before it is read
@@ -152,7 +151,7 @@ class WpAsyncTracker:
         self._join_cut()
         # What was there and is not any more was dropped. A page that comes and goes between the two scans
         # is written as well, and met again by the next sweep.
-        present = merge(s for g in groups for s in self._present_in(g[0].start, g[-1].end))
+        present = merge(s for g in groups for s in self._scanner.own(g[0].start, g[-1].end))
         if not self.first:
             mapped = merge((v.start, v.end) for group in groups for v in group)
             out.absent += intersect(subtract(self._present, present), mapped)
@@ -190,7 +189,7 @@ class WpAsyncTracker:
                 yield self._taken_whole(start, end)
             known = []
         if not known:
-            there = self._present_in(vma.start, vma.end)
+            there = self._scanner.own(vma.start, vma.end)
         return coarse(merge(there), _GAP)
 
     def _written(self, start: int, end: int) -> Sweep:
@@ -216,7 +215,7 @@ class WpAsyncTracker:
         """All that is in the private mappings of a stopped process that was never tracked."""
         mapped = merge((v.start, v.end) for v in vmas if _is_private(v))
         for window in windows(mapped, _WINDOW):
-            yield Sweep(merge(present(scanner, *window)))
+            yield Sweep(merge(scanner.own(*window)))
 
     def sweep_shared(self, vma: Vma) -> list[Span]:
         """Addresses of a shared mapping that were written through it since the last sweep."""
@@ -265,9 +264,6 @@ class WpAsyncTracker:
             returned=self._returned,
             flags=WP_MATCHING | CHECK_WPASYNC,
         )
-
-    def _present_in(self, start: int, end: int) -> list[Span]:
-        return present(self._scanner, start, end)
 
     def _taken_whole(self, start: int, end: int) -> Sweep:
         """Everything that is in a stretch of a mapping; the rest of it is to be dropped.
@@ -319,25 +315,7 @@ class WpAsyncTracker:
 
     def _contents(self, regions: Sequence[Region]) -> list[Span]:
         self.met_guards |= any(categories & IS_GUARD for _, _, categories in regions)
-        return _own(self._scanner, regions)
-
-
-def present(scanner: Scanner, start: int, end: int) -> list[Span]:
-    """Where a process has pages of its own."""
-    return _own(scanner, scanner.scan(start, end, anyof=_THERE, without=_ELSEWHERE | guards_known(), returned=_THERE))
-
-
-def _own(scanner: Scanner, regions: Sequence[Region]) -> list[Span]:
-    """What of scanned regions are pages of the process's own, as far as the scan has told."""
-    out: list[Span] = []
-    for start, end, categories in regions:
-        if categories & (IS_GUARD | _ELSEWHERE):
-            continue
-        if categories & IS_PRESENT:
-            out.append((start, end))
-        elif categories & IS_SWAPPED:
-            out += scanner.pages(start, end)
-    return out
+        return self._scanner.own_of(regions)
 
 
 def groups_of(vmas: Sequence[Vma], hidden: Span | None) -> list[list[Vma]]:

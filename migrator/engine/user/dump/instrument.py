@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from migrator.engine.spawn import SCRATCH_ADDRESS
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.parasite import PROBE, SCRATCH, Parasite
@@ -99,8 +100,15 @@ class Instrument:
 
     @staticmethod
     def _map_scratch(process: Process, remote: Remote) -> None:
+        """Where programs have nothing: a place that the kernel chooses is often one that was unmapped just now, and the
+        program would find it taken (mincore(2), MAP_FIXED_NOREPLACE)."""
         try:
-            remote.map_scratch(SCRATCH, reserved=PROBE)
+            try:
+                remote.map_scratch(SCRATCH, SCRATCH_ADDRESS, reserved=PROBE)
+            except RemoteError as error:
+                if error.errno not in (errno.EEXIST, errno.EPERM):  # it is taken, or below vm.mmap_min_addr
+                    raise
+                remote.map_scratch(SCRATCH, reserved=PROBE)
         except RemoteError as error:
             if error.errno == errno.EACCES:
                 raise CheckpointFailed(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump import guards
-from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered, present
+from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
@@ -100,7 +100,8 @@ class MemoryDump:
             except OSError:
                 alive = False
             # execve(2) came between: what was mapped a moment ago is not, or the new program has no vdso yet.
-            replaced = error.errno in (errno.EFAULT, errno.ENOENT)
+            # Or a thread closed the userfaultfd at once, as it closes whatever number there is.
+            replaced = error.errno in (errno.EFAULT, errno.ENOENT, errno.EBADF)
             if alive and not replaced and not isinstance(error, ProcessLookupError):
                 raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
 
@@ -175,7 +176,7 @@ class MemoryDump:
         still there cannot be had."""
         for turn in range(2):
             missed, self.sender.unreadable = merge(self.sender.unreadable), []
-            there = merge(page for start, end in missed for page in present(scanner, start, end))
+            there = merge(page for start, end in missed for page in scanner.own(start, end))
             if there and turn:
                 raise CheckpointFailed(
                     f"pid {process.pid}: the page at {there[0][0]:#x} cannot be read: whoever touches it gets SIGBUS "
@@ -186,5 +187,5 @@ class MemoryDump:
 
 
 def _has_mapping(maps: str, start: int) -> bool:
-    line = f"{start:x}-"
+    line = f"{start:08x}-"
     return maps.startswith(line) or f"\n{line}" in maps

@@ -357,17 +357,22 @@ class AddressSpace:
         return bool(self._inherited) and bool(intersect([(start, end)], self._inherited))
 
     def _write_differing(self, start: int, view: memoryview, writable: bool) -> None:
-        """Write the pages of a stretch of one mapping that are not what they should be."""
+        """Write the pages of a stretch of one mapping that are not what they should be: those too of which only the
+        file behind it has the same contents, as it may change."""
         self._mirror = self._mirror or memory.Buffer(_MIRROR)
+        of_files = any(v.objref and v.start <= start < v.end for v in self._items)
         for at in range(0, len(view), _MIRROR):
             part = view[at : at + _MIRROR]
             length = len(part)
             there = self._mirror.view[:length]
             self.stub.mem.read_into(there, start + at)
-            if there == part:
+            span = (start + at, start + at + length)
+            own = self.stub.own_pages(*span) if of_files else [span]
+            if there == part and own == [span]:
                 continue
             differ = [p for p in range(0, length, PAGE_SIZE) if there[p : p + PAGE_SIZE] != part[p : p + PAGE_SIZE]]
-            for a, b in merge((p, p + PAGE_SIZE) for p in differ):
+            others = [(a - start - at, b - start - at) for a, b in subtract([span], own)]
+            for a, b in merge([*((p, p + PAGE_SIZE) for p in differ), *others]):
                 if writable:
                     self._write_run([(start + at + a, b - a)], part[a:b], b - a)
                 else:

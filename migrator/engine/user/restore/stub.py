@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from migrator.engine.spawn import LOW_END, PARKING, SCRATCH_ADDRESS, SCRATCH_SIZE, STUB_ADDRESS
-from migrator.engine.user.ranges import merge, subtract
+from migrator.engine.user.ranges import Span, merge, subtract
 from migrator.engine.user.restore.piece import Piece
 from migrator.errors import RestartFailed
 from migrator.image.records import VmaFlag
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
+from migrator.linux.pagemap import Scanner
 from migrator.linux.remote import Call, Remote, RemoteError
 
 NR = arch.NR
@@ -53,6 +54,7 @@ class Stub:
     _socket: socket.socket | None = None
     _their_fd: int = -1
     _segments: arch.Regs | None = None
+    _scanner: Scanner | None = None
 
     def __post_init__(self) -> None:
         self.remote = Remote(self.pid)
@@ -273,9 +275,16 @@ class Stub:
             self._segments = arch.get_regs(self.pid)
         return self._segments
 
+    def own_pages(self, start: int, end: int) -> list[Span]:
+        """As Scanner.own(), sorted and merged."""
+        self._scanner = self._scanner or Scanner(self.pid)
+        return merge(self._scanner.own(start, end))
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+        if self._scanner is not None:
+            self._scanner.close()
         self.mem.close()
         os.close(self.pidfd)
 
