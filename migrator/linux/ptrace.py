@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import struct
+import sys
 from dataclasses import dataclass
 
 _libc = ctypes.PyDLL(None, use_errno=True)  # requests take about a microsecond: keep the GIL
@@ -142,15 +143,28 @@ def get_siginfo(tid: int) -> bytes:
     return ctypes.string_at(_buffer_address, SIGINFO_SIZE)
 
 
-def peek_siginfo(tid: int, *, shared: bool) -> bytes:
-    """All pending signals of the task's own queue, or of the one its process shares, as siginfo_t's."""
-    out = b""
-    while True:
-        args = _PeekArgs(len(out) // SIGINFO_SIZE, 1 if shared else 0, 32)
+def peek_siginfo(tid: int, *, shared: bool, most: int = sys.maxsize) -> bytes:
+    """The first `most` pending signals of the task's own queue, or of the one its process shares, as siginfo_t's.
+
+    The kernel walks the queue from its beginning in each call, and there may be tens of thousands."""
+    out: list[bytes] = []
+    found = 0
+    while found < most:
+        args = _PeekArgs(found, 1 if shared else 0, min(most - found, len(_buffer) // SIGINFO_SIZE))
         count = request(PEEKSIGINFO, tid, ctypes.addressof(args), _buffer_address, "peeksiginfo")
         if count <= 0:
-            return out
-        out += ctypes.string_at(_buffer_address, count * SIGINFO_SIZE)
+            break
+        out.append(ctypes.string_at(_buffer_address, count * SIGINFO_SIZE))
+        found += count
+        if count < args.nr:
+            break
+    return b"".join(out)
+
+
+def tgkill(pid: int, tid: int, signal: int) -> None:
+    if _libc.tgkill(pid, tid, signal):
+        error = ctypes.get_errno()
+        raise OSError(error, f"tgkill: {os.strerror(error)}", f"tid {tid}")
 
 
 def rseq_configuration(tid: int) -> RseqConfiguration:

@@ -39,6 +39,7 @@ _TABLE_SIZE = 16384
 BATCH_SIGNALS = (int(SIGWINCH), int(SIGURG), int(SIGCHLD))
 _MOST_CODE = 8 << 20
 _SIGSTOP = 19
+_FEW_SIGNALS = 64  # up to which they are looked at one by one
 _REST = [(0,) * (8 - length) for length in range(9)]
 
 Call = Sequence[int]
@@ -359,11 +360,19 @@ def waiting_signals(infos: bytes) -> set[int]:
     return {int(struct.unpack_from("<i", infos, at)[0]) for at in range(0, len(infos), ptrace.SIGINFO_SIZE)}
 
 
+def _waiting(tid: int, *, shared: bool) -> set[int]:
+    infos = ptrace.peek_siginfo(tid, shared=shared, most=_FEW_SIGNALS)
+    if len(infos) < _FEW_SIGNALS * ptrace.SIGINFO_SIZE:
+        return waiting_signals(infos)
+    mask = int(procfs.status(tid)["ShdPnd" if shared else "SigPnd"], 16)
+    return {signal for signal in range(1, 65) if mask >> (signal - 1) & 1}
+
+
 def free_signal(tids: Sequence[int]) -> int:
     """A signal that waits for none of these threads of a process, all of them stopped: a batch may end by it."""
-    waiting = waiting_signals(ptrace.peek_siginfo(tids[0], shared=True))
+    waiting = _waiting(tids[0], shared=True)
     for tid in tids:
-        waiting |= waiting_signals(ptrace.peek_siginfo(tid, shared=False))
+        waiting |= _waiting(tid, shared=False)
     for signal in BATCH_SIGNALS:
         if signal not in waiting:
             return signal

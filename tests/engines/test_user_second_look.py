@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 
 from migrator.engine.base import AfterCheckpoint, CheckpointFlags, DestinationOptions, RestartFlags
+from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.engine import UserEngine
 from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.restore.tasks import TaskRestore
 from migrator.errors import RestartFailed
-from migrator.linux import procfs
+from migrator.linux import procfs, ptrace
 from migrator.testing.workloads import Workload
 
 pytestmark = pytest.mark.root
@@ -101,5 +103,30 @@ def test_a_copy_ignores_no_signal_that_its_maker_ignores(tmp_path: Path) -> None
         pid = restart(saved(counter, tmp_path / "image"), verify=False)
         counter.adopt(pid)
         assert procfs.status(pid)["SigIgn"] == before
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["process", "thread"])
+def test_a_stop_that_comes_in_the_freeze_is_not_lost(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = UserSource.final
+
+    def stopped_meanwhile(self: UserSource, *args: Any) -> None:
+        os.kill(self.pid, signal.SIGSTOP) if whole else ptrace.tgkill(self.pid, self.pid, signal.SIGSTOP)
+        final(self, *args)
+
+    with Workload("counter", tmp_path) as counter:
+        counter.check_alive_and_progressing()
+        monkeypatch.setattr(UserSource, "final", stopped_meanwhile)
+        path = saved(counter, tmp_path / "image")
+        counter.adopt(pid := restart(path, verify=True))
+        deadline = time.monotonic() + 10
+        while procfs.stat(pid)[3] != "T":
+            assert time.monotonic() < deadline, procfs.stat(pid)[3]
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGCONT)
+        counter.check_alive_and_progressing()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -686,6 +686,42 @@ int main(int argc, char **argv)
 """
 
 
+MANY_QUEUED = r"""
+#include "workload.h"
+#define COUNT 10000
+
+int main(int argc, char **argv)
+{
+	struct timespec none = { 0, 0 };
+	siginfo_t info;
+	sigset_t set;
+	int i;
+
+	wl_start(argc, argv);
+	sigemptyset(&set);
+	sigaddset(&set, SIGRTMIN + 3);
+	TRY(sigprocmask(SIG_BLOCK, &set, NULL));
+	for (i = 0; i < COUNT; i++)
+		TRY(sigqueue(getpid(), SIGRTMIN + 3, (union sigval){ .sival_int = i }));
+	wl_ready();
+	for (long tick = 1; !wl_stopping; tick++) {
+		wl_line("tick %ld", tick);
+		wl_sleep_us(2000);
+	}
+	for (i = 0; i < COUNT; i++)
+		CHECK(sigtimedwait(&set, &info, &none) > 0 && info.si_value.sival_int == i, "signal %d", i);
+	CHECK(sigtimedwait(&set, &info, &none) < 0, "one too many");
+	wl_ok();
+}
+"""
+
+
+def test_thousands_of_queued_signals_keep_their_order(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    with Program(hosts[0], MANY_QUEUED, tmp_path) as moving:
+        there_and_back(moving, hosts, 2)
+        moving.finish()
+
+
 def test_queues_of_signals_of_a_thread_and_of_its_process_with_what_they_carry(
     hosts: tuple[PidHost, PidHost], tmp_path: Path
 ) -> None:

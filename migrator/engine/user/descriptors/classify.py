@@ -17,6 +17,7 @@ from migrator.linux import ipc, mqueue
 from migrator.linux.stat import Status
 
 DELETED = " (deleted)"
+_INSIDE = ("/secretmem", "/SYSV", "/anon_hugepage")  # files of the kernel's own
 _MEMFD = "/memfd:"
 
 _ANON = {
@@ -149,7 +150,7 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
             if status.st_blksize > _HUGE:
                 raise Obstacle(f"{link} is memory of huge pages, which cannot be carried")
             return Classification(FileKind.MEMFD, link[len(_MEMFD) : -len(DELETED)])
-        if link.startswith(("/secretmem", "/SYSV", "/anon_hugepage")):
+        if link.startswith(_INSIDE):
             raise Obstacle(f"{link} is memory that cannot be carried")
         return Classification(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
     return Classification(FileKind.REGULAR, _path(link, status, root))
@@ -203,6 +204,8 @@ def _path(link: str, status: FileStatus, root: Root) -> str:
     if there is None or (there.st_ino, there.st_dev) != (status.st_ino, status.st_dev):
         if link.endswith(DELETED) and stat.S_ISDIR(status.st_mode):
             raise Obstacle(f"{link} is a directory that was removed, which cannot be opened again")
+        if link.startswith(_INSIDE):
+            raise Obstacle(f"{link} is memory that cannot be carried")
         if link.endswith(DELETED):
             raise Obstacle(f"{link}: its name was removed, but it has others")
         raise Obstacle(f"{link} is not what its path leads to: on another mount, or replaced")

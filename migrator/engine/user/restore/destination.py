@@ -142,6 +142,7 @@ class UserDestination(UnfinishedCopy):
             self._tasks.passed = max(0, passed)
             stubs = list(self._stub_tree.stubs.values())
             self._tasks.finish(stubs)
+            self._tasks.stops(stubs)
         if self._saved is not None:
             with self._phases.step("second look"):
                 self._verify(self._saved)

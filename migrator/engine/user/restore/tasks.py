@@ -42,6 +42,7 @@ _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _ITIMER_REAL = 0
 DELETED = " (deleted)"  # behind what /proc shows of a path that is gone
 _DEFAULT_SLACK = 50_000
+_SIGNALS_AT_ONCE = 1024
 _ENDINGS = (int(SIGURG), *(n for n in range(64, 0, -1) if n not in (SIGKILL, SIGSTOP)))  # of a batch
 
 
@@ -374,18 +375,35 @@ class TaskRestore:
             finally:
                 stub.remote.tid = stub.pid
 
+    def stops(self, stubs: Sequence[Stub]) -> None:
+        """Send each SIGSTOP that waited: no mask holds it back, so it waits only as long as nothing runs any more."""
+        for stub in stubs:
+            for thread in stub.threads.values():
+                for rec in self.tasks[thread.vtid].pending:
+                    if SIGSTOP not in waiting_signals(rec.infos):
+                        continue
+                    if rec.shared:
+                        os.kill(stub.pid, SIGSTOP)
+                    else:
+                        ptrace.tgkill(stub.pid, thread.tid, SIGSTOP)
+
     @staticmethod
     def _queue(stub: Stub, thread: StubThread, rec: SigPending) -> None:
-        base = stub.remote.data
-        for at in range(0, len(rec.infos) - 127, 128):
-            info = rec.infos[at : at + 128]
-            (signo,) = struct.unpack_from("<i", info)
-            stub.put(info)
-            if rec.shared:
-                call: Call = (NR["rt_sigqueueinfo"], stub.vpid, signo, base)
-            else:
-                call = (NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base)
-            stub.checked([call], f"pending signal {signo}")
+        infos = rec.infos[: len(rec.infos) - len(rec.infos) % ptrace.SIGINFO_SIZE]
+        for start in range(0, len(infos), _SIGNALS_AT_ONCE * ptrace.SIGINFO_SIZE):
+            part = infos[start : start + _SIGNALS_AT_ONCE * ptrace.SIGINFO_SIZE]
+            base = stub.put(part)
+            calls: list[Call] = []
+            for at in range(0, len(part), ptrace.SIGINFO_SIZE):
+                (signo,) = struct.unpack_from("<i", part, at)
+                if signo == SIGSTOP:
+                    continue
+                if rec.shared:
+                    calls.append((NR["rt_sigqueueinfo"], stub.vpid, signo, base + at))
+                else:
+                    calls.append((NR["rt_tgsigqueueinfo"], stub.vpid, thread.vtid, signo, base + at))
+            if calls:
+                stub.checked(calls, "pending signals")
 
     def check(self, stubs: Sequence[Stub]) -> None:
         """Set what of the processor's state might be refused: the extended state of every thread."""
