@@ -47,6 +47,18 @@ __attribute__((unused)) static long clone_(unsigned long flags)
 	return TRY(syscall(SYS_clone, flags, NULL, NULL, NULL, NULL));
 }
 static volatile int built;
+__attribute__((unused)) static int told[2];
+#define CHILD(does)						\
+	do {							\
+		char done;					\
+		TRY(pipe(told));				\
+		if (!fork()) {					\
+			does;					\
+			CHECK(write(told[1], "x", 1) == 1, "%m"); \
+			rest();					\
+		}						\
+		CHECK(read(told[0], &done, 1) == 1, "%m");	\
+	} while (0)
 """
 MAIN = r"""
 int main(int argc, char **argv)
@@ -93,8 +105,7 @@ STATES = {
     "is in mnt namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWNS));",
     "is in uts, cgroup namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUTS | CLONE_NEWCGROUP));",
     "is in user namespaces of its own": MAIN + "TRY(unshare(CLONE_NEWUSER));",
-    "is in another net namespace than the root task": MAIN
-    + "if (!fork()) { TRY(unshare(CLONE_NEWNET)); rest(); } usleep(30000);",
+    "is in another net namespace than the root task": MAIN + "CHILD(TRY(unshare(CLONE_NEWNET)));",
     "is in another ipc namespace than its process": in_thread("TRY(unshare(CLONE_NEWIPC));"),
     "its children will be in another time namespace": MAIN + "TRY(unshare(0x80));",
     "its children will be in another pid namespace": MAIN + "TRY(unshare(CLONE_NEWPID));",
@@ -105,7 +116,7 @@ STATES = {
     + "TRY(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 3)); if (!clone_(CLONE_IO | SIGCHLD)) rest();",
     "by signal 10 and not SIGCHLD (clone(2))": MAIN + "signal(SIGUSR1, SIG_IGN); if (!clone_(SIGUSR1)) rest();",
     "its main thread has ended while others run": in_thread("") + "wl_ready(); syscall(SYS_exit, 0);",
-    "is traced by": MAIN + "if (!fork()) { TRY(ptrace(PTRACE_TRACEME, 0, 0, 0)); rest(); } usleep(30000);",
+    "is traced by": MAIN + "CHILD(TRY(ptrace(PTRACE_TRACEME, 0, 0, 0)));",
     "runs under seccomp": in_thread(
         "struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);"
         "struct sock_fprog program = { 1, &allow };"
@@ -169,7 +180,7 @@ STATES = {
     + MAIN
     + "int ends[2], epoll = TRY(epoll_create1(0)); struct epoll_event event = { .events = EPOLLIN };"
     + "TRY(pipe(ends)); TRY(epoll_ctl(epoll, EPOLL_CTL_ADD, ends[0], &event));"
-    + "if (!fork()) { close(epoll); rest(); } usleep(30000); close(ends[0]); close(ends[1]);",
+    + "CHILD(close(epoll)); close(ends[0]); close(ends[1]);",
     "connected one way to one without a name": "#include <sys/socket.h>\n"
     + MAIN
     + "int pair[2]; struct sockaddr none = { .sa_family = AF_UNSPEC };"
