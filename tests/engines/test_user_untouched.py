@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from migrator.engine.base import SourceOptions
+from migrator.engine.spawn import LOW_END
 from migrator.engine.user.dump.source import UserSource
 from migrator.errors import CheckpointFailed, MigratorError
 from migrator.linux import cgroup, procfs, ptrace
 from migrator.linux import x86_64 as arch
-from migrator.testing.workloads import Workload
+from migrator.testing.workloads import Workload, descendants
 
 pytestmark = pytest.mark.root
 
@@ -115,8 +116,8 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
     chance = random.Random(name)
     group = f"untouched-{os.getpid()}"
 
-    def save() -> None:
-        options = SourceOptions(cgroup_name=group)
+    def save(name: str = group) -> None:
+        options = SourceOptions(cgroup_name=name)
         with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), options) as source:
             for stage in STAGES:
                 getattr(source, stage)()
@@ -137,6 +138,10 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
                 with cgroup.Cgroup.at(folder) as left:
                     left.thaw()
             working.check_alive_and_progressing(ticks=1)
+        save(f"{group}-last")  # one that is not killed takes out what others have left
+        assert [
+            v for pid in [working.pid, *descendants(working.pid)] for v in procfs.maps(pid) if v.start < LOW_END
+        ] == []
         working.finish()
         for left_over in cgroup.hierarchy().mountpoint.glob(f"{cgroup.PARENT}/{group}"):
             with cgroup.Cgroup.at(left_over) as left:

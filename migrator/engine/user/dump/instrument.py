@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from migrator.engine.spawn import SCRATCH_ADDRESS
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
-from migrator.engine.user.dump.parasite import PROBE, SCRATCH, Parasite
+from migrator.engine.user.dump.parasite import PROBE, SCRATCH, SCRATCH_SPAN, Parasite, is_left_over
 from migrator.engine.user.dump.process import Process, Thread, vtid_of
 from migrator.engine.user.dump.process_tree import dispatches_syscalls
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
@@ -103,6 +103,8 @@ class Instrument:
         """Where programs have nothing: a place that the kernel chooses is often one that was unmapped just now, and the
         program would find it taken (mincore(2), MAP_FIXED_NOREPLACE)."""
         try:
+            if is_left_over(process.pid, *SCRATCH_SPAN):
+                remote.call(arch.NR["munmap"], SCRATCH_ADDRESS, SCRATCH)
             try:
                 remote.map_scratch(SCRATCH, SCRATCH_ADDRESS, reserved=PROBE)
             except RemoteError as error:

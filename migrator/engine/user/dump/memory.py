@@ -11,7 +11,7 @@ from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker, gathered
 from migrator.engine.user.dump.instrument import Instrument
 from migrator.engine.user.dump.mappings import LayoutDump
 from migrator.engine.user.dump.pages import CHUNK, PageSender
-from migrator.engine.user.dump.parasite import SCRATCH
+from migrator.engine.user.dump.parasite import SCRATCH, is_left_over
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.shm import SharedMemory
@@ -77,7 +77,8 @@ class MemoryDump:
             process.maps = text
             scratch = remote.scratch if remote is not None else 0
             ours = range(scratch, scratch + SCRATCH) if scratch else ()
-            process.vmas = [v for v in procfs.parse_maps(text, process.lines) if v.start not in ours]
+            vmas = procfs.parse_maps(text, process.lines)
+            process.vmas = [v for v in vmas if v.start not in ours and not is_left_over(process.pid, v.start, v.end)]
 
     def instrument(self, process: Process) -> None:
         """Instrument a process. One that ends, becomes another program or is in its parent's memory is left for a

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from migrator.engine.spawn import SCRATCH_ADDRESS
 from migrator.image.records import PosixTimer
 from migrator.linux import memory
 from migrator.linux import x86_64 as arch
@@ -28,6 +29,7 @@ from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, 
 from migrator.linux.threads import Run, run_all, set_all
 
 SCRATCH = 256 << 10  # room for tables, results and the contexts of one group of threads
+SCRATCH_SPAN = (SCRATCH_ADDRESS, SCRATCH_ADDRESS + SCRATCH)  # where it is, if that is free
 PROBE = 4096  # the end of it: a page that is mapped anew to see how memory is that is mapped from now on
 
 NSIG = 64
@@ -69,6 +71,16 @@ class Stopped(Protocol):
     regs: arch.Regs | None
     xstate: bytes
     mask: int
+
+
+def is_left_over(pid: int, start: int, end: int) -> bool:
+    """Whether a mapping is of the scratch area of one of us that was killed before it could take it out."""
+    if start < SCRATCH_SPAN[0] or end > SCRATCH_SPAN[1]:
+        return False
+    try:
+        return memory.read(pid, SCRATCH_ADDRESS, len(arch.BATCH_CODE)) == arch.BATCH_CODE
+    except OSError:
+        return False
 
 
 @dataclass(slots=True)

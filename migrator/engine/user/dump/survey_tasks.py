@@ -9,6 +9,7 @@ import signal
 from collections.abc import Collection, Iterator
 
 from migrator.engine.user.dump.mappings import obstacle
+from migrator.engine.user.dump.parasite import is_left_over
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.linux import procfs, sys
@@ -188,5 +189,5 @@ def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
         reason = obstacle(pid, vma, flags.get(vma.start, frozenset()), devices)
         if reason:
             yield f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried"
-        if vma.start < 0x400000 and vma.path != "[vsyscall]":
+        if vma.start < 0x400000 and vma.path != "[vsyscall]" and not is_left_over(pid, vma.start, vma.end):
             yield f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)"
