@@ -251,6 +251,14 @@ class Cgroup:
         return sorted({int(word) for word in (self.path / "cgroup.procs").read_text().split()} - {0})
 
     @property
+    def has_nested(self) -> bool:
+        """Whether there are cgroups below it, or may be: version 1 does not tell."""
+        try:
+            return "nr_descendants 0\n" not in (self.path / "cgroup.stat").read_text()
+        except FileNotFoundError:
+            return True
+
+    @property
     def frozen(self) -> bool:
         """Whether every task in the cgroup has come to rest. False while freezing is under way."""
         if self.hierarchy.version == 2:

@@ -65,12 +65,6 @@ def revive(pids: Iterable[int]) -> int:
     return sum(_for_each_connection(pids, _revive))
 
 
-def mute(pids: Iterable[int]) -> int:
-    """Bring every connection of these tasks, which must be frozen, under repair, so that their end is not heard of;
-    returns how many. `revive()` undoes it."""
-    return sum(_for_each_connection(pids, _mute))
-
-
 def _for_each_connection(pids: Iterable[int], act: Callable[[socket.socket], bool]) -> Iterator[bool]:
     seen: set[tuple[int, int]] = set()
     for pid in pids:
@@ -95,13 +89,4 @@ def _revive(sock: socket.socket) -> bool:
         return False
     leave(sock, probe=True)
     push(sock)
-    return True
-
-
-def _mute(sock: socket.socket) -> bool:
-    if sock.getsockopt(_TCP, TCP_REPAIR):
-        return False
-    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-    repair(sock)  # an error for one that is neither connected nor closed: it has nobody to tell
-    reuse_address(sock, reuse)
     return True

@@ -89,6 +89,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpoint]:
     def play(*plan: Exception | bytes) -> Checkpoint:
         made = Checkpoint(*plan)
         monkeypatch.setattr(calls, "checkpoint", made)
+        monkeypatch.setattr(calls, "mute", lambda _pid, _flags: 0)
         return made
 
     return play

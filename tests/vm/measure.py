@@ -7,6 +7,7 @@ Prints one line of JSON for each repetition, in seconds:
     checkpoint   the whole of a checkpoint without pre-copy, the tasks killed in the end
     freeze       how long the tasks stand still on the source where two rounds of pre-copy went before
     restart      from the image to running tasks
+    steps        of the freeze, by name
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def cold(engine: Engine, name: str, folder: Path) -> float:
         return time.monotonic() - began
 
 
-def live(engine: Engine, name: str, folder: Path) -> tuple[float, float]:
-    """(seconds of standing still, after two rounds where the engine has any; seconds of the restart)."""
+def live(engine: Engine, name: str, folder: Path) -> tuple[float, float, dict[str, float]]:
+    """(seconds of standing still, after two rounds where the engine has any; seconds of the restart; seconds of the
+    steps while it stands still, by name)."""
     with running(name, folder) as pid, (folder / "image").open("w+b") as image:
         with engine.source(pid, image.fileno(), SourceOptions()) as source:
             source.survey()
@@ -99,11 +101,13 @@ def live(engine: Engine, name: str, folder: Path) -> tuple[float, float]:
                 source.round()
             source.seize()
             source.quiesce(0.1)
+            before = len(source.phases)
             began = time.monotonic()
             source.freeze()
             source.final()
             source.hold()
             freeze = time.monotonic() - began
+            steps = {phase.name: (phase.end - phase.start) / 1e9 for phase in source.phases[before:]}
             source.release()
         await_gone(pid)
         image.seek(0)
@@ -111,7 +115,7 @@ def live(engine: Engine, name: str, folder: Path) -> tuple[float, float]:
         root = engine.restart(image.fileno(), RestartFlags(0), options=DestinationOptions())
         restart = time.monotonic() - began
         end(root)
-        return freeze, restart
+        return freeze, restart, steps
 
 
 def await_gone(pid: int) -> None:
@@ -143,8 +147,8 @@ def main() -> None:
             (Path(folder) / "cold").mkdir()
             (Path(folder) / "live").mkdir()
             checkpoint = cold(engine, name, Path(folder) / "cold")
-            freeze, restart = live(engine, name, Path(folder) / "live")
-        print(json.dumps({"checkpoint": checkpoint, "freeze": freeze, "restart": restart}), flush=True)
+            freeze, restart, steps = live(engine, name, Path(folder) / "live")
+        print(json.dumps({"checkpoint": checkpoint, "freeze": freeze, "restart": restart, "steps": steps}), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,7 @@ def kill(guest: Machine, pid: int) -> None:
 def mute(guest: Machine, pid: int) -> int:
     """Let the connections of a saved tree end unheard of, as a migration does: otherwise one end would wait for an
     answer of the other's, and the copy could not have its address. How many there were."""
-    return int(
-        guest.python(
-            "from pathlib import Path; from migrator.linux import repair\n"
-            f"pids = Path('/sys/fs/cgroup/saved-{pid}/cgroup.procs').read_text().split()\n"
-            "print(repair.mute(map(int, pids)))"
-        )
-    )
+    return int(guest.python(f"from migrator.engine.kernel import calls; print(calls.mute({pid}, calls.SUBTREE))"))
 
 
 @contextmanager

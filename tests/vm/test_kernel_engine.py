@@ -7,6 +7,39 @@ import pytest
 from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program
 
+# A child waits for a semaphore until the program finds /tmp/go-on; EINTR would be told.
+SYSTEM_V = """
+import ctypes, os, struct, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+out = open(sys.argv[1], "w", buffering=1)
+def semop(change):
+    ended = libc.semop(sem, struct.pack("Hhh", 0, change, 0), 1)
+    print("semop", change, ended and os.strerror(ctypes.get_errno()), file=out)
+sem, queue = libc.semget(0x77, 1, 0o1600), libc.msgget(0x77, 0o1600)
+memory = libc.shmat(libc.shmget(0x77, 8192, 0o1600), None, 0)
+ctypes.memmove(memory, b"segment", 8)
+libc.msgsnd(queue, struct.pack("q8s", 5, b"message"), 8, 0)
+if not os.fork():
+    semop(-1)
+    os._exit(0)
+print("ready", file=out)
+while not os.path.exists("/tmp/go-on"):
+    time.sleep(0.05)
+semop(1)
+os.wait()
+text = ctypes.create_string_buffer(16)
+print(libc.msgrcv(queue, text, 8, 0, 0), text.raw[8:15], ctypes.string_at(memory), file=out)
+time.sleep(1000)
+"""
+# Has a descriptor of another process, until it is killed.
+HOLDS = """
+import os, sys, time
+from migrator.linux.sys import pidfd_getfd
+fd = pidfd_getfd(os.pidfd_open(int(sys.argv[1])), int(sys.argv[2]))
+open("/tmp/holds", "w").close()
+time.sleep(1000)
+"""
 LONG = 240.0  # seconds that a command may take where guests share a processor with much else
 
 
@@ -49,3 +82,28 @@ def test_a_link_that_a_user_has_planted_is_refused(guest: Machine) -> None:
     guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
     assert guest.run(f"readlink /proc/{pid}/fd/1").stdout == "/tmp/planted/home/deep/other\n"
     guest.run(f"kill {pid} && while [ -e /proc/{pid} ]; do sleep 0.1; done; rm -r /tmp/planted")
+
+
+def test_system_v_objects_of_a_container_go_along_and_a_wait_for_one_goes_on(guest: Machine) -> None:
+    guest.put("/tmp/sysv.py", SYSTEM_V.encode())
+    guest.run("migrator run -d --name sysv -- $PYTHON /tmp/sysv.py /tmp/sysv.out", seconds=LONG)
+    guest.run("until grep -q ready /tmp/sysv.out; do sleep 0.05; done", seconds=LONG)
+    guest.run("migrator checkpoint sysv --engine kernel --kill -o /tmp/image", seconds=LONG)
+    guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+    guest.run("touch /tmp/go-on; until grep -q segment /tmp/sysv.out; do sleep 0.05; done", seconds=LONG)
+    lines = guest.run("cat /tmp/sysv.out").stdout.splitlines()
+    assert sorted(lines) == sorted(["ready", "semop 1 0", "semop -1 0", "8 b'message' b'segment'"])
+    guest.run("migrator stop sysv; rm /tmp/go-on", seconds=LONG)
+
+
+def test_what_a_container_shares_with_the_outside_is_refused(guest: Machine) -> None:
+    guest.put("/tmp/holds.py", HOLDS.encode())
+    guest.run("migrator run -d --name shares -- sleep 1000", seconds=LONG)
+    pid = int(guest.run("pgrep -x sleep | tail -n 1").stdout)
+    holder = guest.spawn(f"$PYTHON /tmp/holds.py {pid} 1")
+    guest.run("until [ -e /tmp/holds ]; do sleep 0.05; done")
+    with pytest.raises(CommandFailed, match=r"exit status 3[^$]*descriptor 1: an open file that somebody outside"):
+        guest.run("migrator checkpoint shares --engine kernel --kill -o /tmp/image", seconds=LONG)
+    guest.run(f"kill -KILL {holder}; while [ -e /proc/{holder} ]; do sleep 0.1; done")
+    guest.run("migrator checkpoint shares --engine kernel --kill -o /tmp/image", seconds=LONG)
+    guest.run("migrator restart --engine kernel --detach -i /tmp/image && migrator stop shares", seconds=LONG)

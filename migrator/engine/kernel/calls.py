@@ -13,7 +13,7 @@ from migrator.errors import CheckpointFailed, ImageError, MigratorError, Restart
 from migrator.linux import procfs, sys
 
 NR_CHECKPOINT, NR_RESTART = 548, 549
-SUBTREE, ROUND, LAST = 0x1, 0x4, 0x8  # of checkpoint()
+SUBTREE, ROUND, LAST, MUTE = 0x1, 0x4, 0x8, 0x10  # of checkpoint()
 FROZEN = 0x2  # of restart(): migrator.linux.x86_64 has it in code
 _UNKNOWN = 1 << 30  # a flag that neither call has
 
@@ -50,9 +50,22 @@ def checkpoint(pid: int, fd: int, flags: int) -> int:
         number = error.errno or 0
         if number in _STREAM:
             raise OSError(number, os.strerror(number)) from None
-        cause = last_error("thread-self") or str(error)
-        kind = NotNow if number == errno.EAGAIN else CheckpointFailed
-        raise kind(cause, hint=_HINTS.get(number, "")) from error
+        raise _checkpoint_failed(error) from error
+
+
+def mute(pid: int, flags: int) -> int:
+    """Bring the connections of TCP of a frozen tree under repair, so that their end is not heard of; how many there
+    were. `repair.revive()` undoes it. Raises CheckpointFailed."""
+    try:
+        return sys.call(NR_CHECKPOINT, pid, -1, flags | MUTE, name="checkpoint", about=f"pid {pid}")
+    except OSError as error:
+        raise _checkpoint_failed(error) from error
+
+
+def _checkpoint_failed(error: OSError) -> CheckpointFailed:
+    number = error.errno or 0
+    kind = NotNow if number == errno.EAGAIN else CheckpointFailed
+    return kind(last_error("thread-self") or str(error), hint=_HINTS.get(number, ""))
 
 
 def restart_failed(number: int, cause: str) -> MigratorError:
@@ -82,6 +95,8 @@ def probe() -> list[Capability]:
         # no descriptor: the flag is looked at first
         found.append(_answers("restart() into a frozen cgroup", NR_RESTART, FROZEN, errno.EBADF))
         found.append(_answers("checkpoint() of memory ahead", NR_CHECKPOINT, ROUND, errno.EBADF))
+        # no process has pid 0
+        found.append(_answers("checkpoint() that mutes connections", NR_CHECKPOINT, MUTE, errno.ESRCH))
     return found
 
 

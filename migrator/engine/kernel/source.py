@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -44,7 +44,7 @@ class KernelSource:
         self._phases = Phases()
         self._pids = procfs.descendants(pid)
         self._apart: set[int] = set()
-        self._prepared = self._frozen = self._held = self._done = self._ended = False
+        self._prepared = self._frozen = self._muted = self._held = self._done = self._ended = False
         # The kernel keeps what rounds have begun with the thread that called it, and drops it with that thread.
         self._thread: ThreadPoolExecutor | None = None
         self._passage = self._new_passage()
@@ -130,7 +130,8 @@ class KernelSource:
 
     @property
     def _flags(self) -> int:
-        return calls.SUBTREE if self.options.subtree else 0
+        # of a whole container the kernel looks for what it shares with the outside
+        return calls.SUBTREE if self.options.subtree and not self.options.container else 0
 
     def instrument(self, reader: str = "") -> None:
         """Put the tree into the cgroup that will hold it. Nothing is written: the kernel begins with the header, in the
@@ -207,7 +208,15 @@ class KernelSource:
             self._cgroup.freeze()
         except CgroupError as error:
             raise CheckpointFailed(error.message, hint=error.hint) from error
-        self._pids = self._list_pids()
+        if self._cgroup.has_nested:
+            self._pids = self._list_pids()
+            return
+        # All that live are in it: one file is read in the place of one for each thread. A zombie that is new is in no
+        # list, and one that is gone in none any more, as another process may have its pid.
+        living = self._cgroup.pids()
+        inside, known = set(living), set(self._pids)
+        self._pids = [pid for pid in self._pids if pid in inside or _is_child(pid, known)]
+        self._pids += [pid for pid in living if pid not in known]
 
     def final(self, silence: Callable[[], None] | None = None) -> None:
         """Have the kernel write all of it. The tasks stay frozen."""
@@ -222,7 +231,6 @@ class KernelSource:
             else:
                 self._ended = True  # also where it fails: it writes the cause itself
                 self._call(self._fd, flags).result()
-            self._drop()
 
     def _new_passage(self) -> Passage:
         """The kernel knows nothing of what stands around a container: its record is put in on the way."""
@@ -279,7 +287,8 @@ class KernelSource:
         """They are frozen by their cgroup already. Their connections get silent, as whoever ends the tasks from here
         on may not be us."""
         with self._phases.step("hold"):
-            repair.mute(self._pids)
+            self._muted = True  # some of them, where it fails
+            calls.mute(self.pid, self._flags)
             self._held = True
 
     def leave_stopped(self) -> None:
@@ -313,7 +322,7 @@ class KernelSource:
         self._done = True
         self._drop()
         if self._frozen:
-            if self._held:
+            if self._muted:
                 repair.revive(self._pids)
             self._cgroup.thaw()
         self._adoption.move_back()
@@ -348,6 +357,13 @@ class KernelSource:
                 hint="run migrator from another session, or with --engine user",
             )
         return pids
+
+
+def _is_child(pid: int, of: Collection[int]) -> bool:
+    try:
+        return int(procfs.stat(pid)[4]) in of
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager

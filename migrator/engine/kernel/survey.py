@@ -73,7 +73,8 @@ def obstacles(root: int, pids: Sequence[int], options: SourceOptions) -> Iterato
     for pid in pids:
         if pid not in below:
             yield f"pid {pid} came into the container from outside (migrator exec), and is no descendant of its init"
-    for what in ipc.with_ipc_namespace(root, _ipc_objects):
+    # objects of System V the calls carry, or name what of them they do not
+    for what in ipc.with_ipc_namespace(root, _queues):
         yield f"container {options.container}: {what} is not carried by the kernel engine"
     for mount in options.tmpfs:
         try:
@@ -85,13 +86,8 @@ def obstacles(root: int, pids: Sequence[int], options: SourceOptions) -> Iterato
             yield f"container {options.container}: {name}, on a tmpfs of its own, is not carried by the kernel engine"
 
 
-def _ipc_objects() -> list[str]:
-    # The calls carry those of System V. But in their copies a wait in semop(2) ends with EINTR, which programs that
-    # have semaphores seldom expect; the user engine makes it again.
-    found = [f"System V segment {one.id}" for one in ipc.segments()]
-    found += [f"System V semaphore set {one.id}" for one in ipc.semaphores()]
-    found += [f"System V message queue {one.id}" for one in ipc.queues()]
-    return found + [f"the POSIX message queue /{name}" for name in mqueue.names()]
+def _queues() -> list[str]:
+    return [f"the POSIX message queue /{name}" for name in mqueue.names()]
 
 
 def _connections(pids: Sequence[int]) -> Iterator[str]:
