@@ -40,6 +40,48 @@ fd = pidfd_getfd(os.pidfd_open(int(sys.argv[1])), int(sys.argv[2]))
 open("/tmp/holds", "w").close()
 time.sleep(1000)
 """
+# Has a file and both ends of a connection until it finds /tmp/closes.
+CLOSES = """
+import os, socket, sys, time
+out = open(sys.argv[1], "w", buffering=1)
+file = open("/tmp/closed", "w")
+listener = socket.create_server(("127.0.0.1", 0))
+ends = [socket.create_connection(listener.getsockname()), listener.accept()[0]]
+print("ready", file=out)
+while not os.path.exists("/tmp/closes"):
+    time.sleep(0.05)
+ends[0].close(), ends[1].close(), listener.close(), file.close(), os.unlink("/tmp/closed")
+while True:
+    print("closed", file=out)
+    time.sleep(0.05)
+"""
+# The user engine sends it ahead, as for a reader of its own, and saves it when all that is closed.
+SAVES = """
+import os, sys, time
+from migrator.engine.base import SourceOptions
+from migrator.engine.user.dump.source import UserSource
+with open("/tmp/image", "w+b") as image, UserSource(int(sys.argv[1]), image.fileno(), SourceOptions()) as source:
+    source.survey()
+    source.instrument("user")
+    source.round()
+    open("/tmp/closes", "w").close()
+    while "closed" not in open(sys.argv[2]).read():
+        time.sleep(0.05)
+    source.round()
+    source.freeze()
+    source.final()
+    source.hold()
+    source.release()
+"""
+RECORDS = """
+from migrator.engine.stream import RecordReader
+with open("/tmp/image", "rb") as image:
+    reader, name = RecordReader(image.fileno()), ""
+    while name != "Trailer":
+        record = reader.next()
+        name = type(record).__name__
+        print(record.path if name == "File" else name)
+"""
 LONG = 240.0  # seconds that a command may take where guests share a processor with much else
 
 
@@ -107,3 +149,17 @@ def test_what_a_container_shares_with_the_outside_is_refused(guest: Machine) -> 
     guest.run(f"kill -KILL {holder}; while [ -e /proc/{holder} ]; do sleep 0.1; done")
     guest.run("migrator checkpoint shares --engine kernel --kill -o /tmp/image", seconds=LONG)
     guest.run("migrator restart --engine kernel --detach -i /tmp/image && migrator stop shares", seconds=LONG)
+
+
+def test_what_the_user_engine_has_sent_ahead_and_is_closed_by_the_end_is_done_without(guest: Machine) -> None:
+    guest.put("/tmp/closes.py", CLOSES.encode())
+    guest.put("/tmp/saves.py", SAVES.encode())
+    pid = guest.spawn("$PYTHON /tmp/closes.py /tmp/closes.out < /dev/null")
+    guest.run("until [ -s /tmp/closes.out ]; do sleep 0.05; done")
+    guest.run(f"$PYTHON /tmp/saves.py {pid} /tmp/closes.out", seconds=LONG)
+    sent = guest.python(RECORDS).splitlines()
+    assert "/tmp/closed" in sent, "it was sent ahead"
+    assert ("Socket" in sent, "SocketTcp" in sent) == (True, False), "and so was the connection, without its end"
+    guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+    lines = int(guest.run("wc -l < /tmp/closes.out").stdout)
+    guest.run(f"until [ $(wc -l < /tmp/closes.out) -gt {lines + 3} ]; do sleep 0.05; done; kill -KILL {pid}")
