@@ -106,9 +106,11 @@ class Counting:
         """By host: the pids of its tasks there, with their states."""
         found = {}
         for host in (self.stage.a, self.stage.b):
-            group = self._group(host)
-            pids = group.pids() if group is not None else []
-            found[host.label] = [(pid, procfs.stat(pid)[3]) for pid in pids]
+            found[host.label] = []
+            with contextlib.suppress(OSError):  # a copy that is discarded just now
+                group = self._group(host)
+                pids = group.pids() if group is not None else []
+                found[host.label] = [(pid, procfs.stat(pid)[3]) for pid in pids]
         return found
 
     def _group(self, host: Host) -> cgroup.Cgroup | None:
