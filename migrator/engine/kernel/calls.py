@@ -64,7 +64,8 @@ def mute(pid: int, flags: int) -> int:
 
 def _checkpoint_failed(error: OSError) -> CheckpointFailed:
     number = error.errno or 0
-    kind = NotNow if number == errno.EAGAIN else CheckpointFailed
+    # a signal wakes a frozen task for a moment, in which it is busy (EBUSY)
+    kind = NotNow if number in (errno.EAGAIN, errno.EBUSY) else CheckpointFailed
     return kind(last_error("thread-self") or str(error), hint=_HINTS.get(number, ""))
 
 
