@@ -23,7 +23,7 @@ from typing import Protocol
 
 from migrator.engine.spawn import SCRATCH_ADDRESS
 from migrator.image.records import PosixTimer
-from migrator.linux import memory
+from migrator.linux import memory, procfs
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Remote, RemoteError, free_signal, pack_calls, way_of_return
 from migrator.linux.threads import Run, run_all, set_all
@@ -74,11 +74,15 @@ class Stopped(Protocol):
 
 
 def is_left_over(pid: int, start: int, end: int) -> bool:
-    """Whether a mapping is of the scratch area of one of us that was killed before it could take it out."""
+    """Whether a mapping is of the scratch area of one of us that was killed before it could take it out, or even
+    before it wrote the code there."""
     if start < SCRATCH_SPAN[0] or end > SCRATCH_SPAN[1]:
         return False
     try:
-        return memory.read(pid, SCRATCH_ADDRESS, len(arch.BATCH_CODE)) == arch.BATCH_CODE
+        code = memory.read(pid, SCRATCH_ADDRESS, len(arch.BATCH_CODE))
+        if code == arch.BATCH_CODE or any(code):
+            return code == arch.BATCH_CODE
+        return any((v.start, v.end) == SCRATCH_SPAN and v.execute and not v.inode for v in procfs.maps(pid))
     except OSError:
         return False
 
