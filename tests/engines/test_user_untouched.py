@@ -116,8 +116,8 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
     chance = random.Random(name)
     group = f"untouched-{os.getpid()}"
 
-    def save(name: str = group) -> None:
-        options = SourceOptions(cgroup_name=name)
+    def save() -> None:
+        options = SourceOptions(cgroup_name=group)
         with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), options) as source:
             for stage in STAGES:
                 getattr(source, stage)()
@@ -138,7 +138,10 @@ def test_a_workload_survives_its_agent_being_killed_at_any_moment(workload: tupl
                 with cgroup.Cgroup.at(folder) as left:
                     left.thaw()
             working.check_alive_and_progressing(ticks=1)
-        save(f"{group}-last")  # one that is not killed takes out what others have left
+        options = SourceOptions(cgroup_name=f"{group}-last")
+        with open(os.devnull, "wb") as sink, UserSource(working.pid, sink.fileno(), options) as source:
+            source.instrument("user")  # one that is not killed takes out what others have left
+            source.thaw()
         assert [
             v for pid in [working.pid, *descendants(working.pid)] for v in procfs.maps(pid) if v.start < LOW_END
         ] == []
