@@ -161,12 +161,6 @@ def peek_siginfo(tid: int, *, shared: bool, most: int = sys.maxsize) -> bytes:
     return b"".join(out)
 
 
-def tgkill(pid: int, tid: int, signal: int) -> None:
-    if _libc.tgkill(pid, tid, signal):
-        error = ctypes.get_errno()
-        raise OSError(error, f"tgkill: {os.strerror(error)}", f"tid {tid}")
-
-
 def rseq_configuration(tid: int) -> RseqConfiguration:
     request(GET_RSEQ_CONFIGURATION, tid, 24, _buffer_address, "get_rseq_configuration")
     return RseqConfiguration(*struct.unpack_from("<QIII", _buffer))

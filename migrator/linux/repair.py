@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 from migrator.linux.sys import pidfd_getfd
 
@@ -62,11 +62,8 @@ def revive(pids: Iterable[int]) -> int:
 
     Each asks its peer for what it missed, so the network should be open. What has no socket, or has gone, is
     passed over."""
-    return sum(_for_each_connection(pids, _revive))
-
-
-def _for_each_connection(pids: Iterable[int], act: Callable[[socket.socket], bool]) -> Iterator[bool]:
     seen: set[tuple[int, int]] = set()
+    revived = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
@@ -79,9 +76,10 @@ def _for_each_connection(pids: Iterable[int], act: Callable[[socket.socket], boo
                         seen.add((status.st_dev, status.st_ino))
                         with socket.socket(fileno=pidfd_getfd(pidfd, int(entry))) as sock:
                             if sock.proto == _TCP:
-                                yield act(sock)
+                                revived += _revive(sock)
             finally:
                 os.close(pidfd)
+    return revived
 
 
 def _revive(sock: socket.socket) -> bool:

@@ -17,7 +17,7 @@ from migrator.engine.user.engine import UserEngine
 from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.restore.tasks import TaskRestore
 from migrator.errors import RestartFailed
-from migrator.linux import procfs, ptrace
+from migrator.linux import procfs, sys
 from migrator.testing.workloads import Workload
 
 pytestmark = pytest.mark.root
@@ -114,7 +114,7 @@ def test_a_stop_that_comes_in_the_freeze_is_not_lost(
     final = UserSource.final
 
     def stopped_meanwhile(self: UserSource, *args: Any) -> None:
-        os.kill(self.pid, signal.SIGSTOP) if whole else ptrace.tgkill(self.pid, self.pid, signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP) if whole else sys.libc("tgkill", self.pid, self.pid, signal.SIGSTOP)
         final(self, *args)
 
     with Workload("counter", tmp_path) as counter:

@@ -102,22 +102,21 @@ class Instrument:
     def _map_scratch(process: Process, remote: Remote) -> None:
         """Where programs have nothing: a place that the kernel chooses is often one that was unmapped just now, and the
         program would find it taken (mincore(2), MAP_FIXED_NOREPLACE)."""
-        try:
-            if is_left_over(process.pid, *SCRATCH_SPAN):
-                remote.call(arch.NR["munmap"], SCRATCH_ADDRESS, SCRATCH)
+        if is_left_over(process.pid, *SCRATCH_SPAN):
+            remote.call(arch.NR["munmap"], SCRATCH_ADDRESS, SCRATCH)
+        for address in (SCRATCH_ADDRESS, 0):
             try:
-                remote.map_scratch(SCRATCH, SCRATCH_ADDRESS, reserved=PROBE)
+                remote.map_scratch(SCRATCH, address, reserved=PROBE)
+                break
             except RemoteError as error:
-                if error.errno not in (errno.EEXIST, errno.EPERM):  # it is taken, or below vm.mmap_min_addr
-                    raise
-                remote.map_scratch(SCRATCH, reserved=PROBE)
-        except RemoteError as error:
-            if error.errno == errno.EACCES:
-                raise CheckpointFailed(
-                    f"pid {process.pid} denies itself memory that can be executed (PR_SET_MDWE)",
-                    hint="start it without MemoryDenyWriteExecute=",
-                ) from error
-            raise
+                if address and error.errno in (errno.EEXIST, errno.EPERM):  # it is taken, or below vm.mmap_min_addr
+                    continue
+                if error.errno == errno.EACCES:
+                    raise CheckpointFailed(
+                        f"pid {process.pid} denies itself memory that can be executed (PR_SET_MDWE)",
+                        hint="start it without MemoryDenyWriteExecute=",
+                    ) from error
+                raise
         name = remote.put(_SCRATCH_NAME)
         remote.batch(
             [

@@ -91,9 +91,6 @@ class MemoryDump:
         except CheckpointFailed:
             process.remote = None
             raise
-        except TimeoutError as error:
-            process.remote = None
-            raise stuck(process.pid, process.pid) from error
         except OSError as error:
             process.remote = None
             try:  # one that is ending has lost its memory before it is a zombie
@@ -103,6 +100,8 @@ class MemoryDump:
             # execve(2) came between: what was mapped a moment ago is not, or the new program has no vdso yet.
             # Or a thread closed the userfaultfd at once, as it closes whatever number there is.
             replaced = error.errno in (errno.EFAULT, errno.ENOENT, errno.EBADF)
+            if alive and isinstance(error, TimeoutError):
+                raise stuck(process.pid, process.pid) from error
             if alive and not replaced and not isinstance(error, ProcessLookupError):
                 raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
 

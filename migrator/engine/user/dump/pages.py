@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -89,9 +88,10 @@ class PageSender:
             for page in range(start, start + length, PAGE_SIZE):
                 view = self._buffer.view[position : position + PAGE_SIZE]
                 try:
-                    if os.preadv(mem.fd, [view], page) != PAGE_SIZE:
-                        raise OSError(errno.EIO, "short read")
+                    whole = os.preadv(mem.fd, [view], page) == PAGE_SIZE
                 except OSError:
+                    whole = False
+                if not whole:
                     self.unreadable.append((page, page + PAGE_SIZE))
                     continue
                 got.append((page, PAGE_SIZE))

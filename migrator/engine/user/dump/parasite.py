@@ -80,7 +80,7 @@ def is_left_over(pid: int, start: int, end: int) -> bool:
         return False
     try:
         code = memory.read(pid, SCRATCH_ADDRESS, len(arch.BATCH_CODE))
-        if code == arch.BATCH_CODE or any(code):
+        if any(code):
             return code == arch.BATCH_CODE
         return any((v.start, v.end) == SCRATCH_SPAN and v.execute and not v.inode for v in procfs.maps(pid))
     except OSError:

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 
+from migrator.engine.spawn import LOW_END
 from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.parasite import is_left_over
 from migrator.engine.user.dump.process import Process
@@ -189,5 +190,5 @@ def _mappings(pid: int, who: str, devices: Collection[int]) -> Iterator[str]:
         reason = obstacle(pid, vma, flags.get(vma.start, frozenset()), devices)
         if reason:
             yield f"{who}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried"
-        if vma.start < 0x400000 and vma.path != "[vsyscall]" and not is_left_over(pid, vma.start, vma.end):
+        if vma.start < LOW_END and vma.path != "[vsyscall]" and not is_left_over(pid, vma.start, vma.end):
             yield f"{who}: mapping {vma.start:#x} lies where the restarting code must stand (below 4 MiB)"

@@ -360,7 +360,7 @@ class AddressSpace:
         """Write the pages of a stretch of one mapping that are not what they should be: those too of which only the
         file behind it has the same contents, as it may change."""
         self._mirror = self._mirror or memory.Buffer(_MIRROR)
-        of_files = any(v.objref and v.start <= start < v.end for v in self._items)
+        of_files = self._items[self._last_from(start)].objref != 0
         for at in range(0, len(view), _MIRROR):
             part = view[at : at + _MIRROR]
             length = len(part)
@@ -391,11 +391,14 @@ class AddressSpace:
                 hint="is there enough free memory on this host?",
             )
 
+    def _last_from(self, start: int) -> int:
+        """The index of the last mapping that begins there or before, else 0."""
+        return max(bisect.bisect_right(self._writable, (start, 1 << 63, True)) - 1, 0)
+
     def _writable_parts(self, start: int, end: int) -> list[tuple[int, int, bool]]:
         """Split [start, end) at the borders of mappings."""
         out = []
-        i = bisect.bisect_right(self._writable, (start, 1 << 63, True)) - 1
-        i = max(i, 0)
+        i = self._last_from(start)
         while start < end and i < len(self._writable):
             a, b, writable = self._writable[i]
             if b <= start:

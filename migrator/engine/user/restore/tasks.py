@@ -32,7 +32,7 @@ from migrator.image.records import (
     Tree,
 )
 from migrator.image.records import TaskState as SavedState
-from migrator.linux import ptrace
+from migrator.linux import ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.remote import Call, waiting_signals
 from migrator.linux.threads import set_all, set_all_xstates
@@ -385,7 +385,7 @@ class TaskRestore:
                     if rec.shared:
                         os.kill(stub.pid, SIGSTOP)
                     else:
-                        ptrace.tgkill(stub.pid, thread.tid, SIGSTOP)
+                        sys.libc("tgkill", stub.pid, thread.tid, SIGSTOP, about=f"tid {thread.vtid}")
 
     @staticmethod
     def _queue(stub: Stub, thread: StubThread, rec: SigPending) -> None:
