@@ -12,10 +12,12 @@ process that enters, acts, and answers through a pipe:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import signal
-from collections.abc import Callable, Collection, Iterator
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar, cast
 
 from migrator.errors import MigratorError
@@ -35,6 +37,7 @@ KINDS = {
     "time": CLONE_NEWTIME,
     "mnt": CLONE_NEWNS,
 }
+WITH_SYSCTLS = ("ipc", "net", "pid", "user")  # /proc/sys has other files for those who are in other ones of these
 
 T = TypeVar("T")
 
@@ -121,7 +124,7 @@ def run_in(pid: int, kinds: Collection[str], function: Callable[[], T]) -> T:
 
     The result travels by pickle. What the function raises is raised here: the same object where pickle
     can carry it, otherwise a NamespaceError with its text. The child has no threads but the one that
-    runs `function`, so the function must not wait for any.
+    runs `function`, so the function must not wait for any. Raises ProcessLookupError if `pid` ended meanwhile.
     """
     receive, send = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
@@ -137,11 +140,28 @@ def run_in(pid: int, kinds: Collection[str], function: Callable[[], T]) -> T:
     finally:
         _, status = os.waitpid(child, 0)
     if not data:
+        if not os.path.exists(f"/proc/{pid}/ns/mnt"):
+            raise ProcessLookupError(errno.ESRCH, "it ended", f"pid {pid}")
         raise NamespaceError(f"a helper in the namespaces of pid {pid} died: wait status {status:#x}")
     good, value = pickle.loads(data)
     if good:
         return cast(T, value)
     raise value
+
+
+def open_in(pid: int, kinds: Collection[str], function: Callable[[], int]) -> int:
+    """As run_in(), for a function that returns a descriptor: here it is one of ours, of the same open file."""
+    receive, send = socket.socketpair()
+    with receive, send:
+        run_in(pid, kinds, lambda: socket.send_fds(send, [b"f"], [function()]))
+        _, fds, _, _ = socket.recv_fds(receive, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        return fds[0]
+
+
+def of_its_own(pid: int, kinds: Iterable[str]) -> tuple[str, ...]:
+    """The kinds of namespaces in which `pid` is in another one than we are."""
+    links = {kind: [os.readlink(f"/proc/{who}/ns/{kind}") for who in (pid, "self")] for kind in kinds}
+    return tuple(kind for kind, (theirs, ours) in links.items() if theirs != ours)
 
 
 def _answer_and_exit(send: int, pid: int, kinds: Collection[str], function: Callable[[], T]) -> None:

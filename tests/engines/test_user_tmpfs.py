@@ -226,6 +226,35 @@ def test_sysctls_of_its_own_namespaces_go_along(tmp_path: Path) -> None:
     assert Path("/proc/sys/kernel/msgmax").read_text() == here
 
 
+HELD = """
+import ctypes, os, time
+names = [
+    "kernel/msgmax", "kernel/hostname", "fs/mqueue/msg_max", "net/core/somaxconn", "kernel/pid_max",
+    "net/ipv4/ip_local_port_range", "net/ipv4/conf/lo/rp_filter",
+]
+held = {f"/proc/sys/{name}": os.open(f"/proc/sys/{name}", os.O_RDWR) for name in names}
+held |= {name: os.open(name, os.O_RDONLY) for name in ("/proc/sys/net/ipv4/conf/lo", "/proc/sys/kernel")}
+segments = os.open("/proc/sysvipc/shm", os.O_RDONLY)  # it tells of the namespace in which it was opened
+assert ctypes.CDLL(None).shmget(0x77, 4096, 0o1600) >= 0
+os.write(held["/proc/sys/kernel/msgmax"], b"4096")
+print("ready"); n = 0
+while True:
+    n += 1
+    for path, fd in held.items():
+        assert os.path.samestat(os.stat(path), os.fstat(fd)), path
+    assert os.pread(held["/proc/sys/kernel/msgmax"], 100, 0) == b"4096\\n"
+    assert [int(line.split()[0]) for line in os.pread(segments, 4096, 0).splitlines()[1:]] == [0x77]
+    print("tick", n); time.sleep(0.01)
+"""
+
+
+def test_open_sysctls_are_those_of_its_own_namespaces(tmp_path: Path) -> None:
+    run(tmp_path, HELD)
+    for _ in range(2):
+        move()
+        await_ticks(tmp_path)
+
+
 LINKED = """
 import os, time
 wanted = {

@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
-from migrator.linux import ipc, mqueue
+from migrator.linux import ipc, mqueue, namespaces
 from migrator.linux.stat import Status
 
 DELETED = " (deleted)"
 _INSIDE = ("/secretmem", "/SYSV", "/anon_hugepage")  # files of the kernel's own
 _MEMFD = "/memfd:"
+_SYSCTLS = "/proc/sys/"
 
 _ANON = {
     "[eventfd]": FileKind.EVENTFD,
@@ -64,9 +66,10 @@ class Root:
         self.fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
         prefix = os.readlink(f"/proc/{pid}/root")
         self._prefix = "" if prefix == "/" else prefix
-        self.known: dict[str, FileStatus | None] = {}  # what stat() is to answer, looked up ahead
+        self.known: dict[str, Status | None] = {}  # what stat() is to answer, looked up ahead
         self.pid = pid
         self._queues = -1
+        self._namespaces: tuple[str, ...] | None = None
 
     def inside(self, path: str) -> str | None:
         """A path as we see it, as the tree sees it; None if it is outside of the tree's root."""
@@ -78,12 +81,32 @@ class Root:
             return path[len(self._prefix) :]
         return None
 
-    def stat(self, path: str) -> FileStatus | None:
+    def stat(self, path: str) -> Status | None:
         """lstat of a path of the tree, None if there is nothing."""
         if path in self.known:
             return self.known[path]
+        if self.own_sysctl(path):
+            return self.stat_inside([path])[0]
+        return self._lstat(path)
+
+    def own_sysctl(self, path: str) -> bool:
+        """Whether it leads to what the tree sees there and we do not: /proc/sys has other files in other namespaces."""
+        return path.startswith(_SYSCTLS) and self._own != ()
+
+    def stat_inside(self, paths: Sequence[str]) -> list[Status | None]:
+        """As stat(), by a process that is in the namespaces of the tree."""
+        return namespaces.run_in(self.pid, self._own, lambda: [self._lstat(path) for path in paths])
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """The kinds of namespaces with sysctls that the tree has of its own."""
+        if self._namespaces is None:
+            self._namespaces = namespaces.of_its_own(self.pid, namespaces.WITH_SYSCTLS)
+        return self._namespaces
+
+    def _lstat(self, path: str) -> Status | None:
         try:
-            return os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False)
+            return Status.of(os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False))
         except OSError:
             return None
 

@@ -312,6 +312,8 @@ class Collection:
         )
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
             self.root.known[path] = Status.unpack(states.view, i * states.stride) if result == 0 else None
+        if own := [path for path in paths if self.root.own_sysctl(path)]:
+            self.root.known.update(zip(own, self.root.stat_inside(own), strict=True))
 
 
 @contextmanager

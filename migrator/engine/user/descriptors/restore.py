@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from migrator.engine.base import LateLock, LockKind
@@ -20,13 +21,14 @@ from migrator.engine.user.descriptors.socket_restore import SocketRestore
 from migrator.errors import ImageError, RestartFailed
 from migrator.image import records_files as r
 from migrator.image.codec import Record
-from migrator.linux import descriptors
+from migrator.linux import descriptors, namespaces
 from migrator.linux.x86_64 import NR
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 _MAX_NUMBER = 1 << 30
 _OF_A_TASK = re.compile(r"/proc/\d+/")
+_OF_NAMESPACES = ("/proc/sys/", "/proc/sysvipc/")  # another file for whoever opens them in other namespaces
 _AHEAD = (r.FileKind.PIPE, r.FileKind.SOCKET)  # that can be made while the tasks still run
 _PIPES_AT_ONCE = 64  # that are filled together
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
@@ -315,6 +317,8 @@ class DescriptorRestore:
             return
         if not self.final and rec.kind not in _AHEAD:
             self._early[rec.objref] = None
+            if rec.path.startswith(_OF_NAMESPACES):
+                return
             with contextlib.suppress(RestartFailed):  # it may be closed by the end
                 self._files[rec.objref] = fd = files.open_path(rec, self._context.root_fd)
                 self._early[rec.objref] = files.Opened.of(fd, rec)
@@ -342,24 +346,34 @@ class DescriptorRestore:
                 self._files[rec.objref] = fd
 
     def _open_path(self, rec: r.File) -> int:
-        """What tells about a descriptor or thread is opened once they are there, and another file has its place."""
+        """What tells about a descriptor, a thread or namespaces is opened once they are there, and another file has its
+        place."""
         try:
-            return files.open_path(rec, self._context.root_fd)
+            if not rec.path.startswith(_OF_NAMESPACES):
+                return files.open_path(rec, self._context.root_fd)
         except RestartFailed:
             if not _OF_A_TASK.match(rec.path):
                 raise
-            self._late.add(rec.objref)
-            return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._late.add(rec.objref)
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _open_late(self) -> None:
         for objref in self._late:
-            fd = files.open_path(self._records[objref], self._context.root_fd)
+            rec = self._records[objref]
+            opened = partial(files.open_path, rec, self._context.root_fd)
+            fd = self._open_inside(opened) if rec.path.startswith(_OF_NAMESPACES) else opened()
             os.close(self._files[objref])
             self._files[objref] = fd
         for stub, table in self._installed.values() if self._late else ():
             late = [d for d in self.tables[table].descriptors if d.file_objref in self._late]
             items = [(self._files[d.file_objref], d.fd, bool(d.cloexec)) for d in late]
             stub.change_fds([d.fd for d in late], items)
+
+    def _open_inside(self, opened: Callable[[], int]) -> int:
+        """What a process in the namespaces of the tree opens."""
+        stub, _ = next(iter(self._installed.values()))
+        own = namespaces.of_its_own(stub.pid, namespaces.WITH_SYSCTLS)
+        return namespaces.open_in(stub.pid, own, opened) if own else opened()
 
     def _open(self, rec: r.File) -> int:
         """A description of our own, which is still to be configured."""

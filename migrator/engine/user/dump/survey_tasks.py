@@ -14,6 +14,7 @@ from migrator.engine.user.dump.parasite import is_left_over
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.linux import procfs, sys
+from migrator.linux.namespaces import of_its_own
 from migrator.linux.remote import BATCH_SIGNALS
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user", "cgroup")
@@ -49,7 +50,7 @@ def of_tree(tree: ProcessTree, *, container: bool) -> Iterator[str]:
 def _strange_namespaces(root: int) -> Iterator[str]:
     """A plain tree is restarted in the namespaces of the host: one that is isolated would lose that in silence."""
     try:
-        other = [k for k in NAMESPACES if os.readlink(f"/proc/{root}/ns/{k}") != os.readlink(f"/proc/self/ns/{k}")]
+        other = of_its_own(root, NAMESPACES)
     except _GONE:
         return
     if other:
