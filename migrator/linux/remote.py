@@ -313,8 +313,12 @@ class Remote:
 
     def _results(self, calls: Sequence[Call]) -> list[int]:
         self.finish()
-        raw = memory.read(self.pid, self.table, arch.BATCH_ENTRY * len(calls))
-        return list(struct.unpack(f"<{8 * len(calls)}q", raw)[7::8])
+        return self.results(len(calls))
+
+    def results(self, count: int) -> list[int]:
+        """What the first `count` calls of the table returned."""
+        raw = memory.read(self.pid, self.table, arch.BATCH_ENTRY * count)
+        return list(struct.unpack(f"<{8 * count}q", raw)[7::8])
 
     def start(self, count: int, table: int = 0) -> None:
         """Let the thread run `count` prepared entries; finish() waits for their end."""
@@ -332,7 +336,16 @@ class Remote:
         ptrace.cont(self.tid)
 
     def finish(self) -> None:
+        """Wait for the end of a table, or for a call in it that sends the thread `signal`: go_on() from there."""
         self._expect(self._signal)
+
+    def go_on(self) -> None:
+        ptrace.cont(self.tid)
+
+    @property
+    def signal(self) -> int:
+        """By which tables end."""
+        return self._signal
 
     def _expect(self, signal: int, go_on: Callable[[int], None] = ptrace.cont) -> None:
         while True:

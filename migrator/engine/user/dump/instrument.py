@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from migrator.engine.spawn import SCRATCH_ADDRESS
+from migrator.engine.user.descriptors import fdinfo
 from migrator.engine.user.dump.dirty_tracker import WpAsyncTracker
 from migrator.engine.user.dump.interrupted import out_of_critical_section, without_spurious_eintr
 from migrator.engine.user.dump.parasite import PROBE, SCRATCH, SCRATCH_SPAN, Parasite, is_left_over
@@ -31,10 +34,13 @@ _SCRATCH_NAME = b"migrator\0"
 
 
 class Instrument:
-    """`restart_blocks` learns of every stop, so that none makes a wait longer than it was."""
+    """`restart_blocks` learns of every stop, so that none makes a wait longer than it was; `protections` are those of
+    all processes of the tree."""
 
-    def __init__(self, restart_blocks: RestartBlocks) -> None:
+    def __init__(self, restart_blocks: RestartBlocks, protections: Callable[[], Iterable[WriteProtection]]) -> None:
         self._restart_blocks = restart_blocks
+        self._protections = protections
+        self._since = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))  # as start times are told
 
     @contextmanager
     def stopped(self, process: Process, tid: int) -> Iterator[Thread]:
@@ -72,17 +78,14 @@ class Instrument:
             process.remote = remote
             remote.confirm()
             with remote.borrowed(regs=leader.regs, mask=leader.mask, xstate=leader.xstate):
-                fd = remote.call(arch.NR["userfaultfd"], _UFFD_FLAGS)
-                if fd < 0:
-                    raise CheckpointFailed(
-                        f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-fd)}",
-                        hint="the workload runs on; its descriptor limit may forbid it",
-                    )
-                try:
-                    protection = process.protection = WriteProtection(sys.pidfd_getfd(process.pidfd, fd))
-                finally:
-                    remote.call(arch.NR["close"], fd)
                 self._map_scratch(process, remote)
+                try:
+                    self._close_inherited(process, remote)
+                    protection = process.protection = WriteProtection(_userfaultfd(process, remote))
+                except BaseException:
+                    remote.unmap_scratch()
+                    raise
+                _prepare(process, remote)
         process.maps = ""
         process.predumped.clear()
         scanner = process.scanner = Scanner(pid)
@@ -97,6 +100,8 @@ class Instrument:
         leader = process.leader
         with remote.borrowed(regs=leader.regs, mask=leader.mask, xstate=leader.xstate):
             self._map_scratch(process, remote)
+            self._close_inherited(process, remote)
+            _prepare(process, remote)
 
     @staticmethod
     def _map_scratch(process: Process, remote: Remote) -> None:
@@ -124,8 +129,17 @@ class Instrument:
                 (arch.NR["prctl"], _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, remote.scratch, SCRATCH, name),
             ]
         )
-        process.parasite = Parasite(remote)
-        process.parasite.prepare()
+
+    def _close_inherited(self, process: Process, remote: Remote) -> None:
+        """Take userfaultfds of ours out of a process that was born just when its parent had one."""
+        pid, own = process.pid, os.getpid()
+        if process.start_time < self._since:
+            return
+        for number in fdinfo.numbers(pid):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]" and any(
+                sys.kcmp(pid, own, sys.KCMP_FILE, number, protection.fd) == 0 for protection in self._protections()
+            ):
+                remote.call(arch.NR["close"], number)
 
     def remove_stopped(self, processes: Iterable[Process]) -> None:
         """Take the scratch areas out of stopped processes."""
@@ -150,3 +164,45 @@ class Instrument:
                     remote.unmap_scratch()
             except OSError:
                 pass  # it ended by itself
+
+
+def _prepare(process: Process, remote: Remote) -> None:
+    process.parasite = Parasite(remote)
+    process.parasite.prepare()
+
+
+def _userfaultfd(process: Process, remote: Remote) -> int:
+    """One of the stopped process, as a descriptor of ours.
+
+    It makes, shows and closes its own in one go, and closes it without us if we die meanwhile. Other threads run: what
+    they have put in its place is left alone."""
+    pid = process.pid
+    vpid = vtid_of(process, pid)
+    result = remote.table + arch.BATCH_ENTRY - 8  # of the first call, and the argument of the last
+    argument = remote.table + 3 * arch.BATCH_ENTRY + 8
+    vectors = remote.put(struct.pack("<QQQQ", argument, 8, result, 8))
+    calls = [
+        (arch.NR["userfaultfd"], _UFFD_FLAGS),
+        (arch.NR["process_vm_readv"], vpid, vectors, 1, vectors + 16, 1, 0),  # copies the result
+        (arch.NR["tgkill"], vpid, vpid, remote.signal),  # stops for us; see Remote.finish()
+        (arch.NR["close"], -1),
+    ]
+    remote.begin(calls)
+    remote.finish()
+    number, copied = remote.results(2)
+    ours = -1
+    try:
+        if number >= 0:
+            ours = sys.pidfd_getfd(process.pidfd, number)
+            same = sys.kcmp(pid, os.getpid(), sys.KCMP_FILE, number, ours) == 0
+            if not same or copied != 8:  # Linux without process_vm_readv(2)
+                memory.write(pid, argument, struct.pack("<q", number if same else -1))
+    finally:
+        remote.go_on()
+        remote.finish()
+    if number < 0:
+        raise CheckpointFailed(
+            f"pid {pid}: userfaultfd(2) fails inside it: {os.strerror(-number)}",
+            hint="the workload runs on; its descriptor limit may forbid it",
+        )
+    return ours

@@ -23,7 +23,7 @@ from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE
 from migrator.linux import memory, procfs, sys
-from migrator.linux.pagemap import Scanner
+from migrator.linux.pagemap import Scanner, WriteProtection
 
 
 class MemoryDump:
@@ -40,7 +40,7 @@ class MemoryDump:
     ) -> None:
         self._processes = processes
         self._objhash = objhash
-        self.instruments = Instrument(restart_blocks)
+        self.instruments = Instrument(restart_blocks, self._protections)
         self.shared = SharedMemory(objhash, tmpfs, sysv)
         self.layout = LayoutDump(writer, objhash, self.shared)
         self.sender = PageSender(writer)
@@ -104,6 +104,9 @@ class MemoryDump:
                 raise stuck(process.pid, process.pid) from error
             if alive and not replaced and not isinstance(error, ProcessLookupError):
                 raise CheckpointFailed(f"pid {process.pid}: {error}", hint="the workload runs on") from error
+
+    def _protections(self) -> list[WriteProtection]:
+        return [p.protection for p in self._processes().values() if p.protection is not None]
 
     def _in_parents_memory(self, process: Process) -> bool:
         """Between vfork(2) and execve(2)."""
