@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import Descriptor, File, FileKind, FileLock, FileTable, Pipe
+from migrator.linux import cgroup
 
 pytestmark = pytest.mark.root
 
@@ -330,6 +332,8 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
             "l = ctypes.CDLL(None); l.mq_open(b'/t', 0o102, 0o600, None); l.mq_unlink(b'/t')",
             "message queue of the host",
         ),
+        ("os.open('/proc/pressure/memory', os.O_RDWR)", "a trigger of pressure"),
+        (f"os.open('{cgroup.hierarchy().mountpoint}/cgroup.procs', os.O_WRONLY)", "depends on who has opened it"),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reason: str) -> None:
@@ -342,6 +346,16 @@ def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reas
     with pytest.raises(CheckpointFailed, match=reason):
         dump.dump()
     dump.undo()
+
+
+def test_a_file_with_a_state_for_each_opening_is_refused(child: Child, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tracefs", "none", tmp_path], check=True)
+    try:
+        child.run(f"os.open('{tmp_path}/trace', os.O_RDONLY)")
+        (sentence,) = survey([child.process], own_netns=True)
+        assert f"{tmp_path}/trace is a file of tracefs, which keeps a state for each opening" in sentence
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_a_pipe_from_outside_of_the_tree_is_refused_by_name(child: Child) -> None:

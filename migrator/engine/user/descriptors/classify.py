@@ -14,13 +14,19 @@ from dataclasses import dataclass
 
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
-from migrator.linux import ipc, mqueue, namespaces
+from migrator.linux import descriptors, ipc, mqueue, namespaces
 from migrator.linux.stat import Status
 
 DELETED = " (deleted)"
 _INSIDE = ("/secretmem", "/SYSV", "/anon_hugepage")  # files of the kernel's own
 _MEMFD = "/memfd:"
 _SYSCTLS = "/proc/sys/"
+_PRESSURE = "/proc/pressure/"
+_OF_CGROUPS = {0x63677270: "cgroup2", 0x27E0EB: "cgroup"}  # numbers: linux/magic.h
+_STATEFUL = {
+    0x64626720: "debugfs", 0x74726163: "tracefs", 0xF97CFF8C: "selinuxfs", 0x62656570: "configfs",
+    0x6E667364: "nfsd", 0x67596969: "rpc_pipefs", 0x0187: "autofs",
+}  # fmt: skip
 
 _ANON = {
     "[eventfd]": FileKind.EVENTFD,
@@ -69,6 +75,7 @@ class Root:
         self.known: dict[str, Status | None] = {}  # what stat() is to answer, looked up ahead
         self.pid = pid
         self._queues = -1
+        self._filesystems: dict[int, int] = {}  # by device
         self._namespaces: tuple[str, ...] | None = None
 
     def inside(self, path: str) -> str | None:
@@ -109,6 +116,20 @@ class Root:
             return Status.of(os.stat(path.lstrip("/") or ".", dir_fd=self.fd, follow_symlinks=False))
         except OSError:
             return None
+
+    def filesystem(self, path: str, device: int) -> int:
+        """The magic number of the file system of a file (statfs(2)), 0 where that cannot be found out."""
+        if device not in self._filesystems:
+            inside = self.inside(path)
+            try:
+                fd = os.open((inside or "").lstrip("/") or ".", os.O_PATH | os.O_CLOEXEC, dir_fd=self.fd)
+                try:
+                    self._filesystems[device] = descriptors.filesystem_type(fd) if os.fstat(fd).st_dev == device else 0
+                finally:
+                    os.close(fd)
+            except OSError:
+                return 0
+        return self._filesystems[device]
 
     @property
     def queues(self) -> int:
@@ -166,6 +187,7 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
     if not link.startswith("/"):
         raise Obstacle(f"{link} is a namespace or another kernel object, which cannot be carried")
     check_locks(link, info)
+    _check_filesystem(link, status, info, root)
     if (name := _queue(link, status, root)) is not None:
         return Classification(FileKind.MQUEUE, name)
     if status.st_nlink == 0 and link.endswith(DELETED):
@@ -177,6 +199,22 @@ def _regular(link: str, status: FileStatus, info: FdInfo, root: Root) -> Classif
             raise Obstacle(f"{link} is memory that cannot be carried")
         return Classification(FileKind.DELETED, root.inside(link[: -len(DELETED)]) or "/")
     return Classification(FileKind.REGULAR, _path(link, status, root))
+
+
+def _check_filesystem(link: str, status: FileStatus, info: FdInfo, root: Root) -> None:
+    """Raises Obstacle where the kernel keeps something with the opening itself, of which nothing can be seen."""
+    if os.major(status.st_dev):
+        return
+    kind = root.filesystem(link, status.st_dev)
+    written = info.flags & os.O_ACCMODE != os.O_RDONLY
+    if written and (link.startswith(_PRESSURE) or (kind in _OF_CGROUPS and link.endswith(".pressure"))):
+        raise Obstacle(f"{link} is open for writing, and may have a trigger of pressure that nobody can read; close it")
+    if written and kind in _OF_CGROUPS:
+        raise Obstacle(
+            f"{link} is open for writing, and what may be written to it depends on who has opened it; close it"
+        )
+    if kind in _STATEFUL:
+        raise Obstacle(f"{link} is a file of {_STATEFUL[kind]}, which keeps a state for each opening; close it")
 
 
 def _queue(link: str, status: FileStatus, root: Root) -> str | None:

@@ -211,7 +211,7 @@ class Collection:
             if asked >= 0
             and (known := get((process.pid, number))) is not None
             and prints[at][:2] == known.fingerprint[:2]
-            and not (flags[at] ^ known.info.flags) & os.O_PATH
+            and not (flags[at] ^ known.info.flags) & (os.O_PATH | os.O_ACCMODE)
         ]
         names, there = Strings([known.name for _, known in met]), Area(STAT_SIZE, len(met))
         found, offsets = each(
