@@ -22,8 +22,8 @@ from migrator.container.sandbox import Sandbox, prepare, take_down
 from migrator.container.spec import DEFAULT_ENV, ContainerSpec
 from migrator.container.state import Container
 from migrator.errors import MigratorError, UsageError
+from migrator.linux import keyrings, pidfd, procfs, sys
 from migrator.linux import namespaces as ns
-from migrator.linux import pidfd, procfs, sys
 from migrator.linux.x86_64 import NR
 
 BEFORE = ns.CLONE_NEWNS | ns.CLONE_NEWIPC | ns.CLONE_NEWUTS | ns.CLONE_NEWNET
@@ -117,6 +117,7 @@ def _become(spec: ContainerSpec, go: int, report: int) -> NoReturn:
     try:
         ns.unshare(BEFORE)
         os.setsid()
+        keyrings.leave_session()
         os.write(report, b"ready\n")
         if os.read(go, 2) != b"go":
             os._exit(1)  # the parent has died or given up

@@ -11,7 +11,7 @@ import struct
 import time
 
 from migrator.errors import RestartFailed
-from migrator.linux import ptrace
+from migrator.linux import keyrings, ptrace
 from migrator.linux import x86_64 as arch
 
 STUB_ADDRESS = 0x10000
@@ -37,9 +37,11 @@ def spawn(
 ) -> tuple[int, int]:
     """A stub child of this thread with pids `set_tid` (innermost namespace first), in new `namespaces`.
 
-    It runs `code`, and has our descriptors `keep`, under their numbers, and those that are not close-on-exec.
+    It runs `code`, and has our descriptors `keep`, under their numbers, and those that are not close-on-exec; and an
+    empty session keyring, which is this thread's, too, from now on.
 
     Returns (pid in our namespace, pidfd). Raises RestartFailed if a pid is taken."""
+    keyrings.leave_session()
     elf = os.memfd_create("migrator-stub", os.MFD_CLOEXEC)
     try:
         os.write(elf, arch.stub_elf(STUB_ADDRESS, code))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from typing import cast
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -18,6 +19,7 @@ _quick.argtypes = [ctypes.c_long] * 6
 
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO = 0, 1, 2, 3, 4, 5
 KCMP_SYSVSEM, KCMP_EPOLL_TFD = 6, 7
+_PR_SCHED_CORE = 62
 
 _NR = {
     "kcmp": 312,
@@ -25,6 +27,7 @@ _NR = {
     "get_robust_list": 274,
     "ioprio_get": 252,
     "sched_getattr": 315,
+    "prctl": 157,
 }
 
 
@@ -75,6 +78,27 @@ def time_slice(tid: int) -> int:
     call(_NR["sched_getattr"], tid, ctypes.addressof(answer), len(answer), 0, name="sched_getattr", about=f"tid {tid}")
     policy, runtime = struct.unpack_from("<I16xQ", answer, 4)
     return int(runtime) if policy in (os.SCHED_OTHER, os.SCHED_BATCH) else 0
+
+
+def utilization_clamps(tid: int) -> tuple[int, int]:
+    """(least, most) that the scheduler takes a task to use of a processor, 1024 being all (sched_getattr(2)); (0, 0)
+    where it has ended or the kernel has no such bounds."""
+    answer = ctypes.create_string_buffer(56)
+    try:
+        call(_NR["sched_getattr"], tid, ctypes.addressof(answer), len(answer), 0, name="sched_getattr")
+    except OSError:
+        return 0, 0
+    return cast(tuple[int, int], struct.unpack_from("<II", answer, 48))
+
+
+def core_cookie(tid: int) -> int:
+    """Tasks with another cookie do not run on the same core (core scheduling); 0 if it has none, or ended."""
+    cookie = ctypes.c_uint64()
+    try:
+        call(_NR["prctl"], _PR_SCHED_CORE, 0, tid, 0, ctypes.addressof(cookie), name="prctl")
+    except OSError:
+        return 0
+    return cookie.value
 
 
 def get_robust_list(tid: int) -> tuple[int, int]:

@@ -35,7 +35,7 @@ NR = {
     "openat": 257, "set_robust_list": 273, "get_robust_list": 274, "epoll_pwait": 281, "dup3": 292,
     "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "userfaultfd": 323, "mlock2": 325, "rseq": 334,
     "pidfd_open": 434, "clone3": 435, "close_range": 436, "pidfd_getfd": 438, "ptrace": 101, "epoll_pwait2": 441,
-    "poll": 7, "ppoll": 271, "process_vm_readv": 310,
+    "poll": 7, "ppoll": 271, "process_vm_readv": 310, "keyctl": 250, "modify_ldt": 154,
     "semop": 65, "semtimedop": 220, "io_getevents": 208, "io_pgetevents": 333, "readv": 19, "writev": 20,
     "accept": 43, "accept4": 288, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmmsg": 299,
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,

@@ -48,6 +48,7 @@ OTHERWISE = {
     "pid \0: the page at \0 cannot be read: whoever touches it gets SIGBUS "
     "(a memory error, or UFFDIO_POISON), which is not carried": "later: when it is read, ahead of the freeze",
     "pid \0 (\0)\0 \0": "later: by Landlock, which no survey can see",
+    "\0: this epoll instance polls busily (EPIOCSPARAMS), which is not carried": "later: of a descriptor of ours alone",
     "no process can be made beside pid \0: \0": "later: a call that failed",
     "no process can be made beside pid \0: it ended (\0)": "later: a call that failed",
     "pid \0: userfaultfd(2) fails inside it: \0": "later: before the freeze; the workload runs on",

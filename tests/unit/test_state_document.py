@@ -22,6 +22,7 @@ VERDICTS = {"carried", "refused", "told", "unseen"}
 UNREACHED = {  # reasons of the survey of tasks that take other hardware or another kernel
     "switched off (PR_SET_SPECULATION_CTRL)": "this processor, or host, lets nobody",
     "is a 32-bit program": "no 32-bit compiler",
+    "is there to write out memory (PR_SET_IO_FLUSHER)": "takes CAP_SYS_RESOURCE: shown with another stat",
     "is in another time namespace than the root task": "its parent's time_for_children is refused first",
 }
 

@@ -7,6 +7,7 @@ number may be closed or stand for something else by now.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ _PRIVATE = 0xF << 28  # EPOLLEXCLUSIVE, EPOLLWAKEUP, EPOLLONESHOT, EPOLLET
 _EVERYTHING = 0x20DF  # in, pri, out, err, hup, rdnorm, wrnorm, rdhup
 _PER_BATCH = 200
 _F_DUPFD = 0
+_EPIOCGPARAMS = 0x80088A02
 
 
 class Stub(Protocol):
@@ -44,6 +46,11 @@ class Stub(Protocol):
 def save(epoll: Description, tables: Sequence[DescriptorTable], everything: Sequence[Description]) -> EpollItems | None:
     """What an instance waits for; None if nothing. Raises CheckpointFailed."""
     process, number = epoll.holders[0]
+    if _polls_busily(epoll.fd):
+        raise CheckpointFailed(
+            f"{epoll}: this epoll instance polls busily (EPIOCSPARAMS), which is not carried",
+            hint="the workload runs on",
+        )
     targets = fdinfo.read(process.pid, number).targets
     if not targets:
         return None
@@ -70,6 +77,13 @@ def save(epoll: Description, tables: Sequence[DescriptorTable], everything: Sequ
         if all(id(description) in mine for description in found):
             return EpollItems(epoll.objref, table.processes[0].vpid, items)
     raise CheckpointFailed(f"{epoll}: no process has both this epoll instance and everything it waits for")
+
+
+def _polls_busily(fd: int) -> bool:
+    try:
+        return any(fcntl.ioctl(fd, _EPIOCGPARAMS, bytes(8)))
+    except OSError:  # before Linux 6.9
+        return False
 
 
 def _match(

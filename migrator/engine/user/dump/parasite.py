@@ -39,7 +39,8 @@ _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _PR_GET_SECCOMP, _PR_GET_TSC, _PR_MCE_KILL_GET, _PR_GET_MEMORY_MERGE = 21, 25, 34, 68
-_ARCH_GET_CPUID = 0x1011
+_ARCH_GET_CPUID, _ARCH_GET_XCOMP_PERM, _ARCH_GET_UNTAG_MASK = 0x1011, 0x1022, 0x4001
+_KEYCTL_GET_KEYRING_ID, _THREAD_KEYRING, _PROCESS_KEYRING = 0, -1, -2
 _MAP_FIXED, _RWX = 0x32, 7  # private and anonymous
 _MADV_DONTFORK, _MADV_COLD = 10, 20  # the latter is not for memory that is locked
 _MEMBARRIER_GET_REGISTRATIONS = 1 << 9
@@ -48,8 +49,8 @@ _RLIMITS = 16
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig, TSC (4 each), name (16),
 # mode of the NUMA policy (4)
-_THREAD_CALLS = 12
-_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _LOOK = 3, 5, 6, 8, 9, 11  # which of them return what
+_THREAD_CALLS = 13
+_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _KEYRING, _LOOK = 3, 5, 6, 8, 9, 11, 12  # which of them return what
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -57,7 +58,10 @@ _ACTIONS = _THREAD_OUT
 _ITIMERS = _ACTIONS + (NSIG - len(UNBLOCKABLE)) * SIGACTION_SIZE
 _LIMITS = _ITIMERS + 96
 _SUBREAPER = _LIMITS + 16 * _RLIMITS
-_PROCESS_OUT = _SUBREAPER + 8
+_XCOMP = _SUBREAPER + 8
+_UNTAG = _XCOMP + 8
+_LDT = _UNTAG + 8
+_PROCESS_OUT = _LDT + 8
 _THREADS = 4096
 _TABLES = _THREADS + _GROUP * _THREAD_OUT
 _CONTEXTS = _TABLES + _GROUP * _THREAD_CALLS * arch.BATCH_ENTRY
@@ -102,6 +106,7 @@ class ThreadReply:
     cpuid_denied: bool  # ARCH_SET_CPUID
     mce: int  # PR_MCE_KILL: 0 late, 1 early, 2 as the host does
     numa: bool  # it has a NUMA policy
+    keyring: bool  # it has one of its own (keyrings(7))
     denied: bool  # it could not look at the bystander
 
 
@@ -125,6 +130,10 @@ class ProcessReply:
     lock_future: bool  # what is mapped later is locked (MCL_FUTURE),
     lock_onfault: bool  # once it is touched
     membarrier: int  # the commands that registered it; 0 before Linux 6.3 too, which does not tell
+    keyring: bool  # it has one of its own
+    xcomp: int  # features of the extended state that it may use (ARCH_REQ_XCOMP_PERM); 0 before Linux 5.16
+    tags: bool  # addresses with tags (ARCH_ENABLE_TAGGED_ADDR)
+    ldt: bool  # it has a table of segments (modify_ldt(2))
 
 
 class Parasite:
@@ -164,6 +173,10 @@ class Parasite:
             (_NR["prctl"], _PR_GET_DUMPABLE, 0, 0, 0, 0),
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
             (_NR["membarrier"], _MEMBARRIER_GET_REGISTRATIONS, 0, 0),
+            (_NR["keyctl"], _KEYCTL_GET_KEYRING_ID, _PROCESS_KEYRING, 0),
+            (_NR["arch_prctl"], _ARCH_GET_XCOMP_PERM, out + _XCOMP),
+            (_NR["arch_prctl"], _ARCH_GET_UNTAG_MASK, out + _UNTAG),
+            (_NR["modify_ldt"], 0, out + _LDT, 8),
         ]
         self._calls = len(calls)
         memory.write(self._remote.pid, self._remote.table, pack_calls(calls))
@@ -210,8 +223,8 @@ class Parasite:
             self._timers(timers)
         results = struct.unpack_from(f"<{8 * self._calls}q", raw)[7::8]
         at = remote.data - remote.table
-        mapped, _, cold, _, merge_all, brk, dumpable, thp, membarrier = results[-9:]
-        subreaper, resident = struct.unpack_from("<iB", raw, at + _SUBREAPER)
+        mapped, _, cold, _, merge_all, brk, dumpable, thp, membarrier, keyring, xcomp, untag, ldt = results[-13:]
+        subreaper, resident, features, untagged = struct.unpack_from("<iBxxxQQ", raw, at + _SUBREAPER)
         locked = mapped == -errno.EAGAIN or cold == -errno.EINVAL
         itimers = []
         for which in range(3):
@@ -234,6 +247,10 @@ class Parasite:
             locked,
             locked and mapped > 0 and not resident & 1,
             max(0, membarrier),
+            keyring >= 0,
+            features if xcomp == 0 else 0,
+            untag == 0 and untagged != arch.MINUS_ONE,
+            ldt > 0,
         )
 
     def _timers(self, timers: Sequence[PosixTimer]) -> None:
@@ -319,6 +336,7 @@ def _thread_calls(out: int, bystander: int) -> list[tuple[int, ...]]:
         (_NR["arch_prctl"], _ARCH_GET_CPUID, 0),
         (_NR["prctl"], _PR_MCE_KILL_GET, 0, 0, 0, 0),
         (_NR["get_mempolicy"], out + 56, 0, 0, 0, 0),
+        (_NR["keyctl"], _KEYCTL_GET_KEYRING_ID, _THREAD_KEYRING, 0),
         (_NR["get_robust_list"], bystander, 0, 0),
     ]
 
@@ -338,5 +356,6 @@ def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
         results[_CPUID] == 0,
         results[_MCE] if results[_MCE] >= 0 else _MCE_DEFAULT,
         policy != 0,
+        results[_KEYRING] >= 0,
         results[_LOOK] in (-errno.EPERM, -errno.ESRCH),
     )

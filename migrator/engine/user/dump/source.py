@@ -21,6 +21,7 @@ from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
 from migrator.engine.user.dump import header, survey_tasks
+from migrator.engine.user.dump.asked import refuse_asked
 from migrator.engine.user.dump.bystander import RESTRICTED, Bystanders, otherwise_confined
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.mqueues import MqueueDump
@@ -330,13 +331,15 @@ class UserSource:
                 pid, leader, parasite = process.pid, process.leader, process.parasite
                 assert parasite is not None
                 others[pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
-                for thread, reply in zip(process.threads.values(), (replies[pid].leader, *others[pid]), strict=True):
+                told = (replies[pid].leader, *others[pid])
+                for thread, reply in zip(process.threads.values(), told, strict=True):
                     if reply.denied:
                         self._refuse_restricted(process, thread)
-                if any(reply.seccomp for reply in (replies[pid].leader, *others[pid])):
+                if any(reply.seccomp for reply in told):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=_SINCE)
-                if any(reply.numa for reply in (replies[pid].leader, *others[pid])):
+                if any(reply.numa for reply in told):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=_SINCE)
+                refuse_asked(process, states[pid], replies[pid], told)
                 brk = replies[pid].brk
                 self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
             self._bystanders.close()
@@ -513,7 +516,10 @@ class UserSource:
                         self._refuse_restricted(process, thread)
                 if thread.vtid in known:
                     threads.append((thread, thread_reply))
-        self._tasks.predump(process, procfs.status(pid), reply, threads, table)
+        state = procfs.status(pid)
+        if not self._surveyed or (pid, process.start_time) in self._surveyed:  # a new one may end before it matters
+            refuse_asked(process, state, reply, [reply for _, reply in threads])
+        self._tasks.predump(process, state, reply, threads, table)
         process.predumped.update(new)
 
     def _reap(self) -> None:

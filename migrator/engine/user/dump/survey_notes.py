@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.dump.process import Process
@@ -20,6 +21,8 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
     groups: dict[str, list[int]] = {}
     stopped: list[int] = []
     slices: list[int] = []
+    clamps: list[int] = []
+    cores: list[int] = []
     for process in processes:
         try:
             logins.setdefault(_login_uid(process.pid), []).append(process.pid)
@@ -28,6 +31,10 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
                 stopped.append(process.pid)
             if any(_has_slice(tid) for tid in procfs.tids(process.pid)):
                 slices.append(process.pid)
+            if any(_has_clamps(tid) for tid in procfs.tids(process.pid)):
+                clamps.append(process.pid)
+            if any(sys.core_cookie(tid) for tid in procfs.tids(process.pid)):
+                cores.append(process.pid)
             for where in _cgroups(process.pid):
                 groups.setdefault(where, []).append(process.pid)
         except (FileNotFoundError, ProcessLookupError):
@@ -42,6 +49,10 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
         yield _about(stopped), "that it is stopped will be told to its parent once more (WUNTRACED)"
     if slices:
         yield _about(slices), "a time slice of its own (sched_setattr) will be that of the host"
+    if clamps:
+        yield _about(clamps), "bounds of its utilization (sched_setattr) do not come along"
+    if cores:
+        yield _about(cores), "that it shares no core with others (PR_SCHED_CORE) does not come along"
     for where, pids in groups.items():
         yield _about(pids), f"the cgroup {where} and its limits do not come along"
 
@@ -57,6 +68,16 @@ def _has_slice(tid: int) -> bool:
     except OSError:
         return False  # it ended
     return bool(theirs and ours and ours % theirs and theirs % ours) or theirs > 8 * ours
+
+
+def _has_clamps(tid: int) -> bool:
+    """The kernel gives real-time tasks others than the rest, which the host chooses."""
+    try:
+        if os.sched_getscheduler(tid) in (os.SCHED_FIFO, os.SCHED_RR):
+            return False
+    except OSError:
+        return False
+    return sys.utilization_clamps(tid) not in ((0, 0), (0, 1024))
 
 
 def _login_uid(pid: int) -> int:

@@ -27,6 +27,7 @@ SHARED = {
 }
 _SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
 _IOPRIO_CLASS_SHIFT, _SCHED_DEADLINE = 13, 6
+_IO_FLUSHER = 0x00180000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE
 _SPECULATION_DENIED = (
     "thread mitigated",
     "thread force mitigated",
@@ -168,6 +169,8 @@ def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> I
             yield f"{thread} has {key} switched off (PR_SET_SPECULATION_CTRL), which is not carried"
     if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
         yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
+    if int(procfs.stat(pid, tid)[9]) & _IO_FLUSHER == _IO_FLUSHER:
+        yield f"{thread} is there to write out memory (PR_SET_IO_FLUSHER), which is not carried"
     waiting = shared | int(own["SigPnd"], 16)
     if all(waiting >> (number - 1) & 1 for number in BATCH_SIGNALS):
         names = ", ".join(signal.Signals(number).name for number in BATCH_SIGNALS)
