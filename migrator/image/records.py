@@ -27,7 +27,7 @@ from migrator.image.codec import (
 
 MAGIC = 0x4D49475241544F52  # "MIGRATOR" read as a big-endian number
 TRAILER_MAGIC = 0x524F544152474944  # a different one, so that a header never passes for a trailer
-REV = 5
+REV = 6
 PAGE_SIZE = 4096
 
 
@@ -168,6 +168,7 @@ class TaskBits(enum.IntFlag):
     MERGE_ALL = 8192  # PR_SET_MEMORY_MERGE
     LOCK_FUTURE = 16384  # mlockall(2): MCL_FUTURE
     LOCK_ONFAULT = 32768  # with MCL_ONFAULT
+    THP_EXCEPT_ADVISED = 65536  # PR_THP_DISABLE_EXCEPT_ADVISED, with THP_DISABLED
 
 
 @record(106)
@@ -270,6 +271,8 @@ class VmaFlag(enum.IntFlag):
     RANDOM = 0x2000
     SEQUENTIAL = 0x4000
     DROPPABLE = 0x8000
+    MAY_WRITE = 0x10000  # of a shared mapping: it can be made writable
+    LOCKED_ONFAULT = 0x20000  # MLOCK_ONFAULT, with LOCKED
 
 
 @fixed

@@ -53,7 +53,6 @@ REFUSED = [
     ("in_thread(250, 0, -1, 1)", "has a keyring of its own"),
     ("call(250, 0, -2, 1)", "has a keyring of its own"),
     ("call(154, 1, struct.pack('4I', 3, 0x1000, 0xFFFFF, 0x51), 16)", "has a table of segments"),
-    ("call(157, 41, 1, 2, 0, 0)", "has huge pages where it advises them, and nowhere else"),
     (BUSY, "this epoll instance polls busily"),
 ]
 

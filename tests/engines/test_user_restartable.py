@@ -749,6 +749,51 @@ int main(int argc, char **argv)
 """
 
 
+LOCKED_ONCE_TOUCHED = r"""
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include "workload.h"
+static char *memory;
+static int huge_pages;
+static int has(const char *flag)
+{
+	char line[256];
+	unsigned long start = 0, at, end;
+	int found = -1;
+	FILE *file = fopen("/proc/self/smaps", "r");
+
+	CHECK(file, "%m");
+	while (fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%lx-%lx ", &at, &end) == 2)
+			start = at;
+		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8))
+			found = !!strstr(line, flag);
+	}
+	fclose(file);
+	return found;
+}
+static void check(void)
+{
+	unsigned char there[10];
+
+	CHECK(has(" lo") == 1 && has(" lf") == 1, "not locked once it is touched");
+	TRY(mincore(memory, 40960, there));
+	CHECK(there[0] & 1 && !(there[9] & 1), "all of it is there");
+	CHECK(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == huge_pages, "huge pages: not %d", huge_pages);
+}
+int main(int argc, char **argv)
+{
+	wl_start(argc, argv);
+	memory = mmap(NULL, 40960, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TRY(mlock2(memory, 40960, MLOCK_ONFAULT));
+	*memory = 7;
+	if (prctl(PR_SET_THP_DISABLE, 1, 2, 0, 0)) /* except where advised: Linux 6.18 */
+		TRY(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
+	huge_pages = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0);
+	CHECK(huge_pages > 0, "%m");
+"""
+
+
 LOOPBACK = r"""
 #include <arpa/inet.h>
 #include <poll.h>
@@ -1112,6 +1157,7 @@ STATES = {
     "locks of a process and of its child": LOCKS,
     "a program in a memfd, which can be executed": MEMFD_PROGRAM,
     "memory that the kernel may drop": DROPPABLE,
+    "memory that is locked once it is touched": LOCKED_ONCE_TOUCHED,
     "guard regions that come and go": GUARDS,
     "a socket whose name was removed, and a descriptor of a thread": UNLINKED_SOCKET,
     "sockets under other names than they were bound to": RENAMED_SOCKETS,

@@ -397,6 +397,22 @@ def guarded() -> list[Record]:
 
 
 def latest() -> list[Record]:
+    """queued(), and what revision 6 added."""
+    records = queued()
+    records[0].rev = 6  # type: ignore[attr-defined]
+    for record in records:
+        if isinstance(record, r.Task) and record.pid == 5:
+            record.flags |= r.TaskBits.THP_DISABLED | r.TaskBits.THP_EXCEPT_ADVISED
+        if isinstance(record, r.Vmas):
+            for item in record.vmas:
+                if item.flags & r.VmaFlag.SHARED:
+                    item.flags |= r.VmaFlag.MAY_WRITE
+                else:
+                    item.flags |= r.VmaFlag.LOCKED | r.VmaFlag.LOCKED_ONFAULT
+    return records
+
+
+def queued() -> list[Record]:
     """guarded(), and what revision 5 added."""
     records = guarded()
     records[0].rev = 5  # type: ignore[attr-defined]

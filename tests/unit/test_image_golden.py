@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_samples import body, closed, drafted, full, guarded, latest, stream
+from image_samples import body, closed, drafted, full, guarded, latest, queued, stream
 
 from migrator.image import records as r
 from migrator.image.codec import REGISTRY, Record
@@ -24,6 +24,7 @@ DIGESTS = {
     "rev3.img": "16c8556f3e740293f9c7327c15859d299befb0c83d986f223ce34c988cba4761",
     "rev4.img": "18449167b9e2714eddf0fbc1d9496580c8d2a920e4362f17160578a7c4fe6a69",
     "rev5.img": "8f345dfa0d04a60c234c6dc3be6c9ea435d96d499bf830aaeb747f2f5eac3e54",
+    "rev6.img": "cba2dad62cce21f856639ed8ee0a622c1cbe8781df2d5f73abdc64b6f79d4b48",
 }
 
 
@@ -34,7 +35,14 @@ def test_the_golden_images_are_the_files_that_were_released() -> None:
 
 @pytest.mark.parametrize(
     ("name", "made"),
-    [("rev1.img", body), ("rev2.img", drafted), ("rev3.img", full), ("rev4.img", guarded), ("rev5.img", latest)],
+    [
+        ("rev1.img", body),
+        ("rev2.img", drafted),
+        ("rev3.img", full),
+        ("rev4.img", guarded),
+        ("rev5.img", queued),
+        ("rev6.img", latest),
+    ],
 )
 def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], list[Record]]) -> None:
     decoder, order = Decoder(), Order()
@@ -46,9 +54,9 @@ def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], l
     assert records == closed(made())
 
 
-def test_revision_5_is_what_we_write() -> None:
-    assert r.REV == 5
-    assert stream(closed(latest())) == (GOLDEN / "rev5.img").read_bytes()
+def test_revision_6_is_what_we_write() -> None:
+    assert r.REV == 6
+    assert stream(closed(latest())) == (GOLDEN / "rev6.img").read_bytes()
 
 
 def test_the_golden_image_has_every_kind_of_record() -> None:

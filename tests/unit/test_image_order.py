@@ -133,7 +133,7 @@ THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
     ("another magic", put(r.Header, magic=1), "this is no image"),
-    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 6 is not known"),
+    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 7 is not known"),
     ("revision 0", put(r.Header, rev=0), "revision 0 is not known"),
     ("another architecture", put(r.Header, arch_id=r.Arch.AARCH64), "architecture 5 is not x86-64"),
     ("other pages", put(r.Header, page_shift=16), r"pages of 2\^16 bytes"),

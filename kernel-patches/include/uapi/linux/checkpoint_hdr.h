@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		5
+#define CKPT_REV		6
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -114,6 +114,8 @@ enum ckpt_task_bits {
 	CKPT_TASK_BITS_MERGE_ALL = 0x2000, /* PR_SET_MEMORY_MERGE */
 	CKPT_TASK_BITS_LOCK_FUTURE = 0x4000, /* mlockall(2): MCL_FUTURE */
 	CKPT_TASK_BITS_LOCK_ONFAULT = 0x8000, /* with MCL_ONFAULT */
+	/* PR_THP_DISABLE_EXCEPT_ADVISED, with THP_DISABLED */
+	CKPT_TASK_BITS_THP_EXCEPT_ADVISED = 0x10000,
 };
 
 enum ckpt_vma_kind {
@@ -144,6 +146,8 @@ enum ckpt_vma_flag {
 	CKPT_VMA_FLAG_RANDOM = 0x2000,
 	CKPT_VMA_FLAG_SEQUENTIAL = 0x4000,
 	CKPT_VMA_FLAG_DROPPABLE = 0x8000,
+	CKPT_VMA_FLAG_MAY_WRITE = 0x10000, /* of a shared mapping: it can be made writable */
+	CKPT_VMA_FLAG_LOCKED_ONFAULT = 0x20000, /* MLOCK_ONFAULT, with LOCKED */
 };
 
 enum ckpt_page_kind {

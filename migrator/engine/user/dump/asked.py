@@ -13,7 +13,6 @@ from migrator.linux import sys
 from migrator.linux.x86_64 import NR
 
 _ARCH_GET_XCOMP_PERM = 0x1022
-_THP_EXCEPT_ADVISED = 3
 
 
 def refuse_asked(
@@ -36,8 +35,6 @@ def _obstacles(process: ProcessReply, threads: Sequence[ThreadReply]) -> Iterato
         yield "has addresses with tags (ARCH_ENABLE_TAGGED_ADDR)"
     if process.ldt:
         yield "has a table of segments (modify_ldt(2))"
-    if process.thp_disabled == _THP_EXCEPT_ADVISED:
-        yield "has huge pages where it advises them, and nowhere else (PR_THP_DISABLE_EXCEPT_ADVISED)"
 
 
 @functools.cache

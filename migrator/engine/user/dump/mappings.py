@@ -36,6 +36,8 @@ _FLAGS = {
     "rr": VmaFlag.RANDOM,
     "sr": VmaFlag.SEQUENTIAL,
     "dp": VmaFlag.DROPPABLE,
+    "mw": VmaFlag.MAY_WRITE,
+    "lf": VmaFlag.LOCKED_ONFAULT,
 }
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _Key = tuple[int, int, str]  # start, end, path
@@ -172,6 +174,8 @@ class LayoutDump:
             | (VmaFlag.EXEC if vma.execute else 0)
             | (VmaFlag.SHARED if vma.shared else 0)
         )
+        if not vma.shared:
+            flags &= ~VmaFlag.MAY_WRITE
         kind = _KINDS.get(vma.path, VmaKind.ANON)
         objref = name = 0
         offset = 0

@@ -49,6 +49,10 @@ MEMBARRIER = {  # by the command that registers
     1 << 8: TaskBits.MEMBARRIER_RSEQ,
 }
 
+_HUGE_PAGES = {  # of PR_GET_THP_DISABLE
+    1: TaskBits.THP_DISABLED,
+    3: TaskBits.THP_DISABLED | TaskBits.THP_EXCEPT_ADVISED,
+}
 MCE_POLICIES = {1: TaskBits.MCE_EARLY, 0: TaskBits.MCE_LATE}  # of PR_MCE_KILL
 
 Credentials = tuple[str, ...]  # as proc(5) has them
@@ -165,7 +169,7 @@ class TaskDump:
             self._put(("signal", signal), Signal(signal, 0, limits, itimers, timers))
         bits = (
             (TaskBits.CHILD_SUBREAPER if reply.subreaper else 0)
-            | (TaskBits.THP_DISABLED if reply.thp_disabled == 1 else 0)
+            | _HUGE_PAGES.get(reply.thp_disabled, 0)
             | (TaskBits.NOT_DUMPABLE if reply.dumpable != 1 else 0)
             | (TaskBits.MERGE_ALL if reply.merge_all else 0)
             | (TaskBits.LOCK_FUTURE if reply.lock_future else 0)

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
+from migrator.engine.user.restore.piece import writes_through
 from migrator.engine.user.restore.shm import SharedObjects
 from migrator.errors import RestartFailed
 from migrator.image.records import MappedFile, VmaFlag, VmaItem, VmaKind
@@ -47,18 +48,12 @@ class Backing:
     def open_backing(self, item: VmaItem) -> int:
         """A descriptor of ours for the file or shared memory behind a mapping. Raises RestartFailed where the file is
         another one on this host."""
+        writable = writes_through(item)
         if item.kind == VmaKind.SHM:
-            return self._shared.open(item.objref, private=not item.flags & VmaFlag.SHARED)
+            return self._shared.open(item.objref, writable=writable)
         file = self.mapped[item.objref]
         shared = bool(item.flags & VmaFlag.SHARED)
-        writable = shared and bool(item.flags & VmaFlag.WRITE)
-        if shared and not writable:
-            try:  # so that it can be made writable later, as it could be on the source
-                fd = openat2.open_in_root(self.root_fd, file.path, os.O_RDWR)
-            except OSError:
-                fd = self.open_path(file.path, os.O_RDONLY)
-        else:
-            fd = self.open_path(file.path, os.O_RDWR if writable else os.O_RDONLY)
+        fd = self.open_path(file.path, os.O_RDWR if writable else os.O_RDONLY)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
@@ -80,7 +75,7 @@ class Backing:
     def program(self, objref: int) -> Program:
         file = self.mapped.get(objref)
         if file is None:
-            return Program(f"the deleted program {objref}", lambda: self._shared.open(objref, private=True))
+            return Program(f"the deleted program {objref}", lambda: self._shared.open(objref, writable=False))
         return Program(file.path, lambda: self.open_path(file.path, os.O_RDONLY))
 
     def close(self) -> None:

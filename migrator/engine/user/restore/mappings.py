@@ -17,7 +17,7 @@ from typing import Protocol
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
 from migrator.engine.user.restore import advice
 from migrator.engine.user.restore.advice import Stretch
-from migrator.engine.user.restore.piece import Piece
+from migrator.engine.user.restore.piece import Piece, writes_through
 from migrator.engine.user.restore.stub import Stub
 from migrator.errors import RestartFailed
 from migrator.image.records import (
@@ -39,7 +39,7 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE, _MAP_DROPPABLE = 0x100, 0x4000, 0x8
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
 _MADV_DONTNEED, _MADV_GUARD_INSTALL = 4, 102
-_SHM_REMAP = 0o40000
+_SHM_REMAP, _SHM_RDONLY, _MLOCK_ONFAULT = 0o40000, 0o10000, 1
 _MIRROR = 1 << 18  # bytes that are compared at a time
 _SYSTEM = {VmaKind.VDSO: "[vdso]", VmaKind.VVAR: "[vvar]", VmaKind.VVAR_VCLOCK: "[vvar_vclock]"}
 
@@ -53,8 +53,7 @@ class Behind(Protocol):
 
 def _access(item: VmaItem) -> tuple[int, int]:
     """What decides how the file behind a mapping is opened."""
-    shared = item.flags & VmaFlag.SHARED
-    return item.objref, shared | (item.flags & VmaFlag.WRITE if shared else 0)
+    return item.objref, item.flags & VmaFlag.SHARED | (VmaFlag.WRITE if writes_through(item) else 0)
 
 
 def _covers(kept: Sequence[tuple[int, int, VmaItem]], item: VmaItem) -> bool:
@@ -221,7 +220,8 @@ class AddressSpace:
             prot = item.flags & _PROT
             if item.objref and (segment := self._behind.segment_of(item)) >= 0:
                 if start == item.start - item.offset:  # which brings the rest of it as well
-                    calls.append((NR["shmat"], segment, start, _SHM_REMAP))
+                    readonly = 0 if writes_through(item) else _SHM_RDONLY
+                    calls.append((NR["shmat"], segment, start, _SHM_REMAP | readonly))
                 calls.append((NR["mprotect"], start, end - start, prot))
             elif item.objref:
                 key = _access(item)
@@ -280,11 +280,18 @@ class AddressSpace:
         guards = intersect(self._guards, merge((v.start, v.end) for v in self._items))
         calls = [(NR["madvise"], start, end - start, _MADV_GUARD_INSTALL) for start, end in guards]
         self.stub.checked(calls, "guard regions (MADV_GUARD_INSTALL, Linux 6.13)")
-        locked = [(v.start, v.end) for v in self._items if v.flags & VmaFlag.LOCKED]
+        locked = [
+            (v.start, v.end)
+            for v in self._items
+            if v.flags & (VmaFlag.LOCKED | VmaFlag.LOCKED_ONFAULT) == VmaFlag.LOCKED
+        ]
         whole = [span for span in locked if not intersect([span], guards)]
         self.stub.checked([(NR["mlock"], start, end - start) for start, end in whole], "locking memory")
         for start, end in set(locked) - set(whole):  # it is locked, and fails at the guard (ENOMEM), as on the source
             self.stub.call_batch([(NR["mlock"], start, end - start)])
+        later = [v for v in self._items if v.flags & VmaFlag.LOCKED_ONFAULT]
+        calls = [(NR["mlock2"], v.start, v.end - v.start, _MLOCK_ONFAULT) for v in later]
+        self.stub.checked(calls, "locking memory once it is touched (mlock2(2))")
 
     def settle(self) -> None:
         """The first round, or a later one, is complete: what was inherited and has not come is not there."""

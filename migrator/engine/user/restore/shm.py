@@ -156,12 +156,10 @@ class SharedObjects:
             return self.tmpfs.open(objref, flags)
         return descriptors.reopen(first, flags)
 
-    def open(self, objref: int, *, private: bool) -> int:
-        """A new descriptor of ours for mapping it; for `private` mappings one that keeps nobody from executing it."""
+    def open(self, objref: int, *, writable: bool) -> int:
+        """A new descriptor of ours for mapping it; one that is not `writable` keeps nobody from executing it."""
         fd = self.fd(objref)
-        if private:
-            return descriptors.reopen(fd, os.O_RDONLY)
-        return os.dup(fd)
+        return os.dup(fd) if writable else descriptors.reopen(fd, os.O_RDONLY)
 
     def settle(self) -> None:
         """Once all contents are there, ahead of who opens or executes it: owners, modes, times and names."""

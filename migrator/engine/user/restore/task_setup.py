@@ -29,6 +29,7 @@ _ACTION_SIZE = 32
 _UNBLOCKABLE = (SIGKILL, SIGSTOP)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_SECUREBITS = 1, 4, 15, 28
 _PR_SET_CHILD_SUBREAPER, _NO_SETUID_FIXUP = 36, 4
+_PR_THP_DISABLE_EXCEPT_ADVISED = 2
 _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 38, 41, 24, 47
 _PR_SET_TSC, _PR_TSC_SIGSEGV, _ARCH_SET_CPUID = 26, 2, 0x1012
 _PR_MCE_KILL, _PR_MCE_KILL_SET, _PR_SET_MEMORY_MERGE = 33, 1, 67
@@ -212,7 +213,8 @@ def _process_calls(part: ProcessPart, at: int) -> tuple[bytes, list[Call]]:
     if part.flags & TaskBits.CHILD_SUBREAPER:
         calls.append((NR["prctl"], _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     if part.flags & TaskBits.THP_DISABLED:
-        calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, 0, 0, 0))
+        flags = _PR_THP_DISABLE_EXCEPT_ADVISED if part.flags & TaskBits.THP_EXCEPT_ADVISED else 0
+        calls.append((NR["prctl"], _PR_SET_THP_DISABLE, 1, flags, 0, 0))
     if part.flags & TaskBits.MERGE_ALL:
         calls.append((NR["prctl"], _PR_SET_MEMORY_MERGE, 1, 0, 0, 0))
     if part.flags & TaskBits.LOCK_FUTURE:

@@ -1,0 +1,93 @@
+"""Shared memory that a program may only read stays so: its copy can make writable what it could, and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli import migrator
+
+pytestmark = pytest.mark.root
+
+PROGRAM = r"""
+import ctypes, mmap, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.shmat.restype = ctypes.c_void_p
+folder = sys.argv[1]
+def mapped(fd, prot=1):
+    start = libc.mmap(None, 4096, prot, 1, fd, 0)  # MAP_SHARED
+    assert start != 2**64 - 1
+    return ctypes.c_void_p(start)
+roots = mapped(os.open(folder + "/roots", os.O_RDONLY))
+passing = os.memfd_create("passing")
+os.ftruncate(passing, 4096)
+read_only = os.open(f"/proc/self/fd/{passing}", os.O_RDONLY)
+own = os.open(folder + "/own", os.O_RDWR)
+places = {
+    "a file of root": roots,
+    "own, for reading": mapped(os.open(folder + "/own", os.O_RDONLY)),
+    "own, for writing": mapped(own),
+    "own, written to": mapped(own, 3),
+    "a memfd for reading": mapped(read_only),
+    "a memfd for writing": mapped(passing),
+}
+anonymous = libc.mmap(None, 4096, 1, 0x21, -1, 0)
+places["anonymous"] = ctypes.c_void_p(anonymous)
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+def look():
+    found = {name: libc.mprotect(start, 4096, 3) == 0 for name, start in places.items()}
+    for start in places.values():
+        libc.mprotect(start, 4096, 1)
+    return found
+before = look()
+print(before, flush=True)
+print("ready", flush=True)
+while not os.path.exists(folder + "/go"):
+    time.sleep(0.01)
+after = look()
+print("same" if after == before else after, flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def await_text(log: Path, text: str) -> str:
+    deadline = time.monotonic() + 30
+    while text not in log.read_text():
+        assert time.monotonic() < deadline and "Traceback" not in log.read_text(), log.read_text()
+        time.sleep(0.01)
+    return log.read_text()
+
+
+def test_what_can_be_made_writable_is_what_could_be(tmp_path: Path) -> None:
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
+        parent.chmod(0o755)
+    (tmp_path / "roots").write_bytes(bytes(4096))
+    (tmp_path / "own").write_bytes(bytes(4096))
+    os.chown(tmp_path / "own", 65534, 65534)
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
+    copy = 0
+    try:
+        said = await_text(log, "ready")
+        assert "'a file of root': False" in said and "'own, for writing': True" in said
+        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
+        child.wait()
+        copy = int(migrator("restart", "-d", "-i", tmp_path / "image", "--verify").stdout)
+        (tmp_path / "go").touch()
+        await_text(log, "same")
+    finally:
+        for pid in (child.pid, copy):
+            if pid and Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
