@@ -75,15 +75,56 @@ def each(count: int, *calls: Sequence[Column], blocking: bool = False) -> list[l
     `blocking`: other threads of Python run meanwhile."""
     if not count:
         return [[] for _ in calls]
-    stride = _WORDS * len(calls)
-    table = array("Q", bytes(8 * stride * count))
-    for place, call in enumerate(calls):
-        for word, value in enumerate(call):
-            column = array("Q", [value & arch.MINUS_ONE]) * count if isinstance(value, int) else _column(value)
-            table[place * _WORDS + word :: stride] = column
-    walk(table.buffer_info()[0], count * len(calls), blocking=blocking)
-    results = memoryview(table).cast("B").cast("q")
-    return [results[place * _WORDS + _WORDS - 1 :: stride].tolist() for place in range(len(calls))]
+    table = Table(count, *calls)
+    table.walk(blocking=blocking)
+    return [table.results(place).tolist() for place in range(len(calls))]
+
+
+class Table:
+    """The calls of each(), laid out ahead: for when there is time before they are to be made, and none then.
+
+    table = Table(len(numbers), (NR["pidfd_getfd"], pidfd, numbers, 0))
+    states = Table(len(numbers), (NR["fstat"], 0, areas))
+    table.walk()
+    states.put(0, 1, table.results(0))  # the first call's first argument
+    states.walk()
+    """
+
+    def __init__(self, count: int, *calls: Sequence[Column]) -> None:
+        self.count, self._calls = count, len(calls)
+        self._stride = _WORDS * len(calls)
+        self._words = array("Q", bytes(8 * self._stride * count))
+        for place, call in enumerate(calls):
+            for word, value in enumerate(call):
+                column = array("Q", [value & arch.MINUS_ONE]) * count if isinstance(value, int) else _column(value)
+                self._words[place * _WORDS + word :: self._stride] = column
+        self._view = memoryview(self._words).cast("B").cast("q") if count else memoryview(array("q"))
+
+    def put(self, place: int, word: int, column: int | memoryview) -> None:
+        """Set an argument of the calls number `place`: word 1 is the first. A column is of "q"."""
+        if isinstance(column, int):
+            column = memoryview(array("q", [column]) * self.count)
+        self._view[place * _WORDS + word :: self._stride] = column
+
+    def walk(self, *, blocking: bool = False) -> None:
+        if self.count:
+            walk(self._words.buffer_info()[0], self.count * self._calls, blocking=blocking)
+
+    def results(self, place: int) -> memoryview:
+        """Of the calls number `place`, of all items: a view of "q" that the next walk changes."""
+        return self._view[place * _WORDS + _WORDS - 1 :: self._stride]
+
+
+def differing(answers: Sequence[memoryview], expected: Sequence[bytes]) -> set[int]:
+    """The items of which an answer is another than expected: columns, and what was in them."""
+    out: set[int] = set()
+    for column, wanted in zip(answers, expected, strict=True):
+        found = column.tobytes()
+        if found != wanted:
+            size = column.itemsize
+            pairs = ((found[at : at + size], wanted[at : at + size]) for at in range(0, len(wanted), size))
+            out.update(at for at, (a, b) in enumerate(pairs) if a != b)
+    return out
 
 
 def _column(values: Sequence[int]) -> array[int]:

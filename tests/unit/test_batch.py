@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from migrator.linux import batch
 from migrator.linux import x86_64 as arch
-from migrator.linux.batch import Area, Iovecs, each, raise_first
+from migrator.linux.batch import Area, Iovecs, Table, differing, each, raise_first
 
 NR = arch.NR
 
@@ -94,3 +97,39 @@ def test_a_call_that_waits_lets_others_go_on() -> None:
     status = Area(4, 1)
     assert each(1, (NR["wait4"], [pid], status.addresses, 0, 0), blocking=True) == [[pid]]
     assert os.waitstatus_to_exitcode(int.from_bytes(status.get(0, 4), "little")) == 3
+
+
+def test_a_table_takes_arguments_when_it_is_there_already(fds: list[int]) -> None:
+    table = Table(len(fds), (NR["lseek"], 0, 0, os.SEEK_END), (NR["lseek"], 0, 0, os.SEEK_SET))
+    again = Table(len(fds), (NR["lseek"], 0, 1, os.SEEK_SET))
+    copies = Table(len(fds), (NR["fcntl"], fds, fcntl.F_DUPFD, 0))
+    copies.walk()
+    for place in range(2):
+        table.put(place, 1, copies.results(0))
+    table.walk()
+    assert table.results(0).tolist() == [os.fstat(fd).st_size for fd in fds]
+    assert table.results(1).tolist() == [0] * len(fds)
+    again.put(0, 1, fds[2])
+    again.put(0, 2, 5)
+    again.walk()
+    assert again.results(0).tolist() == [5] * len(fds)
+    for fd in copies.results(0):
+        os.close(fd)
+
+
+def test_a_table_of_nothing_can_be_walked() -> None:
+    table = Table(0, (NR["close"], 0))
+    table.put(0, 1, 7)
+    table.walk()
+    assert table.results(0).tolist() == []
+
+
+def test_the_items_that_differ_in_any_column_are_found() -> None:
+    pairs = list(itertools.product(range(2), repeat=2))
+    for found in itertools.product(pairs, repeat=3):
+        for wanted in itertools.product(pairs, repeat=3):
+            words = memoryview(array("q", [a for a, _ in found]))
+            halves = memoryview(array("i", [value for _, b in found for value in (b, 9)]))[::2]
+            expected = [array("q", [a for a, _ in wanted]).tobytes(), array("i", [b for _, b in wanted]).tobytes()]
+            differ = {at for at in range(3) if found[at] != wanted[at]}
+            assert differing([words, halves], expected) == differ
