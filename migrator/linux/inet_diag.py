@@ -27,6 +27,7 @@ _MESSAGE = struct.Struct("=BBBB2s2s16s16s12xIIIII")  # struct inet_diag_msg
 class TcpSocket:
     """`inode` is 0 where no descriptor holds it. `unread` and `unsent` are bytes in its queues."""
 
+    family: int
     state: int
     local: str
     local_port: int
@@ -68,6 +69,7 @@ def _answers(channel: socket.socket) -> Iterator[TcpSocket]:
 def _socket(data: bytes, at: int) -> TcpSocket:
     family, state, _, _, sport, dport, source, target, _, unread, unsent, _, inode = _MESSAGE.unpack_from(data, at)
     return TcpSocket(
+        family,
         state,
         _address(family, source),
         int.from_bytes(sport, "big"),

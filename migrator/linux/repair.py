@@ -20,14 +20,14 @@ from migrator.linux.sys import pidfd_getfd
 
 TCP_REPAIR, TCP_REPAIR_QUEUE = 19, 20
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
-_ON, OFF, OFF_WITHOUT_PROBE = 1, 0, -1
+ON, OFF, OFF_WITHOUT_PROBE = 1, 0, -1
 _FORCE_REUSE = 2  # what SO_REUSEADDR reads while nobody has put it back (SK_FORCE_REUSE in net/sock.h)
 _TCP = socket.IPPROTO_TCP
 
 
 def repair(sock: socket.SocketType) -> None:
     """Enter repair mode. SO_REUSEADDR is forced from here on, and lost on the way out: see `reuse_address()`."""
-    sock.setsockopt(_TCP, TCP_REPAIR, _ON)
+    sock.setsockopt(_TCP, TCP_REPAIR, ON)
 
 
 def reuse_address(sock: socket.SocketType, value: int) -> None:

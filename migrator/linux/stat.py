@@ -9,7 +9,7 @@ from typing import NamedTuple
 _STAT = struct.Struct("<QQQIII4xQqqq16xQQ16x24x")
 STAT_SIZE = _STAT.size
 _WORDS = STAT_SIZE // 8
-_TELLING = (0, 1, 2, 3, 4, 5, 6, 11, 12)  # words of it: all but the times of access and change, and what is on disk
+FINGERPRINT_WORDS = (0, 1, 2, 3, 4, 5, 6, 11, 12)  # all but the times of access and change, and what is on disk
 Fingerprint = tuple[int, ...]  # st_dev, st_ino, ...
 
 
@@ -54,4 +54,4 @@ class Status(NamedTuple):
 def fingerprints(states: memoryview) -> list[Fingerprint]:
     """Of each of many: what Status.fingerprint would be, in a fraction of the time."""
     words = states[: len(states) // STAT_SIZE * STAT_SIZE].cast("Q")
-    return list(zip(*(words[at::_WORDS].tolist() for at in _TELLING), strict=True))
+    return list(zip(*(words[at::_WORDS].tolist() for at in FINGERPRINT_WORDS), strict=True))

@@ -52,8 +52,8 @@ def pair() -> Iterator[Pair]:
             yield receiver, sender
 
 
-def items(*socks: socket.socket) -> list[tuple[socket.socket, int, str]]:
-    return [(sock, number, f"fd {number}") for number, sock in enumerate(socks)]
+def items(*socks: socket.socket) -> list[tuple[int, int, str]]:
+    return [(sock.fileno(), number, f"fd {number}") for number, sock in enumerate(socks)]
 
 
 def test_bytes_in_flight_are_the_senders(pair: Pair) -> None:

@@ -409,12 +409,15 @@ int main(int argc, char **argv)
 """
 
 
-def test_connections_that_change_all_the_time_are_moved_as_they_were_in_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", [collection.MANY, 0], ids=["few", "as of many"])
+def test_connections_that_change_all_the_time_are_moved_as_they_were_in_the_end(tmp_path: Path, least: int) -> None:
     with (
         PidHost("a", own_network=True) as here,
         PidHost("b", own_network=True) as there,
         Program(here, CONNECTIONS, tmp_path) as program,
     ):
+        for host in (here, there):
+            host.call("run", take_for_many, least)
         for _ in range(12):
             migrate(program, here, there)
             program.check_alive_and_progressing(ticks=1)

@@ -10,6 +10,7 @@ from migrator.engine.user.descriptors.found import MessageQueue
 from migrator.engine.user.descriptors.predumped import PredumpedFiles
 from migrator.engine.user.descriptors.private_root import finish_moves
 from migrator.engine.user.descriptors.restore import OF_DESCRIPTORS, Context, DescriptorRestore
+from migrator.engine.user.descriptors.standing import Standing
 from migrator.engine.user.descriptors.survey import survey
 from migrator.engine.user.descriptors.survey_notes import notes
 from migrator.engine.user.descriptors.transients import Transients
@@ -23,6 +24,7 @@ __all__ = [
     "Memfd",
     "MessageQueue",
     "PredumpedFiles",
+    "Standing",
     "Transients",
     "begin",
     "finish_moves",

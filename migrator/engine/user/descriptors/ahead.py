@@ -10,6 +10,7 @@ from migrator.linux import descriptors
 from migrator.linux.stat import Status
 
 Place = tuple[int, int]  # pid, number
+Entry = tuple[int, int, bool]  # of a table: number, objref, close-on-exec
 Facts = tuple[int, int, int, int]  # of what is open: st_dev, st_ino, st_mode, F_GETFL
 
 

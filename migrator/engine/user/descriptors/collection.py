@@ -21,6 +21,7 @@ from migrator.engine.user.descriptors.classify import Classification, Obstacle, 
 from migrator.engine.user.descriptors.description import Description, DescriptorTable, Holder, Slot
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.predumped import Known
+from migrator.engine.user.descriptors.standing import Listed, Standing
 from migrator.errors import CheckpointFailed
 from migrator.image.records_files import FileKind
 from migrator.linux import descriptors
@@ -90,9 +91,9 @@ class _Fetched:
 
 
 def make_room(processes: Sequence[Holder]) -> None:
-    """Ahead of the freeze, while they run: so that all that they have open can be fetched at once. Raises OSError if
-    one has ended."""
-    descriptors.allow_many_files(_AT_ONCE + sum(fdinfo.count(process.pid) for process in processes))
+    """Ahead of the freeze, while they run: so that all that they have open can be fetched at once, and what does not
+    stand once more. Raises OSError if one has ended."""
+    descriptors.allow_many_files(_AT_ONCE + 2 * sum(fdinfo.count(process.pid) for process in processes))
 
 
 def begin(processes: Sequence[Holder]) -> LockList | None:
@@ -103,7 +104,8 @@ def begin(processes: Sequence[Holder]) -> LockList | None:
 class Collection:
     """All descriptors of stopped processes, fetched. `close()` gives back what was fetched.
 
-    `known` is what was found of them while they ran, and what is still so is not looked into again. `flags` asks a
+    `standing` are those that may be as they were written while they ran: what is has no description here, but its line
+    in its table. `known` is what was found then, and what is still so is not looked into again. `flags` asks a
     process for F_GETFD of its numbers: with that and the `locks` of this host, begun to be read when all had stopped,
     fdinfo, which takes longer than all other questions together, need not be read of most.
 
@@ -116,7 +118,11 @@ class Collection:
         known: Mapping[Place, Known] | None = None,
         flags: Flags | None = None,
         locks: LockList | None = None,
+        standing: Standing | None = None,
     ) -> None:
+        self.standing = standing if locks is not None else None
+        self._flags = flags if locks is not None else None
+        self._fallen: list[Place] = []  # they stood until another description of their inode was met
         self.tables: list[DescriptorTable] = []
         self.descriptions: list[Description] = []
         self._known = known or {}
@@ -134,27 +140,90 @@ class Collection:
                 else:
                     self.tables.append(DescriptorTable([process]))
                     ordered.insert(place, self.tables[-1])
-            items = [item for table in self.tables for item in _items(table, flags if locks is not None else None)]
-            for first in range(0, len(items), _AT_ONCE):
-                self._add(items[first : first + _AT_ONCE])
-            if self._unread:
+            listed = {table.processes[0].pid: self._list(table) for table in self.tables}
+            if self.standing is not None:
+                self.standing.look(self.root.fd, listed)
+            self._add_all([item for table in self.tables for item in self._items(table, listed)])
+            if self._unread or self.standing is not None:
                 assert locks is not None
-                self._read_of_locked(locks.inodes())
+                locked = locks.inodes()
+                if self.standing is not None:
+                    self._settle(self.standing, self.standing.drop_locked(locked), listed)
+                self._read_of_locked(locked)
         except BaseException:
             self.close()
             raise
+
+    def with_standing(self) -> tuple[list[Description], list[DescriptorTable]]:
+        """All descriptions and tables, with those pipes and connections that stand."""
+        if self.standing is None:
+            return self.descriptions, self.tables
+        slots: dict[int, list[Slot]] = {}
+        descriptions = list(self.descriptions)
+        for description in self.standing.descriptions(self.root):
+            ((process, number),) = description.holders
+            slots.setdefault(process.pid, []).append(Slot(number, description, description.info.cloexec))
+            descriptions.append(description)
+        tables = [
+            DescriptorTable(table.processes, table.slots + slots.get(table.processes[0].pid, []))
+            for table in self.tables
+        ]
+        return descriptions, tables
 
     def close(self) -> None:
         for description in self.descriptions:
             os.close(description.fd)
         self.descriptions.clear()
+        if self.standing is not None:
+            self.standing.close()
         if self.root.fd >= 0:
             self.root.close()
             self.root.fd = -1
 
+    def _settle(self, standing: Standing, fallen: Sequence[Place], listed: Mapping[int, Listed]) -> None:
+        """Look at those that stood and have fallen since, and note what stands now."""
+        tables = {table.processes[0].pid: table for table in self.tables}
+        self._add_all(
+            [
+                _Item(tables[pid], tables[pid].processes[0], number, listed[pid].flag_of(number))
+                for pid, number in (*self._fallen, *fallen)
+            ]
+        )
+        for pid, table in tables.items():
+            table.standing = standing.entries(pid)
+
+    def _list(self, table: DescriptorTable) -> Listed:
+        process = table.processes[0]
+        count = fdinfo.count(process.pid)
+        if self._flags is None or count < MANY:
+            numbers = fdinfo.numbers(process.pid)
+            return Listed(numbers, [-1] * len(numbers))
+        known = self.standing.listed.get(process.pid) if self.standing is not None else None
+        if known is not None and known.numbers and len(known.numbers) == count:
+            asked = self._flags(process, known.numbers)
+            if min(asked) >= 0:  # a listing would have taken longer
+                return Listed(known.numbers, asked)
+        numbers = fdinfo.numbers(process.pid)
+        return Listed(numbers, self._flags(process, numbers))
+
+    def _items(self, table: DescriptorTable, listed: Mapping[int, Listed]) -> Iterator[_Item]:
+        """Those of a table that are to be looked at one by one."""
+        process = table.processes[0]
+        there = listed[process.pid]
+        if self.standing is None:
+            return (_Item(table, process, *pair) for pair in zip(*there, strict=True))
+        others = self.standing.others(process.pid, there)
+        return (_Item(table, process, number, there.flag_of(number)) for number in others)
+
+    def _add_all(self, items: Sequence[_Item]) -> None:
+        for first in range(0, len(items), _AT_ONCE):
+            self._add(items[first : first + _AT_ONCE])
+
     def _add(self, items: Sequence[_Item]) -> None:
         inherited = self._inherited(items)
         fetched = _Fetched([item for i, item in enumerate(items) if i not in inherited] if inherited else items)
+        if self.standing is not None:
+            self._fallen += self.standing.drop([(device, inode) for device, inode, *_ in fetched.fingerprints])
         try:
             quick = self._quick(fetched)
             plain = self._plain(fetched, quick)
@@ -322,13 +391,6 @@ def _refused(item: _Item) -> Iterator[None]:
         yield
     except Obstacle as error:
         raise CheckpointFailed(f"{item}: {error}", hint="the workload runs on, untouched") from None
-
-
-def _items(table: DescriptorTable, flags: Flags | None) -> Iterator[_Item]:
-    process = table.processes[0]
-    numbers = fdinfo.numbers(process.pid)
-    asked = flags(process, numbers) if flags is not None and len(numbers) >= MANY else [-1] * len(numbers)
-    return (_Item(table, process, *pair) for pair in zip(numbers, asked, strict=True))
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from migrator.engine.user.descriptors.ahead import Entry
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.image.records_files import FileKind
@@ -80,6 +81,13 @@ class DescriptorTable:
 
     processes: list[Holder]
     slots: list[Slot] = field(default_factory=list)
+    standing: list[Entry] = field(default_factory=list)  # the others: nothing has changed in them
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All lines of it, once all have their objrefs."""
+        own = [(slot.number, slot.description.objref, slot.cloexec) for slot in self.slots]
+        return sorted(own + self.standing)
 
     def find(self, number: int) -> Description | None:
         return next((slot.description for slot in self.slots if slot.number == number), None)

@@ -15,6 +15,7 @@ from migrator.engine.user.descriptors.found import GONE, MessageQueue
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
 from migrator.engine.user.descriptors.sockets import SocketDump
+from migrator.engine.user.descriptors.standing import Standing
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import File, FileKind, PidFd
@@ -67,10 +68,11 @@ class DescriptorDump:
         shared: Container[tuple[int, int]] = (),
         flags: Flags | None = None,
         locks: LockList | None = None,
+        standing: Standing | None = None,
     ) -> None:
         """`predumped`: what was written of them while they ran. `shared`: (st_dev, st_ino) of files without a name
-        whose contents are somebody else's to save, under ("shm", dev, ino). `flags`, `locks`: see Collection."""
-        self._flags, self._locks = flags, locks
+        whose contents are somebody else's to save, under ("shm", dev, ino). The rest: see Collection."""
+        self._flags, self._locks, self._may_stand = flags, locks, standing
         self._shared = shared
         self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
@@ -89,11 +91,14 @@ class DescriptorDump:
         if not self._processes:
             return
         try:
-            collection = self._collection = Collection(self._processes, self._predumped.known, self._flags, self._locks)
+            collection = self._collection = Collection(
+                self._processes, self._predumped.known, self._flags, self._locks, self._may_stand
+            )
             self._nameless = [d for d in collection.descriptions if d.known is None and d.kind not in BY_PATH]
             self._memfds()
             sockets = [d for d in self._nameless if d.kind == FileKind.SOCKET]
-            self._sockets = SocketDump(sockets, self._processes[0].pid, self._still)
+            standing = collection.standing.connections() if collection.standing is not None else []
+            self._sockets = SocketDump(sockets, self._processes[0].pid, self._still, standing)
             self._sockets.collect()
         except BaseException as error:
             self.undo()
@@ -155,7 +160,7 @@ class DescriptorDump:
         write = self._writer.write
         assert self._sockets is not None
         self._connections(self._sockets)
-        self._inodes()
+        self._inodes(collection.standing)
         for made in self._sockets.sockets(self._socket):
             if made.objref not in self._standing:
                 write(made)
@@ -163,24 +168,30 @@ class DescriptorDump:
         for rec in self._sockets.buffers(self._socket):
             write(rec)
         pids = {process.pid: process.vpid for process in self._processes}
+        self._predumped.take(objref for table in collection.tables for _, objref, _ in table.standing)
         for item in collection.descriptions:
             item.objref = self._predumped.objref_of(item)
             if not self._predumped.stands(item):
                 self._predumped.put(self._file(item, pids))
-        for item in self._nameless:
-            if item.kind == FileKind.EPOLL:
-                items = epolls.save(item, collection.tables, collection.descriptions)
-                if items is not None:
-                    write(items)
+        self._epolls(collection)
         for table in collection.tables:
             for lock in locks.save(table):
                 write(lock)
         out = {}
         for table in collection.tables:
             objref, _ = self._objhash.get(("files", table.processes[0].pid))
-            self._predumped.put_table(objref, [(s.number, s.description.objref, s.cloexec) for s in table.slots])
+            self._predumped.put_table(objref, table.entries)
             out.update({process.pid: objref for process in table.processes})
         return out
+
+    def _epolls(self, collection: Collection) -> None:
+        instances = [item for item in self._nameless if item.kind == FileKind.EPOLL]
+        if instances:
+            descriptions, tables = collection.with_standing()
+            for item in instances:
+                items = epolls.save(item, tables, descriptions)
+                if items is not None:
+                    self._writer.write(items)
 
     def _connections(self, sockets: SocketDump) -> None:
         """Find those of which the stream has all but their state."""
@@ -197,7 +208,7 @@ class DescriptorDump:
     def _objref(self, key: Hashable) -> int:
         return self._objhash.get(key)[0]
 
-    def _inodes(self) -> None:
+    def _inodes(self, standing: Standing | None) -> None:
         """Write the objects that files are opened on, and note their objrefs."""
         pipe_ends: dict[tuple[int, int], list[Description]] = {}
         others = []
@@ -209,6 +220,8 @@ class DescriptorDump:
         for ends in pipe_ends.values():
             pipes.check(ends)
         self._write_all(pipes.save_all([*pipe_ends.values()], self._pipe))
+        if standing is not None:
+            self._write_all(pipes.contents_of(standing.full_pipes()))
         for item in others:
             self._inode(item)
 

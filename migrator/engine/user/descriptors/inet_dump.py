@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts, tcp
+from migrator.engine.user.descriptors.standing import Connection
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records_files import MAX_CHUNK, Socket, SocketBuffer, SocketState, SocketTcp
@@ -39,25 +40,28 @@ Item = tuple[Fetched, socket.SocketType]
 Still = Callable[[], contextlib.AbstractContextManager[object]]
 
 
-def established(items: Sequence[Item], defaults: sockopts.Defaults) -> list[Socket | None]:
-    """Of sockets of TCP, whose program may run, the records of those that are connected and whose ends have said
-    nothing of an end yet; None of the others. Called inside of their network namespace."""
-    return InetDump(items, defaults, 0, contextlib.nullcontext).established()
-
-
 class InetDump:
     """Made and collected inside the network namespace of the tree, `pid` being one of its processes.
 
-    still: inside it, no task runs even if this program is killed. Connections are under repair only there."""
+    still: inside it, no task runs even if this program is killed. Connections are under repair only there.
+    standing: more connections, of which only the state is still to be told."""
 
-    def __init__(self, items: Sequence[Item], defaults: sockopts.Defaults, pid: int, still: Still) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        defaults: sockopts.Defaults,
+        pid: int,
+        still: Still,
+        standing: Sequence[Connection] = (),
+    ) -> None:
         self._items = items
         self._defaults = defaults
         self._pid = pid
         self._still = still
+        self._standing = standing
         self._connections: list[Item] = []
         self._sockets: list[Socket] = []
-        self._buffers: list[SocketBuffer | SocketTcp] = []
+        self._buffers: list[SocketBuffer] = []
         self._states: list[int] = []
         self._numbers: list[tuple[int, ...]] = []
         self._own: list[bytes] = []
@@ -92,19 +96,6 @@ class InetDump:
         self._connections = connections
         # a name is taken by its listener first; connections get past it in repair mode
         self._sockets.sort(key=lambda rec: rec.state == SocketState.CONNECTED)
-
-    def established(self) -> list[Socket | None]:
-        self._ask()
-        records = [
-            self._record(at, SocketState.CONNECTED, peer) if state == tcp.ESTABLISHED and peer else None
-            for at, (state, peer) in enumerate(zip(self._states, self._peers, strict=True))
-        ]
-        there = [at for at, rec in enumerate(records) if rec is not None]
-        options = self._defaults.changed([self._items[at][1] for at in there], range(len(there)))
-        for at, changed in zip(there, options, strict=True):
-            if (rec := records[at]) is not None:
-                rec.options = changed
-        return records
 
     def _shutdowns(self) -> None:
         """What was shut down of UDP sockets."""
@@ -145,10 +136,15 @@ class InetDump:
             yield rec
 
     def buffers(self, objref: Callable[[int], int]) -> Iterator[Record]:
-        """Connections of TCP are in repair mode when they are looked at for this, and only then."""
-        if self._connections:
-            with self._still(), _under_repair([sock for _, sock in self._connections]):
-                self._buffers += tcp.save_all([(sock, item.stat.st_ino, str(item)) for item, sock in self._connections])
+        """Connections of TCP are in repair mode when they are looked at for this, and only then. All together: what one
+        end has sent the other may have, or not yet."""
+        connections = [(item.fd, objref(item.stat.st_ino), item) for item, _ in self._connections]
+        whole = [*connections, *((one.fd, one.objref, one) for one in self._standing)]
+        states: list[SocketTcp] = []
+        if whole:
+            with self._still(), _under_repair([fd for fd, _, _ in whole]):
+                states = tcp.save_all(whole)
+        yield from states
         for rec in self._buffers:
             rec.socket_objref = objref(rec.socket_objref)
             yield rec
@@ -156,10 +152,11 @@ class InetDump:
     def close(self, *, silent: bool) -> None:
         """silent: the tasks, held by their cgroup, are about to be killed, and no peer is to hear of it."""
         if silent:
-            for _, sock in self._connections:
-                with contextlib.suppress(OSError):
-                    repair.repair(sock)
+            ask = Ask([*(item.fd for item, _ in self._connections), *(one.fd for one in self._standing)])
+            ask.put(socket.IPPROTO_TCP, repair.TCP_REPAIR, repair.ON)
+            ask.make()  # of each, whatever became of the others
         self._connections.clear()
+        self._standing = ()
 
     def _ask(self) -> None:
         """Of all sockets what getsockopt(2) and the like tell, one list each."""
@@ -272,9 +269,8 @@ class InetDump:
 
 
 @contextlib.contextmanager
-def _under_repair(connections: Sequence[socket.SocketType]) -> Iterator[None]:
+def _under_repair(fds: Sequence[int]) -> Iterator[None]:
     """SO_REUSEADDR is put back at once: who finds a connection under repair reads there what it is to be."""
-    fds = [sock.fileno() for sock in connections]
     ask = Ask(fds)
     reuse = ask.option(socket.SOL_SOCKET, socket.SO_REUSEADDR)
     ask.make()

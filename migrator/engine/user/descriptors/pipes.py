@@ -12,6 +12,7 @@ import os
 import select
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from migrator.engine.user.descriptors.description import Description
 from migrator.errors import CheckpointFailed, ImageError, RestartFailed
@@ -128,26 +129,46 @@ def save_all(
     raise_first(capacities, "F_GETPIPE_SZ", fds)
     raise_first(asked, "FIONREAD", fds)
     waiting_bytes = sizes.view.cast("i")[::2].tolist()
-    filled = {at for at, fd in enumerate(read_ends) if fd >= 0 and waiting_bytes[at]}  # else nobody can ever read it
-    packets = {at for at in filled if any(end.flags & os.O_DIRECT for end in pipes[at])}
-    small = sorted(at for at in filled - packets if capacities[at] <= USUAL)
-    done: set[int] = set()
     objrefs: list[int] = []
-    for at, ends in enumerate(pipes):
-        objref, new = objref_of(ends, capacities[at])
+    for ends, capacity in zip(pipes, capacities, strict=True):
+        objref, new = objref_of(ends, capacity)
         objrefs.append(objref)
         if new:
-            yield Pipe(objref, capacities[at])
+            yield Pipe(objref, capacity)
+    full = []
+    for at, (fd, amount) in enumerate(zip(read_ends, waiting_bytes, strict=False)):
+        if fd >= 0 and amount:  # else nobody can ever read it
+            packets = any(end.flags & os.O_DIRECT for end in pipes[at])
+            full.append(Full(fd, objrefs[at], amount, capacities[at], packets))
+    yield from contents_of(full)
+
+
+class Full(NamedTuple):
+    """A pipe in which `amount` bytes wait. fd: a read end of it, ours"""
+
+    fd: int
+    objref: int
+    amount: int
+    capacity: int
+    in_packets: bool
+
+
+def contents_of(pipes: Sequence[Full]) -> Iterator[PipeBuffer]:
+    """What waits in pipes, left there."""
+    small = [pipe for pipe in pipes if pipe.capacity <= USUAL and not pipe.in_packets]
+    others = [pipe for pipe in pipes if pipe.capacity > USUAL or pipe.in_packets]
     with Copies() as copies:
         for first in range(0, len(small), _AT_ONCE):
             part = small[first : first + _AT_ONCE]
-            for at, data in zip(part, copies.small([(fds[at], waiting_bytes[at]) for at in part]) or (), strict=False):
-                yield PipeBuffer(objrefs[at], 0, data)
-                done.add(at)
-        for at, objref in enumerate(objrefs):
-            if at in filled and at not in done:
-                for data in copies.contents(fds[at], waiting_bytes[at], capacities[at]):
-                    yield PipeBuffer(objref, _PACKET if at in packets else 0, data)
+            found = copies.small([(pipe.fd, pipe.amount) for pipe in part])
+            if found is None:
+                others += part
+                continue
+            for pipe, data in zip(part, found, strict=True):
+                yield PipeBuffer(pipe.objref, 0, data)
+        for pipe in others:
+            for data in copies.contents(pipe.fd, pipe.amount, pipe.capacity):
+                yield PipeBuffer(pipe.objref, _PACKET if pipe.in_packets else 0, data)
 
 
 class PipeRestore:

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import fdinfo, inotify
-from migrator.engine.user.descriptors.ahead import Place, Writer, file_record, same
+from migrator.engine.user.descriptors.ahead import Entry, Place, Writer, file_record, same
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.predumped_pipes import PredumpedPipes
 from migrator.engine.user.descriptors.predumped_sockets import PredumpedSockets
+from migrator.engine.user.descriptors.questions import Answers
+from migrator.engine.user.descriptors.standing import (
+    Candidate,
+    Listed,
+    Standing,
+    StandingConnections,
+    StandingFiles,
+    StandingPipes,
+)
 from migrator.engine.user.descriptors.survey import look
-from migrator.image.records_files import Descriptor, File, FileKind, FileTable
+from migrator.image.records_files import Descriptor, File, FileKind, FileTable, Socket
 from migrator.linux.stat import Fingerprint, Status
 
 BY_PATH = (FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE)  # few: faster than by a hash
@@ -36,9 +46,6 @@ class Known(NamedTuple):
     fingerprint: Fingerprint  # of it
     info: FdInfo
     written: bytes  # the File record
-
-
-Entry = tuple[int, int, bool]  # number, objref, close-on-exec
 
 
 class Refs(Protocol):
@@ -61,10 +68,12 @@ class PredumpedFiles:
         self._taken: set[int] = set()
         self._tables: dict[int, list[Entry]] = {}  # as written last
         self._counts: dict[int, int] = {}  # by pid: how many were open then
+        self._listed: dict[int, Listed] = {}  # by pid: which
         self.known: dict[Place, Known] = {}
         self.pipes = PredumpedPipes(self._new, writer)
         self.sockets = PredumpedSockets(self._new, writer)
         self.with_pipes_and_connections = False
+        self.looks = 0  # how often a process was looked at
         self.watched: dict[inotify.Key, str] = {}  # where what is watched lies
 
     def has_grown(self, process: Holder) -> bool:
@@ -79,10 +88,15 @@ class PredumpedFiles:
         cloexec: dict[int, bool] = {}  # of pipes and sockets, by number
         pipes: list[Found] = []
         sockets: list[Found] = []
+        self.looks += 1
         self._counts[process.pid] = fdinfo.count(process.pid)
         root = Root(self._root_pid)
         try:
-            for item in look(process, root, []):
+            found = list(look(process, root, []))
+            self._listed[process.pid] = Listed(
+                [item.number for item in found], [int(item.info.cloexec) for item in found]
+            )
+            for item in found:
                 if item.verdict.kind == FileKind.INOTIFY:
                     with contextlib.suppress(Obstacle):  # it is said at the freeze, if it is so then
                         inotify.resolve(root, inotify.watches(item.info.watches), self.watched)
@@ -99,6 +113,50 @@ class PredumpedFiles:
         table, _ = self._objhash.get(("files", process.pid))
         self.put_table(table, entries)
         return table
+
+    def standing(self, processes: Sequence[Holder]) -> Standing:
+        """What to compare in the freeze, of all that was written of these and that nobody else has."""
+        of_pid = {process.pid: process for process in processes}
+        inodes = Counter(known.fingerprint[:2] for known in self.known.values())
+        cloexec = {
+            (pid, number): flag
+            for pid in of_pid
+            if pid in self._listed
+            for number, _, flag in self._tables.get(self._objhash.get(("files", pid))[0], ())
+        }
+
+        def candidate(place: Place, objref: int, inode: tuple[int, int], kernel_ino: int) -> Candidate | None:
+            if place not in cloexec:
+                return None  # it has gone
+            return Candidate(of_pid[place[0]], place[1], objref, cloexec[place], inode, kernel_ino)
+
+        files = []
+        for place, known in self.known.items():
+            inode, info = (known.status.st_dev, known.status.st_ino), known.info
+            if inodes[inode] > 1 or info.locks or self._sent[known.objref] is not known.written:
+                continue
+            if (one := candidate(place, known.objref, inode, info.ino)) is not None:
+                files.append((one, info.flags, info.pos, known.fingerprint, known.name))
+        pipes = []
+        for objref, inode, ((read_at, reads), (write_at, writes)) in self.pipes.found_whole():
+            read = candidate(read_at, reads.objref, inode, inode[1])
+            write = candidate(write_at, writes.objref, inode, inode[1])
+            if read is not None and write is not None:
+                pipes.append((objref, (read, reads.facts), (write, writes.facts)))
+        connections: dict[int, list[tuple[Candidate, Socket, Answers]]] = {}
+        for place, sent in self.sockets.found_once():
+            if (one := candidate(place, sent.file_objref, sent.facts[:2], sent.facts[1])) is not None:
+                connections.setdefault(sent.rec.family, []).append((one, sent.rec, sent.answers))
+        return Standing(
+            StandingFiles(files),
+            StandingPipes(pipes),
+            [StandingConnections(family, of, self.sockets.asked_of(family)) for family, of in connections.items()],
+            {pid: self._listed[pid] for pid in of_pid if pid in self._listed},
+        )
+
+    def take(self, objrefs: Iterable[int]) -> None:
+        """These stand: no description is to have one of them."""
+        self._taken.update(objrefs)
 
     def objref_of(self, description: Description) -> int:
         """The objref of a description of the stopped tree; the pre-dumped one if there is one that fits."""

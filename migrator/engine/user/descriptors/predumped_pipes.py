@@ -23,7 +23,7 @@ class _Pipe(NamedTuple):
     mode: int
 
 
-class _End(NamedTuple):
+class End(NamedTuple):
     objref: int  # of its File
     facts: Facts
 
@@ -34,7 +34,7 @@ class PredumpedPipes:
         self._new = new
         self._writer = writer
         self._pipes: dict[tuple[int, int], _Pipe] = {}
-        self._ends: dict[Place, _End] = {}
+        self._ends: dict[Place, End] = {}
         self._first: set[tuple[int, int, int]] = set()  # inode and way of ends that came with their pipe
         self._alike: dict[Facts, list[Place]] = {}
 
@@ -45,6 +45,17 @@ class PredumpedPipes:
         for item in found:
             if objref := self._end((item.process.pid, item.number), item.status, item.info.flags):
                 yield item.number, objref
+
+    def found_whole(self) -> Iterator[tuple[int, tuple[int, int], list[tuple[Place, End]]]]:
+        """Pipes of which one end for reading was found, and one for writing: objref, inode, and both in that order."""
+        ends: dict[tuple[int, int], list[tuple[Place, End]]] = {}
+        for place, end in self._ends.items():
+            ends.setdefault(end.facts[:2], []).append((place, end))
+        for inode, found in ends.items():
+            found.sort(key=lambda pair: pair[1].facts[3] & os.O_ACCMODE)
+            ways = [end.facts[3] & (os.O_ACCMODE | os.O_DIRECT) for _, end in found]
+            if ways == [os.O_RDONLY, os.O_WRONLY]:
+                yield self._pipes[inode].objref, inode, found
 
     def find(self, ends: Sequence[Description], capacity: int) -> int:
         """The objref of a pipe of the stopped tree, and its ends have theirs; 0 if it is not as it was written."""
@@ -93,6 +104,6 @@ class PredumpedPipes:
         objref = self._new()
         rec = file_record(objref, FileKind.PIPE, status, flags, inode_objref=pipe.objref)
         self._writer.encoded(rec.encode())
-        self._ends[place] = _End(objref, facts)
+        self._ends[place] = End(objref, facts)
         others.append(place)
         return objref

@@ -14,6 +14,7 @@ from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.inet_dump import FAMILIES as INET
 from migrator.engine.user.descriptors.inet_dump import InetDump, Still
+from migrator.engine.user.descriptors.standing import Connection
 from migrator.engine.user.descriptors.unix_dump import UnixDump
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -129,9 +130,12 @@ def has_filter(sock: socket.SocketType) -> bool:
 class SocketDump:
     """All sockets of a tree. collect(), sockets(), buffers(), and close() at the end.
 
-    pid: a process of the tree, for its network namespace. still: see InetDump."""
+    pid: a process of the tree, for its network namespace. still, standing: see InetDump."""
 
-    def __init__(self, descriptions: Sequence[Description], pid: int, still: Still) -> None:
+    def __init__(
+        self, descriptions: Sequence[Description], pid: int, still: Still, standing: Sequence[Connection] = ()
+    ) -> None:
+        self._standing = standing
         self._pid = pid
         self._still = still
         self._borrowed: list[socket.SocketType] = []
@@ -143,7 +147,7 @@ class SocketDump:
 
     def collect(self) -> None:
         """Look at every socket, and leave it as it was. Raises CheckpointFailed."""
-        if not self._descriptions:
+        if not (self._descriptions or self._standing):
             return
         for item in self._descriptions:
             sock = sockopts.borrow(item.fd)
@@ -162,8 +166,8 @@ class SocketDump:
                 unix = UnixDump(self._unix, defaults)
                 self._dumps.append(unix)
                 unix.collect()
-            if self._inet:
-                inet = InetDump(self._inet, defaults, self._pid, self._still)
+            if self._inet or self._standing:
+                inet = InetDump(self._inet, defaults, self._pid, self._still, self._standing)
                 self._dumps.append(inet)
                 inet.collect()
             if self._netlink:

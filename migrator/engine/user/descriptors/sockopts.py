@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import socket
 import struct
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 
 from migrator.image.records_files import SocketOption
 from migrator.linux.sockets import Answers, Ask
@@ -15,16 +16,20 @@ NETLINK_ADD_MEMBERSHIP = 1
 SO_REUSEPORT = 15
 SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED, SO_PEERCRED = 2, 7, 8, 13, 16, 17
 SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21, 25, 26, 30
-SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BUF_LOCK = 32, 33, 42, 72
+SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BINDTOIFINDEX, SO_BUF_LOCK = 32, 33, 42, 62, 72
 IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
 TCP_CONGESTION, TCP_ULP = 13, 31
-_SO_PRIORITY, _SO_INCOMING_CPU, _IP_TOS = 12, 49, 1
+_SO_INCOMING_CPU = 49
 _SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF, _BPF_RET = 51, 68, 0x06
+
+PRIORITY, _TOS = (SOL_SOCKET, 12), (SOL_IP, 1)
 
 _AT_ONCE = 256  # sockets that are asked for all their options in one go
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
 _UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II"), struct.Struct("<q"), 0xFFFFFFFF
 _STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
+
+Default = tuple[int, int, int, bool]  # level, name, value of a new socket's, whether it is a struct
 
 # Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
 _GENERIC = (
@@ -105,11 +110,17 @@ def _candidates(family: int, kind: int) -> Iterable[tuple[int, int]]:
 def get(sock: socket.SocketType, level: int, name: int) -> int:
     """One option as a number: linger as onoff | seconds << 32, timeouts in µs."""
     if level == SOL_SOCKET and name in _STRUCTS:
-        return _number(name, sock.getsockopt(level, name, _STRUCTS[name].size))
+        return number(name, sock.getsockopt(level, name, _STRUCTS[name].size))
     return sock.getsockopt(level, name)
 
 
-def _number(name: int, raw: bytes) -> int:
+def size_of(name: int) -> int:
+    """Bytes of an option of SOL_SOCKET that is a struct."""
+    return _STRUCTS[name].size
+
+
+def number(name: int, raw: bytes) -> int:
+    """Such an option as a number."""
     form = _STRUCTS[name]
     high, low = form.unpack(raw)
     return int(high | low << 32) if form is _LINGER else int(high * 10**6 + low)
@@ -166,11 +177,19 @@ def split_peer_user(options: Iterable[SocketOption]) -> tuple[tuple[int, int], l
     return ids, rest
 
 
+def with_priority_last(options: list[SocketOption], priority: Callable[[], int]) -> list[SocketOption]:
+    """Setting IP_TOS sets the priority too: that comes last then, and always."""
+    if all((option.level, option.name) != _TOS for option in options):
+        return options
+    rest = [option for option in options if (option.level, option.name) != PRIORITY]
+    return [*rest, SocketOption(*PRIORITY, priority())]
+
+
 class Defaults:
     """The options of new sockets, kind by kind. Made once for a dump."""
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, int, int], list[tuple[int, int, int, bool]]] = {}
+        self._of: dict[tuple[int, int, int], list[Default]] = {}
 
     def changed(self, socks: Sequence[socket.SocketType], connected: Container[int] = ()) -> list[list[SocketOption]]:
         """Of each the options that differ from a new one's; `connected` are indices of those with a peer."""
@@ -179,20 +198,24 @@ class Defaults:
             kinds.setdefault(((sock.family, sock.type, sock.proto), at in connected), []).append(at)
         out: list[list[SocketOption]] = [[] for _ in socks]
         for (key, has_peer), members in kinds.items():
-            fresh = self._of.get(key)
-            if fresh is None:
-                fresh = self._of[key] = self._read(*key)
-            if has_peer:
-                fresh = [known for known in fresh if known[:2] not in _ONLY_NEW]
+            fresh = self.of(*key, connected=has_peer)
             for first in range(0, len(members), _AT_ONCE):
                 self._compare(socks, members[first : first + _AT_ONCE], fresh, out)
         return out
+
+    def of(self, family: int, kind: int, protocol: int, *, connected: bool) -> list[Default]:
+        """Those that a socket of this kind is asked for."""
+        key = family, kind, protocol
+        fresh = self._of.get(key)
+        if fresh is None:
+            fresh = self._of[key] = self._read(*key)
+        return [known for known in fresh if known[:2] not in _ONLY_NEW] if connected else fresh
 
     @staticmethod
     def _compare(
         socks: Sequence[socket.SocketType],
         members: Sequence[int],
-        fresh: Sequence[tuple[int, int, int, bool]],
+        fresh: Sequence[Default],
         out: Sequence[list[SocketOption]],
     ) -> None:
         ask = Ask([socks[at].fileno() for at in members])
@@ -200,22 +223,17 @@ class Defaults:
         ask.make()
         for (level, name, default, special), answers in zip(fresh, asked, strict=True):
             answers.check(f"socket option {name} of level {level}")
-            values = [_number(name, raw) for raw in answers.all()] if special else answers.numbers()
+            values = [number(name, raw) for raw in answers.all()] if special else answers.numbers()
             if values.count(default) == len(values):
                 continue
             for at, value in zip(members, values, strict=True):
                 if value != default:
                     out[at].append(SocketOption(level, name, value))
         for at in members:
-            if any((o.level, o.name) == (SOL_IP, _IP_TOS) for o in out[at]):
-                # setting it sets the priority too: that comes last, and always
-                out[at][:] = [o for o in out[at] if (o.level, o.name) != (SOL_SOCKET, _SO_PRIORITY)]
-                value = socks[at].getsockopt(SOL_SOCKET, _SO_PRIORITY)
-                out[at].append(SocketOption(SOL_SOCKET, _SO_PRIORITY, value))
+            out[at][:] = with_priority_last(out[at], partial(socks[at].getsockopt, *PRIORITY))
 
     @staticmethod
-    def _read(family: int, kind: int, protocol: int) -> list[tuple[int, int, int, bool]]:
-        """(level, name, value, whether it is a struct)."""
+    def _read(family: int, kind: int, protocol: int) -> list[Default]:
         out = []
         with socket.socket(family, kind, protocol) as fresh:
             for level, name in _candidates(family, kind):

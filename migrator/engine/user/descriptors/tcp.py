@@ -90,8 +90,8 @@ def amounts(fds: Sequence[int]) -> list[Amounts]:
     return out
 
 
-def save_all(connections: Sequence[tuple[socket.SocketType, int, str]]) -> list[SocketTcp]:
-    """The state of (connection, objref, name for messages), all as they are at one and the same moment.
+def save_all(connections: Sequence[tuple[int, int, object]]) -> list[SocketTcp]:
+    """The state of (descriptor, objref, what to call it in messages), all as they are at one and the same moment.
 
     All are in repair mode, and stay in it; no program that has one runs. Packets may still come: repair mode
     stops neither the loopback device nor a delayed acknowledgement. Were the receiver of some bytes saved before
@@ -100,7 +100,7 @@ def save_all(connections: Sequence[tuple[socket.SocketType, int, str]]) -> list[
     which all were so."""
     records: list[SocketTcp | None] = [None] * len(connections)
     known: list[Amounts | None] = [None] * len(connections)
-    fds = [sock.fileno() for sock, _, _ in connections]
+    fds = [fd for fd, _, _ in connections]
     for _ in range(_ROUNDS):
         now = amounts(fds)
         changed = [number for number, found in enumerate(now) if found != known[number]]
@@ -112,7 +112,7 @@ def save_all(connections: Sequence[tuple[socket.SocketType, int, str]]) -> list[
             for number, rec in zip(part, saved, strict=True):
                 known[number], records[number] = now[number], rec
     else:
-        names = ", ".join(connections[number][2] for number in changed[:3])
+        names = ", ".join(str(connections[number][2]) for number in changed[:3])
         raise CheckpointFailed(f"{names}: packets keep coming in", hint=_HELD)
     whole = []
     for (_, _, who), made, told in zip(connections, records, known, strict=True):
@@ -122,7 +122,7 @@ def save_all(connections: Sequence[tuple[socket.SocketType, int, str]]) -> list[
     return whole
 
 
-def _check_whole(rec: SocketTcp, told: Amounts, who: str) -> None:
+def _check_whole(rec: SocketTcp, told: Amounts, who: object) -> None:
     if len(rec.sent) != told.unacked or len(rec.received) != told.unread or told.unacked < told.unsent:
         raise CheckpointFailed(
             f"{who}: {told.unread} bytes wait in this connection and {told.unacked} are not acknowledged, but"

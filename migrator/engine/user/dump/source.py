@@ -16,7 +16,7 @@ from typing import Self
 from migrator.engine.adoption import Adoption
 from migrator.engine.base import Phase, Round, SourceOptions, Survey
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Transients
+from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, Standing, Transients
 from migrator.engine.user.descriptors import Holder as DescriptorOwner
 from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
@@ -75,6 +75,7 @@ class UserSource:
         self._tasks = TaskDump(self._writer, self._objhash, self._restart_blocks)
         self._predumped = PredumpedFiles(self._objhash, self._writer, pid)
         self._descriptors: DescriptorDump | None = None
+        self._standing: Standing | None = None
         self._generation = 0
         self._hierarchy: list[TaskPids] = []  # as it was written last
         self._rounds: list[Round] = []
@@ -355,6 +356,7 @@ class UserSource:
                 shared=self._memory.shared.objects,
                 flags=self._descriptor_flags,
                 locks=locks,
+                standing=self._standing,
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
@@ -484,6 +486,7 @@ class UserSource:
     def _predump(self) -> None:
         """Write the state of tasks that are new, as far as it can be known while they run."""
         known = {task.pid for task in self._hierarchy if not task.flags & TaskFlag.ZOMBIE}
+        before = self._predumped.looks
         for process in self.tree.living:
             if process.vpid in known and process.pid in self._memory.trackers:
                 try:
@@ -491,6 +494,8 @@ class UserSource:
                 except OSError:
                     continue  # it has ended, or does not stop: final() writes all of it
         self._bystanders.close()
+        if self._predumped.looks > before:
+            self._standing = self._predumped.standing(self._owners())
 
     def _predump_process(self, process: Process, known: set[int]) -> None:
         pid, parasite = process.pid, process.parasite
