@@ -226,7 +226,8 @@ class _Walk:
         self._waits = waits
         self._touched = touched
         self._names: dict[int, str] = {}
-        self._paired = compare_sockets.pairs(contents.objects.values())
+        states = {objref for objref, parts in contents.parts.items() if any(isinstance(p, f.SocketTcp) for p in parts)}
+        self._paired = compare_sockets.pairs(contents.objects.values(), states)
         self.out: dict[str, object] = {}
         if contents.container is not None:
             self._fields("container", contents.container)
@@ -408,6 +409,9 @@ class _Walk:
             for name in (*compare_sockets.MOVING, "received", "sent"):
                 del self.out[f"{way}.{name}"]
             self.out.update((f"{way}.{name}", value) for name, value in compare_sockets.stream(end, other))
+        elif end.socket_objref in self._paired:
+            for name in compare_sockets.ACKNOWLEDGING:
+                del self.out[f"{way}.{name}"]
 
 
 def _signals(pending: r.SigPending) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ the copy is looked at, and the kernel has made room for them. What a program wil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from migrator.image.codec import Record
 from migrator.image.records_files import Socket, SocketState, SocketTcp
@@ -16,16 +16,20 @@ _TCP = 6
 _MAPPED = bytes(10) + b"\xff\xff"  # an IPv4 address as one of IPv6
 _SAID_ITS_END = frozenset({4, 5, 9, 11})  # FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING
 _MASK = 0xFFFFFFFF
+_IPV4, _LOOPBACK, _LOOPBACK6 = 4, 127, bytes(15) + b"\1"  # bytes of an address, the first of it, all of it
 _SENDING, _RECEIVING = 1, 2  # Socket.buf_lock: sizes that the program has set
-MOVING = frozenset({"state", "rcv_seq", "unsent", "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup"})
+ACKNOWLEDGING = frozenset({"rcv_wnd", "rcv_wup"})  # move when what came is acknowledged
+MOVING = ACKNOWLEDGING | frozenset({"state", "rcv_seq", "unsent", "snd_wl1", "snd_wnd", "max_window"})
 
 
-def pairs(records: Iterable[Record]) -> dict[int, int]:
-    """The connections of TCP with both ends here: each end by the other."""
-    sockets = [s for s in records if isinstance(s, Socket) and _is_connection(s)]
+def pairs(records: Iterable[Record], states: Container[int]) -> dict[int, int]:
+    """The connections of TCP within a host: each end by the other, or by 0 if that was closed.
+
+    states: the objrefs of all whose state is known; of what came ahead and ended since it is not"""
+    sockets = [s for s in records if isinstance(s, Socket) and _is_connection(s) and s.objref in states]
     by_names = {(_name(s.local), _name(s.peer)): s.objref for s in sockets}
-    ends = ((s.objref, by_names.get((_name(s.peer), _name(s.local)), 0)) for s in sockets)
-    return {objref: other for objref, other in ends if other}
+    ends = ((s, by_names.get((_name(s.peer), _name(s.local)), 0)) for s in sockets)
+    return {s.objref: other for s, other in ends if other or _is_within_a_host(s)}
 
 
 def stream(end: SocketTcp, other: SocketTcp) -> Iterator[tuple[str, object]]:
@@ -42,6 +46,11 @@ def sizes(rec: Socket, paired: Mapping[int, int]) -> Iterator[tuple[str, object]
     for name, size, lock in (("sndbuf", rec.sndbuf, _SENDING), ("rcvbuf", rec.rcvbuf, _RECEIVING)):
         tuned = _is_connection(rec) and not rec.buf_lock & lock
         yield name, "as it came to be" if tuned and rec.objref in paired else size & ~1 if tuned else size
+
+
+def _is_within_a_host(rec: Socket) -> bool:
+    (own, _), (other, _) = _name(rec.local), _name(rec.peer)
+    return own == other or other == _LOOPBACK6 or (len(other) == _IPV4 and other[0] == _LOOPBACK)
 
 
 def _is_connection(rec: Socket) -> bool:

@@ -297,6 +297,7 @@ static void fresh(struct one *p)
 {
 	if (p->size) {
 		TRY(close(p->a));
+		wl_sleep_us(1000); /* one end without the other */
 		TRY(close(p->b));
 	}
 	*p = (struct one){ .size = 1 };

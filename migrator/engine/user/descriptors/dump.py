@@ -69,10 +69,13 @@ class DescriptorDump:
         flags: Flags | None = None,
         locks: LockList | None = None,
         standing: Standing | None = None,
+        own_netns: bool = True,
     ) -> None:
         """`predumped`: what was written of them while they ran. `shared`: (st_dev, st_ino) of files without a name
-        whose contents are somebody else's to save, under ("shm", dev, ino). The rest: see Collection."""
+        whose contents are somebody else's to save, under ("shm", dev, ino). `own_netns`: the tree's addresses move with
+        it. The rest: see Collection."""
         self._flags, self._locks, self._may_stand = flags, locks, standing
+        self._own_netns = own_netns
         self._shared = shared
         self._predumped = predumped or PredumpedFiles(objhash, writer)
         self._still = still
@@ -98,7 +101,9 @@ class DescriptorDump:
             self._memfds()
             sockets = [d for d in self._nameless if d.kind == FileKind.SOCKET]
             standing = collection.standing.connections() if collection.standing is not None else []
-            self._sockets = SocketDump(sockets, self._processes[0].pid, self._still, standing)
+            self._sockets = SocketDump(
+                sockets, self._processes[0].pid, self._still, standing, own_netns=self._own_netns
+            )
             self._sockets.collect()
         except BaseException as error:
             self.undo()

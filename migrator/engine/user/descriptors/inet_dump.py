@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from migrator.engine.user.descriptors import addresses, diag, pipes, sockopts, tcp
+from migrator.engine.user.descriptors import addresses, diag, other_ends, pipes, sockopts, tcp
 from migrator.engine.user.descriptors.standing import Connection
 from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
@@ -44,7 +44,7 @@ class InetDump:
     """Made and collected inside the network namespace of the tree, `pid` being one of its processes.
 
     still: inside it, no task runs even if this program is killed. Connections are under repair only there.
-    standing: more connections, of which only the state is still to be told."""
+    standing: more connections, of which only the state is still to be told. own_netns: addresses move along."""
 
     def __init__(
         self,
@@ -53,13 +53,17 @@ class InetDump:
         pid: int,
         still: Still,
         standing: Sequence[Connection] = (),
+        *,
+        own_netns: bool = True,
     ) -> None:
+        self._own_netns = own_netns
         self._items = items
         self._defaults = defaults
         self._pid = pid
         self._still = still
         self._standing = standing
         self._connections: list[Item] = []
+        self._ends: list[other_ends.Ends] = []  # of each
         self._sockets: list[Socket] = []
         self._buffers: list[SocketBuffer] = []
         self._states: list[int] = []
@@ -78,6 +82,7 @@ class InetDump:
                 rec = self._tcp_socket(at, state)
                 if state in tcp.CONNECTED:
                     connections.append((item, sock))
+                    self._ends.append(other_ends.ends_of(rec.local, rec.peer))
             else:
                 rec = self._udp_socket(at)
                 self._buffers += self._datagrams(item, sock)
@@ -144,10 +149,27 @@ class InetDump:
         if whole:
             with self._still(), _under_repair([fd for fd, _, _ in whole]):
                 states = tcp.save_all(whole)
+            self._check_other_ends([who for _, _, who in whole], [rec.state for rec in states])
         yield from states
         for rec in self._buffers:
             rec.socket_objref = objref(rec.socket_objref)
             yield rec
+
+    def _check_other_ends(self, whole: Sequence[object], states: Sequence[int]) -> None:
+        """Raises CheckpointFailed if one within this host has its other end elsewhere, and not all that it said."""
+        ends = self._ends + [one.ends for one in self._standing]
+        strangers = other_ends.strangers(ends)
+        here = [at for at in strangers if other_ends.on_one_host(ends[at])]
+        if not self._own_netns and len(here) < len(strangers):
+            at = next(at for at in strangers if at not in here)
+            raise CheckpointFailed(f"{whole[at]}: {other_ends.STAYS}", hint="the workload runs on, untouched")
+        found = other_ends.obstacles([(ends[at], states[at]) for at in here], self._pid)
+        for at, why in zip(here, found, strict=True):
+            if why:
+                raise CheckpointFailed(
+                    f"{whole[at]}: a connection within this host: {why}",
+                    hint="try again: a moment later it may have changed",
+                )
 
     def close(self, *, silent: bool) -> None:
         """silent: the tasks, held by their cgroup, are about to be killed, and no peer is to hear of it."""

@@ -9,8 +9,9 @@ import os
 import socket
 import time
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 
-from migrator.engine.user.descriptors import addresses, packet, sockopts, tcp
+from migrator.engine.user.descriptors import addresses, other_ends, packet, sockopts, tcp
 from migrator.engine.user.descriptors.made_sockets import MadeSockets
 from migrator.engine.user.descriptors.netns import NetNs
 from migrator.errors import ImageError, RestartFailed
@@ -168,10 +169,8 @@ class InetRestore(MadeSockets[socket.SocketType]):
         ask.make()
         for answers, what in asked:
             answers.check(what)
-        for sock, (owner, rec) in zip(socks, due, strict=True):
+        for sock, owner in zip(socks, owners, strict=True):
             self._options(owner, sock, early=False)
-            if rec.state in tcp.GOT_FIN or rec.state == tcp.FIN_WAIT2:
-                self._half_close(owner, sock, rec)
 
     def buffer(self, rec: SocketBuffer) -> None:
         self._bytes += len(rec.data) + 64
@@ -185,6 +184,7 @@ class InetRestore(MadeSockets[socket.SocketType]):
         What is sent here leaves when the network opens, or is sent again by the kernel."""
         self._make_all()
         self._connect()
+        self._half_close_all()
         ended: dict[int, bytes] = {}
         for rec in self._buffers:
             owner = self._records[rec.socket_objref]
@@ -346,27 +346,75 @@ class InetRestore(MadeSockets[socket.SocketType]):
             )
             self._deliver(raw, owner.peer)
 
+    def _half_close_all(self) -> None:
+        """Of connections that one side has closed. All stand: what is acknowledged now finds the other end, if that is
+        here, and no reset comes back."""
+        due = [rec for rec in self._tcp.values() if rec.state in tcp.GOT_FIN or rec.state == tcp.FIN_WAIT2]
+        if not due:
+            return
+        ends = [other_ends.ends_of(owner.local, owner.peer) for owner in map(self._records.__getitem__, self._tcp)]
+        objrefs = list(self._tcp)
+        alone = {objrefs[at] for at in other_ends.strangers(ends) if other_ends.on_one_host(ends[at])}
+        for rec in due:
+            owner, sock = self._records[rec.socket_objref], self._made[rec.socket_objref]
+            with self._other_end(owner, rec) if owner.objref in alone else contextlib.nullcontext() as other:
+                self._half_close(owner, sock, rec)
+                told = _await_state(sock, tcp.FIN_WAIT2 if rec.state == tcp.FIN_WAIT2 else tcp.CLOSE_WAIT)
+                if other is not None:
+                    for now in (1, 0):  # acknowledged at once, and then as after any end
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, now)
+                    told = told and _await_state(other, tcp.FIN_WAIT2)
+            if not told:
+                raise RestartFailed(
+                    f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: the end of the connection"
+                    " cannot be told to it",
+                    hint="the address must be on this host before the restart, and no filter on loopback",
+                )
+
+    @contextlib.contextmanager
+    def _other_end(self, owner: Socket, rec: SocketTcp) -> Iterator[socket.SocketType | None]:
+        """Inside, a connection within this host has its other end, which its program had closed: what tells that that
+        its FIN came would be answered with a reset if nobody was there. None if it is, as where it was saved."""
+        other = replace(owner, local=owner.peer, peer=owner.local, buf_lock=0)
+        oldest = (rec.snd_seq - len(rec.sent)) & 0xFFFFFFFF
+        (sock,) = self._net.plain([(owner.family, owner.type, owner.protocol)])
+        there = False
+        try:
+            if owner.device:
+                sock.setsockopt(sockopts.SOL_SOCKET, sockopts.SO_BINDTODEVICE, owner.device.encode())
+            try:
+                tcp.make_all([(sock, other, tcp.nothing_said(rec, snd_seq=rec.rcv_seq, rcv_seq=oldest))])
+            except tcp.Unmade as error:
+                there = error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+                if not there:
+                    raise RestartFailed(
+                        f"the other end of {addresses.show(owner.local)} to {addresses.show(owner.peer)}, which was"
+                        f" closed, cannot be made: {error}"
+                    ) from error
+            if not there:
+                self._count_fin_as_sent(sock)
+            yield None if there else sock
+        finally:
+            sock.close()  # under repair: without a word
+
+    @staticmethod
+    def _count_fin_as_sent(sock: socket.SocketType) -> None:
+        """A FIN that leaves while the sending queue is under repair counts as sent, and is not."""
+        sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.SEND_QUEUE)
+        sock.shutdown(socket.SHUT_WR)
+        sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.NO_QUEUE)
+
     def _half_close(self, owner: Socket, sock: socket.SocketType, rec: SocketTcp) -> None:
         """The FIN that had come from the peer comes again; or ours is acknowledged again."""
         oldest = (rec.snd_seq - len(rec.sent)) & 0xFFFFFFFF
+        window = min(0xFFFF, rec.snd_wnd >> rec.snd_wscale)  # as it was told
         if rec.state == tcp.FIN_WAIT2:
-            # a FIN that leaves while the sending queue is under repair counts as sent, and is not
-            sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.SEND_QUEUE)
-            sock.shutdown(socket.SHUT_WR)
-            sock.setsockopt(socket.IPPROTO_TCP, repair.TCP_REPAIR_QUEUE, repair.NO_QUEUE)
+            self._count_fin_as_sent(sock)
             ack = (rec.snd_seq + 1) & 0xFFFFFFFF
-            raw = packet.segment(owner.local, owner.peer, packet.ACK, rec.rcv_seq, ack)
-            wanted = tcp.FIN_WAIT2
+            raw = packet.segment(owner.local, owner.peer, packet.ACK, rec.rcv_seq, ack, window=window)
         else:
-            raw = packet.segment(owner.local, owner.peer, packet.FIN | packet.ACK, rec.rcv_seq, oldest)
-            wanted = tcp.CLOSE_WAIT
+            raw = packet.segment(owner.local, owner.peer, packet.FIN | packet.ACK, rec.rcv_seq, oldest, window=window)
         self._deliver(raw, owner.local)
-        if not _await_state(sock, wanted):
-            raise RestartFailed(
-                f"{addresses.show(owner.local)} to {addresses.show(owner.peer)}: the end of the connection"
-                " cannot be told to it",
-                hint="the address must be on this host before the restart, and no filter on loopback",
-            )
 
     def _ended(self, rec: Socket, data: bytes) -> None:
         """A connection that was reset or closed on both sides; what it had received can still be read."""

@@ -130,11 +130,18 @@ def has_filter(sock: socket.SocketType) -> bool:
 class SocketDump:
     """All sockets of a tree. collect(), sockets(), buffers(), and close() at the end.
 
-    pid: a process of the tree, for its network namespace. still, standing: see InetDump."""
+    pid: a process of the tree, for its network namespace. still, standing, own_netns: see InetDump."""
 
     def __init__(
-        self, descriptions: Sequence[Description], pid: int, still: Still, standing: Sequence[Connection] = ()
+        self,
+        descriptions: Sequence[Description],
+        pid: int,
+        still: Still,
+        standing: Sequence[Connection] = (),
+        *,
+        own_netns: bool = True,
     ) -> None:
+        self._own_netns = own_netns
         self._standing = standing
         self._pid = pid
         self._still = still
@@ -167,7 +174,7 @@ class SocketDump:
                 self._dumps.append(unix)
                 unix.collect()
             if self._inet or self._standing:
-                inet = InetDump(self._inet, defaults, self._pid, self._still, self._standing)
+                inet = InetDump(self._inet, defaults, self._pid, self._still, self._standing, own_netns=self._own_netns)
                 self._dumps.append(inet)
                 inet.collect()
             if self._netlink:

@@ -23,6 +23,7 @@ from migrator.engine.user.descriptors.ahead import Entry, Facts, Place
 from migrator.engine.user.descriptors.classify import Root
 from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.fdinfo import FdInfo
+from migrator.engine.user.descriptors.other_ends import Ends, ends_of
 from migrator.engine.user.descriptors.pipes import USUAL, Full
 from migrator.engine.user.descriptors.questions import Answers, Questions
 from migrator.engine.user.descriptors.sockopts import Default
@@ -232,6 +233,7 @@ class Connection(NamedTuple):
 
     fd: int
     objref: int
+    ends: Ends
     candidate: Candidate
 
     def __str__(self) -> str:
@@ -251,6 +253,7 @@ class StandingConnections(_Group):
         self._questions = Questions(family, len(connections), defaults)
         super().__init__([candidate for candidate, _, _ in connections], self._questions.states)
         self._objrefs = [rec.objref for _, rec, _ in connections]
+        self._ends = [ends_of(rec.local, rec.peer) for _, rec, _ in connections]
         answers = [known for _, _, known in connections]
         self._expected = [array("q", column).tobytes() for column in zip(*answers, strict=True)]
 
@@ -266,7 +269,7 @@ class StandingConnections(_Group):
     def connections(self) -> Iterator[Connection]:
         fds = self.fds.tolist()
         for at in self.stand():
-            yield Connection(fds[at], self._objrefs[at], self.candidates[at])
+            yield Connection(fds[at], self._objrefs[at], self._ends[at], self.candidates[at])
 
 
 class Listed(NamedTuple):

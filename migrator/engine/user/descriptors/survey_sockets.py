@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, sockopts, tcp
+from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, other_ends, sockopts, tcp
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
@@ -24,7 +25,7 @@ def survey_sockets(
     pid: a process of the tree, for its network namespace. congestion: is given the controls of all of TCP."""
     once = {item.link: item for item in found}
     unix: dict[int, Found] = {}
-    connections: dict[tuple[bytes, bytes], Found] = {}
+    connections: dict[other_ends.Ends, _Connection] = {}
     datagrams: dict[socket.AddressFamily | int, Found] = {}
     groups = _groups(pid)
     names: dict[bytes, Found] = {}
@@ -64,12 +65,7 @@ def survey_sockets(
                 datagrams.setdefault(sock.family, item)
             elif not own_netns and sock.proto == socket.IPPROTO_TCP:
                 _note_connection(sock, item, connections)
-    for (local, peer), item in connections.items():
-        if (peer, local) not in connections:
-            yield (
-                f"{item}: the connection {addresses.show(local)} to {addresses.show(peer)} would stay behind"
-                f" with the address of this host; {_HINT}"
-            )
+    yield from _strangers(connections, pid)
     if unix:
         yield from _partners(unix, nameless, pid)
     if datagrams:
@@ -95,13 +91,39 @@ def _tells_shutdowns(datagrams: Mapping[socket.AddressFamily | int, Found], pid:
             yield f"{item}: what of UDP sockets was shut down cannot be found out: {error}"
 
 
-def _note_connection(sock: socket.socket, item: Found, connections: dict[tuple[bytes, bytes], Found]) -> None:
+class _Connection(NamedTuple):
+    item: Found
+    local: bytes
+    peer: bytes
+    state: int  # of TCP
+
+
+def _note_connection(sock: socket.socket, item: Found, connections: dict[other_ends.Ends, _Connection]) -> None:
     try:
-        if tcp.state_of(sock) in tcp.CONNECTED:
+        if (state := tcp.state_of(sock)) in tcp.CONNECTED:
             local, peer = (addresses.pack(sock.family, name) for name in (sock.getsockname(), sock.getpeername()))
-            connections[addresses.plain(local), addresses.plain(peer)] = item
+            connections[other_ends.ends_of(local, peer)] = _Connection(item, local, peer, state)
     except OSError:
         return  # it ended meanwhile
+
+
+def _strangers(connections: Mapping[other_ends.Ends, _Connection], pid: int) -> Iterator[str]:
+    """Those whose other end is not in the tree, if that is not just what a program has closed."""
+    ends = list(connections)
+    strangers = [ends[at] for at in other_ends.strangers(ends)]
+    here = [one for one in strangers if other_ends.on_one_host(one)]
+    try:
+        obstacles = other_ends.obstacles([(one, connections[one].state) for one in here], pid)
+    except OSError:
+        obstacles = ["not known"] * len(here)
+    closed = {one for one, why in zip(here, obstacles, strict=True) if not why}
+    for one in strangers:
+        if one not in closed:
+            item, local, peer, _ = connections[one]
+            yield (
+                f"{item}: the connection {addresses.show(local)} to {addresses.show(peer)} would stay behind"
+                f" with the address of this host; {_HINT}"
+            )
 
 
 def _partners(unix: Mapping[int, Found], nameless: Collection[int], pid: int) -> Iterator[str]:

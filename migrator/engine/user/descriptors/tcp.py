@@ -34,7 +34,7 @@ _SIOCINQ, _SIOCOUTQ, _SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
 _WINDOW = struct.Struct("<IIIII")
 _OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
 _TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
-_CHUNK = 32 << 10
+_CHUNK, _USUAL_WINDOW = 32 << 10, 0xFFFF
 _AT_ONCE = 256  # connections whose queues are read at the same time
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _ROUNDS = 100  # two as a rule; each more needs a packet that came during the one before it
@@ -182,6 +182,30 @@ def in_flight(sock: socket.SocketType) -> tuple[int, int]:
 def timestamp(sock: socket.SocketType) -> int:
     """The clock of a connection's timestamps option, now."""
     return sock.getsockopt(_TCP, TCP_TIMESTAMP) & _MASK
+
+
+def nothing_said(rec: SocketTcp, *, snd_seq: int, rcv_seq: int) -> SocketTcp:
+    """The state of a connection with these sequence numbers, with nothing in its queues and no options agreed on;
+    segments as in `rec`."""
+    return SocketTcp(
+        socket_objref=0,
+        state=ESTABLISHED,
+        rcv_seq=rcv_seq,
+        snd_seq=snd_seq,
+        unsent=0,
+        options=0,
+        snd_wscale=0,
+        rcv_wscale=0,
+        mss_clamp=rec.mss_clamp,
+        timestamp=0,
+        snd_wl1=rcv_seq,
+        snd_wnd=_USUAL_WINDOW,
+        max_window=_USUAL_WINDOW,
+        rcv_wnd=_USUAL_WINDOW,
+        rcv_wup=rcv_seq,
+        received=b"",
+        sent=b"",
+    )
 
 
 def check(rec: SocketTcp) -> None:

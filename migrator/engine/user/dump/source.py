@@ -357,6 +357,7 @@ class UserSource:
                 flags=self._descriptor_flags,
                 locks=locks,
                 standing=self._standing,
+                own_netns=bool(self.options.container),
             )
             self._descriptors.collect()
             for memfd in self._descriptors.memfds:
