@@ -127,12 +127,12 @@ def filter_length(fd: int) -> int:
 
 
 def owner(fd: int) -> tuple[int, int, int]:
-    """(type as in enum OwnerType, pid as we see it, signal) of F_GETOWN_EX and F_GETSIG; type 0: none."""
+    """(type as in enum OwnerType, pid as we see it, signal) of F_GETOWN_EX and F_GETSIG; type 0: nobody, who may still
+    have a signal to get."""
     raw = fcntl.fcntl(fd, F_GETOWN_EX, bytes(8))
     kind, pid = struct.unpack("<ii", raw)
-    if not pid:
-        return 0, 0, 0
-    return kind + 1, pid, fcntl.fcntl(fd, F_GETSIG)
+    signal = fcntl.fcntl(fd, F_GETSIG)
+    return (kind + 1, pid, signal) if pid else (0, 0, signal)
 
 
 def allow_many_files(count: int) -> None:

@@ -197,6 +197,19 @@ def test_the_owner_of_a_pipe_is_told(child: Child, move: Callable[..., Child]) -
     assert copy.ask("fcntl.fcntl(0, fcntl.F_GETOWN), fcntl.fcntl(0, 11)") == (child.vpid, 35)
 
 
+def test_the_signal_of_a_pipe_and_a_file_without_an_owner_is_told(
+    child: Child, move: Callable[..., Child], tmp_path: Path
+) -> None:
+    child.run(f"r, w = os.pipe(); f = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_RDWR)")
+    child.run("fcntl.fcntl(w, 10, 35); fcntl.fcntl(f, 10, 36)")
+    copy = move(child)
+    assert copy.ask("[(fcntl.fcntl(fd, 11), fcntl.fcntl(fd, fcntl.F_GETOWN)) for fd in range(3)]") == [
+        (0, 0),
+        (35, 0),
+        (36, 0),
+    ]
+
+
 def test_a_memfd_refers_to_its_shared_memory(child: Child) -> None:
     child.run("m = os.memfd_create('thing', os.MFD_ALLOW_SEALING); os.write(m, b'contents'); fcntl.fcntl(m, 1033, 2)")
     child.run("os.open('/proc/self/fd/0', os.O_RDONLY)")

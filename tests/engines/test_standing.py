@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fakestub import Child, hide_control
 from test_user_predump import Stream
 
+from migrator.engine.user.descriptors import DescriptorDump, PredumpedFiles, collection, fdinfo, sockopts
 from migrator.engine.user.descriptors import Holder as Owner
-from migrator.engine.user.descriptors import PredumpedFiles, collection, fdinfo, sockopts
 from migrator.engine.user.descriptors.collection import Collection
 from migrator.engine.user.descriptors.sockets import SocketDump
+from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
-from migrator.image.records_files import FileKind, Socket
+from migrator.image.records_files import FileKind, PipeBuffer, Socket, SocketTcp
+from migrator.linux import descriptors
 
 F_SETPIPE_SZ = 1031
 Pair = tuple[int, int]
@@ -34,14 +38,22 @@ class Locks:
         return self.locked
 
 
-class Ourselves:
-    """Our own descriptors, written ahead."""
+class Written(Stream):
+    def write(self, rec: Record) -> None:
+        self.encoded(rec.encode())
 
-    def __init__(self) -> None:
+    def flush(self) -> None:
+        pass
+
+
+class Ourselves:
+    """Our own descriptors, or those of another process, written ahead."""
+
+    def __init__(self, owner: Owner | None = None) -> None:
         pid = os.getpid()
-        self.owner = Owner(pid, pid, os.pidfd_open(pid))
-        self.stream = Stream()
-        self.predumped = PredumpedFiles(ObjHash(), self.stream, pid)
+        self.owner = owner or Owner(pid, pid, os.pidfd_open(pid))
+        self.stream = Written()
+        self.predumped = PredumpedFiles(ObjHash(), self.stream, self.owner.pid)
         self.predumped.with_pipes_and_connections = True
         self.predumped.predump(self.owner)
         self.standing = self.predumped.standing([self.owner])
@@ -75,6 +87,10 @@ def is_open(number: int) -> bool:
     return True
 
 
+def flags_of_any(owner: Owner, numbers: Sequence[int]) -> list[int]:
+    return [int(fdinfo.read(owner.pid, number).cloexec) for number in numbers]
+
+
 def flags_of(_owner: Owner, numbers: Sequence[int]) -> list[int]:
     return [fcntl.fcntl(number, fcntl.F_GETFD) for number in numbers]
 
@@ -82,7 +98,15 @@ def flags_of(_owner: Owner, numbers: Sequence[int]) -> list[int]:
 @pytest.fixture(autouse=True)
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collection, "MANY", 0)
-    monkeypatch.setattr(fdinfo, "numbers", lambda _pid: numbers())
+    hide_control(monkeypatch)
+    of_any = fdinfo.numbers
+    monkeypatch.setattr(fdinfo, "numbers", lambda pid: numbers() if pid == os.getpid() else of_any(pid))
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    with Child() as made:
+        yield made
 
 
 @pytest.fixture
@@ -136,6 +160,10 @@ def other_owner(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
 
 
+def other_signal(fd: int) -> None:
+    fcntl.fcntl(fd, descriptors.F_SETSIG, signal.SIGUSR1)
+
+
 def close_on_exec(fd: int) -> None:
     os.set_inheritable(fd, True)
 
@@ -169,6 +197,7 @@ CHANGES_OF_FILES: dict[str, Callable[[int], object]] = {
     "flags": lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND),
     "close-on-exec": close_on_exec,
     "owner": other_owner,
+    "signal": other_signal,
     "mode": lambda fd: os.fchmod(fd, 0o640),
     "user": lambda fd: os.fchown(fd, 7, -1),
     "group": lambda fd: os.fchown(fd, -1, 7),
@@ -236,6 +265,14 @@ def test_closed_numbers_do_not_stand(files: list[int], pipes: list[Pair]) -> Non
     ours.close()
 
 
+def another_pipe(fd: int) -> None:
+    """Its reading end under the number of the one that was there; the other pipe has no reading end then."""
+    ends = os.pipe()
+    os.dup2(ends[0], fd, inheritable=False)
+    for end in ends:
+        os.close(end)
+
+
 def emptied(fd: int) -> None:
     other = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     os.dup2(other, fd, inheritable=False)
@@ -243,11 +280,14 @@ def emptied(fd: int) -> None:
 
 
 CHANGES_OF_PIPES: dict[str, Callable[[int], object]] = {
+    "asynchronous": lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.FASYNC),
     "flags": lambda fd: os.set_blocking(fd, False),
     "capacity": lambda fd: fcntl.fcntl(fd, F_SETPIPE_SZ, 1 << 17),
     "close-on-exec": close_on_exec,
     "owner": other_owner,
+    "signal": other_signal,
     "mode": lambda fd: os.fchmod(fd, 0o640),
+    "another pipe": another_pipe,
     "another description": emptied,
     "another end": os.dup,
 }
@@ -267,6 +307,52 @@ def test_a_pipe_of_which_anything_has_changed_falls_with_both_ends(
     ours.close()
 
 
+def test_what_waits_in_the_end_is_saved_also_if_it_is_as_long(child: Child) -> None:
+    child.run(
+        "r, w = os.pipe(); l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname())"
+    )
+    child.run("s, _ = l.accept(); os.write(w, b'before'); c.send(b'before')")
+    ours = Ourselves(child.process)
+    assert child.ask("os.read(r, 9), s.recv(9)") == (b"before", b"before")
+    child.run("os.write(w, b'later.'); c.send(b'later.')")
+    child.stop()
+    dump = DescriptorDump(
+        [ours.owner],
+        ObjHash(),
+        ours.stream,
+        predumped=ours.predumped,
+        flags=flags_of_any,
+        locks=Locks(set()),
+        standing=ours.standing,
+    )
+    try:
+        dump.collect()
+        places = {connection.candidate.number for connection in ours.standing.connections()}
+        assert places == {3, 4} and len(ours.standing.full_pipes()) == 1
+        dump.write()
+    finally:
+        dump.undo()
+        child.go_on()
+    assert [rec.data for rec in ours.stream.records if isinstance(rec, PipeBuffer)] == [b"later."]
+    assert [rec.received for rec in ours.stream.records if isinstance(rec, SocketTcp) and rec.received] == [b"later."]
+
+
+def test_what_a_child_has_as_well_falls(files: list[int], pipes: list[Pair], connections: list[socket.socket]) -> None:
+    ours = Ourselves()
+    with Child(keep=True) as child:
+        child.run(f"for fd in {[files[0], *pipes[0], connections[0].fileno()]}: os.close(fd)")
+        found = Collection([ours.owner, child.process], ours.predumped.known, flags_of_any, Locks(set()), ours.standing)
+        try:
+            stand = {number for number, _, _ in found.tables[0].standing}
+            held = {number: slot.description.holders for slot in found.tables[0].slots for number in [slot.number]}
+        finally:
+            found.close()
+    assert {files[0], *pipes[0], connections[0].fileno()} <= stand
+    for number in (*files[1:], *pipes[1], *pipes[2], connections[1].fileno()):
+        assert {holder.pid for holder, _ in held[number]} == {os.getpid(), child.pid}
+    ours.close()
+
+
 def test_what_waits_in_pipes_that_stand_is_told(pipes: list[Pair]) -> None:
     os.write(pipes[0][1], b"before")
     ours = Ourselves()
@@ -278,6 +364,12 @@ def test_what_waits_in_pipes_that_stand_is_told(pipes: list[Pair]) -> None:
     ours.close()
 
 
+def peek_offsets_of_tcp() -> bool:
+    """Whether this kernel has them."""
+    with socket.socket() as sock:
+        return sockopts.peeks_from(sock) == -1 and not sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_PEEK_OFF, -1)
+
+
 def linger(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 7))
 
@@ -286,6 +378,8 @@ CHANGES_OF_CONNECTIONS: dict[str, Callable[[socket.socket], object]] = {
     "flags": lambda sock: os.set_blocking(sock.fileno(), False),
     "close-on-exec": lambda sock: close_on_exec(sock.fileno()),
     "owner": lambda sock: other_owner(sock.fileno()),
+    "signal": lambda sock: other_signal(sock.fileno()),
+    "another connection": lambda sock: another_connection(sock),
     "user": lambda sock: os.fchown(sock.fileno(), 7, -1),
     "group": lambda sock: os.fchown(sock.fileno(), -1, 7),
     "another number": lambda sock: os.dup(sock.fileno()),
@@ -301,6 +395,17 @@ CHANGES_OF_CONNECTIONS: dict[str, Callable[[socket.socket], object]] = {
     "device": lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo"),
     "filter": lambda sock: attach_filter(sock),
 }
+if peek_offsets_of_tcp():
+    CHANGES_OF_CONNECTIONS["peek offset"] = lambda sock: sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_PEEK_OFF, 0)
+
+
+def another_connection(sock: socket.socket) -> None:
+    """From the same host to the same host, under the number of the one that was there."""
+    with (
+        socket.create_server((sock.getsockname()[0], 0), family=sock.family) as listener,
+        socket.create_connection(listener.getsockname()[:2]) as other,
+    ):
+        os.dup2(other.fileno(), sock.fileno(), inheritable=False)
 
 
 def another_congestion(sock: socket.socket) -> str:

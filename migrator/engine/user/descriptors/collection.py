@@ -62,18 +62,20 @@ class _Fetched:
         try:
             raise_first(self.fds, "pidfd_getfd", items)
             self._states, owners = Area(STAT_SIZE, count), Area(8, count)
-            results, self.flags, _ = each(
+            results, self.flags, _, signals = each(
                 count,
                 (NR["fstat"], self.fds, self._states.addresses),
                 (NR["fcntl"], self.fds, fcntl.F_GETFL),
                 (NR["fcntl"], self.fds, descriptors.F_GETOWN_EX, owners.addresses),  # EBADF of O_PATH: nobody
+                (NR["fcntl"], self.fds, descriptors.F_GETSIG),
             )
             raise_first(results, "fstat", items)
             raise_first(self.flags, "F_GETFL", items)
         except BaseException:
             self.close()
             raise
-        self.owners = owners.view.cast("i")[1::2].tolist()
+        pids = owners.view.cast("i")[1::2]
+        self.owned = [pid != 0 or signal > 0 for pid, signal in zip(pids, signals, strict=False)]
         self.fingerprints = fingerprints(self._states.view)
 
     def status(self, at: int) -> Status:
@@ -311,7 +313,7 @@ class Collection:
         same = pos == info.pos and flags == info.flags and not info.locks
         if not same:
             info = FdInfo(pos, flags, bool(fetched.items[at].flags), info.fields, ino=info.ino)
-        elif not fetched.owners[at] and fetched.fingerprints[at] == known.fingerprint:
+        elif not fetched.owned[at] and fetched.fingerprints[at] == known.fingerprint:
             return self._join(fetched, at, known.status, info, known), info
         return self._join(fetched, at, fetched.status(at), info, Classification(known.kind, known.path)), info
 
@@ -335,7 +337,7 @@ class Collection:
             with _refused(fetched.items[at]):
                 what = classify(what, status, info, self.root)
         known = what if isinstance(what, Known) else None
-        owned = fetched.owners[at] != 0
+        owned = fetched.owned[at]
         fd = fetched.take(at)
         made = Description(fd, status, info.flags, info, what.kind, what.path, self.root, owned=owned, known=known)
         bucket.insert(place, made)

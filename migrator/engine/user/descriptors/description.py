@@ -44,7 +44,7 @@ class Description:
     objref: int = 0
     inode_objref: int = 0
     locks_saved: bool = False
-    owned: bool = False  # somebody gets its signals (F_SETOWN)
+    owned: bool = False  # somebody gets its signals (F_SETOWN), or would get others than usual (F_SETSIG)
     predumped: bool = False  # of a pipe or a connection, whose File is written, and holds
     known: Known | None = None  # it is just what was found while the tasks ran
 

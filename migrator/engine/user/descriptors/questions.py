@@ -26,6 +26,7 @@ _STATE = 0xFF  # of the first word of TCP_INFO
 _OF_STAT = (0, 1, 3, 4)  # words of struct stat: device, inode number, mode and user, group
 _NAME_BYTES = {int(socket.AF_INET): 16, int(socket.AF_INET6): 28}  # struct sockaddr_in, struct sockaddr_in6
 _CONGESTION_BYTES = 16
+_SIGNAL, _PEEK_OFF = 3, 4  # of the questions
 _LAST_INT = 1 << 31
 
 
@@ -51,6 +52,8 @@ class Questions:
             _Question((NR["fstat"], 0, self.states.addresses), self.states, _OF_STAT),
             _Question((NR["fcntl"], 0, fcntl.F_GETFL)),
             _Question((NR["fcntl"], 0, descriptors.F_GETOWN_EX, owners.addresses), owners, (0,)),
+            _Question((NR["fcntl"], 0, descriptors.F_GETSIG)),
+            self._option(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF, 4),
             self._option(sockopts.SOL_SOCKET, sockopts.SO_GET_FILTER, 0, told_by_length=True),
             self._option(socket.IPPROTO_TCP, sockopts.TCP_ULP, 16, told_by_length=True),
             self._option(sockopts.SOL_SOCKET, sockopts.SO_BINDTOIFINDEX, 4),
@@ -98,15 +101,18 @@ class Questions:
         """The record of a connection that can go ahead, with its inode number for objref; None of another."""
         questions = len(self._questions)
         rest = iter(answers[questions:])
-        if min(answers[:questions]) < 0:
+        called = list(answers[:questions])
+        called[_PEEK_OFF] = max(0, called[_PEEK_OFF])  # older kernels have none of TCP
+        if min(called) < 0 or called[_SIGNAL]:
             return None
         _, ino, mode_and_uid, gid = (next(rest) for _ in _OF_STAT)
-        owner, filtered, upper, device = (next(rest) for _ in range(4))
+        owner, peek_off, filtered, upper, device = (next(rest) for _ in range(5))
         own, peer = self._take_name(rest), self._take_name(rest)
         congestion = _bytes(next(rest) for _ in range(_CONGESTION_BYTES // 8)).partition(b"\0")[0]
         sndbuf, rcvbuf, buf_lock = (next(rest) for _ in range(3))
         options = self._changed(rest)
-        if owner or filtered or upper or device or next(rest) != tcp.ESTABLISHED:
+        told = answers[_PEEK_OFF] == 0
+        if owner or filtered or upper or device or next(rest) != tcp.ESTABLISHED or (told and _signed(peek_off) >= 0):
             return None
         return Socket(
             objref=ino,

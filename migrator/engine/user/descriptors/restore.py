@@ -499,7 +499,7 @@ class DescriptorRestore:
             self.put_off.append(lock)
 
     def _owners(self) -> None:
-        wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type}
+        wanted = {objref: rec for objref, rec in self._records.items() if rec.owner_type or rec.owner_signal}
         if not wanted:
             return
         for stub, table in self._installed.values():
@@ -511,8 +511,10 @@ class DescriptorRestore:
 
 def _set_owner(stub: Stub, number: int, rec: r.File) -> None:
     """From inside: the owner's pid is the tree's own, and the rights to signal it are the setter's."""
-    address = stub.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
-    batch: list[tuple[int, ...]] = [(NR["fcntl"], number, descriptors.F_SETOWN_EX, address)]
+    batch: list[tuple[int, ...]] = []
+    if rec.owner_type:
+        address = stub.put(struct.pack("<ii", rec.owner_type - 1, rec.owner_pid))
+        batch.append((NR["fcntl"], number, descriptors.F_SETOWN_EX, address))
     if rec.owner_signal:
         batch.append((NR["fcntl"], number, descriptors.F_SETSIG, rec.owner_signal))
     if min(stub.call_batch(batch)) < 0:

@@ -55,6 +55,8 @@ def judge(sock: socket.SocketType) -> None:
         raise Obstacle(f"a socket of protocol {kind} cannot be carried")
     if sock.proto == socket.IPPROTO_TCP and (upper := sockopts.text(sock, socket.IPPROTO_TCP, sockopts.TCP_ULP)):
         raise Obstacle(f"a TCP connection under kernel {upper} (TCP_ULP) cannot be carried")
+    if sock.proto == socket.IPPROTO_TCP and sockopts.peeks_from(sock) >= 0:
+        raise Obstacle("a TCP connection that is peeked at from an offset (SO_PEEK_OFF) cannot be carried")
     if sock.proto == socket.IPPROTO_UDP and _corked(sock):
         raise Obstacle(
             "a datagram that is not complete (UDP_CORK, MSG_MORE) cannot be carried; it has to be sent first"
@@ -97,16 +99,19 @@ def same_name(name: bytes, first: object) -> str:
 def _suspects(
     items: Sequence[tuple[Description, socket.SocketType]],
 ) -> Iterator[tuple[Description, socket.SocketType]]:
-    """Those of which judge() may say something: all but plain TCP without filter and upper protocol, by one question
-    to all of them."""
+    """Those of which judge() may say something: all but plain TCP without filter, upper protocol and peek offset, by
+    one question to all of them."""
     ask = Ask([item.fd for item, _ in items])
     filters = ask.option(sockopts.SOL_SOCKET, sockopts.SO_GET_FILTER, 0)
     uppers = ask.option(socket.IPPROTO_TCP, sockopts.TCP_ULP, 16)
+    offsets = ask.option(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF)
     ask.make()
-    facts = zip(items, filters.results, filters.sizes(), uppers.texts(), strict=False)
-    for (item, sock), result, length, upper in facts:
+    facts = zip(
+        items, filters.results, filters.sizes(), uppers.texts(), offsets.results, offsets.numbers(), strict=False
+    )
+    for (item, sock), result, length, upper, told, offset in facts:
         kind = sock.family, sock.type, sock.proto
-        if kind not in _PLAIN or result or length or upper:
+        if kind not in _PLAIN or result or length or upper or (told == 0 and offset >= 0):
             yield item, sock
 
 

@@ -253,6 +253,14 @@ def text(sock: socket.SocketType, level: int, name: int) -> str:
         return ""
 
 
+def peeks_from(sock: socket.SocketType) -> int:
+    """The peek offset; negative if there is none."""
+    try:
+        return sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
+    except OSError:
+        return -1
+
+
 def force_buffers(sock: socket.SocketType, sndbuf: int, rcvbuf: int) -> None:
     """Set both buffer sizes, in bytes as getsockopt gives them, above the limits of the host."""
     sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, min(sndbuf // 2, 1 << 30))

@@ -122,6 +122,7 @@ class StandingFiles(_Group):
             (NR["fstat"], 0, self._states.addresses),
             (NR["fcntl"], 0, fcntl.F_GETFL),
             (NR["fcntl"], 0, descriptors.F_GETOWN_EX, self._owners.addresses),
+            (NR["fcntl"], 0, descriptors.F_GETSIG),
             (NR["lseek"], 0, 0, os.SEEK_CUR),
             (NR["close"], 0),
             (NR["newfstatat"], 0, self._names.addresses, self._there.addresses, _AT_SYMLINK_NOFOLLOW),
@@ -132,6 +133,7 @@ class StandingFiles(_Group):
             zeros,
             array("q", [flags for _, flags, *_ in files]).tobytes(),
             zeros,
+            zeros,
             array("q", [offset for _, _, offset, *_ in files]).tobytes(),
             zeros,
             zeros,
@@ -141,14 +143,14 @@ class StandingFiles(_Group):
         ]
 
     def _look(self, root_fd: int) -> None:
-        for place in range(5):
+        for place in range(6):
             self._ask.put(place, 1, self.fds)
-        self._ask.put(5, 1, root_fd)
+        self._ask.put(6, 1, root_fd)
         self._ask.walk()
         self._fetched = False  # they are closed again
         words, there = self._states.view.cast("Q"), self._there.view.cast("Q")
         answers = [
-            *(self._ask.results(place) for place in range(6)),
+            *(self._ask.results(place) for place in range(7)),
             self._owners.view.cast("Q"),
             *(words[at::_STAT_WORDS] for at in FINGERPRINT_WORDS),
             *(there[at::_STAT_WORDS] for at in (0, 1)),
@@ -171,6 +173,7 @@ class StandingPipes(_Group):
             (NR["fstat"], 0, self._states.addresses),
             (NR["fcntl"], 0, fcntl.F_GETFL),
             (NR["fcntl"], 0, descriptors.F_GETOWN_EX, self._owners.addresses),
+            (NR["fcntl"], 0, descriptors.F_GETSIG),
         )
         self._measure = Table(
             len(pipes),
@@ -182,6 +185,7 @@ class StandingPipes(_Group):
         self._expected = [
             zeros,
             array("q", [flags for *_, flags in facts]).tobytes(),
+            zeros,
             zeros,
             zeros,
             *(_column([known[at] for known in facts]) for at in (0, 1)),
@@ -201,12 +205,12 @@ class StandingPipes(_Group):
         return {at for end in ends for at in (end % count, end % count + count)}
 
     def _look(self, root_fd: int) -> None:
-        for place in range(3):
+        for place in range(4):
             self._ask.put(place, 1, self.fds)
         self._ask.walk()
         words, halves = self._states.view.cast("Q"), self._states.view.cast("I")
         answers = [
-            *(self._ask.results(place) for place in range(3)),
+            *(self._ask.results(place) for place in range(4)),
             self._owners.view.cast("Q"),
             *(words[at::_STAT_WORDS] for at in (0, 1)),
             halves[_MODE_AT :: 2 * _STAT_WORDS],

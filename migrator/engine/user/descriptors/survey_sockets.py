@@ -7,7 +7,7 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, other_ends, sockopts, tcp
+from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, other_ends, tcp
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
@@ -56,8 +56,6 @@ def survey_sockets(
                 continue
             if sock.proto == socket.IPPROTO_TCP:
                 raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 64)
-                if sock.getsockopt(sockopts.SOL_SOCKET, sockopts.SO_PEEK_OFF) >= 0:
-                    yield f"{item}: a TCP connection that is peeked at from an offset (SO_PEEK_OFF) cannot be carried"
                 congestion.add(raw.split(b"\0")[0].decode(errors="replace"))
             if sock.proto == socket.IPPROTO_UDP:
                 if group := multicast.membership(sock, groups):
