@@ -310,3 +310,19 @@ def test_files_of_sockets_come_into_their_places_also_if_the_agent_dies_before_t
                 client.connect(str(tmp_path / name))
                 copy.run(f"adopt({number}).accept()[0].send(b'{name}')")
                 assert client.recv(1) == name.encode()
+
+
+def test_empty_messages_are_messages(child: Child, move: Callable[..., Child]) -> None:
+    child.run("a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)")
+    child.run("[b.send(b'x' * n) for n in (1, 0, 30, 0)]")
+    copy = move(child)
+    assert copy.ask("[len(adopt(os.dup(0)).recv(1000)) for _ in range(4)]") == [1, 0, 30, 0]
+    copy.run("c = adopt(os.dup(0)); c.setblocking(False)")
+    with pytest.raises(AssertionError, match="BlockingIOError"):
+        copy.run("c.recv(1)")
+
+
+def test_a_socket_for_messages_that_was_never_connected(child: Child, move: Callable[..., Child]) -> None:
+    child.run("a = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)")
+    copy = move(child)
+    assert copy.ask("adopt(0).type") == socket.SOCK_SEQPACKET

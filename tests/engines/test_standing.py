@@ -21,7 +21,7 @@ from migrator.engine.user.descriptors.collection import Collection
 from migrator.engine.user.descriptors.sockets import SocketDump
 from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
-from migrator.image.records_files import FileKind, PipeBuffer, Socket, SocketTcp
+from migrator.image.records_files import FileKind, PipeBuffer, Socket, SocketOption, SocketTcp
 from migrator.linux import descriptors
 
 F_SETPIPE_SZ = 1031
@@ -463,7 +463,7 @@ def changed_options(sock: socket.socket) -> Iterator[tuple[int, int]]:
     """Set each option of a connection that can be set to another value, one by one."""
     asked = sockopts.Defaults().of(sock.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, connected=True)
     for level, name, _, special in asked:
-        if special:
+        if special or sockopts.uncarried(SocketOption(level, name, 3)):
             continue
         before = sock.getsockopt(level, name)
         for value in (before ^ 1, before + 1, 1, 2, 4, 8, 16, 64):

@@ -94,7 +94,8 @@ class InetDump:
                 if rec.state in (SocketState.CONNECTED, SocketState.PEER_GONE)
             }
             options = self._defaults.changed([sock for _, sock in self._items], peers)
-            for rec, changed in zip(self._sockets, options, strict=True):
+            for (item, _), rec, changed in zip(self._items, self._sockets, options, strict=True):
+                sockopts.check(changed, item)
                 rec.options = changed
         self._shutdowns()
         self._look_at([item for item, _ in connections])

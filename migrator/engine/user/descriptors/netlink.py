@@ -55,6 +55,7 @@ class NetlinkDump:
     def collect(self) -> None:
         changed = self._defaults.changed([sock for _, sock in self._items])
         for (item, sock), options in zip(self._items, changed, strict=True):
+            sockopts.check(options, item)
             peer = sock.getpeername()
             self._sockets.append(
                 Socket(

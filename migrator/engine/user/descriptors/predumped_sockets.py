@@ -102,6 +102,7 @@ class PredumpedSockets:
         for at, (item, answers) in enumerate(zip(items, questions.each(), strict=True)):
             rec = questions.record(answers)
             if rec is not None and rec.objref == item.status.st_ino:
+                sockopts.check(rec.options, item)
                 status = Status.unpack(questions.states.view, at * questions.states.stride)
                 self._places.setdefault(rec.objref, set()).add((process.pid, item.number))
                 yield item.number, self._put(status, questions.flags[at], rec, answers)

@@ -57,6 +57,8 @@ def judge(sock: socket.SocketType) -> None:
         raise Obstacle(f"a TCP connection under kernel {upper} (TCP_ULP) cannot be carried")
     if sock.proto == socket.IPPROTO_TCP and sockopts.peeks_from(sock) >= 0:
         raise Obstacle("a TCP connection that is peeked at from an offset (SO_PEEK_OFF) cannot be carried")
+    if sock.proto == socket.IPPROTO_TCP and sockopts.authenticates(sock):
+        raise Obstacle("a TCP connection with keys (TCP_AO) cannot be carried: nobody can read them")
     if sock.proto == socket.IPPROTO_UDP and _corked(sock):
         raise Obstacle(
             "a datagram that is not complete (UDP_CORK, MSG_MORE) cannot be carried; it has to be sent first"

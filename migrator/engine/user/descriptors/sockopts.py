@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 
+from migrator.errors import CheckpointFailed
 from migrator.image.records_files import SocketOption
 from migrator.linux.sockets import Answers, Ask
 
@@ -18,8 +19,11 @@ SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_LINGER, SO_PASSCRED, SO_PEERCRED = 2, 7, 
 SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_GET_FILTER, SO_ACCEPTCONN = 20, 21, 25, 26, 30
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PEEK_OFF, SO_BINDTOIFINDEX, SO_BUF_LOCK = 32, 33, 42, 62, 72
 IP_FREEBIND, IP_TRANSPARENT, IPV6_V6ONLY, IPV6_TRANSPARENT, IPV6_FREEBIND = 15, 19, 26, 75, 78
-TCP_CONGESTION, TCP_ULP = 13, 31
-_SO_INCOMING_CPU = 49
+TCP_CONGESTION, TCP_ULP, _TCP_AO_INFO = 13, 31, 40
+_SO_TIMESTAMPING, _SO_MAX_PACING_RATE, _SO_INCOMING_CPU, _SO_TXTIME, _SO_TIMESTAMPING_NEW = 37, 47, 49, 61, 65
+_IP_OPTIONS, _IP_UNICAST_IF = 4, 50
+_IPV6_MULTICAST_IF, _IPV6_EXTENSIONS, _IPV6_UNICAST_IF = 17, (54, 55, 57, 59), 76
+_SOF_TIMESTAMPING_OPT_ID, _LOOPBACK = 1 << 7, 1
 _SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF, _BPF_RET = 51, 68, 0x06
 
 PRIORITY, _TOS = (SOL_SOCKET, 12), (SOL_IP, 1)
@@ -27,40 +31,38 @@ PRIORITY, _TOS = (SOL_SOCKET, 12), (SOL_IP, 1)
 _AT_ONCE = 256  # sockets that are asked for all their options in one go
 _LINGER, _TIMEVAL = struct.Struct("<ii"), struct.Struct("<qq")
 _UCRED, _IDS, _IDS_AS_VALUE, _NOBODY = struct.Struct("<iII"), struct.Struct("<II"), struct.Struct("<q"), 0xFFFFFFFF
-_STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL}
+_WORD = struct.Struct("<q")
+_STRUCTS = {SO_LINGER: _LINGER, SO_RCVTIMEO: _TIMEVAL, SO_SNDTIMEO: _TIMEVAL} | dict.fromkeys(
+    (_SO_TIMESTAMPING, _SO_MAX_PACING_RATE, _SO_TXTIME, _SO_TIMESTAMPING_NEW), _WORD
+)
 
 Default = tuple[int, int, int, bool]  # level, name, value of a new socket's, whether it is a struct
 
-# Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back.
+# Numbers of linux/socket.h, in.h, in6.h, tcp.h and udp.h, where a program sets them and reads them back: all that there
+# are, but for what is told otherwise. tests/engines/test_socket_options.py sets whatever can be set.
 _GENERIC = (
-    2,
-    5,
-    9,
-    10,
-    12,
-    13,
-    15,
-    18,
-    20,
-    21,
-    29,
-    35,
-    36,
-    46,
-    49,
-    60,
-)  # REUSEADDR, DONTROUTE .. TIMESTAMP, MARK .. ZEROCOPY
-_UNIX = (16, 34, 42, 76)  # PASSCRED, PASSSEC, PEEK_OFF, PASSPIDFD
-_DATAGRAM = (6, 11, 40, 42, 45, 47)  # BROADCAST, NO_CHECK, RXQ_OVFL, PEEK_OFF, SELECT_ERR_QUEUE, PACING
-_IP = (1, 2, 10, 11, 15, 19, 21, 24, 51)  # TOS, TTL, MTU_DISCOVER, RECVERR, FREEBIND .. LOCAL_PORT_RANGE
-_IP_DATAGRAM = (6, 8, 12, 13, 20, 33, 34, 49, 50)  # RECVOPTS, PKTINFO .. MULTICAST_TTL, LOOP, ALL
-_IPV6 = (16, 23, 25, 26, 67, 70, 73, 75, 78)  # UNICAST_HOPS, MTU_DISCOVER, RECVERR, V6ONLY, TCLASS ..
-_IPV6_DATAGRAM = (18, 19, 29, 49, 51, 62, 66)
-_TCP = (1, 3, 4, 5, 6, 7, 8, 16, 18, 25, 36, 37)  # NODELAY, CORK, KEEP*, SYNCNT, LINGER2 .. TX_DELAY
+    *(1, 2, 5, 6, 9, 10, 11, 12, 13, 15, 18, 20, 21, 29, 35, 36, 37),  # DEBUG, REUSEADDR .. MARK, TIMESTAMPING
+    *(40, 41, 43, 44, 45, 46, 47, 49),  # RXQ_OVFL, WIFI_STATUS .. BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU
+    *(60, 61, 63, 64, 65, 69, 73, 74, 75, 82),  # ZEROCOPY, TXTIME .. RESERVE_MEM .. RCVMARK, RCVPRIORITY
+)
+_UNIX = (16, 34, 42, 76, 83, 84)  # PASSCRED, PASSSEC, PEEK_OFF, PASSPIDFD, PASSRIGHTS, INQ
+_DATAGRAM = (42,)  # PEEK_OFF
+_IP = (
+    *(1, 2, 4, 6, 7, 8, 10, 11, 12, 13, 15, 18, 19, 20, 21),  # TOS, TTL, OPTIONS, RECVOPTS .. TRANSPARENT .. MINTTL
+    *(23, 24, 25, 26, 34, 49, 50, 51),  # CHECKSUM .. MULTICAST_LOOP, MULTICAST_ALL, UNICAST_IF, LOCAL_PORT_RANGE
+)
+_IP_DATAGRAM = (32, 33)  # MULTICAST_IF, MULTICAST_TTL
+_IPV6 = (
+    *(2, 3, 4, 5, 8, 11, 16, 19, 23, 25, 26, 29, 30, 31, 33),  # 2292PKTINFO .. FLOWINFO .. V6ONLY .. FLOWINFO_SEND
+    *(49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62, 66, 67),  # RECVPKTINFO .. DONTFRAG, RECVTCLASS, TCLASS
+    *(70, 72, 73, 74, 75, 76, 77, 78),  # AUTOFLOWLABEL, ADDR_PREFERENCES .. UNICAST_IF, RECVFRAGSIZE, FREEBIND
+)
+_IPV6_DATAGRAM = (17, 18)  # MULTICAST_IF, MULTICAST_HOPS
+_TCP = (1, 3, 4, 5, 6, 7, 8, 16, 18, 25, 34, 36, 37, 44, 45, 46)  # NODELAY, CORK, KEEP* .. TX_DELAY, DELACK_MAX_US
 _TCP_UNCONNECTED = (2, 9, 10, 23, 27, 30)  # MAXSEG, DEFER_ACCEPT, WINDOW_CLAMP, FASTOPEN*, SAVE_SYN
 # Not of a connection: what only a new socket takes, and what the kernel writes with each packet.
 _ONLY_NEW = {*((SOL_TCP, name) for name in _TCP_UNCONNECTED), (SOL_SOCKET, _SO_INCOMING_CPU)}
-_UDP = (1, 100, 103, 104)
+_UDP = (1, 100, 101, 102, 103, 104)  # CORK, ENCAP, NO_CHECK6_*, SEGMENT, GRO
 _NETLINK = (
     3,
     4,
@@ -122,6 +124,8 @@ def size_of(name: int) -> int:
 def number(name: int, raw: bytes) -> int:
     """Such an option as a number."""
     form = _STRUCTS[name]
+    if form is _WORD:
+        return int(form.unpack(raw)[0])
     high, low = form.unpack(raw)
     return int(high | low << 32) if form is _LINGER else int(high * 10**6 + low)
 
@@ -135,7 +139,7 @@ def put(sock: socket.SocketType, option: SocketOption) -> None:
         if level == SOL_SOCKET and name in _STRUCTS:
             form = _STRUCTS[name]
             pair = (value & 0xFFFFFFFF, value >> 32) if form is _LINGER else divmod(value, 10**6)
-            sock.setsockopt(level, name, form.pack(*pair))
+            sock.setsockopt(level, name, form.pack(value) if form is _WORD else form.pack(*pair))
         else:
             sock.setsockopt(level, name, struct.pack("<i", value))
     except (OSError, struct.error) as error:
@@ -175,6 +179,27 @@ def split_peer_user(options: Iterable[SocketOption]) -> tuple[tuple[int, int], l
         else:
             rest.append(option)
     return ids, rest
+
+
+def uncarried(option: SocketOption) -> str:
+    """Why an option that differs from a new socket's cannot be carried, as the end of a sentence; "" if it can."""
+    level, name, value = option.level, option.name, option.value
+    if (level, name) == (SOL_IP, _IP_OPTIONS) or (level == SOL_IPV6 and name in _IPV6_EXTENSIONS):
+        return "a socket with options of IP of its own (IP_OPTIONS, IPV6_HOPOPTS and others) cannot be carried"
+    if (level, name) in ((SOL_IP, _IP_UNICAST_IF), (SOL_IPV6, _IPV6_UNICAST_IF), (SOL_IPV6, _IPV6_MULTICAST_IF)):
+        index = value if name == _IPV6_MULTICAST_IF else socket.ntohl(value & 0xFFFFFFFF)
+        if index != _LOOPBACK:
+            return f"a socket that sends through the interface of number {index}, which may be another one over there"
+    if level == SOL_SOCKET and name in (_SO_TIMESTAMPING, _SO_TIMESTAMPING_NEW) and value & _SOF_TIMESTAMPING_OPT_ID:
+        return "a socket that numbers its time stamps (SOF_TIMESTAMPING_OPT_ID) cannot be carried"
+    return ""
+
+
+def check(options: Iterable[SocketOption], about: object) -> None:
+    """Raises CheckpointFailed for one that cannot be carried."""
+    for option in options:
+        if reason := uncarried(option):
+            raise CheckpointFailed(f"{about}: {reason}", hint="the workload runs on")
 
 
 def with_priority_last(options: list[SocketOption], priority: Callable[[], int]) -> list[SocketOption]:
@@ -259,6 +284,15 @@ def peeks_from(sock: socket.SocketType) -> int:
         return sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     except OSError:
         return -1
+
+
+def authenticates(sock: socket.SocketType) -> bool:
+    """Whether it has keys of TCP-AO (Linux 6.7)."""
+    try:
+        sock.getsockopt(SOL_TCP, _TCP_AO_INFO, 32)
+    except OSError:
+        return False
+    return True
 
 
 def force_buffers(sock: socket.SocketType, sndbuf: int, rcvbuf: int) -> None:

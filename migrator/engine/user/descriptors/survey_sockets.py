@@ -7,11 +7,11 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, other_ends, tcp
+from migrator.engine.user.descriptors import addresses, diag, multicast, netlink, other_ends, sockopts, tcp
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
-from migrator.linux import sys
+from migrator.linux import inet_diag, sys
 from migrator.linux.namespaces import entered
 
 _HINT = "run it under `migrator run`, so that its address moves with it"
@@ -30,6 +30,8 @@ def survey_sockets(
     groups = _groups(pid)
     names: dict[bytes, Found] = {}
     nameless: set[int] = set()
+    defaults = sockopts.Defaults()
+    signed = _signed(pid)
     for item in once.values():
         try:
             sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
@@ -41,6 +43,11 @@ def survey_sockets(
             except Obstacle as obstacle:
                 yield f"{item}: {obstacle}"
                 continue
+            if os.fstat(sock.fileno()).st_ino in signed:
+                yield f"{item}: a TCP connection with keys (TCP_MD5SIG) cannot be carried: nobody can read them"
+            for option in defaults.changed([sock])[0]:
+                if reason := sockopts.uncarried(option):
+                    yield f"{item}: {reason}"
             if sock.family == socket.AF_NETLINK:
                 if not own_netns:
                     yield f"{item}: {netlink.OF_THE_HOST}"
@@ -68,6 +75,16 @@ def survey_sockets(
         yield from _partners(unix, nameless, pid)
     if datagrams:
         yield from _tells_shutdowns(datagrams, pid)
+
+
+def _signed(pid: int) -> set[int]:
+    """The inodes of all sockets of TCP with keys, that listen or are connected: of others the kernel does not tell."""
+    states = (inet_diag.LISTEN, inet_diag.ESTABLISHED, inet_diag.CLOSE_WAIT, inet_diag.SYN_SENT)
+    try:
+        with entered(f"/proc/{pid}/ns/net"):
+            return {sock.inode for sock in inet_diag.tcp_sockets_here(states, keys=True) if sock.signed}
+    except OSError:
+        return set()  # it ended, or a kernel without inet_diag, which says so elsewhere
 
 
 def _groups(pid: int) -> list[multicast.Group]:

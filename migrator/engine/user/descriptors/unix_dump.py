@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -110,9 +111,10 @@ class UnixDump:
         entries.sort(key=lambda e: e[2].state != _LISTEN)
         options = self._defaults.changed([sock for _, sock, _ in entries])
         for (item, sock, entry), changed in zip(entries, options, strict=True):
+            sockopts.check(changed, item)
             self._sockets.append(self._socket(item, sock, entry, changed))
             if entry.state != _LISTEN:
-                self._buffers += self._waiting(item, sock)
+                self._buffers += self._waiting(item, sock, ended=bool(entry.shutdown & 1 or not entry.peer))
         self._sockets.sort(key=lambda rec: rec.state not in (SocketState.CONNECTED, SocketState.PEER_GONE))
 
     def sockets(self, objref: Callable[[int], int]) -> Iterator[Socket]:
@@ -205,8 +207,8 @@ class UnixDump:
             raise CheckpointFailed(f"{item}: {error}") from None
         return inside, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
-    def _waiting(self, item: Description, sock: socket.SocketType) -> Iterator[SocketBuffer]:
-        """What can be received, left in place: the peek offset walks over it."""
+    def _waiting(self, item: Description, sock: socket.SocketType, *, ended: bool) -> Iterator[SocketBuffer]:
+        """What can be received, left in place: the peek offset walks over it. `ended`: nothing more will come."""
         whole = sock.type != socket.SOCK_STREAM
         left = pipes.waiting(sock.fileno())
         if not left and not whole:
@@ -221,13 +223,17 @@ class UnixDump:
                     )
                 except BlockingIOError:
                     return
+                except OSError as error:
+                    if error.errno == errno.ENOTCONN:  # of SOCK_SEQPACKET that was never connected
+                        return
+                    raise
                 if not data and not whole:
                     return
                 _refuse_control(item, control)
                 if whole and flags & socket.MSG_TRUNC:
                     raise CheckpointFailed(f"{item}: a message of more than {MAX_CHUNK} bytes is on its way")
-                if not data and sock.type == socket.SOCK_SEQPACKET:
-                    return  # the end
+                if not data and sock.type == socket.SOCK_SEQPACKET and ended and left <= 0:
+                    return  # the end: an empty message looks the same
                 address = addresses.pack(sock.family, sender) if whole and sender else b""
                 yield SocketBuffer(item.stat.st_ino, _WHOLE if whole else 0, data, address)
                 left -= len(data)
