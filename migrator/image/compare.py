@@ -69,6 +69,7 @@ _PARTS: dict[type[Record], str] = {  # contents of objects, by what refers to th
     f.SocketTcp: "socket_objref",
     f.EpollItems: "epoll_objref",
     f.FileLock: "file_objref",
+    f.FileOwner: "file_objref",
     f.InotifyWatch: "inotify_objref",
 }
 _OUTSIDE = -1  # a session or group that is led from outside of the tree
@@ -394,6 +395,8 @@ class _Walk:
         for watch in parts:
             if isinstance(watch, f.InotifyWatch):
                 self.out[f"{way} watch {watch.wd}"] = watch.mask, watch.path
+        for owner in [p for p in parts if isinstance(p, f.FileOwner)][-1:]:
+            self.out[f"{way} owner"] = owner.uid, owner.gid
         locks = [(p.pid, p.kind, p.start, p.length, p.fd) for p in parts if isinstance(p, f.FileLock)]
         for index, lock in enumerate(sorted(locks)):
             self.out[f"{way} lock {index}"] = lock

@@ -43,6 +43,7 @@ _RESENT = tuple(
     map(int, (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE))
 )  # have no state but offset and flags
 _BY_PATH = (*_RESENT, int(_Kind.FIFO))
+_OWNED = (int(_Kind.PIPE), int(_Kind.MEMFD), int(_Kind.SOCKET))
 
 
 class FilesOrder:
@@ -59,6 +60,7 @@ class FilesOrder:
         self._in_tree = in_tree
         self._sizes: dict[int, int] = {}  # of DeletedFiles, by objref
         self._opened: dict[int, int] = {}  # of Files: hash of kind and path, which stay when it comes again
+        self._kinds: dict[int, int] = {}  # of Files, by objref
         self._watches: dict[int, int] = {}  # of Inotifys: the last wd
         self._connections: set[int] = set()  # Sockets whose SocketTcp came
         self.checks: dict[type[Record], Callable[[Any], None]] = {
@@ -72,6 +74,7 @@ class FilesOrder:
             f.PidFd: self._pidfd,
             f.InotifyWatch: self._watch,
             f.FileLock: self._lock,
+            f.FileOwner: self._owner,
             f.Socket: self._socket,
             f.SocketBuffer: self._socket_buffer,
             f.SocketTcp: self._socket_tcp,
@@ -105,7 +108,7 @@ class FilesOrder:
             self._fail(f"file {file.objref} comes again as another one")
         if file.objref in self._opened and kind not in _RESENT:
             self._fail(f"a file of kind {_NAMES[kind]} comes twice")
-        self._opened[file.objref] = opened
+        self._opened[file.objref], self._kinds[file.objref] = opened, kind
         if file.lock > 2:
             self._fail(f"unknown lock {file.lock}")
         if file.owner_type > _LAST_OWNER or not 0 <= file.owner_signal <= NSIG:
@@ -151,6 +154,11 @@ class FilesOrder:
             self._fail(f"unknown mask {watch.mask:#x}")
         if not watch.path.startswith("/"):
             self._fail(f"path {watch.path!r} is not absolute")
+
+    def _owner(self, owner: f.FileOwner) -> None:
+        self._references.use(owner.file_objref, "File", "an owner")
+        if self._kinds[owner.file_objref] not in _OWNED:
+            self._fail(f"an owner of file {owner.file_objref}, which has none of its own")
 
     def _lock(self, lock: f.FileLock) -> None:
         self._references.use(lock.file_objref, "File", "a lock")

@@ -195,6 +195,16 @@ class FileLock(Record):
     length: u64  # 0: up to the end of the file, however it grows
 
 
+@record(319)
+class FileOwner(Record):
+    """Who owns the inode of a File of kind PIPE, MEMFD or SOCKET, if that is not root; the last one holds."""
+
+    file_objref: s32
+    reserved: u32
+    uid: u32
+    gid: u32
+
+
 @record(317)
 class Inotify(Record):
     """An inotify instance; what it watches follows."""

@@ -267,6 +267,22 @@ def test_an_inotify_instance_that_was_closed_waits_for_nobody(child: Child, tmp_
         assert not transients.waiting()
 
 
+OWNERS = """
+import socket
+f = [*os.pipe(), *(s.detach() for s in socket.socketpair()), socket.socket().detach()]
+[os.fchown(fd, 1000 + at, 100) for at, fd in enumerate(f)]
+"""
+
+
+def test_owners_of_pipes_and_sockets_are_kept(child: Child, tmp_path: Path) -> None:
+    child.run(OWNERS)
+    wanted = child.ask("[(os.fstat(fd).st_uid, os.fstat(fd).st_gid) for fd in sorted(f)]")
+    assert wanted[0] == wanted[1] == (1001, 100) and len({*wanted}) == 4
+    with Moved(child) as moved:
+        (copy,) = moved.restore([child])
+        assert copy.ask("[(os.fstat(fd).st_uid, os.fstat(fd).st_gid) for fd in range(5)]") == wanted
+
+
 def test_a_lock_of_a_description_is_taken_again(child: Child, tmp_path: Path) -> None:
     path = tmp_path / "locked"
     path.write_bytes(b"")
@@ -344,6 +360,10 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
         (
             "l = ctypes.CDLL(None); l.mq_open(b'/t', 0o102, 0o600, None); l.mq_unlink(b'/t')",
             "message queue of the host",
+        ),
+        (
+            "f = open('/tmp/migrator-attribute', 'w'); os.unlink(f.name); os.setxattr(f.fileno(), 'user.a', b'1')",
+            "has the attribute user.a",
         ),
         ("os.open('/proc/pressure/memory', os.O_RDWR)", "a trigger of pressure"),
         (f"os.open('{cgroup.hierarchy().mountpoint}/cgroup.procs', os.O_WRONLY)", "depends on who has opened it"),

@@ -24,7 +24,7 @@ DIGESTS = {
     "rev3.img": "16c8556f3e740293f9c7327c15859d299befb0c83d986f223ce34c988cba4761",
     "rev4.img": "18449167b9e2714eddf0fbc1d9496580c8d2a920e4362f17160578a7c4fe6a69",
     "rev5.img": "8f345dfa0d04a60c234c6dc3be6c9ea435d96d499bf830aaeb747f2f5eac3e54",
-    "rev6.img": "cba2dad62cce21f856639ed8ee0a622c1cbe8781df2d5f73abdc64b6f79d4b48",
+    "rev6.img": "08c2a3bedc13c0bde49d0b8450cd64a42b0457439be9f073c17c24e74a6e134d",
 }
 
 

@@ -53,6 +53,7 @@ enum ckpt_hdr_type {
 	CKPT_HDR_FILE_LOCK = 316,
 	CKPT_HDR_INOTIFY = 317,
 	CKPT_HDR_INOTIFY_WATCH = 318,
+	CKPT_HDR_FILE_OWNER = 319,
 	CKPT_HDR_MM = 401,
 	CKPT_HDR_VMAS = 402,
 	CKPT_HDR_PAGES = 403,
@@ -955,6 +956,18 @@ struct ckpt_hdr_inotify_watch {
 	__u32 mask; /* events, IN_EXCL_UNLINK and IN_ONESHOT */
 	__u32 reserved;
 	__u32 path_len;
+} __attribute__((aligned(8)));
+
+/*
+ * Who owns the inode of a File of kind PIPE, MEMFD or SOCKET, if that is not
+ * root; the last one holds.
+ */
+struct ckpt_hdr_file_owner {
+	struct ckpt_hdr h;
+	__s32 file_objref;
+	__u32 reserved;
+	__u32 uid;
+	__u32 gid;
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from migrator.image.records_files import File, FileKind
+from migrator.image.records_files import File, FileKind, FileOwner
 from migrator.linux import descriptors
 from migrator.linux.stat import Status
 
 Place = tuple[int, int]  # pid, number
 Entry = tuple[int, int, bool]  # of a table: number, objref, close-on-exec
-Facts = tuple[int, int, int, int]  # of what is open: st_dev, st_ino, st_mode, F_GETFL
+Facts = tuple[int, int, int, int, int, int]  # of what is open: st_dev, st_ino, st_mode, F_GETFL, st_uid, st_gid
 
 
 class Writer(Protocol):
@@ -19,7 +19,14 @@ class Writer(Protocol):
 
 
 def facts_of(status: Status | os.stat_result, flags: int) -> Facts:
-    return status.st_dev, status.st_ino, status.st_mode, flags
+    return status.st_dev, status.st_ino, status.st_mode, flags, status.st_uid, status.st_gid
+
+
+def owner_record(objref: int, status: Status | os.stat_result) -> FileOwner | None:
+    """Of the inode of a File; None if it is root's."""
+    if not (status.st_uid or status.st_gid):
+        return None
+    return FileOwner(objref, 0, status.st_uid, status.st_gid)
 
 
 def same(a: Place, b: Place) -> bool:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks, pipes
+from migrator.engine.user.descriptors.ahead import owner_record
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import OWNED, Description, Holder
@@ -178,6 +179,8 @@ class DescriptorDump:
             item.objref = self._predumped.objref_of(item)
             if not self._predumped.stands(item):
                 self._predumped.put(self._file(item, pids))
+                if item.kind in _OWNED and (owner := owner_record(item.objref, item.stat)) is not None:
+                    write(owner)
         self._epolls(collection)
         for table in collection.tables:
             for lock in locks.save(table):
@@ -241,6 +244,8 @@ class DescriptorDump:
         return objref, new
 
     def _inode(self, item: Description) -> None:
+        if item.kind in (FileKind.DELETED, FileKind.MEMFD) and (reason := files.own_attributes(item.fd)):
+            raise CheckpointFailed(f"{item}: {reason}", hint="the workload runs on, untouched")
         match item.kind:
             case FileKind.EVENTFD | FileKind.TIMERFD | FileKind.SIGNALFD:
                 item.inode_objref = self._objref((item.kind.name, item.fd))
@@ -316,6 +321,7 @@ class DescriptorDump:
             self._writer.write(rec)
 
 
+_OWNED = (FileKind.PIPE, FileKind.MEMFD, FileKind.SOCKET)
 _ANONYMOUS: dict[FileKind, Callable[[int, Description], Record]] = {
     FileKind.EVENTFD: anonymous.save_eventfd,
     FileKind.TIMERFD: anonymous.save_timerfd,

@@ -33,6 +33,16 @@ _HINT = "the file must be at the same path on this host: see --copy-files"
 _FALLBACKS = ("tmp", "dev/shm", "")
 
 
+def own_attributes(file: int | str) -> str:
+    """Why a file without a name cannot be carried with its extended attributes, or "". Labels of a security module are
+    a host's."""
+    try:
+        names = [name for name in os.listxattr(file) if not name.startswith("security.")]
+    except OSError:
+        return ""  # it was closed meanwhile, or its file system has none
+    return f"a file without a name that has the attribute {names[0]} (xattr(7)) cannot be carried" if names else ""
+
+
 def save_deleted(objref: int, description: Description) -> Iterator[DeletedFile | FileData]:
     """The records of a file without a name: holes are left out. Nothing of the description moves."""
     status = os.fstat(description.fd)

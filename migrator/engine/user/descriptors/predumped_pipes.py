@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from migrator.engine.user.descriptors.ahead import Facts, Place, Writer, facts_of, file_record, same
+from migrator.engine.user.descriptors.ahead import Facts, Place, Writer, facts_of, file_record, owner_record, same
 from migrator.engine.user.descriptors.description import Description
 from migrator.engine.user.descriptors.found import Found
 from migrator.engine.user.descriptors.pipes import USUAL
@@ -104,6 +104,8 @@ class PredumpedPipes:
         objref = self._new()
         rec = file_record(objref, FileKind.PIPE, status, flags, inode_objref=pipe.objref)
         self._writer.encoded(rec.encode())
+        if (owner := owner_record(objref, status)) is not None:
+            self._writer.encoded(owner.encode())
         self._ends[place] = End(objref, facts)
         others.append(place)
         return objref

@@ -29,11 +29,14 @@ _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIM
 _MAX_NUMBER = 1 << 30
 _OF_A_TASK = re.compile(r"/proc/\d+/")
 _OF_NAMESPACES = ("/proc/sys/", "/proc/sysvipc/")  # another file for whoever opens them in other namespaces
+_OWNED = (r.FileKind.PIPE, r.FileKind.MEMFD, r.FileKind.SOCKET)
 _AHEAD = (r.FileKind.PIPE, r.FileKind.SOCKET)  # that can be made while the tasks still run
 _PIPES_AT_ONCE = 64  # that are filled together
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
-OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
+OF_DESCRIPTORS = frozenset(
+    {r.File, r.FileOwner, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp}
+)
 _ANONYMOUS = frozenset(
     map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD, r.FileKind.INOTIFY))
 )
@@ -113,6 +116,7 @@ class DescriptorRestore:
             r.FileData: lambda rec: self._known(self._deleted, rec.inode_objref, "deleted file").add(rec),
             r.EpollItems: self._epoll_items,
             r.FileLock: self._lock,
+            r.FileOwner: self._owner,
             r.Socket: self._socket,
             r.SocketBuffer: self._sockets.buffer,
             r.SocketTcp: self._sockets.tcp,
@@ -426,6 +430,12 @@ class DescriptorRestore:
         if epoll is None or epoll.kind != r.FileKind.EPOLL:
             raise ImageError(f"file {rec.epoll_objref} is no epoll instance")
         self._epolls.append(rec)
+
+    def _owner(self, rec: r.FileOwner) -> None:
+        fd = self._known(self._files, rec.file_objref, "file")
+        if self._records[rec.file_objref].kind not in _OWNED:
+            raise ImageError(f"file {rec.file_objref}: an owner of what has none of its own")
+        os.fchown(fd, rec.uid, rec.gid)
 
     def _lock(self, rec: r.FileLock) -> None:
         self._known(self._records, rec.file_objref, "file")

@@ -34,7 +34,7 @@ from migrator.linux.stat import FINGERPRINT_WORDS, STAT_SIZE, Fingerprint, Statu
 from migrator.linux.x86_64 import MINUS_ONE, NR
 
 _STAT_WORDS = STAT_SIZE // 8
-_MODE_AT = 6  # of the half words of struct stat
+_MODE_USER_GROUP = 6, 7, 8  # of the half words of struct stat
 _AT_SYMLINK_NOFOLLOW = 0x100
 _RDHUP = 0x2000
 
@@ -184,12 +184,12 @@ class StandingPipes(_Group):
         zeros = bytes(8 * count)
         self._expected = [
             zeros,
-            array("q", [flags for *_, flags in facts]).tobytes(),
+            array("q", [flags for _, _, _, flags, *_ in facts]).tobytes(),
             zeros,
             zeros,
             zeros,
             *(_column([known[at] for known in facts]) for at in (0, 1)),
-            array("I", [mode for _, _, mode, _ in facts]).tobytes(),
+            *(array("I", [known[at] for known in facts]).tobytes() for at in (2, 4, 5)),
         ]
         self._measured = [array("q", [USUAL]).tobytes() * len(pipes), bytes(8 * len(pipes))]
 
@@ -213,7 +213,7 @@ class StandingPipes(_Group):
             *(self._ask.results(place) for place in range(4)),
             self._owners.view.cast("Q"),
             *(words[at::_STAT_WORDS] for at in (0, 1)),
-            halves[_MODE_AT :: 2 * _STAT_WORDS],
+            *(halves[at :: 2 * _STAT_WORDS] for at in _MODE_USER_GROUP),
         ]
         self.drop(differing(answers, self._expected))
         count = len(self._objrefs)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from migrator.engine.user.descriptors import fdinfo, inotify
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
+from migrator.engine.user.descriptors.files import own_attributes
 from migrator.engine.user.descriptors.found import GONE, Found, MessageQueue, open_elsewhere
 from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
 from migrator.engine.user.descriptors.survey_sockets import survey_sockets
@@ -45,6 +46,7 @@ def survey(
             found += look(process, root, reasons)
         reasons += _outside(found, processes)
         reasons += _pidfds(found, processes)
+        reasons += _attributes(found)
         reasons += owners_outside(found, processes)
         reasons += epolls_apart(found)
         paths: dict[inotify.Key, str] = {}
@@ -106,6 +108,14 @@ def _outside(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
             )
         if not links:
             return
+
+
+def _attributes(found: list[Found]) -> Iterator[str]:
+    for item in found:
+        if item.verdict.kind in (FileKind.DELETED, FileKind.MEMFD) and (
+            reason := own_attributes(f"/proc/{item.process.pid}/fd/{item.number}")
+        ):
+            yield f"{item}: {reason}"
 
 
 def _queues(found: list[Found]) -> Iterator[MessageQueue]:
