@@ -88,6 +88,7 @@ def obstacles(container: Container) -> list[str]:
     pid = container.init_pid
     net = network.read(pid)
     found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
+    found += [f"pid {pid}: {what} in the container is not carried" for what in net.extras]
     for m in mounts.own(container):
         if m.kind != "tmpfs":
             found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from migrator.container import announcement, rtnetlink
+from migrator.container import announcement, extras, rtnetlink
 from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
 from migrator.container.packet_socket import PacketSocket
 from migrator.container.rtnetlink import netlink_error, open_route
@@ -46,6 +47,7 @@ class NetworkState:
     routes: tuple[Route, ...]
     neighbours: tuple[Neighbour, ...]
     other_links: tuple[str, ...]
+    extras: tuple[str, ...]  # what is not carried
 
 
 def ensure_bridge(ip: IPRoute, name: str) -> int:
@@ -265,21 +267,29 @@ def _read_inside() -> NetworkState:
         names = {index: link.get("ifname") for index, link in links.items()}
         eth = next((link for link in links.values() if link.get("ifname") == "eth0"), None)
         addresses: dict[str, list[str]] = {"eth0": [], "lo": []}
+        more = list(extras.extras_here(ip, names))
         for a in ip.get_addr():
             name = names.get(a["index"], "")
             text = f"{a.get('local') or a.get('address')}/{a['prefixlen']}"
             # Link-local addresses come from the MAC by themselves, 127.0.0.1 and ::1 with the loopback.
             automatic = a["scope"] == RT_SCOPE_LINK or text in ("127.0.0.1/8", "::1/128")
-            if name in addresses and not automatic:
+            if name in addresses and extras.odd_address(a):
+                more.append(f"the address {text} of {name}, with a peer or scope of its own,")
+            elif name in addresses and not automatic:
                 addresses[name].append(text)
         routes = []
-        for r in ip.get_routes(table=RT_TABLE_MAIN):
+        for r in [*ip.get_routes(family=socket.AF_INET), *ip.get_routes(family=socket.AF_INET6)]:
             # What the kernel made goes with the addresses; only what somebody set is to be carried.
-            if r["proto"] in (RTPROT_BOOT, RTPROT_STATIC) and names.get(r.get("oif")) == "eth0":
-                dst = r.get("dst")
+            if not extras.is_somebodys(r):
+                continue
+            dst = r.get("dst")
+            destination = f"{dst}/{r['dst_len']}" if dst else "default"
+            if not extras.is_plain(r, names):
+                more.append(f"the route to {destination}")
+            else:
                 routes.append(
                     Route(
-                        f"{dst}/{r['dst_len']}" if dst else "default",
+                        destination,
                         r.get("gateway") or "",
                         # The kernel gives IPv6 routes metric 1024 unless told otherwise.
                         0 if r["family"] == 10 and r.get("priority") == 1024 else int(r.get("priority") or 0),
@@ -289,6 +299,7 @@ def _read_inside() -> NetworkState:
         # On-link routes first: gateways are reached through them.
         routes.sort(key=lambda route: bool(route.gateway))
         return NetworkState(
+            extras=tuple(dict.fromkeys(more)),
             mac=eth.get("address") if eth else "",
             mtu=int(eth.get("mtu")) if eth else 0,
             addresses=tuple(addresses["eth0"]),

@@ -39,7 +39,7 @@ def texts(folder: str) -> str:
     return "\n".join(out)
 
 
-CODE = texts("migrator/engine")
+CODE = texts("migrator/engine") + texts("migrator/container")
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 RECORDS = {kind.__name__ for kind in REGISTRY.values()}
 
