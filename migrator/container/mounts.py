@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
+_RESTRICTIONS = frozenset({"ro", "nosuid", "nodev", "noexec"})
 
 SHM = Tmpfs("/dev/shm", "mode=1777")
 
@@ -112,6 +114,7 @@ class Mount:
     kind: str
     options: str  # of the file system
     device: str
+    flags: frozenset[str] = frozenset()  # of this mount of it
 
 
 def mounts(pid: int | str = "self") -> list[Mount]:
@@ -130,7 +133,7 @@ def mounts(pid: int | str = "self") -> list[Mount]:
             head, _, tail = line.partition(" - ")
             words, rest = head.split(), tail.split()
             path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), words[4])
-            found.append(Mount(path, rest[0], rest[2], words[2]))
+            found.append(Mount(path, rest[0], rest[2], words[2], frozenset(words[5].split(","))))
         return found
 
 
@@ -158,6 +161,20 @@ def own(container: Container) -> list[Mount]:
         if m.kind == "tmpfs" or not made:
             found.append(m)
     return found
+
+
+def narrowed(container: Container) -> Iterator[str]:
+    """What a container has done to mounts that it had of the host, which the host still has: it was unmounted, or is
+    under a restriction. Where it goes it would have them as that host has them."""
+    root = container.spec.root.rstrip("/")
+    had = set(container.inherited or ())
+    host = {(m.path[len(root) :] or "/", m.device): m.flags for m in mounts() if m.path.startswith(root)}
+    now = {(m.path, m.device): m.flags for m in mounts(container.init_pid)}
+    for key in sorted(had & host.keys()):
+        if key not in now:
+            yield f"that {key[0]!r} was unmounted"
+        elif less := sorted((now[key] - host[key]) & _RESTRICTIONS):
+            yield f"that {key[0]!r} was mounted {', '.join(less)}"
 
 
 def own_tmpfs(container: Container) -> list[Tmpfs]:

@@ -60,6 +60,27 @@ def test_it_is_refused_and_what_is_plain_goes_along(tmp_path: Path, bridge: str)
     assert json.loads(migrator("ps", "--json").stdout)[0]["state"] == "running"
 
 
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [("mount -o remount,bind,ro,noexec PLACE", "was mounted noexec, ro"), ("umount PLACE", "was unmounted")],
+)
+def test_a_mount_of_the_host_that_was_narrowed_is_refused(command: str, reason: str, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        pid = run(tmp_path, QUIET)
+        migrator("checkpoint", NAME, "-o", tmp_path / "image")
+        inside = ["nsenter", "-t", str(pid), "-m", *command.replace("PLACE", str(place)).split()]
+        subprocess.run(inside, check=True)
+        assert f"pid {pid}: that {str(place)!r} {reason} in the container is not carried" in obstacles(tmp_path)
+        subprocess.run(["umount", place], check=True)  # now it is of the host no more
+        if "umount" in command:
+            migrator("checkpoint", NAME, "-o", tmp_path / "image")
+    finally:
+        subprocess.run(["umount", place], check=False, capture_output=True)
+
+
 def _add_table() -> None:
     with NFTables() as tables:
         tables.table("add", name="test")
