@@ -69,7 +69,7 @@ _PARTS: dict[type[Record], str] = {  # contents of objects, by what refers to th
     f.SocketTcp: "socket_objref",
     f.EpollItems: "epoll_objref",
     f.FileLock: "file_objref",
-    f.FileOwner: "file_objref",
+    f.FileOwner: "owned_objref",
     f.InotifyWatch: "inotify_objref",
 }
 _OUTSIDE = -1  # a session or group that is led from outside of the tree

@@ -43,7 +43,6 @@ _RESENT = tuple(
     map(int, (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE))
 )  # have no state but offset and flags
 _BY_PATH = (*_RESENT, int(_Kind.FIFO))
-_OWNED = (int(_Kind.PIPE), int(_Kind.MEMFD), int(_Kind.SOCKET))
 
 
 class FilesOrder:
@@ -156,9 +155,9 @@ class FilesOrder:
             self._fail(f"path {watch.path!r} is not absolute")
 
     def _owner(self, owner: f.FileOwner) -> None:
-        self._references.use(owner.file_objref, "File", "an owner")
-        if self._kinds[owner.file_objref] not in _OWNED:
-            self._fail(f"an owner of file {owner.file_objref}, which has none of its own")
+        self._references.use(owner.owned_objref, "File", "an owner", "MappedFile")
+        if self._kinds.get(owner.owned_objref, int(_Kind.REGULAR)) not in f.OWNED_INODES:
+            self._fail(f"an owner of file {owner.owned_objref}, which has none of its own")
 
     def _lock(self, lock: f.FileLock) -> None:
         self._references.use(lock.file_objref, "File", "a lock")

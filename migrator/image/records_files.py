@@ -195,11 +195,18 @@ class FileLock(Record):
     length: u64  # 0: up to the end of the file, however it grows
 
 
+OWNED_INODES = frozenset(
+    map(int, (FileKind.PIPE, FileKind.MEMFD, FileKind.SOCKET, FileKind.REGULAR, FileKind.DIRECTORY))
+)
+
+
 @record(319)
 class FileOwner(Record):
-    """Who owns the inode of a File of kind PIPE, MEMFD or SOCKET, if that is not root; the last one holds."""
+    """Who owns the inode of a File or MappedFile, if that is not root; the last one holds.
 
-    file_objref: s32
+    One of kind PIPE, MEMFD or SOCKET is given to them; one that is opened by its path must be theirs."""
+
+    owned_objref: s32
     reserved: u32
     uid: u32
     gid: u32

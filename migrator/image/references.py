@@ -35,6 +35,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "peer_objref": ("Socket",),
     "shared_objref": ("Shm", "SharedFile"),
     "queue_objref": ("MqQueue",),
+    "owned_objref": ("File", "MappedFile"),
     "inotify_objref": ("Inotify",),
 }
 

@@ -103,3 +103,47 @@ def test_what_can_be_made_writable_is_what_could_be(tmp_path: Path) -> None:
             if pid and Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
         child.wait()
+
+
+FOREIGN = """
+import mmap, os, sys, time
+os.setresuid(65534, 65534, 65534)
+file = open(sys.argv[1], "a+")
+file.write("mine"); file.flush()
+if sys.argv[2] == "mapped":
+    memory = mmap.mmap(file.fileno(), 4, mmap.MAP_PRIVATE)
+    file.close()
+print("ready", flush=True)
+while True: time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("how", ["open", "mapped"])
+def test_a_file_of_another_user_under_the_same_path_is_not_opened(how: str, tmp_path: Path) -> None:
+    """What a user had made there is somebody else's on the other host."""
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
+        parent.chmod(0o755)
+    there = tmp_path / "there"
+    there.touch()
+    os.chown(there, 65534, 65534)
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-c", FOREIGN, str(there), how], stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
+    copy = 0
+    try:
+        await_text(log, "ready")
+        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
+        child.wait()
+        there.chmod(0o600)
+        os.chown(there, 1234, 1234)
+        refused = migrator("restart", "-d", "-i", tmp_path / "image", code=5).stderr
+        assert "belongs to user 1234 " in refused and ", and to user 65534 where it was saved" in refused
+        os.chown(there, 65534, 65534)
+        copy = int(migrator("restart", "-d", "-i", tmp_path / "image").stdout)
+    finally:
+        for pid in (child.pid, copy):
+            if pid and Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        child.wait()

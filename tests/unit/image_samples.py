@@ -411,7 +411,7 @@ def latest() -> list[Record]:
                     item.flags |= r.VmaFlag.LOCKED | r.VmaFlag.LOCKED_ONFAULT
     pipe = next(record for record in records if isinstance(record, f.File) and record.kind == f.FileKind.PIPE)
     at = records.index(pipe) + 1
-    return [*records[:at], f.FileOwner(file_objref=pipe.objref, reserved=0, uid=1000, gid=100), *records[at:]]
+    return [*records[:at], f.FileOwner(owned_objref=pipe.objref, reserved=0, uid=1000, gid=100), *records[at:]]
 
 
 def queued() -> list[Record]:

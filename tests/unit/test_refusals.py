@@ -106,6 +106,8 @@ OF_RESTART = {
     "unix_restore: the unix socket \0 cannot be bound: \0": "preflight: is missing",
     "unix_restore: socket \0 does not take what was on its way to it": "host: a call",
     "backing: \0 is no regular file on this host": "preflight: has mode ",
+    "backing: \0 belongs to user \0 on this host, and to user \0 where it was saved": "host: whose it is there",
+    "restore: \0 (file \0) belongs to user \0 here, and to user \0 where it was saved": "host: whose it is there",
     "backing: \0 differs on this host: \0 bytes, build id \0; saved with \0 bytes, build id \0": (
         "preflight: is another "
     ),

@@ -964,7 +964,7 @@ struct ckpt_hdr_inotify_watch {
  */
 struct ckpt_hdr_file_owner {
 	struct ckpt_hdr h;
-	__s32 file_objref;
+	__s32 owned_objref;
 	__u32 reserved;
 	__u32 uid;
 	__u32 gid;

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks, pipes
-from migrator.engine.user.descriptors.ahead import owner_record
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.collection import Collection, Flags
 from migrator.engine.user.descriptors.description import OWNED, Description, Holder
@@ -178,9 +177,7 @@ class DescriptorDump:
         for item in collection.descriptions:
             item.objref = self._predumped.objref_of(item)
             if not self._predumped.stands(item):
-                self._predumped.put(self._file(item, pids))
-                if item.kind in _OWNED and (owner := owner_record(item.objref, item.stat)) is not None:
-                    write(owner)
+                self._predumped.put(self._file(item, pids), item.stat)
         self._epolls(collection)
         for table in collection.tables:
             for lock in locks.save(table):
@@ -321,7 +318,6 @@ class DescriptorDump:
             self._writer.write(rec)
 
 
-_OWNED = (FileKind.PIPE, FileKind.MEMFD, FileKind.SOCKET)
 _ANONYMOUS: dict[FileKind, Callable[[int, Description], Record]] = {
     FileKind.EVENTFD: anonymous.save_eventfd,
     FileKind.TIMERFD: anonymous.save_timerfd,

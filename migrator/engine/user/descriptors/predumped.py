@@ -29,10 +29,11 @@ from migrator.engine.user.descriptors.standing import (
     StandingPipes,
 )
 from migrator.engine.user.descriptors.survey import look
-from migrator.image.records_files import Descriptor, File, FileKind, FileTable, Socket
+from migrator.image.records_files import OWNED_INODES, Descriptor, File, FileKind, FileOwner, FileTable, Socket
 from migrator.linux.stat import Fingerprint, Status
 
 BY_PATH = (FileKind.REGULAR, FileKind.DIRECTORY, FileKind.PATH, FileKind.DEVICE)  # few: faster than by a hash
+_ROOT = 0, 0
 
 
 class Known(NamedTuple):
@@ -69,6 +70,7 @@ class PredumpedFiles:
         self._tables: dict[int, list[Entry]] = {}  # as written last
         self._counts: dict[int, int] = {}  # by pid: how many were open then
         self._listed: dict[int, Listed] = {}  # by pid: which
+        self._owners: dict[int, tuple[int, int]] = {}  # by objref of a File: user and group of its inode, as written
         self.known: dict[Place, Known] = {}
         self.pipes = PredumpedPipes(self._new, writer)
         self.sockets = PredumpedSockets(self._new, writer)
@@ -182,14 +184,25 @@ class PredumpedFiles:
             return description.predumped
         return known is not None and description.objref == known.objref and self._sent[known.objref] is known.written
 
-    def put(self, rec: File) -> bytes:
-        """Write a record, unless it stands in the stream as it is; what stands there then."""
+    def put(self, rec: File, status: Status | os.stat_result) -> bytes:
+        """Write a record and who owns its inode, unless they stand in the stream as they are; what stands there then of
+        the record."""
         raw = rec.encode()
         before = self._sent.get(rec.objref)
         if before == raw:
-            return before
-        self._sent[rec.objref] = raw
-        self._writer.encoded(raw)
+            raw = before
+        else:
+            self._sent[rec.objref] = raw
+            self._writer.encoded(raw)
+        owner = status.st_uid, status.st_gid
+        # of what is in /proc about a task, the owner is that of the task, which is another one until it is restarted
+        if (
+            rec.kind in OWNED_INODES
+            and not rec.path.startswith("/proc/")
+            and self._owners.get(rec.objref, _ROOT) != owner
+        ):
+            self._owners[rec.objref] = owner
+            self._writer.encoded(FileOwner(rec.objref, 0, *owner).encode())
         return raw
 
     def put_table(self, objref: int, entries: list[Entry]) -> None:
@@ -212,7 +225,8 @@ class PredumpedFiles:
         self._predumped[item.process.pid, item.number] = objref
         self._kinds[objref] = verdict.kind, verdict.path
         written = self.put(
-            file_record(objref, verdict.kind, status, info.flags, pos=info.pos, size=status.st_size, path=verdict.path)
+            file_record(objref, verdict.kind, status, info.flags, pos=info.pos, size=status.st_size, path=verdict.path),
+            status,
         )
         place = item.process.pid, item.number
         self.known.pop(place, None)

@@ -29,14 +29,12 @@ _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_DIRECT | os.O_NOATIM
 _MAX_NUMBER = 1 << 30
 _OF_A_TASK = re.compile(r"/proc/\d+/")
 _OF_NAMESPACES = ("/proc/sys/", "/proc/sysvipc/")  # another file for whoever opens them in other namespaces
-_OWNED = (r.FileKind.PIPE, r.FileKind.MEMFD, r.FileKind.SOCKET)
+_GIVEN = (r.FileKind.PIPE, r.FileKind.MEMFD, r.FileKind.SOCKET)  # to their owners
 _AHEAD = (r.FileKind.PIPE, r.FileKind.SOCKET)  # that can be made while the tasks still run
 _PIPES_AT_ONCE = 64  # that are filled together
 _USUAL = 16384  # descriptors for which there is room before it is known how many there are
 T = TypeVar("T")
-OF_DESCRIPTORS = frozenset(
-    {r.File, r.FileOwner, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp}
-)
+OF_DESCRIPTORS = frozenset({r.File, r.FileTable, r.Pipe, r.PipeBuffer, r.Socket, r.SocketBuffer, r.SocketTcp})
 _ANONYMOUS = frozenset(
     map(int, (r.FileKind.EVENTFD, r.FileKind.TIMERFD, r.FileKind.SIGNALFD, r.FileKind.PIDFD, r.FileKind.INOTIFY))
 )
@@ -76,6 +74,7 @@ class DescriptorRestore:
         self.tables: dict[int, r.FileTable] = {}
         self.final = True  # else the tasks still run, and what comes is pre-dumped
         self._early: dict[int, files.Opened | None] = {}  # Files by path that came pre-dumped; None: not opened so far
+        self._owner_of: dict[int, int] = {}  # by objref of a File that is opened by its path: whose it must be
         self._ahead: set[int] = set()  # those of pipes and connections that did
         self._changed: set[int] = set()  # those of them that came again
         self._opened: dict[int, int] = {}  # how often they were opened
@@ -345,6 +344,8 @@ class DescriptorRestore:
                 self._opened[rec.objref] = self._opened.get(rec.objref, 0) + 1
                 self._openings += 1
                 fd = self._open_path(rec)
+                if rec.objref not in self._late:
+                    self._check_owner(rec, fd)
         finally:
             if fd >= 0:
                 self._files[rec.objref] = fd
@@ -432,10 +433,30 @@ class DescriptorRestore:
         self._epolls.append(rec)
 
     def _owner(self, rec: r.FileOwner) -> None:
-        fd = self._known(self._files, rec.file_objref, "file")
-        if self._records[rec.file_objref].kind not in _OWNED:
-            raise ImageError(f"file {rec.file_objref}: an owner of what has none of its own")
-        os.fchown(fd, rec.uid, rec.gid)
+        file = self._known(self._records, rec.owned_objref, "file")
+        if file.kind in _GIVEN:
+            os.fchown(self._files[rec.owned_objref], rec.uid, rec.gid)
+        elif file.kind in r.OWNED_INODES:
+            self._owner_of[rec.owned_objref] = rec.uid
+            if (fd := self._files.get(rec.owned_objref)) is not None and rec.owned_objref not in self._late:
+                try:
+                    self._check_owner(file, fd)
+                except RestartFailed:
+                    if self.final:
+                        raise
+                    os.close(self._files.pop(rec.owned_objref))  # it may be closed by the end
+                    self._early[rec.owned_objref] = None
+        else:
+            raise ImageError(f"file {rec.owned_objref}: an owner of what has none of its own")
+
+    def _check_owner(self, rec: r.File, fd: int) -> None:
+        """What a user had made there is another user's here: it would be opened for one who could not."""
+        uid = self._owner_of.get(rec.objref)
+        if uid is not None and (here := os.fstat(fd).st_uid) != uid:
+            raise RestartFailed(
+                f"{rec.path} (file {rec.objref}) belongs to user {here} here, and to user {uid} where it was saved",
+                hint="the file must be the same on both hosts: see --copy-files",
+            )
 
     def _lock(self, rec: r.FileLock) -> None:
         self._known(self._records, rec.file_objref, "file")

@@ -12,6 +12,7 @@ from typing import Protocol
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.shm import SharedMemory, is_shm, shm_obstacle
 from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
+from migrator.image.records_files import FileOwner
 from migrator.linux import elf, procfs
 from migrator.linux.procfs import Vma
 
@@ -206,6 +207,8 @@ class LayoutDump:
             known, _ = self._objrefs.get(("mapped", path))
             self._files[path] = known
             self._writer.write(MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id))
+            if status.st_uid:
+                self._writer.write(FileOwner(known, 0, status.st_uid, status.st_gid))
         return known
 
     def _program(self, pid: int) -> int:

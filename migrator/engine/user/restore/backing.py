@@ -29,6 +29,7 @@ class Backing:
     def __init__(self, shared: SharedObjects) -> None:
         self.root_fd = -1
         self.mapped: dict[int, MappedFile] = {}  # by objref
+        self.owners: dict[int, int] = {}  # by objref: whose they must be, if not root's
         self._shared = shared
 
     def open_path(self, path: str, flags: int) -> int:
@@ -58,6 +59,12 @@ class Backing:
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise RestartFailed(f"{file.path} is no regular file on this host")
+        if (owner := self.owners.get(item.objref)) is not None and status.st_uid != owner:
+            os.close(fd)
+            raise RestartFailed(
+                f"{file.path} belongs to user {status.st_uid} on this host, and to user {owner} where it was saved",
+                hint=_HINT,
+            )
         build_id = elf.build_id(f"/proc/self/fd/{fd}") if file.build_id else ""
         if (not shared and status.st_size != file.size) or build_id != file.build_id:
             os.close(fd)

@@ -41,6 +41,7 @@ from migrator.image.records import (
     Tree,
     Vmas,
 )
+from migrator.image.records_files import FileOwner
 from migrator.linux import urgency, vdso
 from migrator.linux import x86_64 as arch
 from migrator.linux.batch import raise_first
@@ -234,6 +235,8 @@ class UserDestination(UnfinishedCopy):
                 self._take_tree(rec)
             case MappedFile():
                 self._backing.mapped[rec.objref] = rec
+            case FileOwner() if rec.owned_objref in self._backing.mapped:
+                self._backing.owners[rec.owned_objref] = rec.uid
             case Name():
                 self._names[rec.objref] = rec.text
             case Header():
