@@ -61,7 +61,7 @@ def fake_restart(result: int) -> Callable[[int, int, int], bytes]:
 
 
 class Checkpoint:
-    """checkpoint() as it is played: each call takes the next of `plan`, an error or what to write."""
+    """checkpoint() as it is played: each call takes the next of `plan`, what to write or an error, written too."""
 
     def __init__(self, *plan: Exception | bytes) -> None:
         self.plan = list(plan)
@@ -73,6 +73,7 @@ class Checkpoint:
         group.close()
         step = self.plan.pop(0)
         if isinstance(step, Exception):
+            os.write(fd, r.Error(str(step)).encode())
             raise step
         os.write(fd, step)
         return 1

@@ -73,6 +73,28 @@ with open("/tmp/image", "w+b") as image, UserSource(int(sys.argv[1]), image.file
     source.hold()
     source.release()
 """
+# Waits for what is written to a FIFO, by a call that answers a mere stop with EINTR.
+WAITS = """
+import ctypes, os, select, sys
+libc = ctypes.CDLL(None, use_errno=True)
+out = open(sys.argv[1], "w", buffering=1)
+os.mkfifo("/tmp/waits.fifo")
+fifo, epoll = os.open("/tmp/waits.fifo", os.O_RDWR), select.epoll()
+epoll.register(fifo, select.EPOLLIN)
+print("ready", file=out)
+ended = libc.epoll_wait(epoll.fileno(), ctypes.create_string_buffer(12), 1, -1)
+print(ended, os.strerror(ctypes.get_errno()) if ended < 0 else "", file=out)
+"""
+# Freezes a tree, and changes its mind.
+THAWS = """
+import os
+from migrator.engine.base import SourceOptions
+from migrator.engine.kernel.source import KernelSource
+with open(os.devnull, "wb") as nowhere, KernelSource({pid}, nowhere.fileno(), SourceOptions()) as source:
+    source.instrument()
+    source.freeze()
+    source.thaw()
+"""
 RECORDS = """
 from migrator.engine.stream import RecordReader
 with open("/tmp/image", "rb") as image:
@@ -149,6 +171,16 @@ def test_what_a_container_shares_with_the_outside_is_refused(guest: Machine) -> 
     guest.run(f"kill -KILL {holder}; while [ -e /proc/{holder} ]; do sleep 0.1; done")
     guest.run("migrator checkpoint shares --engine kernel --kill -o /tmp/image", seconds=LONG)
     guest.run("migrator restart --engine kernel --detach -i /tmp/image && migrator stop shares", seconds=LONG)
+
+
+def test_a_program_that_was_frozen_and_not_saved_learns_nothing_of_it(guest: Machine) -> None:
+    guest.put("/tmp/waits.py", WAITS.encode())
+    pid = guest.spawn("$PYTHON /tmp/waits.py /tmp/waits.out < /dev/null")
+    guest.run("until [ -s /tmp/waits.out ]; do sleep 0.05; done")
+    guest.run(f"until grep -q '^232 ' /proc/{pid}/syscall; do sleep 0.05; done")
+    guest.python(THAWS.format(pid=pid))
+    guest.run(f"echo on > /tmp/waits.fifo; while [ -e /proc/{pid} ]; do sleep 0.05; done")
+    assert guest.run("cat /tmp/waits.out; rm /tmp/waits.fifo").stdout.split() == ["ready", "1"]
 
 
 def test_what_the_user_engine_has_sent_ahead_and_is_closed_by_the_end_is_done_without(guest: Machine) -> None:

@@ -5,6 +5,7 @@ restart() is not called here: whoever calls it becomes the tree; see migrator.en
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -13,7 +14,7 @@ from migrator.errors import CheckpointFailed, ImageError, MigratorError, Restart
 from migrator.linux import procfs, sys
 
 NR_CHECKPOINT, NR_RESTART = 548, 549
-SUBTREE, ROUND, LAST, MUTE = 0x1, 0x4, 0x8, 0x10  # of checkpoint()
+SUBTREE, ROUND, LAST, MUTE, CONTINUE, CHECKSUMS = 0x1, 0x4, 0x8, 0x10, 0x20, 0x40  # of checkpoint()
 FROZEN = 0x2  # of restart(): migrator.linux.x86_64 has it in code
 _UNKNOWN = 1 << 30  # a flag that neither call has
 
@@ -42,6 +43,7 @@ def checkpoint(pid: int, fd: int, flags: int) -> int:
 
     ROUND writes what has changed of its memory since this thread's last call, while it runs, and returns how many pages
     that were; LAST, once it is frozen, goes on with that stream and ends it. Any other call of the thread drops it.
+    CHECKSUMS puts in those of the contents of pages.
 
     Raises OSError of the stream, NotNow, CheckpointFailed with the first cause for all else."""
     try:
@@ -62,10 +64,17 @@ def mute(pid: int, flags: int) -> int:
         raise _checkpoint_failed(error) from error
 
 
+def forget_stop(pid: int, flags: int) -> None:
+    """Before a frozen tree that was not saved is thawed: calls that answer a mere stop with EINTR are made again.
+
+    Does nothing where it is not frozen."""
+    with contextlib.suppress(OSError):
+        sys.call(NR_CHECKPOINT, pid, -1, flags | CONTINUE)
+
+
 def _checkpoint_failed(error: OSError) -> CheckpointFailed:
     number = error.errno or 0
-    # a signal wakes a frozen task for a moment, in which it is busy (EBUSY)
-    kind = NotNow if number in (errno.EAGAIN, errno.EBUSY) else CheckpointFailed
+    kind = NotNow if number == errno.EAGAIN else CheckpointFailed
     return kind(last_error("thread-self") or str(error), hint=_HINTS.get(number, ""))
 
 
@@ -98,6 +107,8 @@ def probe() -> list[Capability]:
         found.append(_answers("checkpoint() of memory ahead", NR_CHECKPOINT, ROUND, errno.EBADF))
         # no process has pid 0
         found.append(_answers("checkpoint() that mutes connections", NR_CHECKPOINT, MUTE, errno.ESRCH))
+        found.append(_answers("checkpoint() that forgets a stop", NR_CHECKPOINT, CONTINUE, errno.ESRCH))
+        found.append(_answers("checkpoint() with checksums", NR_CHECKPOINT, CHECKSUMS, errno.EBADF))
     return found
 
 

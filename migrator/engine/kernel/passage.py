@@ -1,8 +1,7 @@
 """A stream on its way between the kernel and whoever has the other end: pure, bytes in and bytes out.
 
 The calls know nothing of containers: what stands around one is made by the project. So the record of a container is
-put in on the way out and left out on the way in, and the trailer counts one record more or less. Nor do they compute
-checksums of pages, which an image has that is kept.
+put in on the way out and left out on the way in, and the trailer counts one record more or less.
 
     passage = Passage(insert=container.encode())
     while not passage.done:
@@ -11,34 +10,28 @@ checksums of pages, which an image has that is kept.
 
 from __future__ import annotations
 
-import struct
-import zlib
-
 from migrator.errors import ImageError
 from migrator.image.codec import HEADER, MAX_RECORD
 from migrator.image.records import Container, Error, PageKind, PageRange, Pages, RoundFlag, RoundMark, Trailer, Tree
 from migrator.image.records_shared import TmpfsEntry
 
-_CRC_AT = 4  # bytes into the fixed part of a `Pages` record
 _LOOKED_AT = frozenset({Container.TYPE, TmpfsEntry.TYPE, RoundMark.TYPE, Trailer.TYPE, Error.TYPE})
 
 
 class Passage:
     """insert:       a record that comes ahead of the first tree, b"" for none
     leave_out:    pass on no `Container`, and no `TmpfsEntry`: they are in `tmpfs`
-    checksums:    put in those of the contents of pages
     done:         the trailer has passed, or an error record
     rounds:       numbers of the rounds whose end has passed
     bytes:        that have passed on
     absent:       pages that have passed without contents"""
 
-    def __init__(self, *, insert: bytes = b"", leave_out: bool = False, checksums: bool = False) -> None:
+    def __init__(self, *, insert: bytes = b"", leave_out: bool = False) -> None:
         self.done = False
         self.rounds: list[int] = []
         self.tmpfs: list[TmpfsEntry] = []
         self.bytes = self.absent = 0
         self._insert, self._leave_out = insert, leave_out
-        self._whole = _LOOKED_AT | {Pages.TYPE} if checksums else _LOOKED_AT
         self._more = 0  # records of ours
         self._held = b""  # the beginning of a record that is not whole
         self._skip = 0  # bytes of a record that has begun to pass
@@ -59,11 +52,11 @@ class Passage:
             kind, length = HEADER.unpack_from(data, at)
             if not HEADER.size <= length <= MAX_RECORD:
                 raise ImageError(f"a record of type {kind} has an impossible length, {length}")
-            if kind in self._whole and at + length > len(data):
+            if kind in _LOOKED_AT and at + length > len(data):
                 break  # until it is whole
             if kind == Pages.TYPE and not self._count(data, at, length):
                 break  # until its ranges are there
-            replaced = self._replace(kind, data[at : at + length]) if kind in self._whole else None
+            replaced = self._replace(kind, data[at : at + length]) if kind in _LOOKED_AT else None
             if kind == Tree.TYPE and self._insert:
                 out += [view[begin:at], self._insert]
                 begin, self._insert, self._more = at, b"", self._more + 1
@@ -97,8 +90,6 @@ class Passage:
 
     def _replace(self, kind: int, raw: bytes) -> bytes | None:
         """What stands for a record; None for itself."""
-        if kind == Pages.TYPE:
-            return _with_checksum(raw)
         payload = raw[HEADER.size :]
         if kind in (Container.TYPE, TmpfsEntry.TYPE) and self._leave_out:
             if kind == TmpfsEntry.TYPE:
@@ -115,17 +106,3 @@ class Passage:
             trailer = Trailer.decode(payload)
             return Trailer(trailer.magic, max(trailer.nr_records + self._more, 0)).encode()
         return None
-
-
-def _with_checksum(raw: bytes) -> bytes | None:
-    """A `Pages` record with the checksum of its contents, if it has any."""
-    head = HEADER.size + Pages._packer.size
-    if len(raw) < head:
-        return None  # whoever reads it says so
-    _objref, _crc, nr_ranges, size = Pages._packer.unpack_from(raw, HEADER.size)
-    begin = head + nr_ranges * PageRange._packer.size
-    if not size or begin + size != len(raw):
-        return None
-    made = bytearray(raw)
-    struct.pack_into("<I", made, HEADER.size + _CRC_AT, zlib.crc32(memoryview(raw)[begin:]))
-    return bytes(made)

@@ -121,7 +121,7 @@ class KernelSource:
                 return [error.message]
             finally:
                 if adoption.cgroup is not None:
-                    adoption.cgroup.thaw()
+                    self._thaw(adoption.cgroup)
                 adoption.move_back()
                 adoption.close()
                 self._drop()
@@ -198,9 +198,8 @@ class KernelSource:
                 waits = self._waits()
                 if not waits:
                     return
-                self._cgroup.thaw()
+                self._thaw(self._cgroup)
                 time.sleep(pause)
-            self._cgroup.thaw()
             raise calls.NotNow(waits, hint="try again: a moment later the program will have taken it")
 
     def _stop(self) -> None:
@@ -225,8 +224,9 @@ class KernelSource:
         if silence is not None:
             silence()
         flags = self._flags | (calls.LAST if self._rounds else 0)
+        flags |= calls.CHECKSUMS if self.options.checksums else 0
         with self._phases.step("checkpoint"):
-            if self.options.container or self.options.checksums:
+            if self.options.container:
                 self._save_through(self._pass_on, flags)
             else:
                 self._ended = True  # also where it fails: it writes the cause itself
@@ -236,7 +236,7 @@ class KernelSource:
         """The kernel knows nothing of what stands around a container: its record is put in on the way."""
         options = self.options
         record = Container(1, options.container, options.container_spec).encode() if options.container else b""
-        return Passage(insert=record, checksums=options.checksums)
+        return Passage(insert=record)
 
     def _pass_on(self, fd: int) -> bool:
         data = os.read(fd, _CHUNK)
@@ -247,7 +247,7 @@ class KernelSource:
 
     def _save_to_nowhere(self, flags: int) -> None:
         with open(os.devnull, "wb", buffering=0) as nowhere:
-            self._save_through(lambda fd: os.splice(fd, nowhere.fileno(), _CHUNK) > 0, self._flags | flags)
+            self._call(nowhere.fileno(), self._flags | flags).result()
 
     def _save_through(self, take: Callable[[int], bool], flags: int) -> int:
         """Have the kernel write into a pipe; `take` gets its other end, until it says that there is no more. What the
@@ -324,11 +324,16 @@ class KernelSource:
         if self._frozen:
             if self._muted:
                 repair.revive(self._pids)
-            self._cgroup.thaw()
+            self._thaw(self._cgroup)
         self._adoption.move_back()
         self._adoption.close()
 
     # ------------------------------------------------------------------ inside
+
+    def _thaw(self, group: Cgroup) -> None:
+        """Whoever was frozen and not saved would learn of it by EINTR."""
+        calls.forget_stop(self.pid, self._flags)
+        group.thaw()
 
     def _waits(self) -> str:
         """What will not be so in a moment, in words; "" for nothing."""
