@@ -1,4 +1,4 @@
-"""Small eBPF programs on a network device, and on packet sockets (bpf(2), tcx in linux/bpf.h).
+"""Small eBPF programs on a network device, on packet sockets, and over a task's mappings (bpf(2), tcx in linux/bpf.h).
 
     with Program(code, SCHED_CLS) as program, tcx(program, index, TCX_EGRESS) as link:
         ...
@@ -14,20 +14,24 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from migrator.linux.sys import call
 
-SOCKET_FILTER, SCHED_CLS = 1, 3
+SOCKET_FILTER, SCHED_CLS, TRACING = 1, 3, 26
 TCX_INGRESS, TCX_EGRESS = 46, 47
 TCX_NEXT, TCX_DROP = -1, 2
 KEEP_ALL, KEEP_NONE = -1, 0  # what a socket filter returns
 
 _NR_BPF = 321
-_MAP_CREATE, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _LINK_CREATE = 0, 2, 3, 5, 28
+_MAP_CREATE, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _LINK_CREATE, _ITER_CREATE = 0, 2, 3, 5, 28, 33
+_TRACE_ITER = 28
+_LOAD_BTF_ID_AT = 108  # of the attributes of _PROG_LOAD
 _HASH = 1
 _SO_ATTACH_BPF = 50
+_PIECE = 1 << 16  # more than the kernel gives out at a time
 _LICENSE = ctypes.create_string_buffer(b"GPL")
 
 
@@ -82,12 +86,17 @@ class KeySet(_Held):
 
 
 class Program(_Held):
-    """`code` (see `Assembly`), verified by the kernel. Raises OSError."""
+    """`code` (see `Assembly`), verified by the kernel. Raises OSError.
 
-    def __init__(self, code: bytes, kind: int) -> None:
+    iterator: the number of the kernel's function that it is for (migrator.linux.btf), of kind TRACING"""
+
+    def __init__(self, code: bytes, kind: int, *, iterator: int = 0) -> None:
         text = ctypes.create_string_buffer(code, len(code))
         addresses = ctypes.addressof(text), ctypes.addressof(_LICENSE)
         attributes = struct.pack("=IIQQIIQII16s", kind, len(code) // 8, *addresses, 0, 0, 0, 0, 0, b"migrator")
+        if iterator:
+            attributes += struct.pack("=II", 0, _TRACE_ITER)
+            attributes = attributes.ljust(_LOAD_BTF_ID_AT, b"\0") + struct.pack("=II", iterator, 0)
         super().__init__(_bpf(_PROG_LOAD, attributes, "a program"))
 
     def filter(self, sock: socket.socket) -> None:
@@ -100,6 +109,24 @@ def tcx(program: Program, index: int, where: int) -> _Held:
     sends (TCX_EGRESS), as long as the result is open. Raises OSError."""
     attributes = struct.pack("=IIIIIIQ", program.fd, index, where, 0, 0, 0, 0)
     return _Held(_bpf(_LINK_CREATE, attributes, f"link {index}"))
+
+
+class Iteration(_Held):
+    """`program` run over what there is of the process `pid`; each read() is a new one. Raises OSError."""
+
+    def __init__(self, program: Program, pid: int) -> None:
+        info = ctypes.create_string_buffer(struct.pack("=III", 0, pid, 0), 12)
+        attributes = struct.pack("=IIIIQI", program.fd, 0, _TRACE_ITER, 0, ctypes.addressof(info), 12)
+        super().__init__(_bpf(_LINK_CREATE, attributes, f"pid {pid}"))
+
+    def read(self) -> Iterator[bytes]:
+        """What the program writes, in pieces of whole writes."""
+        fd = _bpf(_ITER_CREATE, struct.pack("=II", self.fd, 0), "an iteration")
+        try:
+            while piece := os.read(fd, _PIECE):
+                yield piece
+        finally:
+            os.close(fd)
 
 
 class Assembly:
@@ -146,6 +173,17 @@ class Assembly:
         """At `at` from the frame pointer, which is negative."""
         self._put(0x63, 10, src, at)
 
+    def fetch(self, dst: int, base: int, at: int) -> None:
+        """8 bytes of the context, the stack, or a structure of the kernel's."""
+        self._put(0x79, dst, base, at)
+
+    def keep(self, at: int, src: int) -> None:
+        """8 bytes at `at` from the frame pointer, which is negative."""
+        self._put(0x7B, 10, src, at)
+
+    def call(self, helper: int) -> None:
+        self._put(0x85, immediate=helper)
+
     def jump(self, to: str) -> None:
         self._jumps.append((len(self._code), to))
         self._put(0x05)
@@ -168,7 +206,7 @@ class Assembly:
         self._put(0)
         self.copy(2, 10)
         self.add(2, at)
-        self._put(0x85, immediate=1)  # bpf_map_lookup_elem
+        self.call(1)  # bpf_map_lookup_elem
 
     def end(self, verdict: int) -> None:
         self.set(0, verdict)

@@ -40,6 +40,7 @@ NR = {
     "accept": 43, "accept4": 288, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmmsg": 299,
     "futex": 202, "socketpair": 53, "rt_sigtimedwait": 128, "select": 23, "pselect6": 270,
     "fstat": 5, "readlink": 89, "newfstatat": 262, "kcmp": 312, "openat2": 437, "tee": 276,
+    "sched_getparam": 143, "sched_getscheduler": 145, "getpriority": 140, "ioprio_get": 252, "sched_getaffinity": 204,
     "connect": 42, "bind": 49, "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55,
 }  # fmt: skip
 

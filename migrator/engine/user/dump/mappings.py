@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Collection
-from dataclasses import replace
-from itertools import islice
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.shm import SharedMemory, is_shm, shm_obstacle
+from migrator.engine.user.dump.vma_flags import UNCARRIED, ByMapping, MappingFlags, Meaning
+from migrator.engine.user.ranges import Span
+from migrator.errors import CheckpointFailed
 from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.image.records_files import FileOwner
 from migrator.linux import elf, procfs
@@ -24,34 +24,11 @@ _KINDS = {
     "[vvar]": VmaKind.VVAR,
     "[vvar_vclock]": VmaKind.VVAR_VCLOCK,
 }
-_FLAGS = {
-    "gd": VmaFlag.GROWSDOWN,
-    "lo": VmaFlag.LOCKED,
-    "nr": VmaFlag.NORESERVE,
-    "dc": VmaFlag.DONTFORK,
-    "dd": VmaFlag.DONTDUMP,
-    "wf": VmaFlag.WIPEONFORK,
-    "hg": VmaFlag.HUGEPAGE,
-    "nh": VmaFlag.NOHUGEPAGE,
-    "mg": VmaFlag.MERGEABLE,
-    "rr": VmaFlag.RANDOM,
-    "sr": VmaFlag.SEQUENTIAL,
-    "dp": VmaFlag.DROPPABLE,
-    "mw": VmaFlag.MAY_WRITE,
-    "lf": VmaFlag.LOCKED_ONFAULT,
-}
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
-_Key = tuple[int, int, str]  # start, end, path
-_UNCARRIED = {
-    "io": "device memory",
-    "pf": "raw page frames",
-    "ht": "huge pages of hugetlbfs",
-    "um": "watched by a userfaultfd of its own",
-    "uw": "write-protected by a userfaultfd",
-    "ui": "watched by a userfaultfd of its own",
-    "ss": "a shadow stack",
-    "sl": "sealed by mseal(2)",
-}
+# What decides whether a mapping keeps its contents where it is: migrator.engine.user.restore.piece
+IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE | VmaFlag.MAY_WRITE
+
+SINCE = "it is so since the workload was surveyed; the workload runs on"
 
 
 class Objrefs(Protocol):
@@ -60,9 +37,9 @@ class Objrefs(Protocol):
 
 def obstacle(pid: int, vma: Vma, flags: frozenset[str], devices: Collection[int] = ()) -> str:
     """Why a mapping cannot be carried, or "". `devices`: of tmpfs mounts of the container's own."""
-    if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & _UNCARRIED.keys()):
+    if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & UNCARRIED.keys()):
         return ""
-    for flag, reason in _UNCARRIED.items():
+    for flag, reason in UNCARRIED.items():
         if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
             return reason
     if vma.path.startswith("[anon:") or vma.path in _KINDS:
@@ -85,57 +62,77 @@ class LayoutDump:
         self._shared = shared
         self._mms: dict[int, Mm] = {}
         self._vmas: dict[int, list[Vma]] = {}
-        self._flags: dict[int, dict[_Key, int]] = {}
+        self._flags = MappingFlags()
+        self._written: dict[int, ByMapping] = {}  # of the mappings as they were written
+        self._obstacles: dict[int, bool] = {}  # whether there is any
         self._items: dict[int, list[VmaItem]] = {}
-        self._made: dict[int, dict[int, tuple[Vma, int, VmaItem]]] = {}  # by start: what an item was made from
+        # by start: what an item was made from, and why it cannot be carried
+        self._made: dict[int, dict[int, tuple[Vma, Meaning, VmaItem, str]]] = {}
         self._files: dict[str, int] = {}
-
-    def brk_of(self, objref: int) -> int:
-        """The program break as it was written last, 0 if it was not."""
-        known = self._mms.get(objref)
-        return known.brk if known is not None else 0
-
-    def knows(self, objref: int) -> bool:
-        return objref in self._flags
 
     def written(self, objref: int) -> bool:
         """Whether an address space and its mappings are in the stream."""
         return objref in self._items
 
-    def write(
-        self, pid: int, vpid: int, objref: int, vmas: list[Vma], brk: int, *, refresh_flags: bool
-    ) -> list[tuple[int, int]]:
-        """Write the address space of `pid`. `refresh_flags` reads smaps, which takes time on a big one.
+    def write(self, pid: int, vpid: int, objref: int, vmas: list[Vma], *, stopped: bool = False) -> list[Span]:
+        """Write the address space of `pid`, looking at all of it. What is not known of one that runs, such as its exact
+        program break, is as it was written last. Raises CheckpointFailed for a `stopped` one that has a mapping which
+        cannot be carried.
 
         Returns the spans that have another backing than when they were written last: what the destination
         had been sent for them is gone."""
         known = self._mms.get(objref)
-        if brk and known is not None and not refresh_flags:
-            mm = replace(known, brk=brk)
-            if self._vmas.get(objref) is vmas:  # not read anew since: nothing has changed
-                if mm != known:
-                    self._mms[objref] = mm
-                    self._writer.write(mm)
-                return []
+        if known is None or not stopped:  # else end() does it
+            self._put(objref, self._mm(pid, vpid, objref, brk_from_maps(vmas)))
+        before, flags = self._written.get(objref), self._flags.look(pid, objref, vmas, stopped=stopped)
+        if before is flags and self._vmas.get(objref) is vmas:
+            rebacked = []
         else:
-            mm = self._mm(pid, vpid, objref, brk or brk_from_maps(vmas))
-        flags = self._flags_of(pid, objref, vmas, refresh_flags)
+            rebacked = self._write_vmas(pid, objref, vmas, flags)
+        if stopped:
+            self._refuse(pid, objref)
+        return rebacked
+
+    def end(self, pid: int, vpid: int, objref: int, brk: int) -> None:
+        """What there is beside the mappings, of a stopped process."""
+        self._put(objref, self._mm(pid, vpid, objref, brk))
+
+    def ahead(self, pid: int, objref: int, vmas: list[Vma]) -> None:
+        """Be ready for what is to be read in the freeze, which begins now."""
+        self._flags.ahead(pid, objref, vmas)
+
+    def close(self) -> None:
+        self._flags.close()
+
+    def _put(self, objref: int, mm: Mm) -> None:
+        if mm != self._mms.get(objref):
+            self._mms[objref] = mm
+            self._writer.write(mm)
+
+    def _refuse(self, pid: int, objref: int) -> None:
+        for vma, _, _, reason in self._made[objref].values() if self._obstacles.get(objref) else ():
+            if reason:
+                raise CheckpointFailed(
+                    f"pid {pid}: mapping {vma.start:#x}-{vma.end:#x} is {reason}, which cannot be carried",
+                    hint=SINCE,
+                )
+
+    def _write_vmas(self, pid: int, objref: int, vmas: list[Vma], flags: ByMapping) -> list[Span]:
         made = self._made.get(objref, {})
-        now: dict[int, tuple[Vma, int, VmaItem]] = {}
+        now: dict[int, tuple[Vma, Meaning, VmaItem, str]] = {}
         for vma in vmas:
             if vma.path == "[vsyscall]":
                 continue
-            bits = flags.get((vma.start, vma.end, vma.path), 0)
+            meaning = flags[(vma.start, vma.end, vma.path)]
             item = made.get(vma.start)
-            if item is None or item[0] is not vma or item[1] != bits or is_shm(vma):
-                item = vma, bits, self._item(pid, vma, bits)
+            if item is None or item[0] is not vma or item[1] is not meaning or is_shm(vma):
+                reason = obstacle(pid, vma, meaning.uncarried, self._shared.tmpfs.devices)
+                item = vma, meaning, self._item(pid, vma, meaning.carried), reason
             now[vma.start] = item
         self._made[objref] = now
-        items = [item for _, _, item in now.values()]
-        self._vmas[objref] = vmas
-        if mm != known:
-            self._mms[objref] = mm
-            self._writer.write(mm)
+        self._obstacles[objref] = any(reason for *_, reason in now.values())
+        self._vmas[objref], self._written[objref] = vmas, flags
+        items = [item for _, _, item, _ in now.values()]
         before = self._items.get(objref, [])
         if items == before:
             return []
@@ -143,30 +140,14 @@ class LayoutDump:
         self._writer.write(Vmas(objref, 0, items))
         return _rebacked(before, items)
 
-    def forget(self, objref: int) -> None:
+    def forget(self, pid: int, objref: int) -> None:
         """An address space that is gone."""
+        self._flags.forget(pid, objref)
         self._mms.pop(objref, None)
         self._vmas.pop(objref, None)
-        self._flags.pop(objref, None)
+        self._written.pop(objref, None)
         self._items.pop(objref, None)
         self._made.pop(objref, None)
-
-    def _flags_of(self, pid: int, objref: int, vmas: list[Vma], refresh: bool) -> dict[_Key, int]:
-        before = self._flags.get(objref)
-        if before is not None and not refresh:
-            fresh = _inherited(before, vmas)
-            if fresh is not None:
-                self._flags[objref] = fresh
-                return fresh
-        raw = procfs.vm_flags(pid)
-        fresh = {}
-        for vma in vmas:
-            bits = 0
-            for name in raw.get(vma.start, frozenset()):
-                bits |= _FLAGS.get(name, 0)
-            fresh[(vma.start, vma.end, vma.path)] = bits
-        self._flags[objref] = fresh
-        return fresh
 
     def _item(self, pid: int, vma: Vma, flags: int) -> VmaItem:
         flags |= (
@@ -265,31 +246,7 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
 def _backing(item: VmaItem) -> tuple[int, ...]:
     # must not call equal what migrator.engine.user.restore.mappings takes for different
     kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & ~_PROT
-
-
-def _inherited(before: dict[_Key, int], vmas: list[Vma]) -> dict[_Key, int] | None:
-    """The flags of `vmas`: a grown, split or merged mapping keeps those of what it was. None if one is of no other."""
-    fresh = {}
-    old: list[tuple[_Key, int]] = []
-    ends: list[int] = []
-    for vma in vmas:
-        key = (vma.start, vma.end, vma.path)
-        flags = before.get(key)
-        if flags is None:
-            if not old:
-                old = sorted(before.items())
-                ends = [end for (_, end, _), _ in old]
-            for (start, _, path), known in islice(old, bisect_right(ends, vma.start), None):
-                if start >= vma.end:
-                    return None
-                if path == vma.path:
-                    flags = known
-                    break
-            else:
-                return None
-        fresh[key] = flags
-    return fresh
+    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & IDENTITY
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

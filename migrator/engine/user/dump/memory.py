@@ -48,7 +48,21 @@ class MemoryDump:
 
     def close(self) -> None:
         self.shared.close()
+        self.layout.close()
         self.trackers.clear()
+
+    def forget(self, process: Process) -> None:
+        """One that has ended."""
+        self.trackers.pop(process.pid, None)
+        self.layout.forget(process.pid, process.mm_objref)
+
+    def ahead(self, process: Process) -> None:
+        """What there is to read just before a process is stopped. One that ends is left."""
+        try:
+            self.look(process)
+            self.layout.ahead(process.pid, process.mm_objref, process.vmas)
+        except OSError:
+            pass
 
     def sweep(self) -> int:
         """Pages written since the last sweep; none is sent."""
@@ -66,7 +80,7 @@ class MemoryDump:
         remote = process.remote
         if remote is not None and remote.scratch and not _has_mapping(text, remote.scratch):
             self.trackers.pop(process.pid, None)
-            self.layout.forget(process.mm_objref)
+            self.layout.forget(process.pid, process.mm_objref)
             for thing in (process.protection, process.scanner, process.mem):
                 if thing is not None:
                     thing.close()
@@ -131,13 +145,10 @@ class MemoryDump:
         """Give the address space of a process its objref, if it has none."""
         process.mm_objref = self._mm_objref(process)
 
-    def send(self, process: Process, *, final: bool = False, refresh: bool = False) -> None:
+    def send(self, process: Process, *, final: bool = False) -> None:
         """Send what is new of a process's memory; `final`: it is stopped, and this is the last time."""
         vmas = process.vmas
-        refresh = refresh or not self.layout.knows(process.mm_objref)
-        # the exact program break is only known from inside; until then the one known last
-        brk = self.layout.brk_of(process.mm_objref) if final else 0
-        rebacked = self.layout.write(process.pid, process.vpid, process.mm_objref, vmas, brk, refresh_flags=refresh)
+        rebacked = self.layout.write(process.pid, process.vpid, process.mm_objref, vmas, stopped=final)
         tracker = self.trackers.get(process.pid)
         first = tracker is None or tracker.first
         process.scanner = process.scanner or Scanner(process.pid)

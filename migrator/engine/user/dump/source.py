@@ -23,6 +23,7 @@ from migrator.engine.user.descriptors import make_room as make_room_for_descript
 from migrator.engine.user.dump import header, survey_tasks
 from migrator.engine.user.dump.asked import refuse_asked
 from migrator.engine.user.dump.bystander import RESTRICTED, Bystanders, otherwise_confined
+from migrator.engine.user.dump.mappings import SINCE
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.mqueues import MqueueDump
 from migrator.engine.user.dump.process import Process, Thread, ask_all
@@ -47,7 +48,6 @@ _RETRY_AFTER = (0.0005, 0.002, 0.005, 0.01, 0.02)  # seconds to run before the n
 _PASSING_SECONDS = 1.0  # for processes that cannot be carried
 _PASSING_PAUSE = 0.005
 _SURVEYS = 4
-_SINCE = "it is so since the workload was surveyed; the workload runs on"
 
 
 class UserSource:
@@ -180,7 +180,7 @@ class UserSource:
         number = len(self._rounds) + 1
         _, gone = self.tree.refresh()
         for process in gone:
-            self._memory.trackers.pop(process.pid, None)
+            self._memory.forget(process)
         for process in self.tree.living:
             try:
                 self._memory.look(process)
@@ -194,7 +194,7 @@ class UserSource:
             if process.pid in self._memory.trackers:
                 try:
                     self._memory.look(process)
-                    self._memory.send(process, refresh=number <= 2)
+                    self._memory.send(process)
                 except (FileNotFoundError, ProcessLookupError):
                     continue
         self._memory.shared.send(self._writer, self._memory.sender, final=False)
@@ -235,9 +235,10 @@ class UserSource:
             for process in self.tree.living:
                 with contextlib.suppress(OSError):  # it has ended, which stop() will tell
                     self._meet(process)
-                self._tasks.warm(process)
+                self._memory.ahead(process)
                 for tid in process.threads:
                     self._restart_blocks.observe(process.pid, tid)
+            self._tasks.look(self.tree.living)
             self._transients = Transients(self._owners())
             with contextlib.suppress(OSError):  # one has ended: freeze() will know
                 make_room_for_descriptors(self._owners())
@@ -296,7 +297,7 @@ class UserSource:
             self._transients.close()
             self._transients = None
         if passing:
-            raise CheckpointFailed(passing, hint=_SINCE)
+            raise CheckpointFailed(passing, hint=SINCE)
         if waits:
             raise CheckpointFailed(waits, hint="try again: a moment later the program will have taken it")
 
@@ -337,12 +338,11 @@ class UserSource:
                     if reply.denied:
                         self._refuse_restricted(process, thread)
                 if any(reply.seccomp for reply in told):
-                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=_SINCE)
+                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=SINCE)
                 if any(reply.numa for reply in told):
-                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=_SINCE)
+                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=SINCE)
                 refuse_asked(process, states[pid], replies[pid], told)
-                brk = replies[pid].brk
-                self._memory.layout.write(pid, process.vpid, process.mm_objref, process.vmas, brk, refresh_flags=False)
+                self._memory.layout.end(pid, process.vpid, process.mm_objref, replies[pid].brk)
             self._bystanders.close()
         if silence is not None:
             silence()
@@ -367,6 +367,7 @@ class UserSource:
                 self._mqueues.save(self._writer, self._objhash, self._descriptors.queues)
             tables = self._descriptors.write()
         with self._phase("tasks"):
+            self._tasks.look(living)
             for process in self.tree.processes.values():
                 pid = process.pid
                 if process.zombie:

@@ -26,7 +26,7 @@ SHARED = {
     sys.KCMP_IO: "its I/O context (CLONE_IO)",
 }
 _SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
-_IOPRIO_CLASS_SHIFT, _SCHED_DEADLINE = 13, 6
+_IOPRIO_CLASS_SHIFT = 13
 _IO_FLUSHER = 0x00180000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE
 _SPECULATION_DENIED = (
     "thread mitigated",
@@ -99,6 +99,8 @@ def _exit_signal(tree: ProcessTree, process: Process) -> Iterator[str]:
 
 
 NUMA_POLICY = "has a NUMA policy (set_mempolicy(2), mbind(2)), which is not carried"
+SCHED_DEADLINE = 6
+UNDER_DEADLINE = "runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
 UNDER_SECCOMP = "runs under seccomp, whose filters cannot be carried"
 
 
@@ -167,8 +169,8 @@ def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> I
     for key in ("Speculation_Store_Bypass", "SpeculationIndirectBranch"):
         if own.get(key, "") in _SPECULATION_DENIED:
             yield f"{thread} has {key} switched off (PR_SET_SPECULATION_CTRL), which is not carried"
-    if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == _SCHED_DEADLINE:
-        yield f"{thread} runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
+    if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == SCHED_DEADLINE:
+        yield f"{thread} {UNDER_DEADLINE}"
     if int(procfs.stat(pid, tid)[9]) & _IO_FLUSHER == _IO_FLUSHER:
         yield f"{thread} is there to write out memory (PR_SET_IO_FLUSHER), which is not carried"
     waiting = shared | int(own["SigPnd"], 16)

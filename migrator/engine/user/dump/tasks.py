@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from signal import SIGCHLD
 
 from migrator.engine.stream import RecordWriter
-from migrator.engine.user.dump.mappings import Objrefs
+from migrator.engine.user.dump.mappings import SINCE, Objrefs
 from migrator.engine.user.dump.parasite import ProcessReply, ThreadReply
 from migrator.engine.user.dump.process import Process, Thread
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
+from migrator.engine.user.dump.survey_tasks import SCHED_DEADLINE, UNDER_DEADLINE
+from migrator.engine.user.dump.thread_state import Credentials, ThreadState, credentials, no_new_privs
+from migrator.errors import CheckpointFailed
 from migrator.image.codec import Record
 from migrator.image.records import (
     Arch,
@@ -40,7 +43,6 @@ from migrator.linux import procfs, ptrace, sys
 
 _TIMER = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-fA-Fx]+)\nnotify: (\w+)/(\w+)\.(-?\d+)\nClockID: (-?\d+)")
 _NOTIFY = {"signal": 0, "none": 1, "thread": 2}
-_CREDENTIALS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 MEMBARRIER = {  # by the command that registers
     1 << 2: TaskBits.MEMBARRIER_GLOBAL,
@@ -54,22 +56,6 @@ _HUGE_PAGES = {  # of PR_GET_THP_DISABLE
     3: TaskBits.THP_DISABLED | TaskBits.THP_EXCEPT_ADVISED,
 }
 MCE_POLICIES = {1: TaskBits.MCE_EARLY, 0: TaskBits.MCE_LATE}  # of PR_MCE_KILL
-
-Credentials = tuple[str, ...]  # as proc(5) has them
-
-
-@dataclass(slots=True)
-class Static:
-    """What seldom changes of a thread, read just before it is stopped."""
-
-    policy: int
-    priority: int
-    nice: int
-    ioprio: int
-    affinity: bytes
-    personality: int
-    cred: Credentials | None  # None for a leader, whose status is read when it is stopped
-    no_new_privs: bool
 
 
 @dataclass(slots=True)
@@ -90,17 +76,13 @@ class TaskDump:
         self._writer = writer
         self._restart_blocks = restart_blocks
         self._objrefs = objrefs
-        self._static: dict[int, Static] = {}
+        self._static = ThreadState()
         self._sent: dict[object, bytes] = {}  # records as they stand in the stream
         self._last: dict[int, tuple[object, ...]] = {}  # the last reply of each process
 
-    def warm(self, process: Process) -> None:
-        """Read what seldom changes, of a running process; nothing of one that vanishes."""
-        for tid in process.threads:
-            try:
-                self._static[tid] = _read_static(process.pid, tid)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+    def look(self, processes: Iterable[Process]) -> None:
+        """Read what seldom changes, just before they are stopped or once they are; nothing of one that vanishes."""
+        self._static.look([(process.pid, tid) for process in processes for tid in process.threads])
 
     def keep(self, vpids: Container[int]) -> None:
         """A new hierarchy was written: its reader forgets the pre-dumped state of tasks that are not in it."""
@@ -210,10 +192,13 @@ class TaskDump:
         self, process: Process, state: dict[str, str], thread: Thread, reply: ThreadReply, shared: Shared
     ) -> None:
         tid = thread.tid
-        static = self._static.get(tid) or _read_static(process.pid, tid)
+        static = self._static.of(process.pid, tid)
+        if static.policy & ~os.SCHED_RESET_ON_FORK == SCHED_DEADLINE:
+            who = f"pid {process.pid} ({state['Name']}): its thread {tid}"
+            raise CheckpointFailed(f"{who} {UNDER_DEADLINE}", hint=SINCE)
         # of a leader the status was read when it was stopped
-        cred = self._cred(_credentials(state) if static.cred is None else static.cred, reply.securebits)
-        no_new_privs = _no_new_privs(state) if static.cred is None else static.no_new_privs
+        cred = self._cred(credentials(state) if static.cred is None else static.cred, reply.securebits)
+        denied = no_new_privs(state) if static.cred is None else static.no_new_privs
         rseq = thread.rseq or ptrace.NO_RSEQ
         robust, robust_len = sys.get_robust_list(tid)
         self._put(
@@ -238,7 +223,7 @@ class TaskDump:
                 rseq_len=rseq.length if rseq.pointer else 0,
                 rseq_sig=rseq.signature if rseq.pointer else 0,
                 altstack_flags=reply.altstack[1],
-                flags=shared.bits | (TaskBits.NO_NEW_PRIVS if no_new_privs else 0) | _bits(reply),
+                flags=shared.bits | (TaskBits.NO_NEW_PRIVS if denied else 0) | _bits(reply),
                 clear_child_tid=reply.tid_address,
                 robust_list=robust,
                 robust_len=robust_len,
@@ -270,31 +255,6 @@ def _bits(reply: ThreadReply) -> int:
         | (TaskBits.CPUID_DENIED if reply.cpuid_denied else 0)
         | MCE_POLICIES.get(reply.mce, 0)
     )
-
-
-def _read_static(pid: int, tid: int) -> Static:
-    fields = procfs.stat(pid, tid)
-    cpus = os.sched_getaffinity(tid)
-    mask = sum(1 << cpu for cpu in cpus)
-    state = procfs.status(pid, tid) if tid != pid else None
-    return Static(
-        policy=os.sched_getscheduler(tid),
-        priority=os.sched_getparam(tid).sched_priority,
-        nice=int(fields[19]),
-        ioprio=sys.ioprio_get(tid),
-        affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
-        personality=int(procfs.read_text(f"/proc/{pid}/task/{tid}/personality"), 16),
-        cred=_credentials(state) if state is not None else None,
-        no_new_privs=state is not None and _no_new_privs(state),
-    )
-
-
-def _credentials(state: dict[str, str]) -> Credentials:
-    return tuple(state[key] for key in _CREDENTIALS)
-
-
-def _no_new_privs(state: dict[str, str]) -> bool:
-    return state.get("NoNewPrivs") == "1"
 
 
 def list_timers(process: Process) -> list[PosixTimer]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from migrator.engine.user.dump.mappings import IDENTITY
 from migrator.image.records import VmaFlag, VmaItem, VmaKind
-
-_IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE | VmaFlag.MAY_WRITE
 
 
 def writes_through(item: VmaItem) -> bool:
@@ -26,4 +25,4 @@ class Piece:
         item = self.item
         shift = item.offset - item.start if item.objref else 0
         kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-        return kind, item.objref, shift, item.flags & _IDENTITY
+        return kind, item.objref, shift, item.flags & IDENTITY

@@ -92,7 +92,7 @@ def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str]
         for process in tree.living:
             memory.look(process)
             memory.name(process)
-            memory.send(process, final=True, refresh=True)
+            memory.send(process, final=True)
             memory.prepare(process)  # which leaves something below the stack pointer
         replies, others, timers = {}, {}, {}
         for process in tree.living:
@@ -103,9 +103,7 @@ def _save(stubs: StubTree, stop_signals: Mapping[int, int], tmpfs: Sequence[str]
                 leader.regs, leader.mask, timers[process.pid], leader.xstate
             )
             others[process.pid] = parasite.threads([t for t in process.threads.values() if t is not leader])
-            memory.layout.write(
-                process.pid, process.vpid, process.mm_objref, process.vmas, reply.brk, refresh_flags=False
-            )
+            memory.layout.end(process.pid, process.vpid, process.mm_objref, reply.brk)
         owners = [DescriptorOwner(p.pid, p.vpid, p.pidfd) for p in tree.living]
         descriptors = DescriptorDump(owners, objhash, writer, shared=memory.shared.objects)
         descriptors.collect()
