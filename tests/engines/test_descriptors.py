@@ -210,6 +210,15 @@ def test_the_signal_of_a_pipe_and_a_file_without_an_owner_is_told(
     ]
 
 
+def test_the_owner_of_what_never_sends_a_signal_is_told(child: Child, move: Callable[..., Child]) -> None:
+    child.run("os.eventfd(0); os.open('/', os.O_DIRECTORY); os.open('/dev/null', os.O_RDWR)")
+    child.run("import gc; gc.disable(); e = select.epoll(); os.dup2(e.fileno(), 3)")
+    child.run("[fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid()) for fd in range(4)]; fcntl.fcntl(1, 10, 35)")
+    copy = move(child)
+    assert copy.ask("[fcntl.fcntl(fd, fcntl.F_GETOWN) for fd in range(4)]") == [child.vpid] * 4
+    assert copy.ask("fcntl.fcntl(1, 11)") == 35
+
+
 def test_a_memfd_refers_to_its_shared_memory(child: Child) -> None:
     child.run("m = os.memfd_create('thing', os.MFD_ALLOW_SEALING); os.write(m, b'contents'); fcntl.fcntl(m, 1033, 2)")
     child.run("os.open('/proc/self/fd/0', os.O_RDONLY)")

@@ -15,10 +15,6 @@ from migrator.linux.stat import Status
 if TYPE_CHECKING:
     from migrator.engine.user.descriptors.predumped import Known
 
-OWNED = frozenset(
-    {FileKind.PIPE, FileKind.FIFO, FileKind.SOCKET, FileKind.REGULAR, FileKind.INOTIFY}
-)  # those that can have an owner
-
 
 @dataclass(slots=True)
 class Holder:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from migrator.engine.user.descriptors import anonymous, epolls, files, inotify, locks, pipes
 from migrator.engine.user.descriptors.classify import Obstacle
 from migrator.engine.user.descriptors.collection import Collection, Flags
-from migrator.engine.user.descriptors.description import OWNED, Description, Holder
+from migrator.engine.user.descriptors.description import Description, Holder
 from migrator.engine.user.descriptors.found import GONE, MessageQueue
 from migrator.engine.user.descriptors.inet_dump import Still
 from migrator.engine.user.descriptors.predumped import BY_PATH, PredumpedFiles
@@ -284,7 +284,7 @@ class DescriptorDump:
 
     def _file(self, item: Description, pids: dict[int, int]) -> File:
         status = item.stat
-        owner = self._owner(item, pids) if item.owned and item.kind in OWNED else (0, 0, 0)
+        owner = self._owner(item, pids) if item.owned else (0, 0, 0)
         path = "" if item.kind == FileKind.MEMFD else item.path
         return File(
             objref=item.objref,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from migrator.engine.user.descriptors.description import OWNED, Holder
+from migrator.engine.user.descriptors.description import Holder
 from migrator.engine.user.descriptors.found import Found
 from migrator.image.records_files import FileKind
 from migrator.linux import descriptors, sys
@@ -15,8 +15,6 @@ def owners_outside(found: Sequence[Found], processes: Sequence[Holder]) -> Itera
     """Files whose signals (F_SETOWN) somebody outside of the tree gets."""
     inside = {process.pid for process in processes}
     for item in found:
-        if item.verdict.kind not in OWNED:
-            continue
         try:
             fd = sys.pidfd_getfd(item.process.pidfd, item.number)
         except OSError:
