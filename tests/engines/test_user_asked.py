@@ -93,7 +93,7 @@ def test_it_is_refused_and_runs_on(code: str, reason: str, early: bool, tmp_path
 
 
 def reply(**said: Any) -> ProcessReply:
-    thread = ThreadReply((0, 0, 0), 0, 0, 0, "", 0, 0, False, False, 2, False, False, False)
+    thread = ThreadReply((0, 0, 0), 0, 0, 0, "", 0, 0, False, False, 2, False, False, 0, False)
     plain = ProcessReply(thread, b"", b"", [], 0, 1, 0, 0, False, False, False, 0, False, 0, False, False)
     return dataclasses.replace(plain, **said)
 

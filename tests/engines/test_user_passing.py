@@ -234,3 +234,39 @@ def test_a_thread_whose_system_calls_are_turned_into_signals_is_refused(tmp_path
                 source.freeze()
     finally:
         program.end()
+
+
+CLONES = """
+import ctypes, os, signal, time
+def born(*_):
+    if ctypes.CDLL(None).syscall(56, {flags}, 0, 0, 0, 0) == 0:
+        print("born", flush=True)
+        time.sleep(100)
+signal.signal(signal.SIGUSR1, born)
+print("up", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("signal.SIGUSR2", f"tells its parent of its end by signal {int(signal.SIGUSR2)} and not SIGCHLD"),
+        ("0x400 | signal.SIGCHLD", r"shares its table of descriptors \(CLONE_FILES\) with pid"),
+        ("0x200 | signal.SIGCHLD", r"shares its working directory \(CLONE_FS\) with pid"),
+    ],
+)
+def test_a_child_that_was_born_otherwise_than_by_fork_is_refused_at_the_freeze(
+    flags: str, reason: str, tmp_path: Path
+) -> None:
+    program = Program(CLONES.format(flags=flags), tmp_path)
+    try:
+        with pytest.raises(CheckpointFailed, match=reason), source_of(program) as source:
+            source.survey()
+            source.instrument("user")
+            program.tell(signal.SIGUSR1, "born")
+            source.round()
+            source.freeze()
+    finally:
+        program.end()

@@ -46,11 +46,21 @@ _MADV_DONTFORK, _MADV_COLD = 10, 20  # the latter is not for memory that is lock
 _MEMBARRIER_GET_REGISTRATIONS = 1 << 9
 _PR_TSC_SIGSEGV, _MCE_DEFAULT = 2, 2
 _RLIMITS = 16
+_AS_IT_IS = 0xFFFFFFFF  # personality(2) changes nothing
 
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig, TSC (4 each), name (16),
 # mode of the NUMA policy (4)
-_THREAD_CALLS = 13
-_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _KEYRING, _LOOK = 3, 5, 6, 8, 9, 11, 12  # which of them return what
+_THREAD_CALLS = 14
+_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _KEYRING, _PERSONALITY, _LOOK = (
+    3,
+    5,
+    6,
+    8,
+    9,
+    11,
+    12,
+    13,
+)  # which of them return what
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -107,6 +117,7 @@ class ThreadReply:
     mce: int  # PR_MCE_KILL: 0 late, 1 early, 2 as the host does
     numa: bool  # it has a NUMA policy
     keyring: bool  # it has one of its own (keyrings(7))
+    personality: int
     denied: bool  # it could not look at the bystander
 
 
@@ -337,6 +348,7 @@ def _thread_calls(out: int, bystander: int) -> list[tuple[int, ...]]:
         (_NR["prctl"], _PR_MCE_KILL_GET, 0, 0, 0, 0),
         (_NR["get_mempolicy"], out + 56, 0, 0, 0, 0),
         (_NR["keyctl"], _KEYCTL_GET_KEYRING_ID, _THREAD_KEYRING, 0),
+        (_NR["personality"], _AS_IT_IS),
         (_NR["get_robust_list"], bystander, 0, 0),
     ]
 
@@ -357,5 +369,6 @@ def _thread_reply(raw: bytes, at: int, results: Sequence[int]) -> ThreadReply:
         results[_MCE] if results[_MCE] >= 0 else _MCE_DEFAULT,
         policy != 0,
         results[_KEYRING] >= 0,
+        results[_PERSONALITY] & _AS_IT_IS,
         results[_LOOK] in (-errno.EPERM, -errno.ESRCH),
     )

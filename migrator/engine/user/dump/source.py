@@ -269,6 +269,8 @@ class UserSource:
                     state = {**procfs.status(process.pid), "TracerPid": "0"}  # that is us
                     for reason in survey_tasks.of_process(self.tree, process, state, None):
                         return reason
+                    for reason in survey_tasks.of_born(self.tree, process):
+                        return reason
         return ""
 
     def freeze(self) -> None:

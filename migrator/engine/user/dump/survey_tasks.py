@@ -26,6 +26,7 @@ SHARED = {
     sys.KCMP_IO: "its I/O context (CLONE_IO)",
 }
 _SHARED_BY_THREADS = {sys.KCMP_FS: "a working directory", sys.KCMP_FILES: "a table of descriptors"}
+_MADE_SHARED = (sys.KCMP_FILES, sys.KCMP_FS, sys.KCMP_SIGHAND)  # by clone(2), and of no task by mere chance
 _IOPRIO_CLASS_SHIFT = 13
 _IO_FLUSHER = 0x00180000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE
 _SPECULATION_DENIED = (
@@ -74,6 +75,20 @@ def _shared(tree: ProcessTree) -> Iterator[str]:
         for pair in pairs:
             a, b = sorted(pair)
             yield f"pid {b} shares {what} with pid {a}"
+
+
+def of_born(tree: ProcessTree, process: Process) -> Iterator[str]:
+    """What is wrong with one that was born since the tree was looked at as a whole, and how it was."""
+    yield from _exit_signal(tree, process)
+    try:
+        parent = tree.processes.get(int(procfs.stat(process.pid)[4]))
+        if parent is None or parent.zombie:
+            return
+        for resource in _MADE_SHARED:
+            if sys.same(process.pid, parent.pid, resource):
+                yield f"pid {process.pid} shares {SHARED[resource]} with pid {parent.pid}"
+    except OSError:
+        return  # one has ended
 
 
 def _compare(resource: int, a: int, b: int) -> int:

@@ -215,7 +215,7 @@ class TaskDump:
                 sighand_objref=shared.sighand,
                 signal_objref=shared.signal,
                 cred_objref=cred,
-                personality=static.personality,
+                personality=reply.personality,
                 sched_policy=static.policy,
                 sched_priority=static.priority,
                 nice=static.nice,

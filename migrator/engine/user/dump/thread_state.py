@@ -1,4 +1,4 @@
-"""What seldom changes of a thread, and anybody can read: its place in scheduling, its credentials, its personality.
+"""What seldom changes of a thread, and anybody can read: its place in scheduling, and its credentials.
 
 It is read of all threads at once, as the bytes that the kernel says: ahead of the freeze, and in it. Only what differs
 then is worked out anew.
@@ -22,8 +22,7 @@ _PRIO_PROCESS, _IOPRIO_WHO_PROCESS, _AT_FDCWD = 0, 1, -100
 _NICE_FROM = 20  # getpriority(2) returns so much more than the nice value is below this
 _AFFINITY = 1024  # bytes: of 8192 processors
 _STATUS = 4096  # bytes; a longer one is read by itself
-_PERSONALITY = 16
-_AT_ONCE = 256  # threads: each takes two descriptors
+_AT_ONCE = 256  # threads: each takes a descriptor
 # Of a status: from where to where there is nothing but what is asked here
 _PARTS = ((b"\nUid:", b"\nFDSize:"), (b"\nGroups:", b"\nNStgid:"), (b"\nCapInh:", b"\nSeccomp:"))
 
@@ -35,7 +34,6 @@ class Static:
     nice: int
     ioprio: int
     affinity: bytes
-    personality: int
     cred: Credentials | None  # None for a leader, whose status is read when it is stopped
     no_new_privs: bool
 
@@ -48,7 +46,6 @@ class _Told(NamedTuple):
     prio: int
     ioprio: int
     affinity: bytes
-    personality: bytes
     status: bytes
 
 
@@ -92,48 +89,39 @@ def _ask(threads: Sequence[tuple[int, int]]) -> list[_Told | None]:
     count = len(threads)
     tids = [tid for _, tid in threads]
     parameters, cpus = Area(4, count), Area(_AFFINITY, count)
-    personalities, states = Area(_PERSONALITY, count), Area(_STATUS, count)
-    folders = [f"/proc/{pid}/task/{tid}/" for pid, tid in threads]
-    paths = Strings([f"{folder}personality".encode() for folder in folders])
     others = [at for at, (pid, tid) in enumerate(threads) if pid != tid]
-    of_others = Strings([f"{folders[at]}status".encode() for at in others])
-    policies, priorities, prios, ioprios, sizes, opened = each(
+    states = Area(_STATUS, len(others))
+    paths = Strings([b"/proc/%d/task/%d/status" % threads[at] for at in others])
+    policies, priorities, prios, ioprios, sizes = each(
         count,
         (NR["sched_getscheduler"], tids),
         (NR["sched_getparam"], tids, parameters.addresses),
         (NR["getpriority"], _PRIO_PROCESS, tids),
         (NR["ioprio_get"], _IOPRIO_WHO_PROCESS, tids),
         (NR["sched_getaffinity"], tids, _AFFINITY, cpus.addresses),
-        (NR["openat"], _AT_FDCWD, paths.addresses, os.O_RDONLY | os.O_CLOEXEC),
     )
-    read = _read(opened, personalities.addresses, _PERSONALITY)
-    (opened,) = each(len(others), (NR["openat"], _AT_FDCWD, of_others.addresses, os.O_RDONLY | os.O_CLOEXEC))
-    lengths = dict(zip(others, _read(opened, [states.addresses[at] for at in others], _STATUS), strict=True))
+    (opened,) = each(len(others), (NR["openat"], _AT_FDCWD, paths.addresses, os.O_RDONLY | os.O_CLOEXEC))
+    read, _ = each(len(others), (NR["read"], opened, states.addresses, _STATUS), (NR["close"], opened))
+    of_others = {
+        at: states.get(place, max(0, length)) for place, (at, length) in enumerate(zip(others, read, strict=True))
+    }
     out: list[_Told | None] = []
     for at, (pid, tid) in enumerate(threads):
-        length = lengths.get(at, 0)
-        if min(policies[at], priorities[at], prios[at], ioprios[at], sizes[at], read[at], length) < 0:
+        status = of_others.get(at, b"")
+        gone = pid != tid and not status
+        if gone or min(policies[at], priorities[at], prios[at], ioprios[at], sizes[at]) < 0:
             out.append(None)
             continue
-        status = states.get(at, length)
-        if length == _STATUS:
+        if len(status) == _STATUS:
             try:
                 status = procfs.read_bytes(f"/proc/{pid}/task/{tid}/status")
             except (FileNotFoundError, ProcessLookupError):
                 out.append(None)
                 continue
         affinity = cpus.get(at, sizes[at])
-        person = personalities.get(at, read[at])
-        parts = b"".join(_part(status, *limits) for limits in _PARTS) if length else b""
-        told = _Told(policies[at], parameters.get(at, 4), prios[at], ioprios[at], affinity, person, parts)
-        out.append(told)
+        parts = b"".join([_part(status, first, behind) for first, behind in _PARTS]) if status else b""
+        out.append(_Told(policies[at], parameters.get(at, 4), prios[at], ioprios[at], affinity, parts))
     return out
-
-
-def _read(fds: list[int], addresses: Sequence[int], size: int) -> list[int]:
-    """The lengths of what was read; the descriptors are closed. Negative for one that could not be opened."""
-    results, _ = each(len(fds), (NR["read"], fds, addresses, size), (NR["close"], fds))
-    return results
 
 
 def _part(status: bytes, first: bytes, behind: bytes) -> bytes:
@@ -154,7 +142,6 @@ def _static(told: _Told, *, leader: bool) -> Static:
         nice=_NICE_FROM - told.prio,
         ioprio=told.ioprio,
         affinity=mask.to_bytes(max(8, -(-mask.bit_length() // 64) * 8), "little"),
-        personality=int(told.personality, 16),
         cred=None if leader else credentials(state),
         no_new_privs=not leader and no_new_privs(state),
     )
