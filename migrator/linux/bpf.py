@@ -91,6 +91,7 @@ class Program(_Held):
     iterator: the number of the kernel's function that it is for (migrator.linux.btf), of kind TRACING"""
 
     def __init__(self, code: bytes, kind: int, *, iterator: int = 0) -> None:
+        self.piece = memoryview(bytearray(_PIECE if iterator else 0))  # to read into, what an iterator writes
         text = ctypes.create_string_buffer(code, len(code))
         addresses = ctypes.addressof(text), ctypes.addressof(_LICENSE)
         attributes = struct.pack("=IIQQIIQII16s", kind, len(code) // 8, *addresses, 0, 0, 0, 0, 0, b"migrator")
@@ -118,13 +119,14 @@ class Iteration(_Held):
         info = ctypes.create_string_buffer(struct.pack("=III", 0, pid, 0), 12)
         attributes = struct.pack("=IIIIQI", program.fd, 0, _TRACE_ITER, 0, ctypes.addressof(info), 12)
         super().__init__(_bpf(_LINK_CREATE, attributes, f"pid {pid}"))
+        self._piece = program.piece
 
-    def read(self) -> Iterator[bytes]:
-        """What the program writes, in pieces of whole writes."""
+    def read(self) -> Iterator[memoryview]:
+        """What the program writes, in pieces of whole writes, each good until the next is read."""
         fd = _bpf(_ITER_CREATE, struct.pack("=II", self.fd, 0), "an iteration")
         try:
-            while piece := os.read(fd, _PIECE):
-                yield piece
+            while length := os.readv(fd, [self._piece]):
+                yield self._piece[:length]
         finally:
             os.close(fd)
 

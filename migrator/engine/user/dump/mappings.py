@@ -201,7 +201,7 @@ class LayoutDump:
         return shared.objref
 
     def _mm(self, pid: int, vpid: int, objref: int, brk: int) -> Mm:
-        stat = procfs.stat(pid)
+        stat = procfs.stat(pid, pid)  # that of a thread: for a process it adds up the times of all its threads
         with open(f"/proc/{pid}/auxv", "rb") as file:
             auxv = file.read()
         return Mm(
