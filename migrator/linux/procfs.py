@@ -88,12 +88,22 @@ def _vma(line: str) -> Vma:
 
 
 def vm_flags(pid: int) -> dict[int, frozenset[str]]:
-    """start address -> VmFlags of every mapping, from smaps: walks the page tables, so not for a frozen tree."""
+    """start address -> VmFlags of every mapping, from smaps, with "pk" if it has a protection key: walks the page
+    tables, so not for a frozen tree."""
+    return parse_vm_flags(read_text(f"/proc/{pid}/smaps"))
+
+
+def parse_vm_flags(smaps: str) -> dict[int, frozenset[str]]:
+    """vm_flags() of the text of smaps."""
     out = {}
     start = 0
-    for line in read_text(f"/proc/{pid}/smaps").split("\n"):
+    key = False
+    for line in smaps.split("\n"):
         if line.startswith("VmFlags:"):
-            out[start] = frozenset(line[8:].split())
+            out[start] = frozenset(line[8:].split() + ["pk"] * key)
+            key = False
+        elif line.startswith("ProtectionKey:"):
+            key = int(line.split()[1]) != 0
         elif line[:1].isdigit() or line[:1] in "abcdef":
             head = line.split("-", 1)
             if len(head) == 2:

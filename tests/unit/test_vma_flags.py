@@ -36,6 +36,13 @@ def child() -> Iterator[int]:
     os.waitpid(pid, 0)
 
 
+def test_a_protection_key_is_told_of_the_mapping_that_has_it() -> None:
+    head = "7f0000000000-7f0000001000 rw-p 00000000 00:00 0\nRss: 4 kB\nProtectionKey:         {}\nVmFlags: rd wr mr mw"
+    other = "7f0000001000-7f0000002000 rw-p 00000000 00:00 0\nRss: 4 kB\nProtectionKey:         0\nVmFlags: rd wr mr mw"
+    found = procfs.parse_vm_flags(f"{head.format(3)}\n{other}\n")
+    assert [("pk" in flags) for flags in found.values()] == [True, False]
+
+
 def test_all_mappings_are_there_once_and_in_order(child: int) -> None:
     with VmaFlags() as reader:
         words = reader.read(child)

@@ -40,6 +40,8 @@ def obstacle(pid: int, vma: Vma, flags: frozenset[str], devices: Collection[int]
     if vma.path in ("[vsyscall]",) or (vma.path in _KINDS and not flags & UNCARRIED.keys()):
         return ""
     for flag, reason in UNCARRIED.items():
+        if flag == "pk" and vma.execute and not vma.read and not vma.write:
+            continue  # the kernel gives a key to what can be executed alone
         if flag in flags and vma.path not in ("[vvar]", "[vvar_vclock]", "[vdso]"):
             return reason
     if vma.path.startswith("[anon:") or vma.path in _KINDS:

@@ -47,6 +47,7 @@ UNCARRIED = {
     "ui": "watched by a userfaultfd of its own",
     "ss": "a shadow stack",
     "sl": "sealed by mseal(2)",
+    "pk": "under a protection key (pkey_mprotect(2))",
 }
 _OURS = "uw"  # of what is tracked
 _QUICK = 0.005  # seconds for which smaps may be read in the freeze
