@@ -42,10 +42,11 @@ Default = tuple[int, int, int, bool]  # level, name, value of a new socket's, wh
 # are, but for what is told otherwise. tests/engines/test_socket_options.py sets whatever can be set.
 _GENERIC = (
     *(1, 2, 5, 6, 9, 10, 11, 12, 13, 15, 18, 20, 21, 29, 35, 36, 37),  # DEBUG, REUSEADDR .. MARK, TIMESTAMPING
+    *(16, 34, 76),  # PASSCRED, PASSSEC, PASSPIDFD: Linux 6.12 takes them of any socket
     *(40, 41, 43, 44, 45, 46, 47, 49),  # RXQ_OVFL, WIFI_STATUS .. BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU
     *(60, 61, 63, 64, 65, 69, 73, 74, 75, 82),  # ZEROCOPY, TXTIME .. RESERVE_MEM .. RCVMARK, RCVPRIORITY
 )
-_UNIX = (16, 34, 42, 76, 83, 84)  # PASSCRED, PASSSEC, PEEK_OFF, PASSPIDFD, PASSRIGHTS, INQ
+_UNIX = (42, 83, 84)  # PEEK_OFF, PASSRIGHTS, INQ
 _DATAGRAM = (42,)  # PEEK_OFF
 _IP = (
     *(1, 2, 4, 6, 7, 8, 10, 11, 12, 13, 15, 18, 19, 20, 21),  # TOS, TTL, OPTIONS, RECVOPTS .. TRANSPARENT .. MINTTL
