@@ -6,9 +6,12 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from migrator.container.rtnetlink import netlink_error
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -44,12 +47,12 @@ def extras_here(ip: IPRoute, names: dict[int, str]) -> Iterator[str]:
     if _answers(_NETLINK_ROUTE, _RTM_GETNEXTHOP, bytes(8)):
         yield "a next hop of its own (ip nexthop)"
     for family in (socket.AF_INET, socket.AF_INET6):
-        for rule in ip.get_rules(family=family):
+        for rule in _told(partial(ip.get_rules, family=family)):
             priority = int(rule.get("FRA_PRIORITY") or 0)
             table = int(rule.get("FRA_TABLE") or rule["table"])
             if (int(family), priority, table) not in _USUAL_RULES or _attributes(rule) - _OF_A_RULE:
                 yield f"the routing rule {priority} (ip rule)"
-    for qdisc in ip.get_qdiscs():
+    for qdisc in _told(ip.get_qdiscs):
         kind = qdisc.get("TCA_KIND")
         if names.get(qdisc["index"]) in ("lo", "eth0") and kind not in ("noqueue", "noop"):
             yield f"the queueing discipline {kind} of {names[qdisc['index']]} (tc)"
@@ -59,6 +62,16 @@ def extras_here(ip: IPRoute, names: dict[int, str]) -> Iterator[str]:
     for link in ip.get_links():
         if names[link["index"]] in ("lo", "eth0") and link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED"):
             yield f"the XDP program of {names[link['index']]}"
+
+
+def _told(ask: Callable[[], Iterable[Any]]) -> list[Any]:
+    """What the kernel answers; nothing where it has no such thing."""
+    try:
+        return list(ask())
+    except netlink_error() as error:
+        if error.code not in _ABSENT:
+            raise
+        return []
 
 
 def is_plain(route: Any, names: dict[int, str]) -> bool:
