@@ -718,24 +718,32 @@ DROPPABLE = r"""
 #define DROPPABLE 0x8 /* MAP_DROPPABLE, Linux 6.11 */
 static char *memory;
 static int known = 1;
-static void check(void)
+static int droppable(void)
 {
 	char line[256];
 	unsigned long start = 0, at, end;
+	int found = -1;
 	FILE *file = fopen("/proc/self/smaps", "r");
 
 	CHECK(file, "%m");
 	while (fgets(line, sizeof(line), file)) {
 		if (sscanf(line, "%lx-%lx ", &at, &end) == 2)
 			start = at;
-		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8)) {
-			CHECK(!!strstr(line, " dp") == known, "not droppable: %s", line);
-			CHECK(!*memory || *memory == 7, "contents");
-			fclose(file);
-			return;
-		}
+		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8))
+			found = !!strstr(line, " dp");
 	}
-	wl_fail("no mapping");
+	fclose(file);
+	return found;
+}
+static void check(void)
+{
+	int as_it_was = 0;
+
+	/* smaps is another text in the copy: what was half read when it was saved tells nothing */
+	for (int times = 0; times < 5 && !as_it_was; times++)
+		as_it_was = droppable() == known;
+	CHECK(as_it_was, "droppable is not %d", known);
+	CHECK(!*memory || *memory == 7, "contents");
 }
 int main(int argc, char **argv)
 {
@@ -775,8 +783,12 @@ static int has(const char *flag)
 static void check(void)
 {
 	unsigned char there[10];
+	int locked = 0;
 
-	CHECK(has(" lo") == 1 && has(" lf") == 1, "not locked once it is touched");
+	/* smaps is another text in the copy: what was half read when it was saved tells nothing */
+	for (int times = 0; times < 5 && !locked; times++)
+		locked = has(" lo") == 1 && has(" lf") == 1;
+	CHECK(locked, "not locked once it is touched");
 	TRY(mincore(memory, 40960, there));
 	CHECK(there[0] & 1 && !(there[9] & 1), "all of it is there");
 	CHECK(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == huge_pages, "huge pages: not %d", huge_pages);
