@@ -88,8 +88,8 @@ def obstacles(container: Container) -> list[str]:
     pid = container.init_pid
     net = network.read(pid)
     found = [f"pid {pid}: network device {name!r} in the container is not carried" for name in net.other_links]
-    found += [f"pid {pid}: {what} in the container is not carried" for what in net.extras]
-    found += [f"pid {pid}: {what} in the container is not carried" for what in mounts.narrowed(container)]
+    more = (*net.extras, *mounts.narrowed(container))
+    found += [f"pid {pid}: {what} in the container is not carried" for what in more]
     for m in mounts.own(container):
         if m.kind != "tmpfs":
             found.append(f"pid {pid}: the mount of {m.kind} at {m.path!r} is not carried")

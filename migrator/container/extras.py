@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.container.rtnetlink import netlink_error
+from migrator.container.rtnetlink import RT_SCOPE_LINK, RT_TABLE_MAIN, RTN_UNICAST, netlink_error
+from migrator.linux import netlink
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 _NETLINK_ROUTE, _NETLINK_XFRM, _NETLINK_NETFILTER = 0, 6, 12
 _NFT_MSG_GETTABLE = 10 << 8 | 1  # linux/netfilter/nfnetlink.h, nf_tables.h
 _XFRM_MSG_GETSA, _XFRM_MSG_GETPOLICY, _RTM_GETNEXTHOP = 0x12, 0x15, 106
-_NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 1, 0x300, 2, 3
-_HEADER = struct.Struct("=IHHII")
 _ABSENT = (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT)  # a kernel without it
 
 _USUAL_RULES = {(2, 0, 255), (2, 32766, 254), (2, 32767, 253), (10, 0, 255), (10, 32766, 254)}
@@ -29,12 +26,14 @@ _OF_A_ROUTE = {"RTA_TABLE", "RTA_DST", "RTA_OIF", "RTA_GATEWAY", "RTA_PRIORITY",
     "RTA_PREF", "RTA_CACHEINFO", "RTA_METRICS",
 }  # fmt: skip
 _MADE_BY_ITSELF = (1, 2, 9)  # RTPROT_REDIRECT, RTPROT_KERNEL, RTPROT_RA
-_RTN_UNICAST, _RTNH_F_ONLINK, _NUD_PERMANENT, _IPVS_HEADING = 1, 4, 0x80, 3
+_RTNH_F_ONLINK, _NUD_PERMANENT, _IPVS_HEADING = 4, 0x80, 3
 _IFAPROT_OF_KERNEL = (1, 2, 3)  # of the loopback, announced by a router, made of the link's own address
 
 
-def extras_here(ip: IPRoute, names: dict[int, str]) -> Iterator[str]:
-    """Of the namespace of this process: what there is, to be followed by "is not carried". `names`: of links."""
+def extras_here(ip: IPRoute, links: Mapping[int, Any], neighbours: Iterable[Any]) -> Iterator[str]:
+    """Of the namespace of this process: what there is, to be followed by "is not carried". `links`: by index;
+    `neighbours`: those of eth0."""
+    ours = {index: name for index, link in links.items() if (name := link.get("ifname")) in ("lo", "eth0")}
     if _answers(_NETLINK_NETFILTER, _NFT_MSG_GETTABLE, bytes(4)):
         yield "a table of nftables"
     for tool in ("ip", "ip6", "arp"):
@@ -54,14 +53,14 @@ def extras_here(ip: IPRoute, names: dict[int, str]) -> Iterator[str]:
                 yield f"the routing rule {priority} (ip rule)"
     for qdisc in _told(ip.get_qdiscs):
         kind = qdisc.get("TCA_KIND")
-        if names.get(qdisc["index"]) in ("lo", "eth0") and kind not in ("noqueue", "noop"):
-            yield f"the queueing discipline {kind} of {names[qdisc['index']]} (tc)"
-    for neighbour in ip.get_neighbours():
-        if neighbour["state"] & _NUD_PERMANENT and names.get(neighbour["ifindex"]) == "eth0":
+        if qdisc["index"] in ours and kind not in ("noqueue", "noop"):
+            yield f"the queueing discipline {kind} of {ours[qdisc['index']]} (tc)"
+    for neighbour in neighbours:
+        if neighbour["state"] & _NUD_PERMANENT:
             yield f"the permanent neighbour {neighbour.get('NDA_DST')}"
-    for link in ip.get_links():
-        if names[link["index"]] in ("lo", "eth0") and link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED"):
-            yield f"the XDP program of {names[link['index']]}"
+    for index, name in ours.items():
+        if links[index].get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED"):
+            yield f"the XDP program of {name}"
 
 
 def _told(ask: Callable[[], Iterable[Any]]) -> list[Any]:
@@ -77,9 +76,9 @@ def _told(ask: Callable[[], Iterable[Any]]) -> list[Any]:
 def is_plain(route: Any, names: dict[int, str]) -> bool:
     """Whether a specification can say all that a route is."""
     return bool(
-        route["table"] == 254
-        and (route.get("RTA_TABLE") or 254) == 254
-        and route["type"] == _RTN_UNICAST
+        route["table"] == RT_TABLE_MAIN
+        and (route.get("RTA_TABLE") or RT_TABLE_MAIN) == RT_TABLE_MAIN
+        and route["type"] == RTN_UNICAST
         and not route["tos"]
         and not route["flags"] & _RTNH_F_ONLINK
         and names.get(route.get("RTA_OIF")) == "eth0"
@@ -98,7 +97,7 @@ def odd_address(address: Any) -> bool:
     own, other = address.get("IFA_LOCAL"), address.get("IFA_ADDRESS")
     if own is not None and other is not None and own != other:
         return True
-    narrow = address["scope"] == 253  # RT_SCOPE_LINK
+    narrow = address["scope"] == RT_SCOPE_LINK
     if address["family"] == socket.AF_INET:
         return bool(narrow)
     return bool(narrow and (address.get("IFA_PROTO") or 0) not in _IFAPROT_OF_KERNEL)
@@ -113,27 +112,11 @@ def _lines(name: str) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _answers(protocol: int, kind: int, payload: bytes) -> int:
-    """How many messages a dump of the kernel has; none where it has no such thing."""
-    count = 0
+def _answers(protocol: int, kind: int, request: bytes) -> bool:
+    """Whether the kernel has any of a kind; not where it has no such thing."""
     try:
-        channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-    except OSError:
-        return 0
-    with channel:
-        length = _HEADER.size + len(payload)
-        channel.send(_HEADER.pack(length, kind, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + payload)
-        while True:
-            data = channel.recv(1 << 16)
-            at = 0
-            while at + _HEADER.size <= len(data):
-                length, what, _, _, _ = _HEADER.unpack_from(data, at)
-                if what == _NLMSG_DONE:
-                    return count
-                if what == _NLMSG_ERROR:
-                    error = -struct.unpack_from("=i", data, at + _HEADER.size)[0]
-                    if error in _ABSENT:
-                        return 0
-                    raise OSError(error, f"netlink: {os.strerror(error)}")
-                count += 1
-                at += (length + 3) & ~3
+        return bool(list(netlink.dump(protocol, kind, request)))
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        return False

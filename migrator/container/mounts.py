@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from migrator.container.spec import ContainerSpec, Tmpfs
@@ -139,12 +139,14 @@ def mounts(pid: int | str = "self") -> list[Mount]:
 
 def below(root: str, pid: int | str = "self") -> tuple[tuple[str, str], ...]:
     """(path, device) of the mounts that a process sees below the directory `root` ("" for all), by their path there."""
+    return tuple((m.path, m.device) for m in _below(root, pid))
+
+
+def _below(root: str, pid: int | str = "self") -> Iterator[Mount]:
     prefix = root.rstrip("/")
-    found = []
     for m in mounts(pid):
         if m.path == prefix or m.path.startswith(prefix + "/"):
-            found.append((m.path[len(prefix) :] or "/", m.device))
-    return tuple(found)
+            yield replace(m, path=m.path[len(prefix) :] or "/")
 
 
 def own(container: Container) -> list[Mount]:
@@ -166,9 +168,8 @@ def own(container: Container) -> list[Mount]:
 def narrowed(container: Container) -> Iterator[str]:
     """What a container has done to mounts that it had of the host, which the host still has: it was unmounted, or is
     under a restriction. Where it goes it would have them as that host has them."""
-    root = container.spec.root.rstrip("/")
     had = set(container.inherited or ())
-    host = {(m.path[len(root) :] or "/", m.device): m.flags for m in mounts() if m.path.startswith(root)}
+    host = {(m.path, m.device): m.flags for m in _below(container.spec.root)}
     now = {(m.path, m.device): m.flags for m in mounts(container.init_pid)}
     for key in sorted(had & host.keys()):
         if key not in now:

@@ -12,13 +12,20 @@ import errno
 import ipaddress
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from migrator.container import announcement, extras, rtnetlink
 from migrator.container.bridge_port import BR_STATE_DISABLED, BridgePort
 from migrator.container.packet_socket import PacketSocket
-from migrator.container.rtnetlink import netlink_error, open_route
+from migrator.container.rtnetlink import (
+    RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
+    RTPROT_STATIC,
+    netlink_error,
+    open_route,
+)
 from migrator.container.spec import DEFAULT_BRIDGE, NEIGHBOURS, ContainerSpec, Neighbour, Route
 from migrator.errors import MigratorError, UsageError
 from migrator.linux.namespaces import entered, run_in
@@ -28,8 +35,6 @@ if TYPE_CHECKING:
 
 IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80  # linux/if_addr.h
 NUD_STALE, NUD_KNOWN = 0x04, 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # linux/neighbour.h
-RTPROT_BOOT, RTPROT_STATIC, RT_TABLE_MAIN, RTN_UNICAST = 3, 4, 254, 1  # linux/rtnetlink.h
-RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 
 
 class NetworkError(MigratorError):
@@ -267,7 +272,8 @@ def _read_inside() -> NetworkState:
         names = {index: link.get("ifname") for index, link in links.items()}
         eth = next((link for link in links.values() if link.get("ifname") == "eth0"), None)
         addresses: dict[str, list[str]] = {"eth0": [], "lo": []}
-        more = list(extras.extras_here(ip, names))
+        neighbours = list(ip.get_neighbours(ifindex=int(eth["index"]))) if eth else []
+        more = list(extras.extras_here(ip, links, neighbours))
         for a in ip.get_addr():
             name = names.get(a["index"], "")
             text = f"{a.get('local') or a.get('address')}/{a['prefixlen']}"
@@ -305,17 +311,17 @@ def _read_inside() -> NetworkState:
             addresses=tuple(addresses["eth0"]),
             loopback=tuple(addresses["lo"]),
             routes=tuple(routes),
-            neighbours=_neighbours(ip, int(eth["index"])) if eth else (),
+            neighbours=_neighbours(neighbours),
             other_links=tuple(
                 sorted(n for i, n in names.items() if n not in ("lo", "eth0") and _kind(links[i]) != "fallback")
             ),
         )
 
 
-def _neighbours(ip: IPRoute, index: int) -> tuple[Neighbour, ...]:
+def _neighbours(found: Sequence[Any]) -> tuple[Neighbour, ...]:
     return tuple(
         Neighbour(n.get("dst"), n.get("lladdr"))
-        for n in ip.get_neighbours(ifindex=index)
+        for n in found
         if n["state"] & NUD_KNOWN and n.get("dst") and n.get("lladdr")
     )[:NEIGHBOURS]
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
+RTPROT_STATIC, RT_TABLE_MAIN, RTN_UNICAST = 4, 254, 1  # linux/rtnetlink.h
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+
 
 def load() -> None:
     """Load it now, for the children that this process will fork as well."""

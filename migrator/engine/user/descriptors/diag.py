@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from migrator.linux import netlink
+
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
-_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_HEADER = struct.Struct("<IHHII")
 _REQUEST = struct.Struct("<BBHIIIII")  # struct unix_diag_req
 _MESSAGE = struct.Struct("<BBBxIII")  # struct unix_diag_msg
 _SHOW = 0x1 | 0x4 | 0x8 | 0x10  # name, peer, waiting connections, queue lengths
@@ -48,39 +46,20 @@ def shutdowns_of_udp(family: int) -> dict[int, int]:
     out: dict[int, int] = {}
     for payload in _dump(_INET_REQUEST.pack(family, socket.IPPROTO_UDP, 1 << (_INET_SHUTDOWN - 1), 0xFFFFFFFF)):
         (inode,) = _INET_MESSAGE.unpack_from(payload)
-        for kind, value in _attributes(payload, _INET_MESSAGE.size):
+        for kind, value in netlink.attributes(payload, _INET_MESSAGE.size):
             if kind == _INET_SHUTDOWN and value[0]:
                 out[inode] = value[0]
     return out
 
 
 def _dump(request: bytes) -> Iterator[bytes]:
-    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as channel:
-        channel.send(header + request)
-        while True:
-            data = channel.recv(1 << 17)
-            for kind, payload in _messages(data):
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    error = -struct.unpack_from("<i", payload)[0]
-                    raise OSError(error, f"sock_diag: {os.strerror(error)}")
-                yield payload
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position + _HEADER.size <= len(data):
-        length, kind, _, _, _ = _HEADER.unpack_from(data, position)
-        yield kind, data[position + _HEADER.size : position + length]
-        position += (length + 3) & ~3
+    return netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request)
 
 
 def _parse(payload: bytes) -> UnixSocket:
     _, _, state, inode, _, _ = _MESSAGE.unpack_from(payload)
     item = UnixSocket(inode, state)
-    for kind, value in _attributes(payload, _MESSAGE.size):
+    for kind, value in netlink.attributes(payload, _MESSAGE.size):
         if kind == _PEER:
             (item.peer,) = struct.unpack("<I", value)
         elif kind == _ICONS:
@@ -90,13 +69,6 @@ def _parse(payload: bytes) -> UnixSocket:
         elif kind == _SHUTDOWN:
             item.shutdown = value[0]
     return item
-
-
-def _attributes(payload: bytes, position: int) -> Iterator[tuple[int, bytes]]:
-    while position + 4 <= len(payload):
-        length, kind = struct.unpack_from("<HH", payload, position)
-        yield kind, payload[position + 4 : position + length]
-        position += max(4, (length + 3) & ~3)
 
 
 def peer_of_connecting(pid: int, inode: int) -> bytes:
