@@ -55,6 +55,9 @@ class Ourselves:
         self.stream = Written()
         self.predumped = PredumpedFiles(ObjHash(), self.stream, self.owner.pid)
         self.predumped.with_pipes_and_connections = True
+        self.look()
+
+    def look(self) -> None:
         self.predumped.predump(self.owner)
         self.standing = self.predumped.standing([self.owner])
 
@@ -153,6 +156,40 @@ def test_what_has_not_changed_stands(files: list[int], pipes: list[Pair], connec
     assert expected <= stand
     assert not stand & looked_at
     assert set(numbers()) <= stand | looked_at
+    ours.close()
+
+
+def a_file(path: Path) -> list[int]:
+    return [os.open(path, os.O_RDWR | os.O_CREAT)]
+
+
+def a_pipe(_: Path) -> list[int]:
+    return list(os.pipe())
+
+
+def a_connection(_: Path) -> list[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return [ours.detach(), listener.accept()[0].detach()]
+
+
+@pytest.mark.parametrize("later", [a_file, a_pipe, a_connection])
+@pytest.mark.parametrize("earlier", [a_file, a_pipe, a_connection])
+def test_a_number_that_was_used_again_between_two_looks_is_that_of_the_last(
+    earlier: Callable[[Path], list[int]], later: Callable[[Path], list[int]], tmp_path: Path
+) -> None:
+    """What had it before is not compared with what has it now, which would fall and be listed twice."""
+    before = earlier(tmp_path / "earlier")
+    ours = Ourselves()
+    after = later(tmp_path / "later")
+    os.dup2(after[0], before[0])
+    os.close(after[0])
+    ours.look()
+    stand, looked_at = ours.collect()  # none of them is there twice
+    assert before[0] in stand
+    assert before[0] not in looked_at
+    for number in {*before, *after[1:]}:
+        os.close(number)
     ours.close()
 
 

@@ -120,17 +120,18 @@ class PredumpedFiles:
         """What to compare in the freeze, of all that was written of these and that nobody else has."""
         of_pid = {process.pid: process for process in processes}
         inodes = Counter(known.fingerprint[:2] for known in self.known.values())
-        cloexec = {
-            (pid, number): flag
+        entries = {
+            (pid, number): (objref, flag)
             for pid in of_pid
             if pid in self._listed
-            for number, _, flag in self._tables.get(self._objhash.get(("files", pid))[0], ())
+            for number, objref, flag in self._tables.get(self._objhash.get(("files", pid))[0], ())
         }
 
         def candidate(place: Place, objref: int, inode: tuple[int, int], kernel_ino: int) -> Candidate | None:
-            if place not in cloexec:
-                return None  # it has gone
-            return Candidate(of_pid[place[0]], place[1], objref, cloexec[place], inode, kernel_ino)
+            there, cloexec = entries.get(place, (0, False))
+            if there != objref:
+                return None  # it has gone, and its number may be another's
+            return Candidate(of_pid[place[0]], place[1], objref, cloexec, inode, kernel_ino)
 
         files = []
         for place, known in self.known.items():
