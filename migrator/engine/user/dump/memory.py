@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump import guards
@@ -24,6 +25,11 @@ from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE
 from migrator.linux import memory, procfs, sys
 from migrator.linux.pagemap import Scanner, WriteProtection
+
+# When what could not be read is tried again: who runs may be moving its mappings all the time, and seldom does just so
+# in each of these moments.
+STOPPED = (0.0,)
+RUNNING = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)  # seconds
 
 
 class MemoryDump:
@@ -172,7 +178,7 @@ class MemoryDump:
             self.sender.send(process.pid, process.mm_objref, piece.data, piece.absent, vmas, process.mem, first=first)
             if self.sender.unreadable:
                 unreadable = True
-                self._read_again(process, process.scanner, process.mem)
+                self._read_again(process, process.scanner, process.mem, STOPPED if final else RUNNING)
             if process.guards:
                 sent += [*piece.data, *piece.absent]
         for vma in vmas:
@@ -185,18 +191,23 @@ class MemoryDump:
             tracker.met_guards = False
         self.sender.end(process.mm_objref)
 
-    def _read_again(self, process: Process, scanner: Scanner, mem: memory.MemFile) -> None:
+    def _read_again(self, process: Process, scanner: Scanner, mem: memory.MemFile, pauses: Sequence[float]) -> None:
         """What could not be read was unmapped meanwhile, and what comes to be there is met by a later sweep; what is
-        still there cannot be had."""
-        for turn in range(2):
+        still there after all turns cannot be had.
+
+        pauses: seconds ahead of each turn"""
+        for pause in (*pauses, None):
             missed, self.sender.unreadable = merge(self.sender.unreadable), []
             there = merge(page for start, end in missed for page in scanner.own(start, end))
-            if there and turn:
+            if not there:
+                return
+            if pause is None:
                 raise CheckpointFailed(
                     f"pid {process.pid}: the page at {there[0][0]:#x} cannot be read: whoever touches it gets SIGBUS "
                     "(a memory error, or UFFDIO_POISON), which is not carried",
                     hint="the program can unmap it, or drop it by madvise(MADV_DONTNEED)",
                 )
+            time.sleep(pause)
             self.sender.send(process.pid, process.mm_objref, there, [], process.vmas, mem)
 
 
