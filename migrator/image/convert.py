@@ -40,7 +40,7 @@ def _from_4(record: Record) -> Record:
 
 
 def _from_5(record: Record) -> Record:
-    """Revision 6 added flags of mappings and tasks."""
+    """Revision 6 added flags of mappings and tasks, and owners of files."""
     return record
 
 

@@ -6,13 +6,11 @@ import ctypes
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
-from migrator.engine.user.dump.parasite import ProcessReply, ThreadReply
+from migrator.engine.user.dump.parasite import ARCH_GET_XCOMP_PERM, ProcessReply, ThreadReply
 from migrator.engine.user.dump.process import Process
 from migrator.errors import CheckpointFailed
 from migrator.linux import sys
 from migrator.linux.x86_64 import NR
-
-_ARCH_GET_XCOMP_PERM = 0x1022
 
 
 def refuse_asked(
@@ -42,7 +40,7 @@ def _usual_features() -> int:
     """Features of the extended state that every process may use: we have asked for no other."""
     answer = ctypes.c_uint64()
     try:
-        sys.call(NR["arch_prctl"], _ARCH_GET_XCOMP_PERM, ctypes.addressof(answer))
+        sys.call(NR["arch_prctl"], ARCH_GET_XCOMP_PERM, ctypes.addressof(answer))
     except OSError:
         return -1
     return answer.value

@@ -25,8 +25,7 @@ _KINDS = {
     "[vvar_vclock]": VmaKind.VVAR_VCLOCK,
 }
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
-# What decides whether a mapping keeps its contents where it is: migrator.engine.user.restore.piece
-IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE | VmaFlag.MAY_WRITE
+_IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE | VmaFlag.MAY_WRITE
 
 SINCE = "it is so since the workload was surveyed; the workload runs on"
 
@@ -239,16 +238,17 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
             continue
         j = i
         while j < len(old) and old[j].start < item.end:
-            if _backing(old[j]) != _backing(item):
+            if backing(old[j]) != backing(item):
                 out.append((max(old[j].start, item.start), min(old[j].end, item.end)))
             j += 1
     return out
 
 
-def _backing(item: VmaItem) -> tuple[int, ...]:
-    # must not call equal what migrator.engine.user.restore.mappings takes for different
+def backing(item: VmaItem) -> tuple[int, int, int, int]:
+    """What must be equal for a mapping to keep its contents where it is: kind, object, offset of address 0, kind of
+    mapping. The destination keeps by it what it has; the source sends by it what the destination has not."""
     kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & IDENTITY
+    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & _IDENTITY
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

@@ -39,7 +39,7 @@ _NR = arch.NR
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_GET_SECUREBITS, _PR_GET_TIMERSLACK = 2, 3, 27, 30
 _PR_GET_CHILD_SUBREAPER, _PR_GET_TID_ADDRESS, _PR_GET_THP_DISABLE, _PR_GET_NAME = 37, 40, 42, 16
 _PR_GET_SECCOMP, _PR_GET_TSC, _PR_MCE_KILL_GET, _PR_GET_MEMORY_MERGE = 21, 25, 34, 68
-_ARCH_GET_CPUID, _ARCH_GET_XCOMP_PERM, _ARCH_GET_UNTAG_MASK = 0x1011, 0x1022, 0x4001
+_ARCH_GET_CPUID, ARCH_GET_XCOMP_PERM, _ARCH_GET_UNTAG_MASK = 0x1011, 0x1022, 0x4001
 _KEYCTL_GET_KEYRING_ID, _THREAD_KEYRING, _PROCESS_KEYRING = 0, -1, -2
 _MAP_FIXED, _RWX = 0x32, 7  # private and anonymous
 _MADV_DONTFORK, _MADV_COLD = 10, 20  # the latter is not for memory that is locked
@@ -51,16 +51,8 @@ _AS_IT_IS = 0xFFFFFFFF  # personality(2) changes nothing
 _THREAD_OUT = 64  # bytes of results of a thread: stack_t (24), tid address (8), pdeathsig, TSC (4 each), name (16),
 # mode of the NUMA policy (4)
 _THREAD_CALLS = 14
-_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _KEYRING, _PERSONALITY, _LOOK = (
-    3,
-    5,
-    6,
-    8,
-    9,
-    11,
-    12,
-    13,
-)  # which of them return what
+# which of them return what
+_SLACK, _SECUREBITS, _SECCOMP, _CPUID, _MCE, _KEYRING, _PERSONALITY, _LOOK = 3, 5, 6, 8, 9, 11, 12, 13
 _GROUP = 32  # threads that run their tables at the same time, if there is room for their contexts
 
 # In the scratch area's free part: the process's results, those of the threads, tables and contexts of the threads.
@@ -185,7 +177,7 @@ class Parasite:
             (_NR["prctl"], _PR_GET_THP_DISABLE, 0, 0, 0, 0),
             (_NR["membarrier"], _MEMBARRIER_GET_REGISTRATIONS, 0, 0),
             (_NR["keyctl"], _KEYCTL_GET_KEYRING_ID, _PROCESS_KEYRING, 0),
-            (_NR["arch_prctl"], _ARCH_GET_XCOMP_PERM, out + _XCOMP),
+            (_NR["arch_prctl"], ARCH_GET_XCOMP_PERM, out + _XCOMP),
             (_NR["arch_prctl"], _ARCH_GET_UNTAG_MASK, out + _UNTAG),
             (_NR["modify_ldt"], 0, out + _LDT, 8),
         ]

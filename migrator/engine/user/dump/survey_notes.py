@@ -29,11 +29,12 @@ def notes(processes: Sequence[Process]) -> Iterator[tuple[str, str]]:
             filters.setdefault(procfs.read_text(f"/proc/{process.pid}/coredump_filter").strip(), []).append(process.pid)
             if procfs.stat(process.pid)[3] == "T":
                 stopped.append(process.pid)
-            if any(_has_slice(tid) for tid in procfs.tids(process.pid)):
+            tids = procfs.tids(process.pid)
+            if any(_has_slice(tid) for tid in tids):
                 slices.append(process.pid)
-            if any(_has_clamps(tid) for tid in procfs.tids(process.pid)):
+            if any(_has_clamps(tid) for tid in tids):
                 clamps.append(process.pid)
-            if any(sys.core_cookie(tid) for tid in procfs.tids(process.pid)):
+            if any(sys.core_cookie(tid) for tid in tids):
                 cores.append(process.pid)
             for where in _cgroups(process.pid):
                 groups.setdefault(where, []).append(process.pid)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from migrator.engine.user.dump.mappings import backing
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
 from migrator.engine.user.restore import advice
 from migrator.engine.user.restore.advice import Stretch
@@ -150,11 +151,11 @@ class AddressSpace:
     def _kept(self, item: VmaItem, old: Iterable[Piece]) -> list[tuple[int, int, VmaItem]]:
         """The stretches of a wanted mapping that are mapped already, and what they are. Of what was just inherited
         only what is large enough."""
-        new, out = Piece(item.start, item.end, item), []
+        behind, out = backing(item), []
         for piece in old:
             if piece.start >= item.end:
                 break
-            if piece.backing() == new.backing():
+            if backing(piece.item) == behind:
                 out.append((max(piece.start, item.start), min(piece.end, item.end), piece.item))
         return [] if self._inherited and not _covers(out, item) else out
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from migrator.engine.user.dump.mappings import IDENTITY
-from migrator.image.records import VmaFlag, VmaItem, VmaKind
+from migrator.image.records import VmaFlag, VmaItem
 
 
 def writes_through(item: VmaItem) -> bool:
@@ -19,10 +18,3 @@ class Piece:
     start: int
     end: int
     item: VmaItem
-
-    def backing(self) -> tuple[int, int, int, int]:
-        """What must be equal for the stretch to be kept: kind, object, offset of address 0, kind of mapping."""
-        item = self.item
-        shift = item.offset - item.start if item.objref else 0
-        kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-        return kind, item.objref, shift, item.flags & IDENTITY
