@@ -17,10 +17,13 @@ from migrator.testing.workloads import Workload, build
 MIGRATOR = [sys.executable, "-m", "migrator"]
 
 
-def migrator(*arguments: object, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of migrator to its end, which must be with exit status `code`."""
+def migrator(
+    *arguments: object, code: int = 0, within: Sequence[str] = (), **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of migrator to its end, which must be with exit status `code`. `within`: a command that runs its
+    arguments."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run([*MIGRATOR, *map(str, arguments)], **{**options, **more})
+    done = subprocess.run([*within, *MIGRATOR, *map(str, arguments)], **{**options, **more})
     assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -53,6 +53,7 @@ def say(path):
     with open(path + ".new", "w") as file:
         json.dump([changed, {name: every(sock.fileno()) for name, sock in sockets.items()}], file)
     os.rename(path + ".new", path)
+    print("said", os.path.basename(path), flush=True)
 say(out + "/before")
 while not os.path.exists(out + "/go"):
     time.sleep(0.01)

@@ -371,15 +371,15 @@ def test_locks_on_ranges_are_taken_again(child: Child, tmp_path: Path) -> None:
             "message queue of the host",
         ),
         (
-            "f = open('/tmp/migrator-attribute', 'w'); os.unlink(f.name); os.setxattr(f.fileno(), 'user.a', b'1')",
+            "f, name = tempfile.mkstemp(); os.unlink(name); os.setxattr(f, 'user.a', b'1')",
             "has the attribute user.a",
         ),
         ("os.open('/proc/pressure/memory', os.O_RDWR)", "a trigger of pressure"),
-        (f"os.open('{cgroup.hierarchy().mountpoint}/cgroup.procs', os.O_WRONLY)", "depends on who has opened it"),
+        ("os.open(cgroups + '/cgroup.procs', os.O_WRONLY)", "depends on who has opened it"),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(child: Child, code: str, reason: str) -> None:
-    child.run("import struct, tempfile")
+    child.run(f"import struct, tempfile; cgroups = {str(cgroup.hierarchy().mountpoint)!r}")
     child.run(code)
     (sentence,) = survey([child.process], own_netns=True)
     assert sentence.startswith(f"pid {child.pid} (") and reason in sentence

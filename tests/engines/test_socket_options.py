@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli import migrator
+from scripts import script
 from socket_options import NOT_SET, PROGRAM, differences
 
 pytestmark = pytest.mark.root
 
 
-def await_json(path: Path, child: subprocess.Popen[bytes] | None = None) -> Any:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline and (child is None or child.poll() is None)
-        time.sleep(0.01)
-    return json.loads(path.read_text())
-
-
 def test_what_can_be_set_is_the_same_in_the_copy(tmp_path: Path) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(NOT_SET)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    copy = 0
-    try:
-        changed, before = await_json(tmp_path / "before", child)
+    with script(tmp_path, PROGRAM, tmp_path, json.dumps(NOT_SET), ready="said before") as program:
+        changed, before = json.loads((tmp_path / "before").read_text())
         assert all(len(names) > (60 if "AF_" in kind else 15) for kind, names in changed.items())
-        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
-        child.wait()
-        copy = int(migrator("restart", "-d", "-i", tmp_path / "image").stdout)
+        program.save(tmp_path / "image")
+        program.restart(tmp_path / "image")
         (tmp_path / "go").touch()
-        _, after = await_json(tmp_path / "after")
-    finally:
-        for pid in (child.pid, copy):
-            if pid and Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        child.wait()
+        program.await_text("said after")
+        _, after = json.loads((tmp_path / "after").read_text())
     assert list(differences(before, after)) == []
 
 
@@ -68,20 +45,10 @@ def test_what_cannot_be_set_again_is_refused(code: str, reason: str, tmp_path: P
     name = f"so{os.getpid()}"
     subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=True)
     begin = f"import socket, struct, time; name = {name!r}; s = socket.socket(2, 2);"
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"{begin} {code}; open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(1000)"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "log").open("wb"),
-    )
     try:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "ready").exists():
-            assert time.monotonic() < deadline and child.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.01)
-        assert reason in migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image", code=3).stderr
-        assert child.poll() is None
+        with script(tmp_path, f"{begin} {code}; print('ready', flush=True); time.sleep(1000)") as program:
+            done = migrator("checkpoint", program.pid, "--kill", "-o", tmp_path / "image", code=3)
+            assert reason in done.stderr
+            assert program.child.poll() is None
     finally:
-        child.kill()
-        child.wait()
         subprocess.run(["ip", "link", "del", name], check=True)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import contained
 import pytest
-from cli import MIGRATOR, migrator
+from cli import MIGRATOR
 from contained import NAME, own_directories  # noqa: F401 (a fixture)
+from scripts import script
 
 from migrator.engine.base import SourceOptions
 from migrator.engine.user.dump import asked, survey_notes, survey_tasks
@@ -57,39 +56,23 @@ REFUSED = [
 ]
 
 
-def started(folder: Path, code: str) -> subprocess.Popen[bytes]:
-    log = folder / "log"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-c", BEGIN + code + END], stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
-    deadline = time.monotonic() + 20
-    while "ready" not in log.read_text():
-        assert time.monotonic() < deadline and child.poll() is None, log.read_text()
-        time.sleep(0.01)
-    return child
-
-
 @pytest.mark.parametrize("early", [True, False], ids=["ahead", "at the freeze"])
 @pytest.mark.parametrize(("code", "reason"), REFUSED, ids=[r for _, r in REFUSED])
 def test_it_is_refused_and_runs_on(code: str, reason: str, early: bool, tmp_path: Path) -> None:
-    with started(tmp_path, code) as child, (tmp_path / "image").open("wb") as sink:
-        try:
-            options = SourceOptions(cgroup_name=f"asked-{os.getpid()}")
-            with UserSource(child.pid, sink.fileno(), options) as source:
-                source.survey()
-                source.instrument("user")
-                with pytest.raises(CheckpointFailed, match=reason):
-                    if early and code != BUSY:
-                        for _ in range(3):
-                            source.round()
-                        raise AssertionError
-                    source.freeze()
-                    source.final()
-                source.thaw()
-            assert procfs.stat(child.pid)[3] in "SR"
-        finally:
-            child.kill()
+    with script(tmp_path, BEGIN + code + END) as program, (tmp_path / "image").open("wb") as sink:
+        options = SourceOptions(cgroup_name=f"asked-{os.getpid()}")
+        with UserSource(program.pid, sink.fileno(), options) as source:
+            source.survey()
+            source.instrument("user")
+            with pytest.raises(CheckpointFailed, match=reason):
+                if early and code != BUSY:
+                    for _ in range(3):
+                        source.round()
+                    raise AssertionError
+                source.freeze()
+                source.final()
+            source.thaw()
+        assert procfs.stat(program.pid)[3] in "SR"
 
 
 def reply(**said: Any) -> ProcessReply:
@@ -120,28 +103,21 @@ def test_a_flusher_is_refused_in_the_survey(tmp_path: Path, monkeypatch: pytest.
         return [*fields[:9], str(int(fields[9]) | survey_tasks._IO_FLUSHER), *fields[10:]]
 
     monkeypatch.setattr(procfs, "stat", stat_of_a_flusher)
-    with started(tmp_path, "") as child:
-        try:
-            with (
-                UserSource(child.pid, -1, SourceOptions()) as source,
-                pytest.raises(Refused, match="is there to write out memory"),
-            ):
-                source.survey()
-        finally:
-            child.kill()
+    with (
+        script(tmp_path, BEGIN + END) as program,
+        UserSource(program.pid, -1, SourceOptions()) as source,
+        pytest.raises(Refused, match="is there to write out memory"),
+    ):
+        source.survey()
 
 
 def test_bounds_of_utilization_and_cores_of_its_own_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey_notes.sys, "utilization_clamps", lambda tid: (10, 1024))
     monkeypatch.setattr(survey_notes.sys, "core_cookie", lambda tid: 7)
-    with started(tmp_path, "") as child:
-        try:
-            with UserSource(child.pid, -1, SourceOptions()) as source:
-                told = {what: about for about, what in source.survey().notes}
-        finally:
-            child.kill()
-    assert told["bounds of its utilization (sched_setattr) do not come along"] == f"pid {child.pid}"
-    assert told["that it shares no core with others (PR_SCHED_CORE) does not come along"] == f"pid {child.pid}"
+    with script(tmp_path, BEGIN + END) as program, UserSource(program.pid, -1, SourceOptions()) as source:
+        told = {what: about for about, what in source.survey().notes}
+    assert told["bounds of its utilization (sched_setattr) do not come along"] == f"pid {program.pid}"
+    assert told["that it shares no core with others (PR_SCHED_CORE) does not come along"] == f"pid {program.pid}"
 
 
 LOOKS = """
@@ -158,43 +134,11 @@ WITH_KEY = [  # a command, in a new session keyring with a key
 
 def test_a_copy_has_no_key_of_the_session_of_whoever_restarts_it(tmp_path: Path) -> None:
     """The agent's session has a key; the copy, whose session keyring is empty, does not find it."""
-    code = BEGIN + LOOKS
-    log = tmp_path / "log"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            [*WITH_KEY, sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    copy = 0
-    try:
-        await_line(log, "True")
-        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
-        child.wait()
-        done = subprocess.run(
-            [*WITH_KEY, *MIGRATOR, "restart", "-d", "-i", tmp_path / "image"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        copy = int(done.stdout)
-        log.write_text("")
-        await_line(log, "False")
-        assert "True" not in log.read_text()
-    finally:
-        for pid in (child.pid, copy):
-            if pid and Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        child.wait()
-
-
-def await_line(log: Path, line: str) -> None:
-    deadline = time.monotonic() + 20
-    while line not in log.read_text().split():
-        assert time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.01)
+    with script(tmp_path, BEGIN + LOOKS, within=WITH_KEY, ready="True") as program:
+        program.save(tmp_path / "image")
+        assert "False" not in program.log.read_text()
+        program.restart(tmp_path / "image", within=WITH_KEY)
+        assert program.await_text("False").split("False", 1)[1].count("True") == 0
 
 
 def test_a_container_has_no_key_of_the_session_of_whoever_runs_it(tmp_path: Path) -> None:

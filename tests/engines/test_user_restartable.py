@@ -712,13 +712,11 @@ int main(int argc, char **argv)
 """
 
 
-DROPPABLE = r"""
-#include <sys/mman.h>
+# flag_is(): whether the mapping that begins there has a flag of smaps, or not (0); as smaps is another text in the
+# copy, what was half read when it was saved tells nothing, and is read again
+FLAGS = r"""
 #include "workload.h"
-#define DROPPABLE 0x8 /* MAP_DROPPABLE, Linux 6.11 */
-static char *memory;
-static int known = 1;
-static int droppable(void)
+static int flag_now(void *mapping, const char *flag)
 {
 	char line[256];
 	unsigned long start = 0, at, end;
@@ -729,20 +727,33 @@ static int droppable(void)
 	while (fgets(line, sizeof(line), file)) {
 		if (sscanf(line, "%lx-%lx ", &at, &end) == 2)
 			start = at;
-		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8))
-			found = !!strstr(line, " dp");
+		if (start == (unsigned long)mapping && !strncmp(line, "VmFlags:", 8))
+			found = !!strstr(line, flag);
 	}
 	fclose(file);
 	return found;
 }
+static int flag_is(void *mapping, const char *flag, int expected)
+{
+	int as_expected = 0;
+
+	for (int times = 0; times < 5 && !as_expected; times++)
+		as_expected = flag_now(mapping, flag) == expected;
+	return as_expected;
+}
+"""
+
+
+DROPPABLE = (
+    FLAGS
+    + r"""
+#include <sys/mman.h>
+#define DROPPABLE 0x8 /* MAP_DROPPABLE, Linux 6.11 */
+static char *memory;
+static int known = 1;
 static void check(void)
 {
-	int as_it_was = 0;
-
-	/* smaps is another text in the copy: what was half read when it was saved tells nothing */
-	for (int times = 0; times < 5 && !as_it_was; times++)
-		as_it_was = droppable() == known;
-	CHECK(as_it_was, "droppable is not %d", known);
+	CHECK(flag_is(memory, " dp", known), "droppable is not %d", known);
 	CHECK(!*memory || *memory == 7, "contents");
 }
 int main(int argc, char **argv)
@@ -755,40 +766,21 @@ int main(int argc, char **argv)
 	}
 	*memory = 7;
 """
+)
 
 
-LOCKED_ONCE_TOUCHED = r"""
+LOCKED_ONCE_TOUCHED = (
+    FLAGS
+    + r"""
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include "workload.h"
 static char *memory;
 static int huge_pages;
-static int has(const char *flag)
-{
-	char line[256];
-	unsigned long start = 0, at, end;
-	int found = -1;
-	FILE *file = fopen("/proc/self/smaps", "r");
-
-	CHECK(file, "%m");
-	while (fgets(line, sizeof(line), file)) {
-		if (sscanf(line, "%lx-%lx ", &at, &end) == 2)
-			start = at;
-		if (start == (unsigned long)memory && !strncmp(line, "VmFlags:", 8))
-			found = !!strstr(line, flag);
-	}
-	fclose(file);
-	return found;
-}
 static void check(void)
 {
 	unsigned char there[10];
-	int locked = 0;
 
-	/* smaps is another text in the copy: what was half read when it was saved tells nothing */
-	for (int times = 0; times < 5 && !locked; times++)
-		locked = has(" lo") == 1 && has(" lf") == 1;
-	CHECK(locked, "not locked once it is touched");
+	CHECK(flag_is(memory, " lo", 1) && flag_is(memory, " lf", 1), "not locked once it is touched");
 	TRY(mincore(memory, 40960, there));
 	CHECK(there[0] & 1 && !(there[9] & 1), "all of it is there");
 	CHECK(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == huge_pages, "huge pages: not %d", huge_pages);
@@ -804,6 +796,7 @@ int main(int argc, char **argv)
 	huge_pages = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0);
 	CHECK(huge_pages > 0, "%m");
 """
+)
 
 
 LOOPBACK = r"""

@@ -4,14 +4,11 @@ may open again, as it owns it, it still may."""
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from cli import migrator
+from scripts import script
 
 pytestmark = pytest.mark.root
 
@@ -70,39 +67,19 @@ while True:
 """
 
 
-def await_text(log: Path, text: str) -> str:
-    deadline = time.monotonic() + 30
-    while text not in log.read_text():
-        assert time.monotonic() < deadline and "Traceback" not in log.read_text(), log.read_text()
-        time.sleep(0.01)
-    return log.read_text()
-
-
 def test_what_can_be_made_writable_is_what_could_be(tmp_path: Path) -> None:
     for parent in [tmp_path, *tmp_path.parents[:3]]:
         parent.chmod(0o755)
     (tmp_path / "roots").write_bytes(bytes(4096))
     (tmp_path / "own").write_bytes(bytes(4096))
     os.chown(tmp_path / "own", 65534, 65534)
-    log = tmp_path / "log"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
-    copy = 0
-    try:
-        said = await_text(log, "ready")
+    with script(tmp_path, PROGRAM, tmp_path) as program:
+        said = program.await_text("ready")
         assert "'a file of root': False" in said and "'own, for writing': True" in said
-        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
-        child.wait()
-        copy = int(migrator("restart", "-d", "-i", tmp_path / "image", "--verify").stdout)
+        program.save(tmp_path / "image")
+        program.restart(tmp_path / "image", "--verify")
         (tmp_path / "go").touch()
-        await_text(log, "same")
-    finally:
-        for pid in (child.pid, copy):
-            if pid and Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        child.wait()
+        program.await_text("same")
 
 
 FOREIGN = """
@@ -126,24 +103,11 @@ def test_a_file_of_another_user_under_the_same_path_is_not_opened(how: str, tmp_
     there = tmp_path / "there"
     there.touch()
     os.chown(there, 65534, 65534)
-    log = tmp_path / "log"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-c", FOREIGN, str(there), how], stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
-    copy = 0
-    try:
-        await_text(log, "ready")
-        migrator("checkpoint", child.pid, "--kill", "-o", tmp_path / "image")
-        child.wait()
+    with script(tmp_path, FOREIGN, there, how) as program:
+        program.save(tmp_path / "image")
         there.chmod(0o600)
         os.chown(there, 1234, 1234)
         refused = migrator("restart", "-d", "-i", tmp_path / "image", code=5).stderr
         assert "belongs to user 1234 " in refused and ", and to user 65534 where it was saved" in refused
         os.chown(there, 65534, 65534)
-        copy = int(migrator("restart", "-d", "-i", tmp_path / "image").stdout)
-    finally:
-        for pid in (child.pid, copy):
-            if pid and Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        child.wait()
+        program.restart(tmp_path / "image")
