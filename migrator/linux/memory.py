@@ -84,10 +84,8 @@ class MemFile:
     """/proc/PID/mem: reads and writes past the protection of private mappings, where the kernel allows it."""
 
     def __init__(self, pid: int, flags: int = os.O_RDWR) -> None:
-        self.fd = os.open(f"/proc/{pid}/mem", flags | os.O_CLOEXEC)
-
-    def read(self, address: int, size: int) -> bytes:
-        return os.pread(self.fd, size, address)
+        self._path = f"/proc/{pid}/mem"
+        self.fd = os.open(self._path, flags | os.O_CLOEXEC)
 
     def read_into(self, view: memoryview, address: int) -> int:
         """Fill `view`; bytes read. Unlike process_vm_readv(2), which pins what it reads, this leaves pages that are
@@ -100,8 +98,13 @@ class MemFile:
             raise
 
     def write(self, address: int, data: bytes | memoryview) -> None:
-        if os.pwrite(self.fd, data, address) != len(data):
-            raise OSError(5, "/proc/PID/mem: short write", f"at {address:#x}")
+        at = f"{self._path} at {address:#x}"
+        try:
+            written = os.pwrite(self.fd, data, address)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, at) from None
+        if written != len(data):
+            raise OSError(errno.EIO, "short write", at)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -479,6 +479,114 @@ def test_a_big_mapping_that_is_dropped_cut_and_moved_all_the_time(
         moving.finish()
 
 
+BEYOND = r"""
+#include <fcntl.h>
+#include <sys/mman.h>
+#include "workload.h"
+#define PAGE 4096UL
+#define PAGES 64UL
+/* As a loader of programs: a file is mapped with what lies beyond its end, and memory over that at once. */
+int main(int argc, char **argv)
+{
+	char path[4096], page[PAGE], *home = NULL;
+	wl_start(argc, argv);
+	snprintf(path, sizeof path, "%s.file", argv[1]);
+	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+	memset(page, 7, PAGE);
+	CHECK(write(fd, page, PAGE) == PAGE, "%s", strerror(errno));
+	wl_ready();
+	for (long n = 1; !wl_stopping; n++) {
+		char *base = mmap(home, PAGES * PAGE, n & 1 ? PROT_READ : PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+		CHECK(base != MAP_FAILED, "%s", strerror(errno));
+		home = base;
+		if (n % 7 == 0)
+			wl_sleep_us(300);
+		CHECK(mmap(base + PAGE, (PAGES - 1) * PAGE, PROT_READ | PROT_WRITE,
+			MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED, "mmap");
+		for (unsigned long i = 1; i < PAGES; i++)
+			base[i * PAGE] = n % 3 ? (char)(n + i) : 0;
+		if (n % 5 == 0)
+			wl_sleep_us(300);
+		CHECK(base[0] == 7, "page 0 has %d", base[0]);
+		for (unsigned long i = 1; i < PAGES; i++)
+			CHECK(base[i * PAGE] == (n % 3 ? (char)(n + i) : 0), "page %lu has %d", i, base[i * PAGE]);
+		TRY(munmap(base, PAGES * PAGE));
+		if (n % 100 == 0)
+			wl_line("tick %ld", n / 100);
+	}
+	wl_ok();
+}
+"""
+
+
+def test_memory_that_is_mapped_over_what_lies_beyond_the_end_of_a_file(
+    hosts: tuple[PidHost, PidHost], tmp_path: Path
+) -> None:
+    """What is sent of it while it is still taken for the file's has no place at the destination, and no meaning."""
+    with Program(hosts[0], BEYOND, tmp_path) as moving:
+        here, there = hosts
+        for _ in range(4):
+            migrate(moving, here, there, rounds=40)
+            moving.check_alive_and_progressing(ticks=1)
+            here, there = there, here
+        moving.finish()
+
+
+JOINED = r"""
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <signal.h>
+#include "workload.h"
+#define PAGE 4096UL
+/* A child splits and joins a private mapping of a file all the time. Two pages are zero, and are not so in the file. */
+int main(int argc, char **argv)
+{
+	char path[4096], page[PAGE], zeros[PAGE] = { 0 };
+	wl_start(argc, argv);
+	snprintf(path, sizeof path, "%s.file", argv[1]);
+	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+	for (int i = 0; i < 6; i++) {
+		memset(page, 7 + i, PAGE);
+		CHECK(write(fd, page, PAGE) == PAGE, "%s", strerror(errno));
+	}
+	char *base = mmap(NULL, 6 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	CHECK(base != MAP_FAILED, "%s", strerror(errno));
+	if (fork()) {
+		wl_ready();
+		for (long n = 1; !wl_stopping; n++) {
+			wl_line("tick %ld", n);
+			wl_sleep_us(10000);
+		}
+		CHECK(getppid() > 0, "no parent");
+		wl_ok();
+	}
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	memset(base + PAGE, 0, PAGE);
+	memset(base + 4 * PAGE, 0, PAGE);
+	base[2 * PAGE] = 1;
+	for (long n = 1;; n++) {
+		TRY(mprotect(base, 3 * PAGE, PROT_READ));
+		wl_sleep_us(40000);
+		TRY(mprotect(base, 3 * PAGE, PROT_READ | PROT_WRITE));
+		wl_sleep_us(40000);
+		CHECK(!memcmp(base + PAGE, zeros, PAGE), "page 1 has %d", base[PAGE]);
+		CHECK(!memcmp(base + 4 * PAGE, zeros, PAGE), "page 4 has %d", base[4 * PAGE]);
+		CHECK(base[0] == 7 && base[2 * PAGE] == 1 && base[5 * PAGE] == 12, "%d %d", base[0], base[2 * PAGE]);
+		if (n % 10 == 0)
+			wl_line("child %ld", n);
+	}
+}
+"""
+
+
+def test_zeros_over_a_file_whose_mapping_is_split_and_joined(hosts: tuple[PidHost, PidHost], tmp_path: Path) -> None:
+    with Program(hosts[0], JOINED, tmp_path) as moving:
+        there_and_back(moving, hosts, 6)
+        moving.wait_for(lambda lines: sum(line.startswith("child") for line in lines) > 1, seconds=15)
+        moving.finish()
+
+
 TRAPS = r"""
 #include "workload.h"
 static volatile long traps;

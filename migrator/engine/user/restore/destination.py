@@ -416,6 +416,7 @@ class UserDestination(UnfinishedCopy):
 
 
 def _failed(error: OSError) -> RestartFailed:
+    log.debug("the copy could not be made", exc_info=error)
     return RestartFailed(f"{error.strerror or error} ({error.filename or 'no object named'})")
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import errno
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -77,6 +78,7 @@ class AddressSpace:
         self._inherited = merge((p.start, p.end) for p in stub.mapped if not p.item.flags & VmaFlag.SHARED)
         self._filled: list[Span] = []  # what has come of it
         self._guards: list[Span] = []
+        self._unplaced: list[Span] = []  # contents came for it that have no place: see _force()
 
     @property
     def items(self) -> list[VmaItem]:
@@ -93,7 +95,7 @@ class AddressSpace:
         wanted = [v for v in vmas.vmas if v.kind not in _SYSTEM]
         calls: list[Call] = []
         grown: list[Call] = []
-        aside: list[tuple[int, bytes]] = []
+        aside: list[tuple[int, memoryview]] = []
         holes: list[tuple[int, int, VmaItem]] = []
         keep: list[tuple[int, int]] = []
         advised: list[Stretch] = []
@@ -120,7 +122,7 @@ class AddressSpace:
                         calls.append((NR["mprotect"], start, end - start, item.flags & _PROT))
                         kept = [(start, item.end, replace(before, flags=before.flags & ~_PROT | item.flags & _PROT))]
                 else:
-                    aside += [(start, self._read(start, end)) for start, end, _ in kept]
+                    aside += itertools.chain.from_iterable(itertools.starmap(self._contents, kept))
                     kept = []
             at = item.start
             for start, end, before in kept:
@@ -137,13 +139,14 @@ class AddressSpace:
         self.stub.checked([*self._unmaps(old, keep), *calls, *grown], "changing the address space")
         if holes:
             self._map(holes)
-        for start, contents in aside:
-            self._put_back(start, contents)
+        for at, page in aside:
+            self.stub.mem.write(at, page)
         if advised:
             self._advise(advised)
-        if self._inherited:
-            new = merge((start, end) for start, end, _ in holes)
-            self._inherited = intersect(subtract(self._inherited, new), merge((v.start, v.end) for v in wanted))
+        if self._inherited or self._unplaced:
+            new, there = merge((start, end) for start, end, _ in holes), merge((v.start, v.end) for v in wanted)
+            self._inherited = intersect(subtract(self._inherited, new), there)
+            self._unplaced = intersect(subtract(self._unplaced, new), there)
         self.stub.mapped = [Piece(v.start, v.end, v) for v in wanted]
         self._items = wanted
         self._writable = [(v.start, v.end, bool(v.flags & VmaFlag.WRITE)) for v in wanted]
@@ -159,20 +162,23 @@ class AddressSpace:
                 out.append((max(piece.start, item.start), min(piece.end, item.end), piece.item))
         return [] if self._inherited and not _covers(out, item) else out
 
-    def _read(self, start: int, end: int) -> bytes:
-        return self.stub.mem.read(start, end - start)
-
-    def _put_back(self, start: int, contents: bytes) -> None:
+    def _contents(self, start: int, end: int, item: VmaItem) -> Iterator[tuple[int, memoryview]]:
+        """The pages there that have contents: of a file those that are its own no more, zeros too."""
         zeros = bytes(PAGE_SIZE)
-        for at in range(0, len(contents), PAGE_SIZE):
-            if (page := contents[at : at + PAGE_SIZE]) != zeros:
-                self.stub.mem.write(start + at, page)
+        for first, last in self.stub.own_pages(start, end):
+            there = memoryview(bytearray(last - first))
+            self.stub.mem.read_into(there, first)
+            for at in range(0, len(there), PAGE_SIZE):
+                page = there[at : at + PAGE_SIZE]
+                if item.objref or page != zeros:
+                    yield first + at, page
 
     def clear(self) -> None:
         """Unmap everything."""
         self._zeros.clear()
         self._inherited = []
         self._guards = []
+        self._unplaced = []
         self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self.stub.mapped], "unmapping")
         self.stub.mapped, self._items, self._writable = [], [], []
 
@@ -263,10 +269,10 @@ class AddressSpace:
                 guards.append(span)
             else:
                 self._zeros.append(span)
-        if self._guards:
-            self._guards = subtract(
-                self._guards, merge((i.start, i.start + i.nr_pages * PAGE_SIZE) for i in pages.ranges)
-            )
+        if self._guards or self._unplaced:
+            told = merge((i.start, i.start + i.nr_pages * PAGE_SIZE) for i in pages.ranges)
+            self._guards = subtract(self._guards, told)
+            self._unplaced = subtract(self._unplaced, told)
         if guards:
             self._guards = merge([*self._guards, *guards])
         if absent:
@@ -277,7 +283,15 @@ class AddressSpace:
             self._write(data, pages.data)
 
     def finish(self) -> None:
-        """Once all contents are there: what is not to be touched (guard regions), and what stays there (mlock(2))."""
+        """Once all contents are there: what is not to be touched (guard regions), and what stays there (mlock(2)).
+
+        Raises RestartFailed if contents came for what lies beyond the end of a file."""
+        if self._unplaced:
+            raise RestartFailed(
+                f"pid {self.stub.vpid}: there are contents for {self._unplaced[0][0]:#x}, which lies beyond the end of"
+                " the file that is mapped there",
+                hint="the file must be the same on both hosts",
+            )
         guards = intersect(self._guards, merge((v.start, v.end) for v in self._items))
         calls = [(NR["madvise"], start, end - start, _MADV_GUARD_INSTALL) for start, end in guards]
         self.stub.checked(calls, "guard regions (MADV_GUARD_INSTALL, Linux 6.13)")
@@ -312,7 +326,7 @@ class AddressSpace:
                 at = bisect.bisect_right(ends, start)
                 if at < len(ends) and file_backed[at][0] < end:
                     for at in range(start, end, PAGE_SIZE):  # dropping would bring the file's content back
-                        self.stub.mem.write(at, bytes(PAGE_SIZE))
+                        self._force(at, memoryview(bytes(PAGE_SIZE)))
                 else:
                     plain.append((start, end))
             self._drop(plain)
@@ -352,7 +366,7 @@ class AddressSpace:
                         flush()
                 else:
                     flush()
-                    self.stub.mem.write(a, view[position : position + b - a])
+                    self._force(a, view[position : position + b - a])
                     position += b - a
         flush()
         if position != len(view):
@@ -373,18 +387,19 @@ class AddressSpace:
             part = view[at : at + _MIRROR]
             length = len(part)
             there = self._mirror.view[:length]
-            self.stub.mem.read_into(there, start + at)
+            got = self.stub.mem.read_into(there, start + at)
             span = (start + at, start + at + length)
             own = self.stub.own_pages(*span) if of_files else [span]
-            if there == part and own == [span]:
+            if got == length and there == part and own == [span]:
                 continue
-            differ = [p for p in range(0, length, PAGE_SIZE) if there[p : p + PAGE_SIZE] != part[p : p + PAGE_SIZE]]
+            pages = [slice(p, p + PAGE_SIZE) for p in range(0, length, PAGE_SIZE)]
+            differ = [page.start for page in pages if page.stop > got or there[page] != part[page]]
             others = [(a - start - at, b - start - at) for a, b in subtract([span], own)]
             for a, b in merge([*((p, p + PAGE_SIZE) for p in differ), *others]):
                 if writable:
                     self._write_run([(start + at + a, b - a)], part[a:b], b - a)
                 else:
-                    self.stub.mem.write(start + at + a, part[a:b])
+                    self._force(start + at + a, part[a:b])
 
     def _write_run(self, run: Sequence[tuple[int, int]], view: memoryview, total: int) -> None:
         if view.readonly:
@@ -392,12 +407,34 @@ class AddressSpace:
             address = ctypes.addressof(held)
         else:
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        got = memory.write_from(self.stub.pid, address, run, total)
-        if got != total:
-            raise RestartFailed(
-                f"pid {self.stub.vpid}: writing memory at {run[0][0]:#x}: {got} of {total} bytes",
-                hint="is there enough free memory on this host?",
-            )
+        if memory.write_from(self.stub.pid, address, run, total) != total:
+            at = 0
+            for start, length in run:
+                self._force(start, view[at : at + length])
+                at += length
+
+    def _force(self, start: int, part: memoryview) -> None:
+        """Write past the protection of a mapping.
+
+        What lies beyond the end of a file is not there. Contents for it can come in a round: there was other memory
+        by the time that it was read, as a loader of programs maps it over a file. They are of no use, and what is
+        there in the end comes later; if nothing does, finish() says so."""
+        try:
+            self.stub.mem.write(start, part)
+            return
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        for at in range(start, start + len(part), PAGE_SIZE):
+            try:
+                self.stub.mem.write(at, part[at - start : at - start + PAGE_SIZE])
+            except OSError as error:
+                if error.errno != errno.EIO or not self._items[self._last_from(at)].objref:
+                    raise RestartFailed(
+                        f"pid {self.stub.vpid}: writing memory at {at:#x}: {error.strerror}",
+                        hint="is there enough free memory on this host?",
+                    ) from error
+                self._unplaced = merge([*self._unplaced, (at, at + PAGE_SIZE)])
 
     def _last_from(self, start: int) -> int:
         """The index of the last mapping that begins there or before, else 0."""
