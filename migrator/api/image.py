@@ -49,6 +49,7 @@ async def checkpoint(
 
         def whole() -> None:
             stream.check()
+            out.check()
             out.whole()
 
         return await _unless_cut(

@@ -13,15 +13,19 @@ from migrator.image.info import ImageInfo, ImageSummary
 _CHUNK = 1 << 20
 
 
-def summarise(fd: int) -> ImageInfo:
+def summarise(fd: int, size: int | None = None) -> ImageInfo:
     """What the stream on `fd` holds, read to its end or to where it breaks. Never raises on what is in it.
+
+    size:  bytes to read; None for all
 
     Memory does not grow with the contents of pages: they are checked, counted and let go. OSError
     from read(2) other than at the end is told as the cause as well."""
     decoder = Decoder(keep_pages=False)
     summary = ImageSummary()
+    read = 0
     try:
-        while chunk := os.read(fd, _CHUNK):
+        while chunk := os.read(fd, _CHUNK if size is None else min(_CHUNK, size - read)):
+            read += len(chunk)
             for record in decoder.feed(chunk):
                 summary.add(record)
         decoder.close()

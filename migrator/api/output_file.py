@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
 from types import TracebackType
 
-from migrator.errors import UsageError
+from migrator.api.image_info import summarise
+from migrator.errors import CheckpointFailed, UsageError
 
 _LOOK_EVERY = 0.02  # seconds
 
@@ -37,8 +39,10 @@ class OutputFile:
     def __init__(self, to: Path | int) -> None:
         self._beside: Path | None = None
         self._opened = not isinstance(to, int)
+        self._begin = 0
         if isinstance(to, int):
             self.fd = to
+            self._begin = _end(to)
             self.name = "standard output" if to == 1 else f"descriptor {to}"
             return
         self._path = Path(os.path.realpath(to))
@@ -58,6 +62,27 @@ class OutputFile:
                 raise NoReader(f"{self._path}: nobody reads it") from error
             raise UsageError(f"{self._path}: {error.strerror}") from error
 
+    def check(self) -> None:
+        """What was written is an image that can be read to its end. Only a regular file is looked at, about a second
+        for each GiB. Raises CheckpointFailed."""
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            return
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:  # a descriptor of somebody who may read it
+            return
+        try:
+            end = os.lseek(self.fd, 0, os.SEEK_CUR)
+            os.lseek(fd, self._begin, os.SEEK_SET)
+            info = summarise(fd, end - self._begin)
+        finally:
+            os.close(fd)
+        if not info.whole:
+            raise CheckpointFailed(
+                f"{self.name}: what was written cannot be restarted: {info.cause}",
+                hint="the program runs on; please report this",
+            )
+
     def whole(self) -> None:
         """All is written: put it on the disk and into its place. Raises OSError."""
         if self._beside is not None:
@@ -75,3 +100,11 @@ class OutputFile:
             self._beside.unlink(missing_ok=True)
         if self._opened:
             os.close(self.fd)
+
+
+def _end(fd: int) -> int:
+    """Where what is written next goes in a regular file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return 0
+    return status.st_size if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND else os.lseek(fd, 0, os.SEEK_CUR)

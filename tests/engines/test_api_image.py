@@ -16,6 +16,9 @@ from cli import Orphan, counter, leftovers, state
 
 import migrator
 from migrator.engine.select import select
+from migrator.engine.user.descriptors.ahead import Entry
+from migrator.engine.user.descriptors.predumped import PredumpedFiles
+from migrator.errors import CheckpointFailed
 from migrator.linux.cgroup import directory_of
 from migrator.testing.examples import example
 
@@ -59,6 +62,40 @@ async def test_a_process_is_saved_ended_restarted_and_waited_for(tmp_path: Path)
         os.kill(copy.pid, signal.SIGKILL)
         assert await migrator.wait(copy) == 128 + 9
         assert not os.path.exists(copy.cgroup)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("into", ["file", "descriptor", "end of a file"])
+async def test_an_image_that_cannot_be_restarted_costs_the_program_nothing(
+    into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_table = PredumpedFiles.put_table
+
+    def twice(self: PredumpedFiles, objref: int, entries: list[Entry]) -> None:
+        put_table(self, objref, [*entries, entries[-1]])
+
+    image = tmp_path / "image"
+    image.write_bytes(b"the older one")
+    flags = os.O_WRONLY | (os.O_APPEND if into == "end of a file" else 0)
+    with (
+        counter(tmp_path) as program,
+        image.open("rb") as older,
+        open(image, "wb", opener=lambda p, _: os.open(p, flags)) as file,
+    ):
+        home = directory_of(program.pid)
+        if into == "descriptor":
+            file.seek(13)
+        to = image if into == "file" else file.fileno()
+        with monkeypatch.context() as wrong:
+            wrong.setattr(PredumpedFiles, "put_table", twice)
+            with pytest.raises(
+                CheckpointFailed, match=r"(image|descriptor \d+): what was written cannot be restarted: .* after fd"
+            ):
+                await migrator.checkpoint(program.pid, to, after=migrator.AfterCheckpoint.KILL)
+        is_as_before(program, home)
+        assert older.read(13) == b"the older one"
+        await migrator.checkpoint(program.pid, to, after=migrator.AfterCheckpoint.KILL)
+        program.await_end()
     assert leftovers(tmp_path) == []
 
 
