@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Collection
 
 from migrator.engine.base import FileFact
-from migrator.linux import elf, procfs
+from migrator.linux import elf, map_files, procfs
 
 
 def mapped(pid: int, files: dict[str, FileFact], leave_out: Callable[[procfs.Vma], bool]) -> None:
@@ -15,8 +16,12 @@ def mapped(pid: int, files: dict[str, FileFact], leave_out: Callable[[procfs.Vma
     for vma in procfs.maps(pid):
         if vma.path.startswith("/") and not leave_out(vma):
             writable = vma.shared and vma.write
-            link = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
-            _note(files, vma.path, link, writable)
+            with contextlib.suppress(OSError):  # it has been unmapped
+                fd = map_files.open_path(pid, vma)
+                try:
+                    _note(files, vma.path, f"/proc/self/fd/{fd}", writable)
+                finally:
+                    os.close(fd)
 
 
 def opened(pid: int, files: dict[str, FileFact], devices: Collection[int], *, names: bool = False) -> None:

@@ -376,6 +376,8 @@ class _Walk:
             while at < len(ordered) and ordered[at] < vma.end:
                 page = ordered[at]
                 at += 1
+                if vma.flags & r.VmaFlag.SHARED and pages[page] != _GUARD:
+                    continue  # of what was mapped there in an earlier round
                 if page not in touched and (pages[page] or vma.kind == r.VmaKind.FILE):
                     self.out[f"{way} page {page:#x}"] = pages[page]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from migrator.engine.user.restore.mappings import NR, AddressSpace
 from migrator.engine.user.restore.piece import Piece
+from migrator.engine.user.vma_item import backing
 from migrator.image.records import VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.linux.remote import Call
 
@@ -41,3 +42,14 @@ def test_what_lies_where_a_mapping_is_made_larger_goes_first() -> None:
     space._inherited = []
     space.apply(Vmas(1, 0, [item(0, 4, PRIVATE), item(4, 10, VmaFlag.NORESERVE)]))
     assert stub.calls == [(NR["munmap"], START + 2 * PAGE, 2 * PAGE), (NR["mremap"], START, 2 * PAGE, 4 * PAGE, 0)]
+
+
+def test_a_shared_mapping_that_becomes_writable_is_made_again_unless_it_could_be() -> None:
+    """What was seen of a running process may be wrong in a round: none is changed that was mapped from what cannot be
+    written to."""
+    reads, may = VmaFlag.READ | VmaFlag.SHARED, VmaFlag.MAY_WRITE
+    before = VmaItem(START, START + PAGE, 0, int(reads), VmaKind.FILE, 7, 0)
+    for flags, kept in ((reads | VmaFlag.WRITE, False), (reads | may, False), (reads | VmaFlag.EXEC, True)):
+        assert (backing(replace(before, flags=int(flags))) == backing(before)) == kept
+    writable = replace(before, flags=int(reads | may))
+    assert backing(replace(before, flags=int(reads | VmaFlag.WRITE))) == backing(writable)

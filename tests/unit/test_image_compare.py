@@ -108,6 +108,17 @@ def test_a_page_that_is_not_the_same_is_found_and_one_that_was_sent_again_is_not
     assert differences(contents(records), contents(other)) == []
 
 
+def test_what_was_private_in_an_earlier_round_is_no_content_of_what_is_shared_there_now() -> None:
+    records = closed(body())
+    at, vmas = next((i, v) for i, v in enumerate(records) if isinstance(v, r.Vmas))
+    item = next(item for item in vmas.vmas if not item.flags & r.VmaFlag.SHARED)
+    sent = r.Pages(vmas.mm_objref, 0, [r.PageRange(item.start, 1, r.PageKind.DATA)], bytes([1]) * r.PAGE_SIZE)
+    earlier = [*records[: at + 1], sent, *records[at + 1 :]]
+    assert differences(contents(earlier), contents(records))
+    item.flags |= r.VmaFlag.SHARED
+    assert differences(contents(earlier), contents(records)) == []
+
+
 def test_what_waits_in_a_pipe_is_the_same_however_it_was_cut() -> None:
     records = closed(body())
     at, whole = next((i, p) for i, p in enumerate(records) if isinstance(p, f.PipeBuffer) and not p.flags)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from migrator.engine.stream import RecordWriter
 from migrator.engine.user.dump.shm import SharedMemory, is_shm, shm_obstacle
 from migrator.engine.user.dump.vma_flags import UNCARRIED, ByMapping, MappingFlags, Meaning
 from migrator.engine.user.ranges import Span
+from migrator.engine.user.vma_item import backing
 from migrator.errors import CheckpointFailed
 from migrator.image.records import MappedFile, Mm, Name, VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.image.records_files import FileOwner
-from migrator.linux import elf, procfs
+from migrator.linux import elf, map_files, procfs
 from migrator.linux.procfs import Vma
 
 _KINDS = {
@@ -25,7 +26,6 @@ _KINDS = {
     "[vvar_vclock]": VmaKind.VVAR_VCLOCK,
 }
 _PROT = VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC
-_IDENTITY = VmaFlag.SHARED | VmaFlag.GROWSDOWN | VmaFlag.NORESERVE | VmaFlag.DROPPABLE | VmaFlag.MAY_WRITE
 
 SINCE = "it is so since the workload was surveyed; the workload runs on"
 
@@ -171,7 +171,7 @@ class LayoutDump:
             objref, offset = item.objref, vma.offset
         elif vma.path.startswith("/"):
             kind = VmaKind.FILE
-            objref = self.mapped_file(pid, vma.path, f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
+            objref = self.mapped_file(vma.path, lambda: map_files.open_path(pid, vma))
             offset = vma.offset
         elif vma.path.startswith("[anon:"):
             text = vma.path[6:-1]
@@ -180,12 +180,17 @@ class LayoutDump:
                 self._writer.write(Name(name, 0, text))
         return VmaItem(vma.start, vma.end, offset, int(flags), kind, objref, name)
 
-    def mapped_file(self, pid: int, path: str, link: str) -> int:
-        """The objref of a mapped or executed file; `link` leads to the very file, whatever its path names."""
+    def mapped_file(self, path: str, opened: Callable[[], int]) -> int:
+        """The objref of a mapped or executed file. `opened` gives a descriptor of the very file, whatever its path
+        names; it raises OSError where the process has ended, and nothing is defined then."""
         known = self._files.get(path)
         if known is None:
-            status = os.stat(link)  # fails where the process has ended: nothing is defined then
-            build_id = elf.build_id(link)
+            fd = opened()
+            try:
+                status = os.fstat(fd)
+                build_id = elf.build_id(f"/proc/self/fd/{fd}")
+            finally:
+                os.close(fd)
             known, _ = self._objrefs.get(("mapped", path))
             self._files[path] = known
             self._writer.write(MappedFile(known, status.st_mode, status.st_size, status.st_mtime_ns, path, build_id))
@@ -194,10 +199,14 @@ class LayoutDump:
         return known
 
     def _program(self, pid: int) -> int:
-        path = os.readlink(f"/proc/{pid}/exe")
-        shared = self._shared.of_program(pid, path)
-        if shared is None:
-            return self.mapped_file(pid, path, f"/proc/{pid}/exe")
+        fd = os.open(f"/proc/{pid}/exe", os.O_PATH | os.O_CLOEXEC)
+        try:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            shared = self._shared.of_program(fd, path)
+            if shared is None:
+                return self.mapped_file(path, lambda: os.dup(fd))
+        finally:
+            os.close(fd)
         self._shared.describe(shared, self._writer)
         return shared.objref
 
@@ -242,13 +251,6 @@ def _rebacked(old: list[VmaItem], new: list[VmaItem]) -> list[tuple[int, int]]:
                 out.append((max(old[j].start, item.start), min(old[j].end, item.end)))
             j += 1
     return out
-
-
-def backing(item: VmaItem) -> tuple[int, int, int, int]:
-    """What must be equal for a mapping to keep its contents where it is: kind, object, offset of address 0, kind of
-    mapping. The destination keeps by it what it has; the source sends by it what the destination has not."""
-    kind = VmaKind.ANON if item.kind == VmaKind.HEAP else item.kind
-    return kind, item.objref, item.offset - item.start if item.objref else 0, item.flags & _IDENTITY
 
 
 def brk_from_maps(vmas: list[Vma]) -> int:

@@ -25,6 +25,7 @@ from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.image.records_shared import SharedFile, SharedFileKind
+from migrator.linux import map_files
 from migrator.linux.ipc import IpcObject
 from migrator.linux.procfs import Vma
 
@@ -54,9 +55,13 @@ def shm_obstacle(pid: int, vma: Vma, devices: Collection[int]) -> str:
     if path.startswith(_INSIDE):
         return f"memory of the kernel's own ({path.removesuffix(_DELETED)})"
     try:
-        status = os.stat(_link(pid, vma))
+        fd = map_files.open_path(pid, vma)
     except FileNotFoundError:  # it has been unmapped
         return ""
+    try:
+        status = os.fstat(fd)
+    finally:
+        os.close(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_dev == _inside():
         return f"a mapping of {path}"
     if status.st_nlink and status.st_dev not in devices:
@@ -136,7 +141,11 @@ class SharedMemory:
             if _key(vma) not in self.objects:
                 raise CheckpointFailed(f"pid {pid}: mapping {vma.start:#x} is of System V memory of the host")
             return self.objects[_key(vma)]
-        fd = os.open(_link(pid, vma), os.O_RDONLY | os.O_CLOEXEC)
+        known_by_path = map_files.open_path(pid, vma)
+        try:
+            fd = os.open(f"/proc/self/fd/{known_by_path}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(known_by_path)
         status = os.fstat(fd)
         key = status.st_dev, status.st_ino
         found = self.objects.get(key)
@@ -149,17 +158,17 @@ class SharedMemory:
         self._mapped[_key(vma)] = found
         return found
 
-    def of_program(self, pid: int, path: str) -> Object | None:
-        """The object behind the program of a process, if that is a file that the other host has not."""
-        status = os.stat(f"/proc/{pid}/exe")
+    def of_program(self, fd: int, path: str) -> Object | None:
+        """The object behind a program that is open as `fd`, if that is a file that the other host has not."""
+        status = os.fstat(fd)
         if status.st_nlink and status.st_dev not in self.tmpfs.devices:
             return None
         key = status.st_dev, status.st_ino
         if key not in self.objects:
             memfd = path.startswith(_MEMFD)
             name = path.removesuffix(_DELETED)
-            fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)
-            self._object(key, ShmKind.MEMFD if memfd else 0, name[len(_MEMFD) :] if memfd else name, fd)
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            self._object(key, ShmKind.MEMFD if memfd else 0, name[len(_MEMFD) :] if memfd else name, own)
         return self.objects[key]
 
     def of_descriptor(self, key: tuple[int, int], fd: int, name: str, seals: int) -> Object:
@@ -261,8 +270,7 @@ class SharedMemory:
 
 
 def device_key(vma: Vma) -> tuple[int, int]:
-    major, _, minor = vma.device.partition(":")
-    return os.makedev(int(major, 16), int(minor, 16)), vma.inode
+    return map_files.device(vma), vma.inode
 
 
 @functools.cache
@@ -278,10 +286,6 @@ def _inside() -> int:
 def _key(vma: Vma) -> tuple[int, int]:
     """What tells objects of /proc/PID/maps apart; inode numbers of System V segments are their own."""
     return (_SEGMENTS, vma.inode) if vma.path.startswith(SYSV) else device_key(vma)
-
-
-def _link(pid: int, vma: Vma) -> str:
-    return f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
 
 
 def _kind(vma: Vma) -> int:

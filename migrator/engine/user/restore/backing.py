@@ -7,8 +7,8 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from migrator.engine.user.restore.piece import writes_through
 from migrator.engine.user.restore.shm import SharedObjects
+from migrator.engine.user.vma_item import writes_through
 from migrator.errors import RestartFailed
 from migrator.image.records import MappedFile, VmaFlag, VmaItem, VmaKind
 from migrator.linux import elf, openat2

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from migrator.engine.user.dump.mappings import backing
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
 from migrator.engine.user.restore import advice
 from migrator.engine.user.restore.advice import Stretch
-from migrator.engine.user.restore.piece import Piece, writes_through
+from migrator.engine.user.restore.piece import Piece
 from migrator.engine.user.restore.stub import Stub
+from migrator.engine.user.vma_item import backing, writes_through
 from migrator.errors import RestartFailed
 from migrator.image.records import (
     PAGE_SIZE,
