@@ -18,8 +18,9 @@ _SAID_ITS_END = frozenset({4, 5, 9, 11})  # FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOS
 _MASK = 0xFFFFFFFF
 _IPV4, _LOOPBACK, _LOOPBACK6 = 4, 127, bytes(15) + b"\1"  # bytes of an address, the first of it, all of it
 _SENDING, _RECEIVING = 1, 2  # Socket.buf_lock: sizes that the program has set
-ACKNOWLEDGING = frozenset({"rcv_wnd", "rcv_wup"})  # move when what came is acknowledged
-MOVING = ACKNOWLEDGING | frozenset({"state", "rcv_seq", "unsent", "snd_wl1", "snd_wnd", "max_window"})
+# move when what came is acknowledged, or when the other end, which is nobody's, acknowledges
+ACKNOWLEDGING = frozenset({"rcv_wnd", "rcv_wup", "snd_wl1"})
+MOVING = ACKNOWLEDGING | frozenset({"state", "rcv_seq", "unsent", "snd_wnd", "max_window"})
 
 
 def pairs(records: Iterable[Record], states: Container[int]) -> dict[int, int]:

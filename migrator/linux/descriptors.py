@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import os
 import resource
+import socket
 import struct
 from collections.abc import Iterable
 
@@ -30,6 +31,17 @@ FIONREAD = 0x541B
 def reopen(fd: int, flags: int) -> int:
     """A new description of what `fd` is open on, with these flags; O_LARGEFILE is always set."""
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def fetch_socket(pidfd: int, number: int) -> socket.socket:
+    """A duplicate of a socket of another process. Raises OSError if the number is another thing's by now, or nobody's,
+    and holds nothing of it."""
+    fd = sys.pidfd_getfd(pidfd, number)
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:  # which has not closed it
+        os.close(fd)
+        raise
 
 
 def close_all(fds: Iterable[int]) -> None:

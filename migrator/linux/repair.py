@@ -16,7 +16,7 @@ import socket
 import stat
 from collections.abc import Iterable
 
-from migrator.linux.sys import pidfd_getfd
+from migrator.linux import descriptors
 
 TCP_REPAIR, TCP_REPAIR_QUEUE = 19, 20
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
@@ -74,7 +74,7 @@ def revive(pids: Iterable[int]) -> int:
                         if not stat.S_ISSOCK(status.st_mode) or (status.st_dev, status.st_ino) in seen:
                             continue
                         seen.add((status.st_dev, status.st_ino))
-                        with socket.socket(fileno=pidfd_getfd(pidfd, int(entry))) as sock:
+                        with descriptors.fetch_socket(pidfd, int(entry)) as sock:
                             if sock.proto == _TCP:
                                 revived += _revive(sock)
             finally:

@@ -21,7 +21,7 @@ from migrator.errors import CheckpointFailed, ImageError, RestartFailed
 from migrator.image.codec import Record
 from migrator.image.objhash import ObjHash
 from migrator.image.records_files import Descriptor, File, FileKind, FileLock, FileTable, Pipe
-from migrator.linux import cgroup
+from migrator.linux import cgroup, descriptors
 
 pytestmark = pytest.mark.root
 
@@ -274,6 +274,20 @@ def test_an_inotify_instance_that_was_closed_waits_for_nobody(child: Child, tmp_
         assert "(inotify)" in transients.waiting()
         child.run("os.close(other)")
         assert not transients.waiting()
+
+
+def test_what_was_a_socket_a_moment_ago_is_not_held(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is a pipe's by the time that it is fetched: who held that would keep its other end from hanging up."""
+    child.run("ends = os.pipe()")
+    (number, *_) = child.ask("ends")
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: readlink(path).replace("pipe:", "socket:"))
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"non-socket"):
+        descriptors.fetch_socket(child.process.pidfd, number)
+    with Transients([child.process]) as transients:
+        assert not transients.waiting()
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 OWNERS = """

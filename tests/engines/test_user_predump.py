@@ -12,8 +12,10 @@ import pytest
 from pidhosts import HostedWorkload, PidHost, Program, migrate, restore_from_file, save_to_file
 
 from migrator.engine.base import DestinationOptions, SourceOptions
-from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles, collection
+from migrator.engine.user.descriptors import DescriptorRestore, PredumpedFiles, collection, fdinfo
 from migrator.engine.user.descriptors import Holder as Owner
+from migrator.engine.user.descriptors.classify import Root
+from migrator.engine.user.descriptors.survey import look
 from migrator.engine.user.dump.source import UserSource
 from migrator.engine.user.restore.destination import UserDestination
 from migrator.image.codec import HEADER, REGISTRY, Record
@@ -515,6 +517,22 @@ def test_what_stands_in_the_stream_is_not_written_again(tmp_path: Path) -> None:
         later = stream.records[known:]
         files = [rec for rec in later if isinstance(rec, File) and rec.path.startswith(str(tmp_path))]
         assert [(rec.path, rec.pos) for rec in files] == [(str(tmp_path / "state"), 4)]
+
+
+def test_a_number_that_is_another_pipes_by_the_time_its_flags_are_read_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a pipe would seem to have an end more than there are."""
+    (one, other), (third, fourth) = os.pipe(), os.pipe2(os.O_NONBLOCK)
+    ends, read = {one, other, third, fourth}, fdinfo.read
+    pidfd = os.pidfd_open(os.getpid())
+    us = Owner(os.getpid(), os.getpid(), pidfd)
+    root = Root(os.getpid())
+    monkeypatch.setattr(fdinfo, "read", lambda pid, number: read(pid, fourth if number == one else number))
+    assert {item.number for item in look(us, root, []) if item.number in ends} == {other, third, fourth}
+    root.close()
+    for fd in (*ends, pidfd):
+        os.close(fd)
 
 
 def test_files_that_were_opened_since_are_looked_at_again(tmp_path: Path) -> None:

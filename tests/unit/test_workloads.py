@@ -25,6 +25,8 @@ CASES: dict[str, tuple[object, ...]] = {
     "many": ("connections", 20),
     "selfcheckpoint": ("true",),
     "heap.py": (8,),
+    "arena": (7,),
+    "openings": (7,),
     "pipeline.sh": (),
 }
 
@@ -73,6 +75,22 @@ def test_a_damaged_page_is_found(tmp_path: Path) -> None:
                     continue
         with pytest.raises(WorkloadFailed, match="page"):
             memory.wait_for(lambda lines: "ok" in lines)
+
+
+def test_a_page_of_the_arena_that_is_another_is_found(tmp_path: Path) -> None:
+    with Workload("arena", tmp_path) as arena:
+        (tmp_path / "arena.out.private").write_bytes(b"\1" * (64 << 12))
+        with pytest.raises(WorkloadFailed, match="holds"):
+            arena.wait_for(lambda lines: "ok" in lines)
+
+
+def test_an_offset_that_is_another_is_found(tmp_path: Path) -> None:
+    with Workload("openings", tmp_path) as openings:
+        openings.check_alive_and_progressing(ticks=1)
+        for file in range(6):
+            os.truncate(tmp_path / f"openings.out.{file}", 99999)
+        with pytest.raises(WorkloadFailed, match="bytes, not"):
+            openings.wait_for(lambda lines: "ok" in lines)
 
 
 def test_a_damaged_count_is_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from migrator.engine import files, processor, work
 from migrator.engine.base import FileFact, SourceOptions, Survey, Work
-from migrator.linux import ipc, mqueue, procfs, sys
+from migrator.linux import descriptors, ipc, mqueue, procfs
 
 _GONE = (FileNotFoundError, ProcessLookupError)
 _ESTABLISHED, _CLOSE_WAIT = 1, 8
@@ -105,7 +105,7 @@ def _connections(pids: Sequence[int]) -> Iterator[str]:
                 if not link.startswith("socket:") or link in seen:
                     continue
                 seen.add(link)
-                with socket.socket(fileno=sys.pidfd_getfd(pidfd, int(name))) as sock:
+                with descriptors.fetch_socket(pidfd, int(name)) as sock:
                     if sock.proto == socket.IPPROTO_TCP and _connected(sock):
                         found[sock.getsockname()[:2], sock.getpeername()[:2]] = f"pid {pid} fd {name}"
         except OSError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from migrator.engine.user.descriptors import fdinfo, inotify
 from migrator.engine.user.descriptors.classify import Obstacle, Root, classify
 from migrator.engine.user.descriptors.description import Holder
+from migrator.engine.user.descriptors.fdinfo import FdInfo
 from migrator.engine.user.descriptors.files import own_attributes
 from migrator.engine.user.descriptors.found import GONE, Found, MessageQueue, open_elsewhere
 from migrator.engine.user.descriptors.survey_links import epolls_apart, owners_outside
@@ -83,11 +84,21 @@ def look(process: Holder, root: Root, reasons: list[str]) -> Iterator[Found]:
             link = os.readlink(f"/proc/{pid}/fd/{number}")
             status = os.stat(f"/proc/{pid}/fd/{number}")
             info = fdinfo.read(pid, number)
+            if not _is_one(link, status, info):
+                continue  # it was closed meanwhile, and another has its number
             yield Found(process, name, number, link, status, info, classify(link, status, info, root))
         except Obstacle as obstacle:
             reasons.append(f"pid {pid} ({name}) fd {number}: {obstacle}")
         except OSError:
             continue  # it was closed meanwhile
+
+
+def _is_one(link: str, status: os.stat_result, info: FdInfo) -> bool:
+    """Whether all of this was read of the same pipe or socket: the process runs."""
+    kind, brackets, _ = link.partition(":[")
+    if kind not in ("pipe", "socket") or not brackets:
+        return True
+    return link == f"{kind}:[{status.st_ino}]" and info.ino in (0, status.st_ino)  # 0: Linux before 5.14
 
 
 def _outside(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
@@ -137,7 +148,10 @@ def _has_ended(pid: int) -> bool:
 def _pidfds(found: list[Found], processes: Sequence[Holder]) -> Iterator[str]:
     inside = {process.pid for process in processes}
     for item in found:
-        if item.verdict.kind != FileKind.PIDFD or (pid := int(item.info.fields["Pid"])) in {*inside, GONE}:
+        if item.verdict.kind != FileKind.PIDFD:
+            continue
+        pid = int(item.info.fields.get("Pid", GONE))  # there is none if another file has the number by now
+        if pid in {*inside, GONE}:
             continue
         if not _has_ended(pid):  # which is waited for in a moment: the freeze looks again
             yield f"{item}: a pidfd of pid {pid}, which is not in the tree"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from migrator.engine.user.descriptors import fdinfo, sockopts
 from migrator.engine.user.descriptors.description import Holder
-from migrator.linux import sys
+from migrator.linux import descriptors
 
 _PEER = "unix connections will name the same user as their peer (SO_PEERCRED), but not its pid"
 _WATCHING = "what happens to watched files while the tasks are stopped will not be told (inotify)"
@@ -44,7 +44,7 @@ def _of(process: Holder, number: int) -> str:
     """What is to be said of a descriptor, or ""."""
     link = os.readlink(f"/proc/{process.pid}/fd/{number}")
     if link.startswith("socket:"):
-        with socket.socket(fileno=sys.pidfd_getfd(process.pidfd, number)) as sock:
+        with descriptors.fetch_socket(process.pidfd, number) as sock:
             return _PEER if _knows_its_peer(sock) else _ERROR if _has_an_error(sock) else ""
     if link == "anon_inode:inotify":
         return _WATCHING

@@ -11,7 +11,7 @@ from migrator.engine.user.descriptors import addresses, diag, multicast, netlink
 from migrator.engine.user.descriptors.classify import Obstacle, Root
 from migrator.engine.user.descriptors.found import Found, open_elsewhere
 from migrator.engine.user.descriptors.sockets import judge, member_of, outside_of_root, same_name, taken_name
-from migrator.linux import inet_diag, sys
+from migrator.linux import descriptors, inet_diag
 from migrator.linux.namespaces import entered
 
 _HINT = "run it under `migrator run`, so that its address moves with it"
@@ -34,7 +34,7 @@ def survey_sockets(
     signed = _signed(pid)
     for item in once.values():
         try:
-            sock = socket.socket(fileno=sys.pidfd_getfd(item.process.pidfd, item.number))
+            sock = descriptors.fetch_socket(item.process.pidfd, item.number)
         except OSError:
             continue  # it was closed meanwhile
         with sock:

@@ -66,8 +66,8 @@ class Transients:
                 continue
 
     def _look(self, process: Holder, number: int) -> None:
-        fd = sys.pidfd_getfd(process.pidfd, number)
-        sock = socket.socket(fileno=fd)
+        sock = descriptors.fetch_socket(process.pidfd, number)
+        fd = sock.fileno()
         what = f"pid {process.vpid} fd {number}"
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self._listeners[sock.detach()] = what
