@@ -29,6 +29,8 @@ WORKLOADS = [
     ("many", ("pipes", 20)),
     ("many", ("mappings", 200)),
     ("many", ("connections", 10)),
+    ("arena", (1,)),
+    ("openings", (1, 0)),
 ]
 # Those that go on until they are killed.
 ENDLESS = [("ledger.py", ("/tmp/ledger.db",)), ("locker.py", ("/tmp",))]

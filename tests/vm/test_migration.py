@@ -40,6 +40,7 @@ while True:
         ("heap.py", (4,), ""),
         ("threads", (6,), ""),
         ("tree", (4,), ""),
+        ("arena", (1,), ""),
         ("tree", (4,), "user"),
     ],
 )

@@ -1,10 +1,11 @@
 /*
- * openings OUTFILE [SEED]: opens, duplicates, changes and closes descriptors of every kind at random, and knows of each
- * what it is.
+ * openings OUTFILE [SEED [ALL]]: opens, duplicates, changes and closes descriptors of every kind at random, and knows
+ * of each what it is.
  *
  * Files that are written to, renamed and removed, memfds, pipes, sockets of unix(7) and TCP, eventfds; with their
  * offsets, flags, owners and what waits in them. Descriptors share what is open or do not; children inherit all for a
- * while. Whatever is not as it was left is a FAIL.
+ * while. Whatever is not as it was left is a FAIL. ALL 0: without owners of files (F_SETOWN) and connections of TCP,
+ * which may have ended.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -48,6 +49,7 @@ static struct slot {
 static off_t sizes[FILES];
 static ino_t inodes[FILES];
 static uint64_t state;
+static long all;
 
 static unsigned long pick(unsigned long n)
 {
@@ -174,7 +176,7 @@ static void open_some(int slot)
 		join(slot, other, ends[0], ends[1], READS, WRITES);
 		return;
 	default:
-		if (pick(2)) {
+		if (all && pick(2)) {
 			connect_both(slot, other);
 			return;
 		}
@@ -263,6 +265,8 @@ static void change(int slot)
 		TRY(fcntl(fd, F_SETFD, slots[slot].cloexec ? FD_CLOEXEC : 0));
 		return;
 	case 1:
+		if (!all)
+			return;
 		it->is_owned ^= 1;
 		TRY(fcntl(fd, F_SETOWN, it->is_owned ? getpid() : 0));
 		return;
@@ -381,6 +385,7 @@ int main(int argc, char **argv)
 
 	wl_start(argc, argv);
 	state = wl_arg(argc, argv, 2, 1);
+	all = wl_arg(argc, argv, 3, 1);
 	signal(SIGPIPE, SIG_IGN);
 	for (int i = 0; i < FILES; i++) {
 		struct stat made_of;
