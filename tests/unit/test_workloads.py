@@ -27,6 +27,7 @@ CASES: dict[str, tuple[object, ...]] = {
     "heap.py": (8,),
     "arena": (7,),
     "openings": (7,),
+    "selves": (7,),
     "pipeline.sh": (),
 }
 

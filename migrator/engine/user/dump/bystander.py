@@ -35,7 +35,7 @@ class _Bystander:
     def __init__(self, pid: int, own: int) -> None:
         self._pidfd = own
         self.there = procfs.ns_pid(procfs.status(pid))
-        threading.Thread(target=os.waitpid, args=(pid, 0), name="bystander", daemon=True).start()
+        threading.Thread(target=_await, args=(pid,), name="bystander", daemon=True).start()
 
     def has_ended(self) -> bool:
         return pidfd.ends(self._pidfd, 0)
@@ -74,6 +74,11 @@ class Bystanders:
         if known is None:
             known = self._made[ids] = _make(int(state["Tgid"]), *ids)
         return known.there
+
+
+def _await(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # one that waits for all children, as an init does, was faster
+        os.waitpid(pid, 0)
 
 
 def _make(beside: int, uid: int, gid: int) -> _Bystander:
