@@ -71,6 +71,7 @@ _PARTS: dict[type[Record], str] = {  # contents of objects, by what refers to th
     f.FileLock: "file_objref",
     f.FileOwner: "owned_objref",
     f.InotifyWatch: "inotify_objref",
+    f.PtyData: "pty_objref",
 }
 _OUTSIDE = -1  # a session or group that is led from outside of the tree
 _DATA = 1 << 32  # in a page's entry: it has contents, the rest is their checksum
@@ -397,6 +398,16 @@ class _Walk:
         for watch in parts:
             if isinstance(watch, f.InotifyWatch):
                 self.out[f"{way} watch {watch.wd}"] = watch.mask, watch.path
+        waiting: dict[int, list[tuple[int, bytes]]] = {1: [], 2: []}
+        for typed in (p for p in parts if isinstance(p, f.PtyData)):
+            queue = waiting[typed.direction]
+            if queue and not queue[-1][0] and not typed.end:  # however it was cut
+                queue[-1] = 0, queue[-1][1] + typed.data
+            else:
+                queue.append((typed.end, typed.data))
+        for direction, queue in waiting.items():
+            for index, (end, data) in enumerate(queue):
+                self.out[f"{way} waits {direction} {index}"] = end, data
         for owner in [p for p in parts if isinstance(p, f.FileOwner)][-1:]:
             self.out[f"{way} owner"] = owner.uid, owner.gid
         locks = [(p.pid, p.kind, p.start, p.length, p.fd) for p in parts if isinstance(p, f.FileLock)]

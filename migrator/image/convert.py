@@ -44,8 +44,20 @@ def _from_5(record: Record) -> Record:
     return record
 
 
+def _from_6(record: Record) -> Record:
+    """Revision 7 added pseudo-terminals."""
+    return record
+
+
 # What upgrades each record of a revision to the next one. A record keeps its place: their number stays.
-UPGRADES: dict[int, Callable[[Record], Record]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
+UPGRADES: dict[int, Callable[[Record], Record]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+    6: _from_6,
+}
 
 
 class Converter:

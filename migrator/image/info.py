@@ -301,6 +301,8 @@ class ImageSummary:
                 self._named[record.objref] = f"{record.path} (deleted)"
             case f.Pipe() | f.EventFd() | f.TimerFd() | f.SignalFd() | f.Inotify():
                 self._named[record.objref] = f"{type(record).__name__} {record.objref}"
+            case f.Pty():
+                self._named[record.objref] = f"/dev/pts/{record.index}"
             case f.PidFd():
                 self._named[record.objref] = f"pid {record.pid}" if record.pid else "of a process that is gone"
 

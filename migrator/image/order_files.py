@@ -34,6 +34,8 @@ _INODES = {
     int(_Kind.PIDFD): "PidFd",
     int(_Kind.MQUEUE): "MqQueue",
     int(_Kind.INOTIFY): "Inotify",
+    int(_Kind.PTY_MASTER): "Pty",
+    int(_Kind.PTY_SLAVE): "Pty",
 }
 # What it may be instead: a deleted file that is mapped as well.
 _OTHERS = {int(_Kind.DELETED): ("SharedFile",)}
@@ -42,7 +44,11 @@ _NAMES = {int(kind): kind.name for kind in _Kind}
 _RESENT = tuple(
     map(int, (_Kind.REGULAR, _Kind.DIRECTORY, _Kind.PATH, _Kind.DEVICE))
 )  # have no state but offset and flags
-_BY_PATH = (*_RESENT, int(_Kind.FIFO))
+_BY_PATH = (*_RESENT, *map(int, (_Kind.FIFO, _Kind.PTY_MASTER, _Kind.PTY_SLAVE)))
+_PTY_FLAGS = sum(f.PtyFlag)
+_TIOCPKT = 0x7F  # TIOCPKT_FLUSHREAD to TIOCPKT_IOCTL
+_MAX_PTY = 1 << 20  # NR_UNIX98_PTY_MAX
+_TERMIOS2 = 44
 
 
 class FilesOrder:
@@ -61,6 +67,9 @@ class FilesOrder:
         self._opened: dict[int, int] = {}  # of Files: hash of kind and path, which stay when it comes again
         self._kinds: dict[int, int] = {}  # of Files, by objref
         self._watches: dict[int, int] = {}  # of Inotifys: the last wd
+        self._ptys: dict[int, int] = {}  # of Ptys: flags
+        self._masters: set[int] = set()  # Ptys whose PTY_MASTER came
+        self._typed: set[int] = set()  # Ptys whose line that is being typed came
         self._connections: set[int] = set()  # Sockets whose SocketTcp came
         self.checks: dict[type[Record], Callable[[Any], None]] = {
             f.FileTable: self._table,
@@ -72,6 +81,8 @@ class FilesOrder:
             f.FileData: self._file_data,
             f.PidFd: self._pidfd,
             f.InotifyWatch: self._watch,
+            f.Pty: self._pty,
+            f.PtyData: self._pty_data,
             f.FileLock: self._lock,
             f.FileOwner: self._owner,
             f.Socket: self._socket,
@@ -108,6 +119,8 @@ class FilesOrder:
         if file.objref in self._opened and kind not in _RESENT:
             self._fail(f"a file of kind {_NAMES[kind]} comes twice")
         self._opened[file.objref], self._kinds[file.objref] = opened, kind
+        if kind in (_Kind.PTY_MASTER, _Kind.PTY_SLAVE):
+            self._end_of_pty(file)
         if file.lock > 2:
             self._fail(f"unknown lock {file.lock}")
         if file.owner_type > _LAST_OWNER or not 0 <= file.owner_signal <= NSIG:
@@ -153,6 +166,49 @@ class FilesOrder:
             self._fail(f"unknown mask {watch.mask:#x}")
         if not watch.path.startswith("/"):
             self._fail(f"path {watch.path!r} is not absolute")
+
+    def _pty(self, pty: f.Pty) -> None:
+        if pty.index >= _MAX_PTY or pty.flags & ~_PTY_FLAGS or pty.status & ~_TIOCPKT or pty.mode & ~0o7777:
+            self._fail(f"terminal {pty.index}: flags {pty.flags:#x}, status {pty.status:#x}, mode {pty.mode:o}")
+        if not 0 <= pty.session <= MAX_PID or not 0 <= pty.foreground <= MAX_PID:
+            self._fail(f"terminal {pty.index}: session {pty.session}, group {pty.foreground}")
+        hung_up = bool(pty.flags & f.PtyFlag.HUNG_UP)
+        if (pty.foreground and not pty.session) or (hung_up and pty.session):
+            self._fail(f"terminal {pty.index} of session {pty.session} has group {pty.foreground} in the foreground")
+        if hung_up and pty.flags & f.PtyFlag.SLAVE_CLOSED:
+            self._fail(f"terminal {pty.index}: both ends are closed")
+        if pty.status and not pty.flags & f.PtyFlag.PACKET:
+            self._fail(f"terminal {pty.index}: status {pty.status:#x} without packet mode")
+        if len(pty.termios) != _TERMIOS2 and not (hung_up and not pty.termios):
+            self._fail(f"terminal {pty.index}: {len(pty.termios)} bytes of termios instead of {_TERMIOS2}")
+        if pty.session:
+            self._in_tree(pty.session)
+        self._ptys[pty.objref] = pty.flags
+
+    def _pty_data(self, data: f.PtyData) -> None:
+        self._references.use(data.pty_objref, "Pty", "what waits in a terminal")
+        if not 1 <= data.direction <= 2 or data.end > max(f.PtyEnd) or (data.end and data.direction == 2):
+            self._fail(f"direction {data.direction}, end {data.end}")
+        if self._ptys[data.pty_objref] & f.PtyFlag.HUNG_UP:
+            self._fail("waits in a terminal that was hung up")
+        if not data.data and data.end != f.PtyEnd.EOF:
+            self._fail("nothing waits")
+        if len(data.data) > f.MAX_CHUNK:
+            self._fail(f"{len(data.data)} bytes in one piece")
+        if data.direction == 1 and data.end and data.pty_objref in self._typed:
+            self._fail("a line behind the one that is being typed")
+        if data.direction == 1 and not data.end:
+            self._typed.add(data.pty_objref)
+
+    def _end_of_pty(self, file: f.File) -> None:
+        flags = self._ptys[file.inode_objref]
+        if file.kind == _Kind.PTY_SLAVE:
+            if flags & f.PtyFlag.SLAVE_CLOSED:
+                self._fail("a slave that is closed")
+            return
+        if flags & f.PtyFlag.HUNG_UP or file.inode_objref in self._masters:
+            self._fail("a master that is closed, or another one has it")
+        self._masters.add(file.inode_objref)
 
     def _owner(self, owner: f.FileOwner) -> None:
         self._references.use(owner.owned_objref, "File", "an owner", "MappedFile")

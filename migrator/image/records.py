@@ -27,7 +27,7 @@ from migrator.image.codec import (
 
 MAGIC = 0x4D49475241544F52  # "MIGRATOR" read as a big-endian number
 TRAILER_MAGIC = 0x524F544152474944  # a different one, so that a header never passes for a trailer
-REV = 6
+REV = 7
 PAGE_SIZE = 4096
 
 

@@ -2,11 +2,11 @@
 
 Three layers, each saved once and ahead of what refers to it:
 
-    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Inotify, Socket (and Shm, MqQueue)
+    inode objects       Pipe, EventFd, TimerFd, SignalFd, DeletedFile, PidFd, Inotify, Pty, Socket (and Shm, MqQueue)
     File                an open file description: offset and flags, on a path or on an inode object
     FileTable           the descriptors of one or more processes: numbers of Files
 
-The contents of an inode object follow it in records of their own (PipeBuffer, FileData, SocketBuffer,
+The contents of an inode object follow it in records of their own (PipeBuffer, FileData, PtyData, SocketBuffer,
 SocketTcp), before the first File. EpollItems and FileLocks follow all Files.
 
 Flags, modes and addresses are those of Linux on the architecture of the image: `flags` as fcntl(F_GETFL)
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import enum
 
-from migrator.image.codec import Record, Struct, fixed, record, s32, s64, u32, u64
+from migrator.image.codec import Record, Struct, fixed, record, s32, s64, u16, u32, u64
 
-MAX_CHUNK = 1 << 20  # bytes of contents in one PipeBuffer, FileData or SocketBuffer, at most
+MAX_CHUNK = 1 << 20  # bytes of contents in one PipeBuffer, FileData, PtyData or SocketBuffer, at most
 
 
 @fixed
@@ -58,6 +58,8 @@ class FileKind(enum.IntEnum):
     PIDFD = 14  # a PidFd
     MQUEUE = 15  # a MqQueue
     INOTIFY = 16  # an Inotify
+    PTY_MASTER = 17  # path, and a Pty
+    PTY_SLAVE = 18  # path (/dev/tty as well), and a Pty
 
 
 class OwnerType(enum.IntEnum):
@@ -227,6 +229,52 @@ class InotifyWatch(Record):
     mask: u32  # events, IN_EXCL_UNLINK and IN_ONESHOT
     reserved: u32
     path: str  # from the root of the root task; where it leads to is watched itself
+
+
+class PtyFlag(enum.IntFlag):
+    LOCKED = 1  # TIOCSPTLCK: the slave cannot be opened
+    PACKET = 2  # TIOCPKT
+    SLAVE_EXCLUSIVE = 4  # TIOCEXCL
+    MASTER_EXCLUSIVE = 8
+    STOPPED = 16  # output is stopped: TCOOFF, ^S
+    SLAVE_CLOSED = 32  # the slave was opened, and is no more: EIO at the master
+    HUNG_UP = 64  # the master is closed: the slave is hung up, no PTY_MASTER refers to it
+
+
+@record(320)
+class Pty(Record):
+    """A pair of pseudo-terminals. It comes ahead of the Files that refer to it."""
+
+    objref: s32
+    index: u32  # of /dev/pts/N: the copy must have the same one
+    flags: u32  # enum PtyFlag
+    status: u32  # what packet mode has still to tell the master (TIOCPKT_*)
+    session: s32  # pid of the leader of the session that it is the terminal of, or 0
+    foreground: s32  # process group in the foreground, or 0
+    uid: u32  # owner of /dev/pts/N
+    gid: u32
+    mode: u32  # its permission bits
+    rows: u16  # struct winsize
+    columns: u16
+    width: u16
+    height: u16
+    termios: bytes  # struct termios2, as TCGETS2 gives it
+
+
+class PtyEnd(enum.IntEnum):
+    NONE = 0  # raw input, output, or a line that is being typed
+    LINE = 1  # a line, which ends with the last byte of data
+    EOF = 2  # a line that was ended by the character EOF, which is not in data
+
+
+@record(321)
+class PtyData(Record):
+    """What waits in a Pty, in the order in which it is read. A line that is being typed comes last."""
+
+    pty_objref: s32
+    direction: u32  # 1: input, which the slave reads; 2: output, which the master reads
+    end: u32  # enum PtyEnd
+    data: bytes
 
 
 class SocketState(enum.IntEnum):

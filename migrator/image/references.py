@@ -37,6 +37,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "queue_objref": ("MqQueue",),
     "owned_objref": ("File", "MappedFile"),
     "inotify_objref": ("Inotify",),
+    "pty_objref": ("Pty",),
 }
 
 # Two ends that refer to each other: one of them is used before it is defined. Checked at the trailer.

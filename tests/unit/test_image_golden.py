@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_samples import body, closed, drafted, full, guarded, latest, queued, stream
+from image_samples import body, closed, drafted, full, guarded, latest, owned, queued, stream
 
 from migrator.image import records as r
 from migrator.image.codec import REGISTRY, Record
@@ -25,6 +25,7 @@ DIGESTS = {
     "rev4.img": "18449167b9e2714eddf0fbc1d9496580c8d2a920e4362f17160578a7c4fe6a69",
     "rev5.img": "8f345dfa0d04a60c234c6dc3be6c9ea435d96d499bf830aaeb747f2f5eac3e54",
     "rev6.img": "08c2a3bedc13c0bde49d0b8450cd64a42b0457439be9f073c17c24e74a6e134d",
+    "rev7.img": "fca01b011f33f5bc3e31b32562b7d9a6a89de026dc597601d80963635fdd6361",
 }
 
 
@@ -41,7 +42,8 @@ def test_the_golden_images_are_the_files_that_were_released() -> None:
         ("rev3.img", full),
         ("rev4.img", guarded),
         ("rev5.img", queued),
-        ("rev6.img", latest),
+        ("rev6.img", owned),
+        ("rev7.img", latest),
     ],
 )
 def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], list[Record]]) -> None:
@@ -54,9 +56,9 @@ def test_a_revision_decodes_to_the_same_for_ever(name: str, made: Callable[[], l
     assert records == closed(made())
 
 
-def test_revision_6_is_what_we_write() -> None:
-    assert r.REV == 6
-    assert stream(closed(latest())) == (GOLDEN / "rev6.img").read_bytes()
+def test_revision_7_is_what_we_write() -> None:
+    assert r.REV == 7
+    assert stream(closed(latest())) == (GOLDEN / "rev7.img").read_bytes()
 
 
 def test_the_golden_image_has_every_kind_of_record() -> None:

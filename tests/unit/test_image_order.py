@@ -133,7 +133,7 @@ THREAD, ZOMBIE = r.TaskFlag.THREAD, r.TaskFlag.ZOMBIE
 VIOLATIONS: list[tuple[str, Callable[[Stream], None], str]] = [
     ("no header", drop(r.Header), "record 1 .* begins with a header"),
     ("another magic", put(r.Header, magic=1), "this is no image"),
-    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 7 is not known"),
+    ("a newer revision", put(r.Header, rev=r.REV + 1), "revision 8 is not known"),
     ("revision 0", put(r.Header, rev=0), "revision 0 is not known"),
     ("another architecture", put(r.Header, arch_id=r.Arch.AARCH64), "architecture 5 is not x86-64"),
     ("other pages", put(r.Header, page_shift=16), r"pages of 2\^16 bytes"),
@@ -471,4 +471,46 @@ def test_a_watch_that_cannot_be_is_refused(changed: dict[str, object], message: 
     at = next(at for at, record in enumerate(stream) if isinstance(record, f.InotifyWatch))
     stream[at] = replace(stream[at], **changed)  # type: ignore[type-var]
     with pytest.raises(ImageError, match=message):
+        run(stream)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        (f.Pty, {"index": 1 << 20}, "terminal 1048576"),
+        (f.Pty, {"flags": 128}, "flags 0x80"),
+        (f.Pty, {"status": 0x80}, "status 0x80"),
+        (f.Pty, {"flags": 0}, "status 0x4 without packet mode"),
+        (f.Pty, {"mode": 0o10000}, "mode 10000"),
+        (f.Pty, {"session": -1}, "session -1"),
+        (f.Pty, {"session": 0}, "terminal 3 of session 0 has group 2"),
+        (f.Pty, {"session": 77}, "pid 77 is not in the tree"),
+        (f.Pty, {"flags": 64, "status": 0}, "terminal 3 of session 1"),
+        (f.Pty, {"flags": 96, "status": 0, "session": 0, "foreground": 0}, "both ends are closed"),
+        (f.Pty, {"flags": 64, "status": 0, "session": 0, "foreground": 0}, "was hung up"),
+        (f.Pty, {"flags": 34}, "a slave that is closed"),
+        (f.Pty, {"termios": bytes(43)}, "43 bytes of termios"),
+        (f.PtyData, {"direction": 0}, "direction 0"),
+        (f.PtyData, {"direction": 3}, "direction 3"),
+        (f.PtyData, {"end": 3}, "end 3"),
+        (f.PtyData, {"direction": 2}, "direction 2, end 1"),
+        (f.PtyData, {"data": b""}, "nothing waits"),
+        (f.PtyData, {"data": bytes(2 << 20)}, "2097152 bytes in one piece"),
+        (f.PtyData, {"end": 0}, "a line behind the one that is being typed"),
+        (f.PtyData, {"pty_objref": 61}, "is a MqQueue, not a Pty"),
+    ],
+)
+def test_a_terminal_that_cannot_be_is_refused(kind: type[Record], changed: dict[str, object], message: str) -> None:
+    stream = closed(latest())
+    at = next(at for at, record in enumerate(stream) if isinstance(record, kind))
+    stream[at] = replace(stream[at], **changed)
+    with pytest.raises(ImageError, match=message):
+        run(stream)
+
+
+def test_a_terminal_has_one_master() -> None:
+    stream = closed(latest())
+    at = next(i for i, rec in enumerate(stream) if isinstance(rec, f.File) and rec.kind == f.FileKind.PTY_SLAVE)
+    stream[at] = replace(stream[at], kind=int(f.FileKind.PTY_MASTER))
+    with pytest.raises(ImageError, match="another one has it"):
         run(stream)

@@ -15,7 +15,7 @@
 
 #include <linux/types.h>
 
-#define CKPT_REV		6
+#define CKPT_REV		7
 #define CKPT_MAX_RECORD		(32 << 20)
 #define CKPT_MAGIC_HEADER	0x4d49475241544f52ULL
 #define CKPT_MAGIC_TRAILER	0x524f544152474944ULL
@@ -54,6 +54,8 @@ enum ckpt_hdr_type {
 	CKPT_HDR_INOTIFY = 317,
 	CKPT_HDR_INOTIFY_WATCH = 318,
 	CKPT_HDR_FILE_OWNER = 319,
+	CKPT_HDR_PTY = 320,
+	CKPT_HDR_PTY_DATA = 321,
 	CKPT_HDR_MM = 401,
 	CKPT_HDR_VMAS = 402,
 	CKPT_HDR_PAGES = 403,
@@ -532,6 +534,8 @@ enum ckpt_file_kind {
 	CKPT_FILE_KIND_PIDFD = 14, /* a PidFd */
 	CKPT_FILE_KIND_MQUEUE = 15, /* a MqQueue */
 	CKPT_FILE_KIND_INOTIFY = 16, /* an Inotify */
+	CKPT_FILE_KIND_PTY_MASTER = 17, /* path, and a Pty */
+	CKPT_FILE_KIND_PTY_SLAVE = 18, /* path (/dev/tty as well), and a Pty */
 };
 
 enum ckpt_owner_type {
@@ -968,6 +972,57 @@ struct ckpt_hdr_file_owner {
 	__u32 reserved;
 	__u32 uid;
 	__u32 gid;
+} __attribute__((aligned(8)));
+
+enum ckpt_pty_flag {
+	CKPT_PTY_FLAG_LOCKED = 0x1, /* TIOCSPTLCK: the slave cannot be opened */
+	CKPT_PTY_FLAG_PACKET = 0x2, /* TIOCPKT */
+	CKPT_PTY_FLAG_SLAVE_EXCLUSIVE = 0x4, /* TIOCEXCL */
+	CKPT_PTY_FLAG_MASTER_EXCLUSIVE = 0x8,
+	CKPT_PTY_FLAG_STOPPED = 0x10, /* output is stopped: TCOOFF, ^S */
+	/* the slave was opened, and is no more: EIO at the master */
+	CKPT_PTY_FLAG_SLAVE_CLOSED = 0x20,
+	/* the master is closed: the slave is hung up, no PTY_MASTER refers to it */
+	CKPT_PTY_FLAG_HUNG_UP = 0x40,
+};
+
+enum ckpt_pty_end {
+	CKPT_PTY_END_NONE = 0, /* raw input, output, or a line that is being typed */
+	CKPT_PTY_END_LINE = 1, /* a line, which ends with the last byte of data */
+	CKPT_PTY_END_EOF = 2, /* a line that was ended by the character EOF, which is not in data */
+};
+
+/*
+ * A pair of pseudo-terminals. It comes ahead of the Files that refer to it.
+ */
+struct ckpt_hdr_pty {
+	struct ckpt_hdr h;
+	__s32 objref;
+	__u32 index; /* of /dev/pts/N: the copy must have the same one */
+	__u32 flags; /* enum PtyFlag */
+	__u32 status; /* what packet mode has still to tell the master (TIOCPKT_*) */
+	__s32 session; /* pid of the leader of the session that it is the terminal of, or 0 */
+	__s32 foreground; /* process group in the foreground, or 0 */
+	__u32 uid; /* owner of /dev/pts/N */
+	__u32 gid;
+	__u32 mode; /* its permission bits */
+	__u16 rows; /* struct winsize */
+	__u16 columns;
+	__u16 width;
+	__u16 height;
+	__u32 termios_len;
+} __attribute__((aligned(8)));
+
+/*
+ * What waits in a Pty, in the order in which it is read. A line that is being
+ * typed comes last.
+ */
+struct ckpt_hdr_pty_data {
+	struct ckpt_hdr h;
+	__s32 pty_objref;
+	__u32 direction; /* 1: input, which the slave reads; 2: output, which the master reads */
+	__u32 end; /* enum PtyEnd */
+	__u32 data_len;
 } __attribute__((aligned(8)));
 
 #endif /* _UAPI_LINUX_CHECKPOINT_HDR_H */
