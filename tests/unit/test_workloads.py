@@ -23,12 +23,14 @@ CASES: dict[str, tuple[object, ...]] = {
     "fp": (),
     "creds": (),
     "many": ("connections", 20),
+    "terminals": (),
     "selfcheckpoint": ("true",),
     "heap.py": (8,),
     "arena": (7,),
     "openings": (7,),
     "selves": (7,),
     "pipeline.sh": (),
+    "shell.py": (),
 }
 
 

@@ -25,6 +25,7 @@ TOOLS = image.ROOT / "build" / "guest"
 HEADER_X86 = 2
 OPEN = re.compile(rb"/tmp/[a-z]+-[0-9]+\.out[a-z.0-9]*")
 SEEDS = (("counter", ()), ("memory", (1, 1, "all")), ("threads", (4,)), ("signals", ()), ("fds", ()))
+KERNEL_SEEDS = (*SEEDS, ("terminals", ()))
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def fuzz(lab: Lab, seconds: int, seed: int) -> str:
 def kernel_images(guest: Machine) -> dict[str, bytes]:
     """Images of real programs by their paths, by checkpoint()."""
     images = {}
-    for name, arguments in SEEDS:
+    for name, arguments in KERNEL_SEEDS:
         with Program(guest, name, *arguments) as program:
             path = f"/tmp/kernel-{name}.image"
             save(guest, program.pid, path)

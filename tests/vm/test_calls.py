@@ -32,6 +32,7 @@ WORKLOADS = [
     ("arena", (1,)),
     ("openings", (1, 0)),
 ]
+TERMINALS = [("terminals", ()), ("shell.py", ())]
 # Those that go on until they are killed.
 ENDLESS = [("ledger.py", ("/tmp/ledger.db",)), ("locker.py", ("/tmp",))]
 
@@ -100,7 +101,9 @@ def held_network(guest: Machine, port: int) -> Iterator[None]:
         guest.run("nft delete table inet held")
 
 
-@pytest.mark.parametrize(("name", "arguments"), WORKLOADS, ids=[name for name, _ in WORKLOADS])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [*WORKLOADS, *TERMINALS], ids=[name for name, _ in [*WORKLOADS, *TERMINALS]]
+)
 def test_a_workload_goes_on_from_its_image(guest: Machine, name: str, arguments: tuple[object, ...]) -> None:
     with Program(guest, name, *arguments) as program:
         program.check_progress()

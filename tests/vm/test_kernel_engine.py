@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from migrator.testing.workloads import SOURCES
 from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program
 
@@ -54,6 +55,16 @@ ends[0].close(), ends[1].close(), listener.close(), file.close(), os.unlink("/tm
 while True:
     print("closed", file=out)
     time.sleep(0.05)
+"""
+# Has a terminal, in which a program runs.
+TERMINAL = """
+import os, pty, time
+pid, master = pty.fork()
+if not pid:
+    os.execv("/bin/sleep", ["sleep", "1000"])
+time.sleep(0.5)
+open("/tmp/terminal.pid", "w").write(str(pid))
+time.sleep(1000)
 """
 # The user engine sends it ahead, as for a reader of its own, and saves it when all that is closed.
 SAVES = """
@@ -158,6 +169,35 @@ def test_system_v_objects_of_a_container_go_along_and_a_wait_for_one_goes_on(gue
     lines = guest.run("cat /tmp/sysv.out").stdout.splitlines()
     assert sorted(lines) == sorted(["ready", "semop 1 0", "semop -1 0", "8 b'message' b'segment'"])
     guest.run("migrator stop sysv; rm /tmp/go-on", seconds=LONG)
+
+
+def test_a_shell_in_a_terminal_of_a_container_goes_on(guest: Machine) -> None:
+    ticks = "grep -c tick /tmp/shell.out"
+    guest.run(f"migrator run -d --name shell -- $PYTHON {SOURCES}/shell.py /tmp/shell.out", seconds=LONG)
+    guest.run(f"until [ $({ticks}) -gt 3 ]; do sleep 0.05; done", seconds=LONG)
+    for _ in range(2):
+        guest.run("migrator checkpoint shell --engine kernel --kill -o /tmp/image", seconds=LONG)
+        before = int(guest.run(ticks).stdout)
+        guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+        guest.run(f"until [ $({ticks}) -gt {before + 3} ]; do sleep 0.05; done", seconds=LONG)
+    assert "FAIL" not in guest.run("cat /tmp/shell.out").stdout
+    guest.run("migrator stop shell", seconds=LONG)
+
+
+def test_a_program_in_a_terminal_of_the_outside_is_refused(guest: Machine) -> None:
+    guest.put("/tmp/terminal.py", TERMINAL.encode())
+    terminal = guest.spawn("$PYTHON /tmp/terminal.py < /dev/null")
+    guest.run("until [ -s /tmp/terminal.pid ]; do sleep 0.05; done")
+    pid = int(guest.run("cat /tmp/terminal.pid").stdout)
+    with pytest.raises(
+        CommandFailed, match=rf"task {pid}, descriptor 0: the terminal /dev/pts/\d+ has its master outside"
+    ):
+        guest.run(f"migrator checkpoint {pid} --engine kernel --kill -o /tmp/image", seconds=LONG)
+    # With whoever has the master it goes along.
+    guest.run(f"migrator checkpoint {terminal} --engine kernel --kill -o /tmp/image", seconds=LONG)
+    guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+    assert guest.run(f"cat /proc/{pid}/comm").stdout == "sleep\n"
+    guest.run(f"kill -KILL {terminal}; while [ -e /proc/{pid} ]; do sleep 0.1; done", seconds=LONG)  # hung up
 
 
 def test_what_a_container_shares_with_the_outside_is_refused(guest: Machine) -> None:
