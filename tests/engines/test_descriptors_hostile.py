@@ -206,3 +206,12 @@ def test_a_socket_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
     restore.close()
     assert (tmp_path / "precious").read_text() == "data"
     assert os.listdir(tmp_path) == ["precious"]
+
+
+def test_a_terminal_of_the_other_engine_is_refused_by_name() -> None:
+    terminal = r.Pty(1, 5, 0, 0, 0, 0, 0, 5, 0o620, 24, 80, 0, 0, bytes(44))
+    restore = DescriptorRestore(Surroundings())
+    with pytest.raises(RestartFailed, match=r"a terminal .*pts/5.*does not carry") as refused:
+        restore.record(terminal)
+    assert "--engine kernel" in refused.value.hint
+    restore.close()

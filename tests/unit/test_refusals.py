@@ -103,6 +103,9 @@ OF_RESTART = {
     "private_root: \0 is no socket here, but a unix socket was bound to it": "later: somebody there made something",
     "restore: pid \0 fd \0: pid \0 cannot be made its owner": "survey: its owner for signals (F_SETOWN) is pid ",
     "restore: \0: \0": "host: a call",
+    "restore: the image has a terminal (/dev/pts/\0), which this engine does not carry": (
+        "later: the kernel engine has saved it, for a host that has only the other one"
+    ),
     "unix_restore: the unix socket \0 cannot be bound: \0": "preflight: is missing",
     "unix_restore: socket \0 does not take what was on its way to it": "host: a call",
     "backing: \0 is no regular file on this host": "preflight: has mode ",
@@ -121,7 +124,10 @@ OF_RESTART = {
     "destination: the vdso of this kernel differs from the one that the tasks were saved under": "preflight: (vdso)",
     "late_locks: locks cannot be taken in the copy: \0": "later: somebody else has them by now",
     "mappings: pid \0: contents for memory that is not mapped (\0 bytes)": "image: Vmas come first",
-    "mappings: pid \0: writing memory at \0: \0 of \0 bytes": "preflight: memory of ",
+    "mappings: pid \0: writing memory at \0: \0": "preflight: memory of ",
+    "mappings: pid \0: there are contents for \0, which lies beyond the end of the file that is mapped there": (
+        "preflight: is another file"
+    ),
     "process_tree: pid \0 was cloned and cannot be found": "host: it was killed",
     "process_tree: the root task ended before the freeze": "later: it ends when it likes",
     "process_tree: pid \0 has ended, and its parent \0 is not in the tree": "image: such zombies are left out",

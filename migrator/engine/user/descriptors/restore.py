@@ -119,6 +119,7 @@ class DescriptorRestore:
             r.Socket: self._socket,
             r.SocketBuffer: self._sockets.buffer,
             r.SocketTcp: self._sockets.tcp,
+            r.Pty: self._pty,
         }
 
     def record(self, rec: Record) -> None:
@@ -257,6 +258,12 @@ class DescriptorRestore:
             inotify.forget_events(fd)
 
     # ------------------------------------------------------------------ records
+
+    def _pty(self, rec: r.Pty) -> None:
+        raise RestartFailed(
+            f"the image has a terminal (/dev/pts/{rec.index}), which this engine does not carry",
+            hint="the engine that has saved it does: --engine kernel",
+        )
 
     def _pipe(self, rec: r.Pipe) -> None:
         self._new(self._pipes, rec.objref)
