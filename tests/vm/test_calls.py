@@ -31,6 +31,7 @@ WORKLOADS = [
     ("many", ("connections", 10)),
     ("arena", (1,)),
     ("openings", (1, 0)),
+    ("selves", (1,)),
 ]
 TERMINALS = [("terminals", ()), ("shell.py", ())]
 # Those that go on until they are killed.
