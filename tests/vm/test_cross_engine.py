@@ -58,6 +58,18 @@ def test_a_workload_goes_from_engine_to_engine(guest: Machine, name: str, argume
             assert numbers(lines) == list(range(1, len(numbers(lines)) + 1)), "no step is lost or made twice"
 
 
+def test_terminals_are_restarted_by_the_kernel_engine_alone(guest: Machine) -> None:
+    with Program(guest, "terminals") as program:
+        program.check_progress()
+        guest.run(f"migrator checkpoint {program.pid} --engine kernel --kill -o /tmp/image", seconds=LONG)
+        program.await_end()
+        with pytest.raises(CommandFailed, match=r"exit status 5[^$]*has a terminal \(/dev/pts/\d+\)"):
+            guest.run("migrator restart --engine user --detach -i /tmp/image", seconds=LONG)
+        guest.run("migrator restart --engine kernel --detach -i /tmp/image", seconds=LONG)
+        program.check_progress()
+        program.finish()
+
+
 def test_redis_goes_from_engine_to_engine_with_its_client_connected(guest: Machine) -> None:
     guest.run("ip link add br0 type bridge && ip addr add 10.77.0.1/24 dev br0 && ip link set br0 up")
     guest.run(
