@@ -45,9 +45,10 @@ while True:
     time.sleep(0.1)
 """
 
+LONG = 240.0  # seconds that a command may take where guests share a processor with much else
+TREE = "tree() {{ echo $1; for child in $(cat /proc/$1/task/*/children 2> /dev/null); do tree $child; done; }}\n"
 # The tasks of a tree in a cgroup of their own, frozen; then saved. Whoever is born meanwhile is born in it.
 SAVE = """
-tree() {{ echo $1; for child in $(cat /proc/$1/task/*/children 2> /dev/null); do tree $child; done; }}
 group=/sys/fs/cgroup/saved-{pid}
 mkdir -p $group
 for pass in 1 2; do for pid in $(tree {pid}); do echo $pid > $group/cgroup.procs; done 2> /dev/null; done
@@ -56,11 +57,14 @@ until grep -q 'frozen 1' $group/cgroup.events; do sleep 0.02; done
 ckpt {pid} > {image} || {{ tail -c 300 {image} | strings | tail -n 1 >&2; exit 1; }}
 """
 THAW = "echo 0 > /sys/fs/cgroup/saved-{pid}/cgroup.freeze"
+# Their pids are free again then.
 KILL = """
 group=/sys/fs/cgroup/saved-{pid}
+pids=$(tree {pid})
 echo 1 > $group/cgroup.kill
 until grep -q 'populated 0' $group/cgroup.events; do sleep 0.02; done
 rmdir $group
+for pid in $pids; do for i in {{1..600}}; do [ -e /proc/$pid ] || continue 2; sleep 0.1; done; exit 1; done
 """
 
 
@@ -69,7 +73,7 @@ def save(guest: Machine, pid: int, image: str = "/tmp/image") -> None:
     does it all the time."""
     for attempt in range(5):
         try:
-            guest.run(SAVE.format(pid=pid, image=image))
+            guest.run((TREE + SAVE).format(pid=pid, image=image))
             return
         except CommandFailed as error:
             if attempt == 4 or "a TCP connection" not in str(error):
@@ -79,7 +83,7 @@ def save(guest: Machine, pid: int, image: str = "/tmp/image") -> None:
 
 
 def kill(guest: Machine, pid: int) -> None:
-    guest.run(KILL.format(pid=pid) + f"for i in {{1..600}}; do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; exit 1")
+    guest.run((TREE + KILL).format(pid=pid), seconds=LONG)
 
 
 def mute(guest: Machine, pid: int) -> int:

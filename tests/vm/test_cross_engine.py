@@ -14,9 +14,8 @@ import pytest
 
 from tests.vm.machine import CommandFailed, Machine
 from tests.vm.program import Program, numbers
-from tests.vm.test_calls import ENDLESS, WORKLOADS
+from tests.vm.test_calls import ENDLESS, LONG, WORKLOADS
 
-LONG = 240.0  # seconds that a command may take where guests share a processor with much else
 BOTH_WAYS = (("kernel", "user"), ("user", "kernel"))
 ALL = [*WORKLOADS, *ENDLESS]
 
