@@ -8,10 +8,12 @@ a fresh container and one that is being restored around a process 1 that cannot 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
+_NR_STATX, _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_NO_AUTOMOUNT = 332, -100, 0x100, 0x800
+_MNT_ID_UNIQUE, _MNT_ID_AT = 0x4000, 0x90  # of struct statx (linux/stat.h)
 _RESTRICTIONS = frozenset({"ro", "nosuid", "nodev", "noexec"})
 
 SHM = Tmpfs("/dev/shm", "mode=1777")
@@ -137,6 +141,23 @@ def mounts(pid: int | str = "self") -> list[Mount]:
         return found
 
 
+def mount_number(path: str) -> int:
+    """The number of the mount that a path leads to, which is larger than those of all mounts made before (statx(2),
+    STATX_MNT_ID_UNIQUE); 0 where the kernel does not tell, or if there is no such path."""
+    answer = ctypes.create_string_buffer(256)  # struct statx
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
+    try:
+        sys.call(
+            _NR_STATX, _AT_FDCWD, ctypes.addressof(name), flags, _MNT_ID_UNIQUE, ctypes.addressof(answer),
+            name="statx", about=path,
+        )  # fmt: skip
+    except OSError:
+        return 0
+    (mask,) = struct.unpack_from("<I", answer)
+    return int(struct.unpack_from("<Q", answer, _MNT_ID_AT)[0]) if mask & _MNT_ID_UNIQUE else 0
+
+
 def below(root: str, pid: int | str = "self") -> tuple[tuple[str, str], ...]:
     """(path, device) of the mounts that a process sees below the directory `root` ("" for all), by their path there."""
     return tuple((m.path, m.device) for m in _below(root, pid))
@@ -167,11 +188,17 @@ def own(container: Container) -> list[Mount]:
 
 def narrowed(container: Container) -> Iterator[str]:
     """What a container has done to mounts that it had of the host, which the host still has: it was unmounted, or is
-    under a restriction. Where it goes it would have them as that host has them."""
+    under a restriction. Where it goes it would have them as that host has them.
+
+    What the host has mounted anew since, as for a user who logs in again, the container never had: of the old one it
+    has nothing as soon as the directory was removed. Linux before 6.8 does not tell that."""
     had = set(container.inherited or ())
+    since = mount_number(f"/proc/{container.init_pid}/root/proc")
     host = {(m.path, m.device): m.flags for m in _below(container.spec.root)}
     now = {(m.path, m.device): m.flags for m in mounts(container.init_pid)}
     for key in sorted(had & host.keys()):
+        if since and mount_number(container.spec.root.rstrip("/") + key[0]) > since:
+            continue
         if key not in now:
             yield f"that {key[0]!r} was unmounted"
         elif less := sorted((now[key] - host[key]) & _RESTRICTIONS):

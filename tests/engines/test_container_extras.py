@@ -81,6 +81,26 @@ def test_a_mount_of_the_host_that_was_narrowed_is_refused(command: str, reason: 
         subprocess.run(["umount", place], check=False, capture_output=True)
 
 
+def test_what_the_host_has_mounted_anew_was_not_unmounted_inside(tmp_path: Path) -> None:
+    """Removing the directory takes the mount from the container too, as when a user logs out and in again."""
+    folder, place = tmp_path / "folder", tmp_path / "place"
+    folder.mkdir()
+    bind = ["mount", "--bind", folder, place]
+    place.mkdir()
+    subprocess.run(bind, check=True)
+    try:
+        pid = run(tmp_path, QUIET)
+        migrator("checkpoint", NAME, "-o", tmp_path / "image")
+        subprocess.run(["umount", place], check=True)
+        place.rmdir()
+        assert str(place) not in Path(f"/proc/{pid}/mountinfo").read_text()
+        place.mkdir()
+        subprocess.run(bind, check=True)
+        migrator("checkpoint", NAME, "-o", tmp_path / "image")
+    finally:
+        subprocess.run(["umount", place], check=False, capture_output=True)
+
+
 def _add_table() -> None:
     with NFTables() as tables:
         tables.table("add", name="test")
