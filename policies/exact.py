@@ -69,7 +69,8 @@ def place(cluster: Cluster, names: Iterable[str], settings: Settings = SETTINGS,
     program = _Program(highspy.Highs(), score, open_units, quick.burden)
     chosen, dual, ended = program.solve(time.monotonic() + seconds)
     placement = min(places.enter(units, chosen), quick, key=lambda one: (program.missed(one), one.burden))
-    bound = max(dual - program.missed(placement), 0.0)
+    # the solver answers within a tolerance: none that is above what was found is a bound
+    bound = min(max(dual - program.missed(placement), 0.0), placement.burden)
     gap = max(placement.burden - bound, 0.0) / max(placement.burden, 1e-12)
     return Proof(placement=placement, bound=bound, gap=gap, proved=ended and gap <= GAP)
 
