@@ -115,7 +115,7 @@ def _lines(name: str) -> list[str]:
 def _answers(protocol: int, kind: int, request: bytes) -> bool:
     """Whether the kernel has any of a kind; not where it has no such thing."""
     try:
-        return bool(list(netlink.dump(protocol, kind, request)))
+        return any(True for _ in netlink.dump(protocol, kind, request))
     except OSError as error:
         if error.errno not in _ABSENT:
             raise

@@ -197,12 +197,14 @@ def narrowed(container: Container) -> Iterator[str]:
     host = {(m.path, m.device): m.flags for m in _below(container.spec.root)}
     now = {(m.path, m.device): m.flags for m in mounts(container.init_pid)}
     for key in sorted(had & host.keys()):
-        if since and mount_number(container.spec.root.rstrip("/") + key[0]) > since:
-            continue
         if key not in now:
-            yield f"that {key[0]!r} was unmounted"
+            done = f"that {key[0]!r} was unmounted"
         elif less := sorted((now[key] - host[key]) & _RESTRICTIONS):
-            yield f"that {key[0]!r} was mounted {', '.join(less)}"
+            done = f"that {key[0]!r} was mounted {', '.join(less)}"
+        else:
+            continue
+        if not since or mount_number(container.spec.root.rstrip("/") + key[0]) <= since:
+            yield done
 
 
 def own_tmpfs(container: Container) -> list[Tmpfs]:
