@@ -12,6 +12,7 @@ from types import TracebackType
 
 from migrator.api.image_info import summarise
 from migrator.errors import CheckpointFailed, UsageError
+from migrator.linux import descriptors
 
 _LOOK_EVERY = 0.02  # seconds
 
@@ -68,7 +69,7 @@ class OutputFile:
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             return
         try:
-            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = descriptors.reopen(self.fd, os.O_RDONLY)
         except PermissionError:  # a descriptor of somebody who may read it
             return
         try:

@@ -11,15 +11,10 @@ import os
 from migrator.linux.procfs import Vma
 
 
-def path(pid: int, vma: Vma) -> str:
-    """The link to the file, or to whatever is mapped from there to there by now."""
-    return f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
-
-
 def open_path(pid: int, vma: Vma) -> int:
     """An O_PATH descriptor of the file behind a mapping. Raises FileNotFoundError if that is not mapped there any
     more."""
-    link = path(pid, vma)
+    link = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
     fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
     if not _is_behind(fd, vma):
         os.close(fd)

@@ -98,13 +98,12 @@ class MemFile:
             raise
 
     def write(self, address: int, data: bytes | memoryview) -> None:
-        at = f"{self._path} at {address:#x}"
         try:
             written = os.pwrite(self.fd, data, address)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, at) from None
+            raise OSError(error.errno, error.strerror, f"{self._path} at {address:#x}") from None
         if written != len(data):
-            raise OSError(errno.EIO, "short write", at)
+            raise OSError(errno.EIO, "short write", f"{self._path} at {address:#x}")
 
     def close(self) -> None:
         os.close(self.fd)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from migrator.engine.user.restore.mappings import NR, AddressSpace
-from migrator.engine.user.restore.piece import Piece
 from migrator.engine.user.vma_item import backing
 from migrator.image.records import VmaFlag, VmaItem, VmaKind, Vmas
 from migrator.linux.remote import Call
@@ -20,7 +19,7 @@ PRIVATE = VmaFlag.READ | VmaFlag.WRITE
 class Recorder:
     """A stub that was cloned from a filled one, and has these mappings."""
 
-    mapped: list[Piece]
+    mapped: list[VmaItem]
     forked: bool = True
     calls: list[Call] = field(default_factory=list)
 
@@ -37,7 +36,7 @@ def item(first: int, end: int, flags: VmaFlag) -> VmaItem:
 
 def test_what_lies_where_a_mapping_is_made_larger_goes_first() -> None:
     small, other = item(0, 2, PRIVATE), item(2, 10, VmaFlag.NORESERVE)
-    stub: Any = Recorder([Piece(one.start, one.end, one) for one in (small, other)])
+    stub: Any = Recorder([small, other])
     space = AddressSpace(stub, None, str)  # type: ignore[arg-type]
     space._inherited = []
     space.apply(Vmas(1, 0, [item(0, 4, PRIVATE), item(4, 10, VmaFlag.NORESERVE)]))

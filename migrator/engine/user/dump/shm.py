@@ -25,7 +25,7 @@ from migrator.errors import CheckpointFailed
 from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, PageKind, Shm, ShmKind
 from migrator.image.records_shared import SharedFile, SharedFileKind
-from migrator.linux import map_files
+from migrator.linux import descriptors, map_files
 from migrator.linux.ipc import IpcObject
 from migrator.linux.procfs import Vma
 
@@ -141,11 +141,11 @@ class SharedMemory:
             if _key(vma) not in self.objects:
                 raise CheckpointFailed(f"pid {pid}: mapping {vma.start:#x} is of System V memory of the host")
             return self.objects[_key(vma)]
-        known_by_path = map_files.open_path(pid, vma)
+        place = map_files.open_path(pid, vma)
         try:
-            fd = os.open(f"/proc/self/fd/{known_by_path}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = descriptors.reopen(place, os.O_RDONLY)
         finally:
-            os.close(known_by_path)
+            os.close(place)
         status = os.fstat(fd)
         key = status.st_dev, status.st_ino
         found = self.objects.get(key)
@@ -167,7 +167,7 @@ class SharedMemory:
         if key not in self.objects:
             memfd = path.startswith(_MEMFD)
             name = path.removesuffix(_DELETED)
-            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            own = descriptors.reopen(fd, os.O_RDONLY)
             self._object(key, ShmKind.MEMFD if memfd else 0, name[len(_MEMFD) :] if memfd else name, own)
         return self.objects[key]
 
@@ -176,7 +176,7 @@ class SharedMemory:
         known = self.objects.get(key)
         if known is None:
             # opened anew: a duplicate would share the file position with the workload
-            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            own = descriptors.reopen(fd, os.O_RDONLY)
             known = self._object(key, ShmKind.MEMFD, name, own)
         known.seals = seals
         return known

@@ -18,7 +18,6 @@ from typing import Protocol
 from migrator.engine.user.ranges import Span, intersect, merge, subtract
 from migrator.engine.user.restore import advice
 from migrator.engine.user.restore.advice import Stretch
-from migrator.engine.user.restore.piece import Piece
 from migrator.engine.user.restore.stub import Stub
 from migrator.engine.user.vma_item import backing, writes_through
 from migrator.errors import RestartFailed
@@ -75,7 +74,7 @@ class AddressSpace:
         self._zeros: list[tuple[int, int]] = []
         self._mirror: memory.Buffer | None = None
         # private memory with the contents that the parent had, until the first round of its own has come
-        self._inherited = merge((p.start, p.end) for p in stub.mapped if not p.item.flags & VmaFlag.SHARED)
+        self._inherited = merge((v.start, v.end) for v in stub.mapped if not v.flags & VmaFlag.SHARED)
         self._filled: list[Span] = []  # what has come of it
         self._guards: list[Span] = []
         self._unplaced: list[Span] = []  # contents came for it that have no place: see _force()
@@ -99,16 +98,15 @@ class AddressSpace:
         holes: list[tuple[int, int, VmaItem]] = []
         keep: list[tuple[int, int]] = []
         advised: list[Stretch] = []
-        same = {(p.start, p.end): p for p in self.stub.mapped}
+        same = {(v.start, v.end): v for v in self.stub.mapped}
         changed = []
         for item in wanted:
-            piece = same.get((item.start, item.end))
-            if piece is not None and piece.item == item:
+            if same.get((item.start, item.end)) == item:
                 del same[item.start, item.end]
             else:
                 changed.append(item)
-        old = sorted(same.values(), key=lambda p: p.start)  # what is there and not exactly what is wanted
-        ends = [piece.end for piece in old]
+        old = sorted(same.values(), key=lambda v: v.start)  # what is there and not exactly what is wanted
+        ends = [there.end for there in old]
         for item in changed:
             kept = self._kept(item, itertools.islice(old, bisect.bisect_right(ends, item.start), None))
             reach = 0  # of one that is made larger: what lies there now goes first, whatever it is
@@ -147,19 +145,18 @@ class AddressSpace:
             new, there = merge((start, end) for start, end, _ in holes), merge((v.start, v.end) for v in wanted)
             self._inherited = intersect(subtract(self._inherited, new), there)
             self._unplaced = intersect(subtract(self._unplaced, new), there)
-        self.stub.mapped = [Piece(v.start, v.end, v) for v in wanted]
-        self._items = wanted
+        self.stub.mapped = self._items = wanted
         self._writable = [(v.start, v.end, bool(v.flags & VmaFlag.WRITE)) for v in wanted]
 
-    def _kept(self, item: VmaItem, old: Iterable[Piece]) -> list[tuple[int, int, VmaItem]]:
+    def _kept(self, item: VmaItem, old: Iterable[VmaItem]) -> list[tuple[int, int, VmaItem]]:
         """The stretches of a wanted mapping that are mapped already, and what they are. Of what was just inherited
         only what is large enough."""
         behind, out = backing(item), []
-        for piece in old:
-            if piece.start >= item.end:
+        for there in old:
+            if there.start >= item.end:
                 break
-            if backing(piece.item) == behind:
-                out.append((max(piece.start, item.start), min(piece.end, item.end), piece.item))
+            if backing(there) == behind:
+                out.append((max(there.start, item.start), min(there.end, item.end), there))
         return [] if self._inherited and not _covers(out, item) else out
 
     def _contents(self, start: int, end: int, item: VmaItem) -> Iterator[tuple[int, memoryview]]:
@@ -179,26 +176,26 @@ class AddressSpace:
         self._inherited = []
         self._guards = []
         self._unplaced = []
-        self.stub.checked([(NR["munmap"], p.start, p.end - p.start) for p in self.stub.mapped], "unmapping")
+        self.stub.checked([(NR["munmap"], v.start, v.end - v.start) for v in self.stub.mapped], "unmapping")
         self.stub.mapped, self._items, self._writable = [], [], []
 
     @staticmethod
-    def _unmaps(old: list[Piece], keep: list[tuple[int, int]]) -> list[Call]:
+    def _unmaps(old: list[VmaItem], keep: list[tuple[int, int]]) -> list[Call]:
         """What of `old` is not in `keep`; both sorted."""
         calls: list[Call] = []
         i = 0
-        for piece in old:
-            at = piece.start
+        for item in old:
+            at = item.start
             while i < len(keep) and keep[i][1] <= at:
                 i += 1
             j = i
-            while j < len(keep) and keep[j][0] < piece.end:
+            while j < len(keep) and keep[j][0] < item.end:
                 if keep[j][0] > at:
                     calls.append((NR["munmap"], at, keep[j][0] - at))
                 at = max(at, keep[j][1])
                 j += 1
-            if at < piece.end:
-                calls.append((NR["munmap"], at, piece.end - at))
+            if at < item.end:
+                calls.append((NR["munmap"], at, item.end - at))
         return calls
 
     def _map(self, holes: Sequence[tuple[int, int, VmaItem]]) -> None:

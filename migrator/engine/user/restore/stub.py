@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from migrator.engine.spawn import LOW_END, PARKING, SCRATCH_ADDRESS, SCRATCH_SIZE, STUB_ADDRESS
 from migrator.engine.user.ranges import Span, merge, subtract
-from migrator.engine.user.restore.piece import Piece
 from migrator.errors import RestartFailed
-from migrator.image.records import VmaFlag
+from migrator.image.records import VmaFlag, VmaItem
 from migrator.linux import memory, procfs, ptrace, sys
 from migrator.linux import x86_64 as arch
 from migrator.linux.pagemap import Scanner
@@ -47,7 +46,7 @@ class Stub:
     vpid: int
     pidfd: int
     threads: dict[int, StubThread] = field(default_factory=dict)  # by vtid
-    mapped: list[Piece] = field(default_factory=list)
+    mapped: list[VmaItem] = field(default_factory=list)
     forked: bool = False
     remote: Remote = field(init=False)
     mem: memory.MemFile = field(init=False)
@@ -98,7 +97,7 @@ class Stub:
 
     def _adopt(self, parent: Stub) -> None:
         self.remote.adopt_scratch(SCRATCH_ADDRESS, SCRATCH_SIZE, reserved=PREPARED_SIZE)
-        self.mapped = [piece for piece in parent.mapped if not piece.item.flags & VmaFlag.DONTFORK]
+        self.mapped = [item for item in parent.mapped if not item.flags & VmaFlag.DONTFORK]
         self.forked = True
 
     def _unmap_others(self) -> None:
@@ -108,7 +107,7 @@ class Stub:
             for vma in procfs.maps(self.pid)
             if vma.start >= LOW_END and vma.path not in (*_SYSTEM, "[vsyscall]")
         )
-        left = subtract(there, merge((piece.start, piece.end) for piece in self.mapped))
+        left = subtract(there, merge((item.start, item.end) for item in self.mapped))
         self.checked([(NR["munmap"], start, end - start) for start, end in left], "unmapping what its parent had")
 
     def open_up(self) -> None:
