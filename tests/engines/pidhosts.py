@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -391,6 +391,20 @@ def migrate(workload: Workload, a: PidHost, b: PidHost, *, rounds: int = 3, last
     workload.adopt(outer)
     cpu = (saved.cpu + restored.cpu) * 1000
     return Moved(outer, saved.rounds, cpu, _times(saved.phases), _times(phases))
+
+
+def tour(
+    moving: Workload,
+    here: PidHost,
+    there: PidHost,
+    rounds: Iterable[int],
+    move: Callable[..., object] = migrate,
+) -> None:
+    """Move a workload to and fro, once for each number of rounds; it goes on after each."""
+    for number in rounds:
+        move(moving, here, there, rounds=number)
+        moving.check_alive_and_progressing(ticks=1)
+        here, there = there, here
 
 
 def try_in_vain(workload: Workload, a: PidHost, b: PidHost) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pidhosts import HostedWorkload, PidHost, migrate
+from pidhosts import HostedWorkload, PidHost, tour
 
 from migrator.engine.user.dump.shm import SharedMemory
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
@@ -24,11 +24,7 @@ MAP_FIXED = 0x10
 def test_whatever_is_done_to_mappings_each_page_holds_what_it_should(tmp_path: Path, seed: int) -> None:
     """It is moved in every state that it happens to be in; the second look compares each copy as well."""
     with PidHost("a") as a, PidHost("b") as b, HostedWorkload(a, "arena", tmp_path, seed) as moving:
-        here, there = a, b
-        for rounds in (0, 1, 2, 3, 12, 3, 1, 6):
-            migrate(moving, here, there, rounds=rounds)
-            moving.check_alive_and_progressing(ticks=1)
-            here, there = there, here
+        tour(moving, a, b, (0, 1, 2, 3, 12, 3, 1, 6))
         moving.finish()
 
 

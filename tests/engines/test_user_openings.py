@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pidhosts import HostedWorkload, PidHost, migrate
+from pidhosts import HostedWorkload, PidHost, migrate, tour
 from test_user_predump import take_for_many
 
 from migrator.engine.user.descriptors import collection
@@ -14,7 +14,7 @@ from migrator.errors import CheckpointFailed
 pytestmark = pytest.mark.root
 
 
-def moved_in_the_end(moving: HostedWorkload, here: PidHost, there: PidHost, rounds: int) -> None:
+def moved_in_the_end(moving: HostedWorkload, here: PidHost, there: PidHost, *, rounds: int) -> None:
     """A connection that waits to be accepted is refused; a moment later it has been."""
     for _ in range(20):
         try:
@@ -37,8 +37,5 @@ def test_whatever_is_done_to_descriptors_each_is_what_it_was_left_as(tmp_path: P
     ):
         for host in (here, there):
             host.call("run", take_for_many, least)
-        for rounds in (0, 1, 2, 3, 8, 3, 1, 5):
-            moved_in_the_end(moving, here, there, rounds)
-            moving.check_alive_and_progressing(ticks=1)
-            here, there = there, here
+        tour(moving, here, there, (0, 1, 2, 3, 8, 3, 1, 5), moved_in_the_end)
         moving.finish()

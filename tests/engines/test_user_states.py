@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pidhosts import HostedWorkload, PidHost, Program, migrate, save_to_file
+from pidhosts import HostedWorkload, PidHost, Program, migrate, save_to_file, tour
 
 from migrator.errors import Refused
 from migrator.linux import procfs, vdso
@@ -26,11 +26,7 @@ def hosts() -> Iterator[tuple[PidHost, PidHost]]:
 
 
 def there_and_back(moving: HostedWorkload, hosts: tuple[PidHost, PidHost], times: int = 2) -> None:
-    here, there = hosts
-    for _ in range(times):
-        migrate(moving, here, there)
-        moving.check_alive_and_progressing(ticks=1)
-        here, there = there, here
+    tour(moving, *hosts, [3] * times)
 
 
 WAITS = r"""
@@ -524,11 +520,7 @@ def test_memory_that_is_mapped_over_what_lies_beyond_the_end_of_a_file(
 ) -> None:
     """What is sent of it while it is still taken for the file's has no place at the destination, and no meaning."""
     with Program(hosts[0], BEYOND, tmp_path) as moving:
-        here, there = hosts
-        for _ in range(4):
-            migrate(moving, here, there, rounds=40)
-            moving.check_alive_and_progressing(ticks=1)
-            here, there = there, here
+        tour(moving, *hosts, [40] * 4)
         moving.finish()
 
 
