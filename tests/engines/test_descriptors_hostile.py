@@ -119,7 +119,7 @@ def test_altered_records_that_come_ahead_raise_nothing_but_errors_that_say_so(
     seed: int, records: list[Record], nowhere: str
 ) -> None:
     rng = random.Random(seed)
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     for _ in range(25):
         halves = part(records)
         for _ in range(rng.choice([1, 1, 2, 5])):
@@ -139,7 +139,7 @@ def test_altered_records_that_come_ahead_raise_nothing_but_errors_that_say_so(
             build(halves[1], nowhere, halves[0])
         except MigratorError as error:
             assert str(error)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_connection_that_came_ahead_and_has_no_state_in_the_end_is_refused(
@@ -171,7 +171,7 @@ def test_a_pipe_that_came_ahead_takes_no_more_than_it_holds(records: list[Record
 @pytest.mark.parametrize("seed", range(12))
 def test_altered_records_raise_nothing_but_errors_that_say_so(seed: int, records: list[Record], nowhere: str) -> None:
     rng = random.Random(seed)
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     for _ in range(25):
         altered = list(records)
         for _ in range(rng.choice([1, 1, 2, 5])):
@@ -187,7 +187,7 @@ def test_altered_records_raise_nothing_but_errors_that_say_so(seed: int, records
             build(altered, nowhere)
         except MigratorError as error:
             assert error.message
-    assert len(os.listdir("/proc/self/fd")) == before, "descriptors were left open"
+    assert set(os.listdir("/proc/self/fd")) <= before, "descriptors were left open"
 
 
 def test_a_socket_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from migrator.testing.servers import nginx_command
-from migrator.testing.stage import Stage
+from migrator.testing.stage import MigrateFailed, Stage
 from migrator.testing.workloads import Workload, build
 
 pytestmark = pytest.mark.root
@@ -67,9 +67,12 @@ def test_a_workload_moves_there_and_back_and_stays_right(stage: Stage, name: str
     wait_for_ticks(out, 2)
     here, there = stage.a, stage.b
     for _ in range(3):
-        before = ticks(out)
-        assert stage.migrate("w", here, there)["outcome"] == "migrated"
-        wait_for_ticks(out, before + 2)
+        try:
+            assert stage.migrate("w", here, there)["outcome"] == "migrated"
+        except MigrateFailed:
+            ticks(out)  # what it has found wrong, if it has ended by that
+            raise
+        wait_for_ticks(out, ticks(out) + 2)  # of the copy
         here, there = there, here
     (row,) = json.loads(here.run(["migrator", "ps", "--json"]).stdout)
     assert row["state"] == "running"
