@@ -9,6 +9,7 @@ passes on too: what is restored from one of a service's own has other files than
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 import threading
@@ -63,6 +64,28 @@ def inherited(status: Mapping[str, str]) -> list[str]:
     if status.get("Seccomp", "0") != "0":
         reasons.append("a filter of system calls (of a unit with SystemCallFilter= or Restrict…=, or of a container)")
     return reasons
+
+
+def other_label(tid: int) -> str:
+    """How SELinux, AppArmor or Smack labels a task (/proc/PID/attr/current), "" where it is as it labels us: a process
+    that we make has our label."""
+    ours = _own_label()
+    if not ours:
+        return ""  # there is no such module
+    theirs = _label(tid)
+    return "" if theirs == ours else theirs
+
+
+@functools.cache
+def _own_label() -> str:
+    return _label(os.getpid())
+
+
+def _label(tid: int) -> str:
+    try:
+        return procfs.read_text(f"/proc/{tid}/attr/current").rstrip("\0\n")
+    except OSError:
+        return ""
 
 
 def give_up(unused: Iterable[str] = UNUSED) -> None:

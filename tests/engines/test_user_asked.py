@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from migrator.engine.user.dump.parasite import ProcessReply, ThreadReply
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.source import UserSource
 from migrator.errors import CheckpointFailed, Refused
-from migrator.linux import procfs
+from migrator.linux import confinement, procfs
 
 pytestmark = pytest.mark.root
 
@@ -109,6 +110,29 @@ def test_a_flusher_is_refused_in_the_survey(tmp_path: Path, monkeypatch: pytest.
         pytest.raises(Refused, match="is there to write out memory"),
     ):
         source.survey()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the survey", "since"])
+def test_a_label_of_a_security_module_that_is_not_ours_is_refused(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: dict[int, str] = {}
+    monkeypatch.setattr(confinement, "_own_label", lambda: "unconfined")
+    monkeypatch.setattr(confinement, "_label", lambda tid: labels.get(tid, "unconfined"))
+    with (
+        script(tmp_path, BEGIN + END) as program,
+        open(tmp_path / "image", "wb", buffering=0) as image,
+        UserSource(program.pid, image.fileno(), SourceOptions()) as source,
+    ):
+        if late:
+            source.survey()
+            source.instrument()
+            source.freeze()
+        labels[program.pid] = "/usr/sbin/named (enforce)"
+        with pytest.raises(
+            Refused if not late else CheckpointFailed, match=re.escape("as /usr/sbin/named (enforce) and migrator")
+        ):
+            source.final() if late else source.survey()
 
 
 def test_bounds_of_utilization_and_cores_of_its_own_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

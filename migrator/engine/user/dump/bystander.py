@@ -107,14 +107,3 @@ def landlock() -> bool:
         return sys.call(_CREATE_RULESET, 0, 0, _VERSION, name="landlock_create_ruleset") > 0
     except OSError:
         return False
-
-
-def otherwise_confined(tid: int) -> bool:
-    """Whether SELinux, AppArmor or Smack, each of which could deny a task the look as well, sets it apart from us."""
-    return _label(tid) != _label(os.getpid())
-
-
-def _label(tid: int) -> str:
-    with contextlib.suppress(OSError):
-        return procfs.read_text(f"/proc/{tid}/attr/current")
-    return ""

@@ -22,7 +22,7 @@ from migrator.engine.user.descriptors import begin as begin_descriptors
 from migrator.engine.user.descriptors import make_room as make_room_for_descriptors
 from migrator.engine.user.dump import header, survey_tasks
 from migrator.engine.user.dump.asked import refuse_asked
-from migrator.engine.user.dump.bystander import RESTRICTED, Bystanders, otherwise_confined
+from migrator.engine.user.dump.bystander import RESTRICTED, Bystanders
 from migrator.engine.user.dump.mappings import SINCE
 from migrator.engine.user.dump.memory import MemoryDump
 from migrator.engine.user.dump.mqueues import MqueueDump
@@ -31,7 +31,7 @@ from migrator.engine.user.dump.process_tree import ProcessTree
 from migrator.engine.user.dump.restart_blocks import RestartBlocks
 from migrator.engine.user.dump.survey import hierarchy
 from migrator.engine.user.dump.survey import survey as survey_tree
-from migrator.engine.user.dump.survey_tasks import NUMA_POLICY, UNDER_SECCOMP
+from migrator.engine.user.dump.survey_tasks import CONFINED, NUMA_POLICY, UNDER_SECCOMP
 from migrator.engine.user.dump.sysv import SysvDump
 from migrator.engine.user.dump.tasks import TaskDump, list_timers
 from migrator.engine.user.dump.tmpfs import OwnTmpfs
@@ -41,6 +41,7 @@ from migrator.image.objhash import ObjHash
 from migrator.image.records import PAGE_SIZE, Container, RoundFlag, RoundMark, TaskFlag, TaskPids
 from migrator.linux import pidfd, procfs
 from migrator.linux.cgroup import Cgroup
+from migrator.linux.confinement import other_label
 from migrator.linux.remote import RemoteError
 
 _ACCEPT_SECONDS = 0.02
@@ -341,6 +342,8 @@ class UserSource:
                         self._refuse_restricted(process, thread)
                 if any(reply.seccomp for reply in told):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {UNDER_SECCOMP}", hint=SINCE)
+                if label := other_label(pid):
+                    raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {CONFINED.format(label)}", hint=SINCE)
                 if any(reply.numa for reply in told):
                     raise CheckpointFailed(f"pid {pid} ({states[pid]['Name']}) {NUMA_POLICY}", hint=SINCE)
                 refuse_asked(process, states[pid], replies[pid], told)
@@ -391,7 +394,7 @@ class UserSource:
         state = procfs.status(process.pid, thread.tid)
         process.parasite.meet(self._bystanders.pid_for(state))
         (reply,) = process.parasite.threads([thread])
-        if reply.denied and not otherwise_confined(thread.tid):
+        if reply.denied:
             which = f": its thread {thread.tid}" if thread.tid != process.pid else ""
             raise CheckpointFailed(
                 f"pid {process.pid} ({state['Name']}){which} {RESTRICTED}",

@@ -13,7 +13,7 @@ from migrator.engine.user.dump.mappings import obstacle
 from migrator.engine.user.dump.parasite import is_left_over
 from migrator.engine.user.dump.process import Process
 from migrator.engine.user.dump.process_tree import ProcessTree
-from migrator.linux import procfs, sys
+from migrator.linux import confinement, procfs, sys
 from migrator.linux.namespaces import of_its_own
 from migrator.linux.remote import BATCH_SIGNALS
 
@@ -117,6 +117,7 @@ NUMA_POLICY = "has a NUMA policy (set_mempolicy(2), mbind(2)), which is not carr
 SCHED_DEADLINE = 6
 UNDER_DEADLINE = "runs under SCHED_DEADLINE (sched(7)), whose times are not carried"
 UNDER_SECCOMP = "runs under seccomp, whose filters cannot be carried"
+CONFINED = "is confined by a security module as {} and migrator is not, so that its copy would not be"
 
 
 def of_process(
@@ -181,6 +182,8 @@ def _thread(pid: int, tid: int, who: str, own: dict[str, str], shared: int) -> I
     thread = f"{who}: its thread {tid}" if tid != pid else who
     if own.get("Seccomp", "0") != "0":
         yield f"{thread} {UNDER_SECCOMP}"
+    if label := confinement.other_label(tid):
+        yield f"{thread} {CONFINED.format(label)}"
     for key in ("Speculation_Store_Bypass", "SpeculationIndirectBranch"):
         if own.get(key, "") in _SPECULATION_DENIED:
             yield f"{thread} has {key} switched off (PR_SET_SPECULATION_CTRL), which is not carried"
