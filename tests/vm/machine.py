@@ -62,6 +62,7 @@ class Machine:
     snapshot:  start from this file, made by `save` of a machine with the same arguments, in place of booting
     lan:       (own, other) unix socket paths of a cable to another guest; its end here is eth0
     ssh_port:  a port of this machine that leads to the guest's port 22 (over eth1), 0 for none
+    append:    parameters of the kernel, besides those that all guests have
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Machine:
         lan: tuple[Path, Path] | None = None,
         ssh_port: int = 0,
         boot_seconds: float = BOOT_SECONDS,
+        append: str = "",
     ) -> None:
         self.name = name
         self.folder = folder
@@ -95,7 +97,7 @@ class Machine:
             "-accel", "tcg,thread=multi", "-nodefaults", "-no-reboot", "-display", "none",
             "-kernel", str(kernel),
             "-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable no_timer_check "
-            "random.trust_cpu=on root=/dev/vda ro rootfstype=erofs init=/bin/init",
+            f"random.trust_cpu=on root=/dev/vda ro rootfstype=erofs init=/bin/init {append}",
             "-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console",
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=commands,path={self._path('commands')}",
