@@ -147,18 +147,29 @@ def test_what_the_kernel_refuses_is_refused_by_the_survey_and_it_runs_on(
     program: Workload, played: Callable[..., Checkpoint]
 ) -> None:
     before = where(program.pid)
-    played(CheckpointFailed("task 7, descriptor 3: a device"))
+    fake = played(*[CheckpointFailed("task 7, descriptor 3: a device")] * 4)
     with (
         KernelEngine().source(program.pid, -1, SourceOptions()) as source,
         pytest.raises(Refused, match="task 7, descriptor 3: a device"),
     ):
         source.survey()
+    assert fake.plan == []
     assert where(program.pid) == before
     program.check_alive_and_progressing()
 
 
-def test_what_is_only_on_its_way_is_asked_about_again(program: Workload, played: Callable[..., Checkpoint]) -> None:
-    fake = played(b"round", calls.NotNow("a connection waits to be accepted"), b"round", b"dry")
+@pytest.mark.parametrize(
+    "moment",
+    [
+        calls.NotNow("a connection waits to be accepted"),
+        CheckpointFailed("task 7, descriptor 8: /7/stat is about a task, and would be about another"),
+    ],
+    ids=["on its way", "open for a moment"],
+)
+def test_what_is_there_for_a_moment_is_asked_about_again(
+    program: Workload, played: Callable[..., Checkpoint], moment: CheckpointFailed
+) -> None:
+    fake = played(b"round", moment, b"round", b"dry")
     with KernelEngine().source(program.pid, -1, SourceOptions()) as source:
         assert program.pid in source.survey().pids
     assert fake.plan == []

@@ -114,11 +114,10 @@ class KernelSource:
                 return []
             except CgroupError as error:
                 return [error.message]
-            except calls.NotNow as error:
+            except CheckpointFailed as error:
+                # What is on its way is taken in a moment, and much that is not carried is there for a moment only.
                 if attempt == _SURVEYS - 1:
                     return [error.message]
-            except CheckpointFailed as error:
-                return [error.message]
             finally:
                 if adoption.cgroup is not None:
                     self._thaw(adoption.cgroup)
