@@ -66,28 +66,47 @@ class Amounts(NamedTuple):
     window: bytes
 
 
-def amounts(fds: Sequence[int]) -> list[Amounts]:
-    """The amounts now, of connections in repair mode. Of each several calls, so packets may come in between them."""
-    ask = Ask(fds)
-    ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
-    info = ask.option(_TCP, TCP_INFO, 8)
-    unacked, unsent = ask.amount(_SIOCOUTQ), ask.amount(_SIOCOUTQNSD)
-    rcv_seq, window = ask.option(_TCP, TCP_QUEUE_SEQ), ask.option(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
-    unread = ask.amount(_SIOCINQ)
-    ask.make()
-    for answers, what in ((info, "TCP_INFO"), (unacked, "SIOCOUTQ"), (unsent, "SIOCOUTQNSD"), (unread, "SIOCINQ")):
-        answers.check(what)
-    rcv_seq.check("TCP_QUEUE_SEQ")
-    window.check("TCP_REPAIR_WINDOW")
-    columns = unacked.numbers(), unsent.numbers(), unread.numbers(), rcv_seq.numbers()
-    out = []
-    for state, raw, *each_of in zip(info.all(), window.all(), *columns, strict=True):
-        not_acked, not_sent, not_read, seq = each_of
-        if state[0] in FIN_UNACKED:
-            not_acked, not_sent = not_acked - 1, max(0, not_sent - 1)
-        seq = (seq - (state[0] in GOT_FIN)) & _MASK
-        out.append(Amounts(state[0], state[5:7], not_acked, not_sent, not_read, seq, raw))
-    return out
+class _Reading:
+    """The amounts of connections in repair mode, read as often as is asked. Of each several calls are made, so packets
+    may come in between them."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        ask = self._ask = Ask(fds)
+        ask.put(_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
+        self._info = ask.option(_TCP, TCP_INFO, 8)
+        self._unacked, self._unsent = ask.amount(_SIOCOUTQ), ask.amount(_SIOCOUTQNSD)
+        self._rcv_seq = ask.option(_TCP, TCP_QUEUE_SEQ)
+        self._window = ask.option(_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)
+        self._unread = ask.amount(_SIOCINQ)
+        self._named = {
+            "TCP_INFO": self._info,
+            "SIOCOUTQ": self._unacked,
+            "SIOCOUTQNSD": self._unsent,
+            "SIOCINQ": self._unread,
+            "TCP_QUEUE_SEQ": self._rcv_seq,
+            "TCP_REPAIR_WINDOW": self._window,
+        }
+        self._told: list[bytes] = []
+
+    def differs(self) -> bool:
+        """Read all. Whether anything was told of any that was not told of it before."""
+        self._ask.make()
+        for what, answers in self._named.items():
+            answers.check(what)
+        before, self._told = self._told, [bytes(answers.area.view) for answers in self._named.values()]
+        return self._told != before
+
+    def amounts(self) -> list[Amounts]:
+        """As they were read last."""
+        columns = (answers.numbers() for answers in (self._unacked, self._unsent, self._unread, self._rcv_seq))
+        out = []
+        for state, raw, *each_of in zip(self._info.all(), self._window.all(), *columns, strict=True):
+            not_acked, not_sent, not_read, seq = each_of
+            if state[0] in FIN_UNACKED:
+                not_acked, not_sent = not_acked - 1, max(0, not_sent - 1)
+            seq = (seq - (state[0] in GOT_FIN)) & _MASK
+            out.append(Amounts(state[0], state[5:7], not_acked, not_sent, not_read, seq, raw))
+        return out
 
 
 def save_all(connections: Sequence[tuple[int, int, object]]) -> list[SocketTcp]:
@@ -101,8 +120,11 @@ def save_all(connections: Sequence[tuple[int, int, object]]) -> list[SocketTcp]:
     records: list[SocketTcp | None] = [None] * len(connections)
     known: list[Amounts | None] = [None] * len(connections)
     fds = [fd for fd, _, _ in connections]
+    reading = _Reading(fds)
     for _ in range(_ROUNDS):
-        now = amounts(fds)
+        if not reading.differs():
+            break
+        now = reading.amounts()
         changed = [number for number, found in enumerate(now) if found != known[number]]
         if not changed:
             break
