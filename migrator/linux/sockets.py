@@ -122,6 +122,10 @@ class Ask:
         self._calls.append((NR["recvfrom"], self._fds, out.addresses, counts, flags, 0, 0))
         return out
 
+    def send(self, contents: Sequence[bytes], flags: int) -> Answers:
+        """send(2)."""
+        return self._call(NR["sendto"], self._fds, *self._place(contents), flags, 0, 0)
+
     def make(self) -> None:
         for answers, results in zip(self._answers, each(len(self._fds), *self._calls), strict=True):
             answers.results = results
@@ -135,8 +139,7 @@ class Ask:
         """Where the bytes lie until all is made, and how many they are."""
         lengths = [len(value) for value in values]
         area = Area(max(lengths, default=0), len(values))
-        for at, value in enumerate(values):
-            area.put(at, value)
+        area.view[: area.stride * len(values)] = b"".join([value.ljust(area.stride, b"\0") for value in values])
         self._kept.append(area)
         return area.addresses, lengths
 

@@ -19,7 +19,6 @@ from migrator.image.records_files import (
     MAX_CHUNK,
     Socket,
     SocketBuffer,
-    SocketOption,
     SocketState,
     SocketTcp,
 )
@@ -478,9 +477,10 @@ def _sharers(rec: Socket) -> Hashable:
 
 
 def _option(rec: Socket, level: int, name: int) -> int:
-    wanted = (level, name)
-    found: SocketOption | None = next((o for o in rec.options if (o.level, o.name) == wanted), None)
-    return 0 if found is None else found.value
+    for option in rec.options:
+        if option.name == name and option.level == level:
+            return option.value
+    return 0
 
 
 def _control_congestion(records: Sequence[Socket], socks: Sequence[socket.SocketType]) -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from migrator.engine.user.descriptors.sockopts import ask_buffers
@@ -36,7 +37,8 @@ _OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
 _TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _CHUNK, _USUAL_WINDOW = 32 << 10, 0xFFFF
 _AT_ONCE = 256  # connections whose queues are read at the same time
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_NOW = socket.MSG_DONTWAIT
+_PEEK = socket.MSG_PEEK | _NOW
 _ROUNDS = 100  # two as a rule; each more needs a packet that came during the one before it
 _HELD = "the network must be held while connections are saved"
 _TCP = socket.IPPROTO_TCP
@@ -271,18 +273,17 @@ def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]])
             [owner.sndbuf + room for owner, room in zip(owners, rooms, strict=True)],
             [owner.rcvbuf + room for owner, room in zip(owners, rooms, strict=True)],
         ),
-        (ask.put_bytes(_TCP, TCP_REPAIR_OPTIONS, list(map(_agreed, records))), "TCP_REPAIR_OPTIONS"),
+        (ask.put_bytes(_TCP, TCP_REPAIR_OPTIONS, [_agreed(*_terms(rec)) for rec in records]), "TCP_REPAIR_OPTIONS"),
     ]
     ask.make()
     _check(asked)
-    for at, (sock, rec) in enumerate(zip(socks, records, strict=True)):
-        try:
-            if rec.options & _OPT_TIMESTAMPS:
-                sock.setsockopt(_TCP, TCP_TIMESTAMP, _signed(rec.timestamp))
-            fill(sock, RECV_QUEUE, rec.received)
-            fill(sock, SEND_QUEUE, rec.sent[: len(rec.sent) - rec.unsent])
-        except OSError as error:
-            raise Unmade(at, error) from error
+    if stamped := [at for at, rec in enumerate(records) if rec.options & _OPT_TIMESTAMPS]:
+        ask = Ask([socks[at].fileno() for at in stamped])
+        clocks = ask.put(_TCP, TCP_TIMESTAMP, [_signed(records[at].timestamp) for at in stamped])
+        ask.make()
+        clocks.check("TCP_TIMESTAMP")
+    _fill_all(socks, RECV_QUEUE, [rec.received for rec in records])
+    _fill_all(socks, SEND_QUEUE, [rec.sent[: len(rec.sent) - rec.unsent] for rec in records])
     ask = Ask([sock.fileno() for sock in socks])
     asked = [
         (ask.put_bytes(_TCP, TCP_REPAIR_WINDOW, list(map(_window, records))), "TCP_REPAIR_WINDOW"),
@@ -299,14 +300,19 @@ def _check(asked: Sequence[tuple[Answers, str]]) -> None:
             raise Unmade(at, OSError(-result, f"{what}: {os.strerror(-result)}"))
 
 
-def _agreed(rec: SocketTcp) -> bytes:
+def _terms(rec: SocketTcp) -> tuple[int, int, int, int]:
+    return rec.mss_clamp, rec.options, rec.snd_wscale, rec.rcv_wscale
+
+
+@lru_cache(64)  # few are different
+def _agreed(mss_clamp: int, agreed: int, snd_wscale: int, rcv_wscale: int) -> bytes:
     """What both ends agreed on when they connected."""
-    options = [_TCPOPT_MSS, rec.mss_clamp]
-    if rec.options & _OPT_WSCALE:
-        options += _TCPOPT_WINDOW, rec.snd_wscale | rec.rcv_wscale << 16
-    if rec.options & _OPT_SACK:
+    options = [_TCPOPT_MSS, mss_clamp]
+    if agreed & _OPT_WSCALE:
+        options += _TCPOPT_WINDOW, snd_wscale | rcv_wscale << 16
+    if agreed & _OPT_SACK:
         options += _TCPOPT_SACK_PERM, 0
-    if rec.options & _OPT_TIMESTAMPS:
+    if agreed & _OPT_TIMESTAMPS:
         options += _TCPOPT_TIMESTAMP, 0
     return struct.pack(f"<{len(options)}I", *options)
 
@@ -323,6 +329,24 @@ def send_rest(sock: socket.SocketType, rec: SocketTcp) -> None:
     view = memoryview(rec.sent)[len(rec.sent) - rec.unsent :]
     while view:
         view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+
+
+def _fill_all(socks: Sequence[socket.SocketType], queue: int, contents: Sequence[bytes]) -> None:
+    """As fill() of each: what is one chunk at most of all together. Raises Unmade."""
+    little = [at for at, data in enumerate(contents) if 0 < len(data) <= _CHUNK]
+    done = dict.fromkeys(range(len(contents)), 0)
+    if little:
+        ask = Ask([socks[at].fileno() for at in little])
+        chosen, sent = ask.put(_TCP, TCP_REPAIR_QUEUE, queue), ask.send([contents[at] for at in little], _NOW)
+        ask.make()
+        chosen.check("TCP_REPAIR_QUEUE")
+        done |= {at: max(0, result) for at, result in zip(little, sent.results, strict=True)}
+    for at, data in enumerate(contents):
+        if done[at] < len(data):
+            try:
+                fill(socks[at], queue, data[done[at] :])
+            except OSError as error:
+                raise Unmade(at, error) from error
 
 
 def fill(sock: socket.SocketType, queue: int, data: bytes) -> None:
