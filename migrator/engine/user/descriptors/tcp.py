@@ -37,8 +37,7 @@ _OPT_TIMESTAMPS, _OPT_SACK, _OPT_WSCALE = 1, 2, 4
 _TCPOPT_MSS, _TCPOPT_WINDOW, _TCPOPT_SACK_PERM, _TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _CHUNK, _USUAL_WINDOW = 32 << 10, 0xFFFF
 _AT_ONCE = 256  # connections whose queues are read at the same time
-_NOW = socket.MSG_DONTWAIT
-_PEEK = socket.MSG_PEEK | _NOW
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _ROUNDS = 100  # two as a rule; each more needs a packet that came during the one before it
 _HELD = "the network must be held while connections are saved"
 _TCP = socket.IPPROTO_TCP
@@ -259,6 +258,7 @@ def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]])
     # both queues begin where their oldest bytes were
     sent = [_signed(rec.snd_seq - len(rec.sent)) for rec in records]
     received = [_signed(rec.rcv_seq - len(rec.received)) for rec in records]
+    agreed = [_agreed(rec.mss_clamp, rec.options, rec.snd_wscale, rec.rcv_wscale) for rec in records]
     rooms = [4 * (len(rec.sent) + len(rec.received)) for rec in records]
     ask = Ask([sock.fileno() for sock in socks])
     asked = [
@@ -273,7 +273,7 @@ def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]])
             [owner.sndbuf + room for owner, room in zip(owners, rooms, strict=True)],
             [owner.rcvbuf + room for owner, room in zip(owners, rooms, strict=True)],
         ),
-        (ask.put_bytes(_TCP, TCP_REPAIR_OPTIONS, [_agreed(*_terms(rec)) for rec in records]), "TCP_REPAIR_OPTIONS"),
+        (ask.put_bytes(_TCP, TCP_REPAIR_OPTIONS, agreed), "TCP_REPAIR_OPTIONS"),
     ]
     ask.make()
     _check(asked)
@@ -281,7 +281,7 @@ def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]])
         ask = Ask([socks[at].fileno() for at in stamped])
         clocks = ask.put(_TCP, TCP_TIMESTAMP, [_signed(records[at].timestamp) for at in stamped])
         ask.make()
-        clocks.check("TCP_TIMESTAMP")
+        _check([(clocks, "TCP_TIMESTAMP")], stamped)
     _fill_all(socks, RECV_QUEUE, [rec.received for rec in records])
     _fill_all(socks, SEND_QUEUE, [rec.sent[: len(rec.sent) - rec.unsent] for rec in records])
     ask = Ask([sock.fileno() for sock in socks])
@@ -293,15 +293,12 @@ def make_all(connections: Sequence[tuple[socket.SocketType, Socket, SocketTcp]])
     _check(asked)
 
 
-def _check(asked: Sequence[tuple[Answers, str]]) -> None:
+def _check(asked: Sequence[tuple[Answers, str]], of: Sequence[int] | None = None) -> None:
+    """of: the numbers of the connections that were asked; None: of all."""
     for answers, what in asked:
         if min(answers.results) < 0:
             at, result = next((at, result) for at, result in enumerate(answers.results) if result < 0)
-            raise Unmade(at, OSError(-result, f"{what}: {os.strerror(-result)}"))
-
-
-def _terms(rec: SocketTcp) -> tuple[int, int, int, int]:
-    return rec.mss_clamp, rec.options, rec.snd_wscale, rec.rcv_wscale
+            raise Unmade(at if of is None else of[at], OSError(-result, f"{what}: {os.strerror(-result)}"))
 
 
 @lru_cache(64)  # few are different
@@ -334,19 +331,20 @@ def send_rest(sock: socket.SocketType, rec: SocketTcp) -> None:
 def _fill_all(socks: Sequence[socket.SocketType], queue: int, contents: Sequence[bytes]) -> None:
     """As fill() of each: what is one chunk at most of all together. Raises Unmade."""
     little = [at for at, data in enumerate(contents) if 0 < len(data) <= _CHUNK]
-    done = dict.fromkeys(range(len(contents)), 0)
+    rest = list(contents)
     if little:
         ask = Ask([socks[at].fileno() for at in little])
-        chosen, sent = ask.put(_TCP, TCP_REPAIR_QUEUE, queue), ask.send([contents[at] for at in little], _NOW)
+        chosen = ask.put(_TCP, TCP_REPAIR_QUEUE, queue)
+        sent = ask.send([contents[at] for at in little], socket.MSG_DONTWAIT)
         ask.make()
-        chosen.check("TCP_REPAIR_QUEUE")
-        done |= {at: max(0, result) for at, result in zip(little, sent.results, strict=True)}
-    for at, data in enumerate(contents):
-        if done[at] < len(data):
-            try:
-                fill(socks[at], queue, data[done[at] :])
-            except OSError as error:
-                raise Unmade(at, error) from error
+        _check([(chosen, "TCP_REPAIR_QUEUE")], little)
+        for at, result in zip(little, sent.results, strict=True):
+            rest[at] = rest[at][max(0, result) :]
+    for at, data in enumerate(rest):
+        try:
+            fill(socks[at], queue, data)
+        except OSError as error:
+            raise Unmade(at, error) from error
 
 
 def fill(sock: socket.SocketType, queue: int, data: bytes) -> None:

@@ -396,8 +396,10 @@ class UserSource:
         (reply,) = process.parasite.threads([thread])
         if reply.denied:
             which = f": its thread {thread.tid}" if thread.tid != process.pid else ""
+            label = other_label(thread.tid)  # that may deny it the look, too
+            why = CONFINED.format(label) if label else RESTRICTED
             raise CheckpointFailed(
-                f"pid {process.pid} ({state['Name']}){which} {RESTRICTED}",
+                f"pid {process.pid} ({state['Name']}){which} {why}",
                 hint="the workload runs on; start it without that, if it can be told to",
             )
 
