@@ -110,3 +110,11 @@ def test_bytes_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Peeked, "raw", lambda answers, index: b"")
     with pytest.raises(CheckpointFailed, match="1500 are not acknowledged, but 0 and 0 could be read"):
         tcp.save_all(items(*pair))
+
+
+def test_a_queue_that_cannot_be_filled_is_said_of_its_own_connection(pair: Pair) -> None:
+    gone = socket.socket()
+    gone.close()
+    with pytest.raises(tcp.Unmade, match="TCP_REPAIR_QUEUE") as failed:
+        tcp._fill_all([*pair, gone], repair.RECV_QUEUE, [b"", b"", b"what it had received"])
+    assert failed.value.at == 2
